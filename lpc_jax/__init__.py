@@ -1,0 +1,1 @@
+"""Preference alignment in JAX, plain or with Latent Preference Coding (LPC)."""

@@ -1,0 +1,532 @@
+"""What a run is: frozen, documented settings, read from a Python file and flags.
+
+Every default of the project lives here. Knows nothing of arrays, models or devices;
+the rooms below are given plain values and have no defaults of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import runpy
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import tyro
+
+
+def _type_matches(value: Any, hint: Any) -> bool:
+    """Whether a value fits one of the annotations this module uses."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_type_matches(value, option) for option in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(
+            _type_matches(item, arguments[0]) for item in value
+        )
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and _type_matches(item, arguments[1])
+            for key, item in value.items()
+        )
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(option) for option in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+class Settings:
+    """Checks, when a settings object is made, types first and then meaning."""
+
+    section: typing.ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Refuses wrong types and values.
+
+        Raises:
+            ValueError: Naming the setting, what was expected, what came, the remedy.
+        """
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType] -- every subclass is a dataclass
+            value = getattr(self, field.name)
+            self._require(
+                _type_matches(value, hints[field.name]),
+                field.name,
+                f"must be {_type_name(hints[field.name])}",
+                "",
+            )
+        self._check()
+
+    def _check(self) -> None:
+        """Relations between values; overridden where there are any."""
+
+    def _require(self, holds: bool, name: str, expected: str, remedy: str) -> None:
+        if not holds:
+            raise ValueError(
+                f"{self.section}{name} {expected}, got {getattr(self, name)!r}."
+                f" {remedy}".rstrip()
+            )
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(value is None or value > 0, name, "must be above 0", "")
+
+    def _require_fraction(self, *names: str) -> None:
+        for name in names:
+            self._require(0 <= getattr(self, name) <= 1, name, "must lie in [0, 1]", "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model(Settings):
+    """The start model."""
+
+    section: typing.ClassVar[str] = "model."
+
+    path: str
+    """Folder with config.json and safetensors, a .gguf file, a hub id, or
+    package:NAME/FILE for a file inside an installed Python package."""
+    revision: str | None = None
+    """Branch, tag or commit when path is a hub id."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, when not beside the weights."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template that replaces the tokenizer's own."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products; masters stay float32. auto: bfloat16 on
+    accelerators, float32 on CPU."""
+    attention: Literal["auto", "xla"] = "auto"
+    """Attention backend."""
+    remat: Literal["none", "block"] = "block"
+    """What the backward pass recomputes: nothing, or each decoder block."""
+    score_chunk: int = 128
+    """Scored positions of a row that meet the LM head at a time."""
+
+    def _check(self) -> None:
+        self._require_positive("score_chunk")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latent(Settings):
+    """Latent Preference Coding (arXiv 2505.04993); latent=None is the plain loss."""
+
+    section: typing.ClassVar[str] = "latent."
+
+    num_codes: int = 64
+    """Codes in the codebook, the paper's K."""
+    hidden_width: int | None = None
+    """Hidden width of prior and posterior; None is the model width."""
+    kl_weight: float = 0.05
+    """lambda, the weight of KL(posterior || prior)."""
+    free_bits: float = 0.0
+    """KL below this many nats costs nothing."""
+    temperature: float = 1.0
+    """tau of the Gumbel-softmax draw at the first step."""
+    final_temperature: float = 1.0
+    """tau at the last step."""
+    temperature_schedule: Literal["constant", "linear", "exponential"] = "constant"
+    """How tau goes from the first value to the last; constant keeps the first."""
+    draw: Literal["soft", "straight_through"] = "soft"
+    """A convex mix of codes, or one code forward with the mix's gradient."""
+    prior_share: Literal["linear", "zero", "one"] = "linear"
+    """g, the prior's share of z in training (eq. 11): rising 0 to 1, or fixed."""
+    inference: Literal["mean", "sample", "argmax"] = "mean"
+    """z from the prior at evaluation: its mean, a draw, or its largest code."""
+    codebook_scale: float = 0.02
+    """Standard deviation of the codebook at the start; 0 is the plain policy."""
+    backbone_gradient: Literal["flow", "stop"] = "flow"
+    """Whether prior and posterior send gradient into the decoder."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of codebook, prior and posterior, their own group."""
+
+    def _check(self) -> None:
+        self._require(
+            self.num_codes >= 2,
+            "num_codes",
+            "must be at least 2",
+            "Use latent=None for a run without codes.",
+        )
+        self._require_positive("temperature", "final_temperature", "hidden_width")
+        for name in ("kl_weight", "free_bits", "codebook_scale", "learning_rate"):
+            self._require(getattr(self, name) >= 0, name, "must be at least 0", "")
+        self._require(
+            self.temperature_schedule != "constant"
+            or self.final_temperature == self.temperature
+            or self.final_temperature == type(self).final_temperature,
+            "final_temperature",
+            "is not used by temperature_schedule='constant'",
+            "Choose 'linear' or 'exponential', or leave it out.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dpo(Settings):
+    """Direct Preference Optimization (Rafailov et al. 2023, eq. 7)."""
+
+    section: typing.ClassVar[str] = "loss."
+
+    beta: float = 0.1
+    """Strength of the pull to the reference."""
+    label_smoothing: float = 0.0
+    """cDPO: the assumed rate of flipped labels, below 0.5."""
+
+    def _check(self) -> None:
+        _check_beta_and_smoothing(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ipo(Settings):
+    """Identity Preference Optimization (Azar et al. 2023, eq. 17)."""
+
+    section: typing.ClassVar[str] = "loss."
+
+    beta: float = 0.1
+    """The regulariser, tau in its paper."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Log-ratios per token (as TRL) or summed over the answer (as OpenRLHF)."""
+
+    def _check(self) -> None:
+        self._require_positive("beta")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simpo(Settings):
+    """Simple Preference Optimization (Meng et al. 2024, eq. 6): no reference."""
+
+    section: typing.ClassVar[str] = "loss."
+
+    beta: float = 2.0
+    """Scale of the length-normalised log-probabilities."""
+    gamma: float | None = None
+    """Target margin; give this or gamma_beta_ratio."""
+    gamma_beta_ratio: float | None = None
+    """gamma / beta, the form in which SimPO's settings are published."""
+    label_smoothing: float = 0.0
+    """The assumed rate of flipped labels, below 0.5."""
+
+    def _check(self) -> None:
+        _check_beta_and_smoothing(self)
+        self._require(
+            (self.gamma is None) != (self.gamma_beta_ratio is None),
+            "gamma",
+            "or loss.gamma_beta_ratio must be given, and not both",
+            f"gamma_beta_ratio is {self.gamma_beta_ratio!r}.",
+        )
+
+    @property
+    def target_margin(self) -> float:
+        """The resolved gamma."""
+        if self.gamma is not None:
+            return self.gamma
+        assert self.gamma_beta_ratio is not None
+        return self.gamma_beta_ratio * self.beta
+
+
+def _check_beta_and_smoothing(loss: Dpo | Simpo) -> None:
+    loss._require_positive("beta")
+    loss._require(
+        0 <= loss.label_smoothing < 0.5,
+        "label_smoothing",
+        "must lie in [0, 0.5)",
+        "At 0.5 a label says nothing.",
+    )
+
+
+Loss = Dpo | Ipo | Simpo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(Settings):
+    """Preference pairs, and how they become tokens."""
+
+    section: typing.ClassVar[str] = "data."
+
+    train: str
+    """A .jsonl, .jsonl.gz, .json or .parquet file, or a hub dataset id."""
+    train_split: str = "train"
+    """Split of a hub dataset."""
+    eval: str | None = None
+    """Held-out pairs, likewise; None: no evaluation."""
+    eval_split: str = "test"
+    """Split of a hub dataset."""
+    limit: int | None = None
+    """Use only the first pairs of train."""
+    eval_limit: int | None = None
+    """Use only the first pairs of eval."""
+    max_length: int = 1024
+    """Most tokens of prompt plus one answer."""
+    max_prompt_length: int = 512
+    """Most prompt tokens once truncation touches a pair."""
+    truncation: Literal["drop", "cut_prompt", "cut_prompt_then_answer"] = (
+        "cut_prompt_then_answer"
+    )
+    """For a pair over max_length: drop it; cut its prompt's start to
+    max_prompt_length and drop it if still too long; or after that cut the answers'
+    ends, which then have no end-of-sequence token."""
+    prefix_mismatch: Literal["cut", "error"] = "cut"
+    """When the prompt's tokens are no prefix of prompt plus answer: take the common
+    prefix as the prompt and count it, or stop."""
+
+    def _check(self) -> None:
+        self._require_positive("limit", "eval_limit", "max_prompt_length")
+        self._require(
+            self.max_prompt_length < self.max_length,
+            "max_prompt_length",
+            f"must be below max_length = {self.max_length}",
+            "An answer needs room.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing(Settings):
+    """How a step's pairs are laid out in rows."""
+
+    section: typing.ClassVar[str] = "packing."
+
+    pairs_per_step: int = 128
+    """Preference pairs per update, exactly; the last step of an epoch may have
+    fewer."""
+    rows: int = 8
+    """Rows per micro-batch over all devices; a multiple of data x fsdp."""
+    row_length: int = 2048
+    """Tokens per row; a pair takes prompt + chosen + rejected of one row."""
+    pairs_per_row: int = 16
+    """Most pairs in one row."""
+    prompt_sharing: Literal["shared", "repeated"] = "shared"
+    """shared: whole pairs in a row, the prompt once. repeated is kept for
+    comparison: one pair a row, nothing packed beside it."""
+
+    def _check(self) -> None:
+        self._require_positive("pairs_per_step", "rows", "row_length", "pairs_per_row")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer(Settings):
+    """The decoder's optimizer; codes share all of it but the learning rate."""
+
+    section: typing.ClassVar[str] = "optimizer."
+
+    name: str = "adamw"
+    """Any optimizer of optax."""
+    options: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+        }
+    )
+    """Its keyword arguments. weight_decay spares norms, biases and the codebook."""
+    learning_rate: float = 5e-7
+    """Peak learning rate of the decoder."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After warmup: down to 0 by a half cosine or a line, or level."""
+    warmup_fraction: float = 0.1
+    """Share of the steps over which the rate rises linearly from 0."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; None: no clipping."""
+
+    def _check(self) -> None:
+        self._require_fraction("warmup_fraction")
+        self._require(
+            self.learning_rate >= 0, "learning_rate", "must be at least 0", ""
+        )
+        self._require_positive("clip_norm")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Settings):
+    """How long, how often, from which seed."""
+
+    section: typing.ClassVar[str] = "training."
+
+    epochs: int = 1
+    """Passes over the training pairs."""
+    steps: int | None = None
+    """Stop after this many updates, whatever epochs says; schedules end there."""
+    seed: int = 42
+    """Seeds data order, latent initialisation and Gumbel draws."""
+    log_every: int = 1
+    """Steps between log lines."""
+    eval_every: int | None = None
+    """Steps between evaluations on the held-out pairs; None: start and end only."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; None: at the end only."""
+
+    def _check(self) -> None:
+        self._require_positive(
+            "epochs", "steps", "log_every", "eval_every", "checkpoint_every"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh(Settings):
+    """Axes of the device mesh; one may be -1 and takes the devices that are left."""
+
+    section: typing.ClassVar[str] = "mesh."
+
+    data: int = 1
+    """Copies of the parameters, each with its own rows."""
+    fsdp: int = -1
+    """Devices over which rows and parameters are split."""
+    tensor: int = 1
+    """Devices over which heads, MLP width and vocabulary are split."""
+
+    def _check(self) -> None:
+        for name in ("data", "fsdp", "tensor"):
+            value = getattr(self, name)
+            self._require(value == -1 or value > 0, name, "must be -1 or above 0", "")
+        self._require(
+            (self.data, self.fsdp, self.tensor).count(-1) <= 1,
+            "fsdp",
+            "must be a number when another axis is -1",
+            "At most one axis can take what is left.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference(Settings):
+    """The frozen policy of DPO and IPO; its log-probabilities are scored once."""
+
+    section: typing.ClassVar[str] = "reference."
+
+    path: str | None = None
+    """Another model as reference, as model.path; None: the start weights."""
+    cache: str = ".cache/reference"
+    """Folder of scored log-probabilities, keyed by content."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Settings):
+    """Where a run writes and who else is told."""
+
+    section: typing.ClassVar[str] = "run."
+
+    folder: str = "runs"
+    """Parent of the run folder."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Besides metrics.jsonl, which is always written."""
+    project: str = "lpc_jax"
+    """Project name for wandb and trackio."""
+    resume: bool = False
+    """Continue from the latest checkpoint in the run folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Settings):
+    """One run of preference alignment."""
+
+    name: str
+    """Name of the run and of its folder."""
+    model: Model
+    loss: Dpo | Ipo | Simpo
+    data: Data
+    latent: Latent | None = dataclasses.field(default_factory=Latent)
+    packing: Packing = dataclasses.field(default_factory=Packing)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    training: Training = dataclasses.field(default_factory=Training)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    reference: Reference = dataclasses.field(default_factory=Reference)
+    run: Run = dataclasses.field(default_factory=Run)
+
+    def _check(self) -> None:
+        self._require(
+            self.name not in ("", ".", "..")
+            and os.path.basename(self.name) == self.name,
+            "name",
+            "must be a plain folder name",
+            "",
+        )
+
+
+def read(path: str) -> Config:
+    """Runs a config file and returns its ``config``.
+
+    Raises:
+        ValueError: The file is missing, or does not end in ``config = Config(...)``.
+    """
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        near = difflib.get_close_matches(
+            os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else []
+        )
+        hint = f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
+        raise ValueError(f"--config: no file {path!r}.{hint}")
+    config = runpy.run_path(path).get("config")
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"{path} must end in config = Config(...), got {type(config).__name__}."
+        )
+    return config
+
+
+def load(argv: Sequence[str] | None = None) -> Config:
+    """The config that a command line asks for.
+
+    ``--config FILE`` names the file; every other flag overrides one field, as in
+    ``--optimizer.learning-rate 3e-7``. ``--help`` lists them all, ``--resume`` is
+    short for ``--run.resume``.
+
+    Raises:
+        ValueError: No config named, or a value that its setting refuses.
+        SystemExit: An unknown flag or a value of a wrong type, after tyro has said
+            which and what comes near.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = ["--run.resume" if a == "--resume" else a for a in arguments]
+    path = None
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            path = arguments[index + 1]
+            del arguments[index : index + 2]
+            break
+        if argument.startswith("--config="):
+            path = argument.removeprefix("--config=")
+            del arguments[index]
+            break
+    if path is None:
+        raise ValueError(
+            "--config FILE is required, such as --config configs/quickstart.py."
+            " With it, --help lists every field."
+        )
+    return tyro.cli(
+        Config,
+        default=read(path),
+        args=arguments,
+        prog=f"train.py --config {path}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def source(config: Config) -> str:
+    """Python text of a config file that gives this config again."""
+    names = ", ".join(
+        sorted(
+            value.__name__
+            for value in globals().values()
+            if isinstance(value, type)
+            and dataclasses.is_dataclass(value)
+            and issubclass(value, Settings)
+        )
+    )
+    return (
+        '"""The resolved configuration of one run; it runs again as it is."""\n\n'
+        f"from lpc_jax.config import (\n    {names},\n)\n\nconfig = {config!r}\n"
+    )

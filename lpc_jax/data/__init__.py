@@ -1,0 +1,1 @@
+"""Data: text in, NumPy out; never touches a device."""

@@ -1,0 +1,1 @@
+"""Losses: arrays in, one number per pair out."""

@@ -1,0 +1,1 @@
+"""Training: optimizer, reference, step, loop and run log."""

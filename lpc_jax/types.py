@@ -1,0 +1,107 @@
+"""The nouns every room shares, and the letters of their axes.
+
+Knows nothing of files, models or devices. The only axis letters used anywhere:
+
+    B pairs in a step    R rows in a micro-batch   T row length
+    P pair slots in a row                          S scored positions in a row
+    D model width        N query heads             K key/value heads
+    H head width         F MLP width               L layers
+    V vocabulary         C codes (the paper's K)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+# Values of Batch.branch.
+PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
+
+# Values of Batch.pair on padding.
+NO_PAIR = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One micro-batch: R rows, each holding whole pairs with every prompt stored once.
+
+    ``row = | prompt a | chosen a | rejected a | prompt b | chosen b | ... | padding |``
+
+    A query attends to a key iff both are of the same pair, the key is not later in
+    ``positions``, and the key is of the prompt or of the query's own answer. Padding
+    is known from lengths, never from token ids.
+
+    Attributes:
+        tokens: Token ids; 0 on padding.
+        positions: RoPE positions; both answers continue from the prompt's end.
+        pair: Pair slot of each token in its row, ``NO_PAIR`` on padding.
+        branch: ``PROMPT``, ``CHOSEN``, ``REJECTED`` or ``PADDING``.
+        score_from: Index in the row of the hidden state that predicts.
+        score_token: The token predicted there.
+        score_slot: ``2 * pair slot + side``, side 0 for chosen and 1 for rejected.
+        score_mask: False where a scored position is padding.
+        prompt_end: Index of the last prompt token, where the prior reads.
+        chosen_end: Index of the last chosen token, where the posterior reads.
+        rejected_end: Index of the last rejected token, likewise.
+        pair_mask: False where a pair slot is unused.
+        pair_id: The pair's index in its data set; seeds its Gumbel draw, so that the
+            draw depends neither on packing nor on devices.
+        lengths: Scored tokens of the chosen and the rejected answer; 1 on padding.
+        reference_logp: Summed log-probabilities under the reference, or None for a
+            loss that has no reference.
+    """
+
+    tokens: Int[Array | np.ndarray, "R T"]
+    positions: Int[Array | np.ndarray, "R T"]
+    pair: Int[Array | np.ndarray, "R T"]
+    branch: Int[Array | np.ndarray, "R T"]
+    score_from: Int[Array | np.ndarray, "R S"]
+    score_token: Int[Array | np.ndarray, "R S"]
+    score_slot: Int[Array | np.ndarray, "R S"]
+    score_mask: Bool[Array | np.ndarray, "R S"]
+    prompt_end: Int[Array | np.ndarray, "R P"]
+    chosen_end: Int[Array | np.ndarray, "R P"]
+    rejected_end: Int[Array | np.ndarray, "R P"]
+    pair_mask: Bool[Array | np.ndarray, "R P"]
+    pair_id: Int[Array | np.ndarray, "R P"]
+    lengths: Int[Array | np.ndarray, "R P 2"]
+    reference_logp: Float[Array | np.ndarray, "R P 2"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentCodes:
+    """A belief over codes and the vector drawn from it, of prior or posterior alike.
+
+    Attributes:
+        logits: Unnormalised log-weights.
+        weights: The draw (or the mean): a point on the simplex.
+        vector: ``weights @ codebook``, added to hidden states before the head.
+    """
+
+    logits: Float[Array, "*pairs C"]
+    weights: Float[Array, "*pairs C"]
+    vector: Float[Array, "*pairs D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes.
+
+    Attributes:
+        step: Updates done so far, an int32 scalar.
+        params: Nested dict of the policy's parameters, fp32 masters.
+        opt_state: What optax keeps.
+        key: The run's PRNG key; a step's randomness is folded from it and ``step``.
+    """
+
+    step: Int[Array, ""]
+    params: dict[str, Any]
+    opt_state: Any
+    key: Array
