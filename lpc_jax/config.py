@@ -309,9 +309,6 @@ class Packing(Settings):
     """Tokens per row; a pair takes prompt + chosen + rejected of one row."""
     pairs_per_row: int = 16
     """Most pairs in one row."""
-    prompt_sharing: Literal["shared", "repeated"] = "shared"
-    """shared: whole pairs in a row, the prompt once. repeated is kept for
-    comparison: one pair a row, nothing packed beside it."""
 
     def _check(self) -> None:
         self._require_positive("pairs_per_step", "rows", "row_length", "pairs_per_row")

@@ -1,0 +1,198 @@
+"""Decoder architectures as data, read from a Hugging Face ``config.json``.
+
+Knows nothing of weights or arrays. Every field of the file must be understood: one
+that would change the forward pass in a way the decoder does not compute is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+
+# Fields that must hold one value, because the decoder computes no other.
+_REQUIRED_VALUES = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+_ROPE_FIELDS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long contexts.
+
+    ``linear`` divides every frequency by ``factor``. ``llama3`` divides the low
+    ones, keeps the high ones and blends between (Llama 3.1 model card and code).
+
+    Attributes:
+        kind: ``linear`` or ``llama3``.
+        factor: The stretch.
+        low_freq_factor: Wavelengths above ``original_length / this`` are stretched.
+        high_freq_factor: Wavelengths below ``original_length / this`` are kept.
+        original_length: Context length before stretching, in tokens.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_length: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What the decoder needs to know of a Llama-like model.
+
+    Attributes:
+        family: ``llama`` or ``mistral``; picks the key table of the weights.
+        vocabulary: V, tokens in the vocabulary.
+        width: D, width of the residual stream.
+        layers: L, decoder blocks.
+        query_heads: N.
+        kv_heads: K; N is a multiple of it.
+        head_width: H.
+        mlp_width: F.
+        norm_epsilon: Added to the mean square in RMS norm.
+        rope_theta: Base of the rotary wavelengths.
+        rope_scaling: None where frequencies are plain.
+        sliding_window: A query sees keys at most ``sliding_window - 1`` positions
+            back; None sees all.
+        tied: Whether the LM head is the embedding.
+        context_length: Positions the model was made for.
+    """
+
+    family: str
+    vocabulary: int
+    width: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    norm_epsilon: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    sliding_window: int | None
+    tied: bool
+    context_length: int
+
+    def parameter_count(self) -> int:
+        """Parameters of the decoder."""
+        attention = (
+            self.width * self.head_width * 2 * (self.query_heads + self.kv_heads)
+        )
+        block = attention + 3 * self.width * self.mlp_width + 2 * self.width
+        embeddings = self.vocabulary * self.width * (1 if self.tied else 2)
+        return embeddings + self.layers * block + self.width
+
+
+def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling from either of Hugging Face's two spellings.
+
+    transformers 4 writes ``rope_theta`` and ``rope_scaling``; transformers 5 one
+    ``rope_parameters``.
+    """
+    parameters = dict(config.get("rope_parameters") or {})
+    parameters.update(config.get("rope_scaling") or {})
+    theta = float(parameters.pop("rope_theta", config.get("rope_theta", 10_000.0)))
+    kind = parameters.pop("rope_type", parameters.pop("type", "default"))
+    parameters.pop("type", None)
+    if kind not in _ROPE_FIELDS:
+        raise ValueError(
+            f"{origin}: rope type must be one of {sorted(_ROPE_FIELDS)}, got {kind!r}."
+            " This scaling is not implemented."
+        )
+    if set(parameters) != _ROPE_FIELDS[kind]:
+        raise ValueError(
+            f"{origin}: rope type {kind!r} takes {sorted(_ROPE_FIELDS[kind])}, got"
+            f" {sorted(parameters)}."
+        )
+    if kind == "default":
+        return theta, None
+    return theta, RopeScaling(
+        kind=kind,
+        factor=float(parameters["factor"]),
+        low_freq_factor=float(parameters.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(parameters.get("high_freq_factor", 1.0)),
+        original_length=int(parameters.get("original_max_position_embeddings", 0)),
+    )
+
+
+def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
+    """The architecture that a ``config.json`` describes.
+
+    Args:
+        config: The parsed file.
+        origin: Its path, for messages.
+
+    Raises:
+        ValueError: An unknown architecture, a field with a value that the decoder
+            does not compute, or a field missing, by name.
+    """
+    name = (config.get("architectures") or [None])[0]
+    if name not in FAMILIES:
+        raise ValueError(
+            f"{origin}: architectures[0] must be one of {sorted(FAMILIES)}, got"
+            f" {name!r}. Other families are not implemented."
+        )
+    for field, expected in _REQUIRED_VALUES.items():
+        if config.get(field, expected) != expected:
+            raise ValueError(
+                f"{origin}: {field} must be {expected!r}, got {config[field]!r}."
+                " The decoder does not compute this variant."
+            )
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            f"{origin}: quantization_config must be absent. Use the model's"
+            " unquantised safetensors, or a GGUF file."
+        )
+    required = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "rms_norm_eps",
+    )
+    missing = [field for field in required if config.get(field) is None]
+    if missing:
+        raise ValueError(f"{origin}: missing fields {missing}.")
+    theta, scaling = _rope(config, origin)
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"{origin}: num_attention_heads = {heads} must be a multiple of"
+            f" num_key_value_heads = {kv_heads}."
+        )
+    family = FAMILIES[name]
+    return Architecture(
+        family=family,
+        vocabulary=config["vocab_size"],
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        query_heads=heads,
+        kv_heads=kv_heads,
+        head_width=config.get("head_dim") or config["hidden_size"] // heads,
+        mlp_width=config["intermediate_size"],
+        norm_epsilon=config["rms_norm_eps"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        # Only Mistral's code reads the field; a Llama config may carry it unused.
+        sliding_window=config.get("sliding_window") if family == "mistral" else None,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        context_length=config.get("max_position_embeddings", 2048),
+    )
