@@ -1,0 +1,209 @@
+"""The decoder: Llama's blocks, read from one table of numbers per model.
+
+Knows nothing of pairs beyond the mask's meaning, nor of latents, heads or losses.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lpc_jax import axes
+from lpc_jax.models import attention
+from lpc_jax.models.architectures import Architecture
+
+# Standard deviation of random weights, as Llama's and Mistral's configs have it.
+INITIAL_SCALE = 0.02
+
+
+def rope_frequencies(architecture: Architecture) -> np.ndarray:
+    """Radians per position of each of the H/2 rotary planes, float32.
+
+    Su et al. 2021; with Llama 3.1's stretch, wavelengths above
+    ``original_length / low_freq_factor`` grow by ``factor``, those below
+    ``original_length / high_freq_factor`` stay, and between the two the stretch is
+    interpolated linearly in ``original_length / wavelength``.
+    """
+    exponents = np.arange(0, architecture.head_width, 2) / architecture.head_width
+    frequencies = 1.0 / architecture.rope_theta**exponents
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32)
+    if scaling.kind == "linear":
+        return (frequencies / scaling.factor).astype(np.float32)
+    turns = scaling.original_length * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    kept = np.clip(kept, 0.0, 1.0)
+    return (frequencies * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+
+
+def rotate(
+    x: Float[Array, "R T N H"], angles: Float[Array, "R T half_H"]
+) -> Float[Array, "R T N H"]:
+    """Turns each plane (i, i + H/2) of a head by its angle, in fp32."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return rotated.astype(x.dtype)
+
+
+class RmsNorm(nnx.Module):
+    """Root-mean-square norm in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones((width,)))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normed * self.scale[...]).astype(x.dtype)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
+    return nnx.Param(INITIAL_SCALE * jax.random.normal(rngs.params(), shape))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, architecture: Architecture, *, backend: str, rngs: nnx.Rngs):
+        width, head_width = architecture.width, architecture.head_width
+        heads, kv_heads = architecture.query_heads, architecture.kv_heads
+        self.query = _normal(rngs, (width, heads, head_width))
+        self.key = _normal(rngs, (width, kv_heads, head_width))
+        self.value = _normal(rngs, (width, kv_heads, head_width))
+        self.output = _normal(rngs, (heads, head_width, width))
+        self.backend = backend
+
+    def __call__(
+        self,
+        x: Float[Array, "R T D"],
+        angles: Float[Array, "R T half_H"],
+        mask: Bool[Array, "R T T"],
+    ) -> Float[Array, "R T D"]:
+        query = jnp.einsum("RTD,DNH->RTNH", x, self.query.astype(x.dtype))
+        key = jnp.einsum("RTD,DKH->RTKH", x, self.key.astype(x.dtype))
+        value = jnp.einsum("RTD,DKH->RTKH", x, self.value.astype(x.dtype))
+        query = axes.constrain(rotate(query, angles), "R T N H")
+        key = axes.constrain(rotate(key, angles), "R T K H")
+        mixed = attention.attend(query, key, value, mask, backend=self.backend)
+        mixed = axes.constrain(mixed, "R T N H")
+        return jnp.einsum("RTNH,NHD->RTD", mixed, self.output.astype(x.dtype))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
+        width, mlp_width = architecture.width, architecture.mlp_width
+        self.gate = _normal(rngs, (width, mlp_width))
+        self.up = _normal(rngs, (width, mlp_width))
+        self.down = _normal(rngs, (mlp_width, width))
+
+    def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+        gate = jnp.einsum("RTD,DF->RTF", x, self.gate.astype(x.dtype))
+        up = jnp.einsum("RTD,DF->RTF", x, self.up.astype(x.dtype))
+        inner = axes.constrain(jax.nn.silu(gate) * up, "R T F")
+        return jnp.einsum("RTF,FD->RTD", inner, self.down.astype(x.dtype))
+
+
+class Block(nnx.Module):
+    """Attention, then MLP, each on a normed copy and added to the stream."""
+
+    def __init__(self, architecture: Architecture, *, backend: str, rngs: nnx.Rngs):
+        epsilon = architecture.norm_epsilon
+        self.attention_norm = RmsNorm(architecture.width, epsilon)
+        self.attention = Attention(architecture, backend=backend, rngs=rngs)
+        self.mlp_norm = RmsNorm(architecture.width, epsilon)
+        self.mlp = Mlp(architecture, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "R T D"],
+        angles: Float[Array, "R T half_H"],
+        mask: Bool[Array, "R T T"],
+    ) -> Float[Array, "R T D"]:
+        x = x + self.attention(self.attention_norm(x), angles, mask)
+        x = x + self.mlp(self.mlp_norm(x))
+        return axes.constrain(x, "R T D")
+
+
+class Decoder(nnx.Module):
+    """Tokens to last hidden states, after the final norm.
+
+    Blocks are stacked on a leading L axis and run by one scan, so that one block is
+    compiled whatever the depth.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        compute_dtype: jnp.dtype,
+        attention_backend: str,
+        remat: str,
+        rngs: nnx.Rngs,
+    ):
+        self.architecture = architecture
+        self.compute_dtype = compute_dtype
+        self.remat = remat
+        vocabulary, width = architecture.vocabulary, architecture.width
+        self.embedding = _normal(rngs, (vocabulary, width))
+
+        def block(key: Array) -> Block:
+            return Block(architecture, backend=attention_backend, rngs=nnx.Rngs(key))
+
+        keys = jax.random.split(rngs.params(), architecture.layers)
+        graph, _ = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0))))
+        states = jax.vmap(lambda key: nnx.split(block(key))[1])(keys)
+        self.blocks = nnx.merge(graph, states)
+        self.final_norm = RmsNorm(width, architecture.norm_epsilon)
+        if not architecture.tied:
+            self.head = _normal(rngs, (vocabulary, width))
+
+    @property
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The LM head, which a tied architecture shares with the embedding."""
+        return self.embedding[...] if self.architecture.tied else self.head[...]
+
+    def __call__(
+        self,
+        tokens: Int[Array, "R T"],
+        positions: Int[Array, "R T"],
+        pair: Int[Array, "R T"],
+        branch: Int[Array, "R T"],
+    ) -> Float[Array, "R T D"]:
+        """Hidden states h of LPC's equations, in the compute dtype.
+
+        Args:
+            tokens: Token ids.
+            positions: Rotary positions.
+            pair: Pair slots, for the mask.
+            branch: Branches, for the mask.
+        """
+        mask = attention.pair_mask(
+            positions, pair, branch, sliding_window=self.architecture.sliding_window
+        )
+        angles = positions[..., None] * rope_frequencies(self.architecture)
+        x = self.embedding.astype(self.compute_dtype)[tokens]
+        x = axes.constrain(x, "R T D")
+        graph, stacked = nnx.split(self.blocks)
+
+        def run_block(x: Array, layer: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graph, layer)(x, angles, mask), None
+
+        if self.remat == "block":
+            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        x, _ = jax.lax.scan(run_block, x, stacked)
+        return self.final_norm(x)

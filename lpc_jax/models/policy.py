@@ -1,0 +1,77 @@
+"""The policy: a decoder, and a latent over it or none.
+
+Knows nothing of losses or schedules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lpc_jax.models.architectures import Architecture
+from lpc_jax.models.decoder import Decoder
+from lpc_jax.models.latent import LatentHead
+from lpc_jax.types import Batch
+
+
+class Policy(nnx.Module):
+    """pi_theta(y | x, z) = softmax(head (h + z)), eq. 10; z = 0 without a latent."""
+
+    def __init__(self, decoder: Decoder, latent: LatentHead | None):
+        self.decoder = decoder
+        self.latent = latent
+
+    def hidden(self, batch: Batch) -> Float[Array, "R T D"]:
+        """One decoder pass over rows of whole pairs."""
+        return self.decoder(batch.tokens, batch.positions, batch.pair, batch.branch)
+
+
+def read_at(
+    hidden: Float[Array, "R T D"], index: Int[Array, "R X"]
+) -> Float[Array, "R X D"]:
+    """Hidden states at given indices of each row."""
+    return jnp.take_along_axis(hidden, index[..., None], axis=1)
+
+
+def build(
+    architecture: Architecture,
+    *,
+    compute_dtype: jnp.dtype,
+    attention_backend: str,
+    remat: str,
+    latent: dict[str, Any] | None,
+    key: Array,
+) -> Policy:
+    """A policy with random weights; under ``nnx.eval_shape`` only its shapes.
+
+    Args:
+        architecture: The decoder's.
+        compute_dtype: Of matrix products.
+        attention_backend: As ``model.attention``.
+        remat: As ``model.remat``.
+        latent: ``num_codes``, ``hidden_width`` (None is D) and ``codebook_scale`` of
+            the latent head, or None.
+        key: Seeds the weights; the latent's do not depend on the decoder's.
+    """
+    decoder_key, latent_key = jax.random.split(key)
+    decoder = Decoder(
+        architecture,
+        compute_dtype=compute_dtype,
+        attention_backend=attention_backend,
+        remat=remat,
+        rngs=nnx.Rngs(decoder_key),
+    )
+    if latent is None:
+        return Policy(decoder, None)
+    head = LatentHead(
+        width=architecture.width,
+        hidden_width=latent["hidden_width"] or architecture.width,
+        num_codes=latent["num_codes"],
+        codebook_scale=latent["codebook_scale"],
+        rngs=nnx.Rngs(latent_key),
+    )
+    return Policy(decoder, head)
