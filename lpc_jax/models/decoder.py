@@ -64,6 +64,7 @@ class RmsNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+        """x / rms(x) * scale."""
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
@@ -92,6 +93,7 @@ class Attention(nnx.Module):
         angles: Float[Array, "R T half_H"],
         mask: Bool[Array, "R T T"],
     ) -> Float[Array, "R T D"]:
+        """One attention layer over rows of pairs."""
         query = jnp.einsum("RTD,DNH->RTNH", x, self.query.astype(x.dtype))
         key = jnp.einsum("RTD,DKH->RTKH", x, self.key.astype(x.dtype))
         value = jnp.einsum("RTD,DKH->RTKH", x, self.value.astype(x.dtype))
@@ -112,6 +114,7 @@ class Mlp(nnx.Module):
         self.down = _normal(rngs, (mlp_width, width))
 
     def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+        """down(silu(gate x) * up x)."""
         gate = jnp.einsum("RTD,DF->RTF", x, self.gate.astype(x.dtype))
         up = jnp.einsum("RTD,DF->RTF", x, self.up.astype(x.dtype))
         inner = axes.constrain(jax.nn.silu(gate) * up, "R T F")
@@ -134,6 +137,7 @@ class Block(nnx.Module):
         angles: Float[Array, "R T half_H"],
         mask: Bool[Array, "R T T"],
     ) -> Float[Array, "R T D"]:
+        """The stream after this block."""
         x = x + self.attention(self.attention_norm(x), angles, mask)
         x = x + self.mlp(self.mlp_norm(x))
         return axes.constrain(x, "R T D")

@@ -29,6 +29,7 @@ class CodeMlp(nnx.Module):
         self.output_bias = nnx.Param(jnp.zeros((num_codes,)))
 
     def __call__(self, x: Float[Array, "*pairs inputs"]) -> Float[Array, "*pairs C"]:
+        """Logits over codes."""
         hidden = jax.nn.silu(x @ self.hidden_kernel[...] + self.hidden_bias[...])
         return hidden @ self.output_kernel[...] + self.output_bias[...]
 

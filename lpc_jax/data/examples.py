@@ -1,0 +1,353 @@
+"""Reads preference pairs from files and hub data sets: one parser per source form.
+
+Knows nothing of tokens. A row that no parser understands is an error that names its
+file and line; a row that is understood but holds no preference is a counted drop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import httpx
+import pyarrow
+import pyarrow.parquet
+from huggingface_hub import errors as hub_errors
+
+from lpc_jax import sources
+from lpc_jax.data.report import Drops
+
+Message = dict[str, str]
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+NO_SOURCE = "unknown"
+
+EMPTY = "empty answer"
+EQUAL = "chosen equals rejected"
+NOT_ASSISTANT = "answer is not the assistant's"
+NO_USER_TURN = "prompt does not end with the user's turn"
+EARLY_SPLIT = "transcripts differ before the last answer"
+
+_FORMS = (
+    "chosen and rejected as two lists of messages with prompt as a list of messages,"
+    " two full transcripts (lists of messages) without a prompt list, or prompt,"
+    " chosen and rejected as three strings"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceExample:
+    """A conversation and two answers to its last turn.
+
+    Attributes:
+        prompt: Messages ``{"role", "content"}``, the last one the user's.
+        chosen: The better answer's text.
+        rejected: The worse answer's text.
+        source: Where the prompt comes from, for reports.
+        origin: The row as ``file:line``, for messages.
+        index: The row's position in what was read, dropped rows counted.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str
+    origin: str
+    index: int
+
+
+class _Dropped(Exception):
+    """A row that holds no preference; the message is the rule's name."""
+
+
+def read(
+    path: str, *, setting: str, split: str | None, limit: int | None
+) -> tuple[list[PreferenceExample], Drops]:
+    """Preference pairs of a file or a hub data set.
+
+    Args:
+        path: A .jsonl, .jsonl.gz, .json or .parquet file, or ``owner/name``.
+        setting: The setting's name in the user's words, for messages.
+        split: Split of a hub data set; a file has none.
+        limit: Read only this many rows, from the first; None: all.
+
+    Returns:
+        The pairs in order, and the rows that hold no preference.
+
+    Raises:
+        ValueError: The data cannot be had, a row is broken or of no known form, or
+            no pair is left.
+    """
+    examples, events, count = [], [], 0
+    for origin, row in rows(path, setting=setting, split=split):
+        if count == limit:
+            break
+        try:
+            examples.append(parse(row, origin=origin, index=count))
+        except _Dropped as drop:
+            events.append((str(drop), origin))
+        count += 1
+    drops = Drops.count(events)
+    if not examples:
+        found = "; ".join(drops.lines()) or "it has no rows"
+        raise ValueError(
+            f"{setting} = {path!r} holds no preference pair, expected at least one:"
+            f" {found}. Give rows with a prompt and two different answers."
+        )
+    return examples, drops
+
+
+def rows(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, Any]]:
+    """Each row of a file or a hub data set with its origin, as ``file:line``.
+
+    Args:
+        path: As in ``read``.
+        setting: The setting's name in the user's words, for messages.
+        split: Split of a hub data set.
+
+    Raises:
+        ValueError: The data cannot be had, or a row is broken.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        name = local.name
+        if name.endswith((".jsonl", ".jsonl.gz")):
+            return _json_lines(local)
+        if name.endswith(".json"):
+            return _json_list(local)
+        if name.endswith(".parquet"):
+            return _parquet(local)
+        raise ValueError(
+            f"{setting} = {path!r} must end in {', '.join(SUFFIXES)}, got {name!r}."
+            " Convert or rename the file."
+        )
+    if local.exists() or path.endswith(SUFFIXES) or not sources.is_hub_id(path):
+        raise ValueError(_missing_file(local, path, setting))
+    return _hub(path, setting=setting, split=split)
+
+
+def _missing_file(local: Path, path: str, setting: str) -> str:
+    if local.is_dir():
+        return (
+            f"{setting} = {path!r} is a folder, expected a file ending in"
+            f" {', '.join(SUFFIXES)}. Name the file inside it."
+        )
+    folder = local.parent
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(local.name, names, n=1)
+    hint = f"Did you mean {str(folder / near[0])!r}?" if near else "Check the path."
+    return (
+        f"{setting} = {path!r}: no such file, and not a hub id of the form owner/name."
+        f" {hint}"
+    )
+
+
+def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield (
+                        f"{file.name}:{number}",
+                        _decode(line, f"{file}:{number}"),
+                    )
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise ValueError(
+            f"{file}:{number + 1}: expected gzip data, got a broken or truncated file"
+            f" ({e}). Fetch or compress the file again."
+        ) from e
+
+
+def _decode(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(
+            f"{where}: expected JSON, got {e.msg} at line {e.lineno}, column {e.colno}."
+            " Mend or remove it."
+        ) from e
+    except UnicodeDecodeError as e:
+        raise ValueError(
+            f"{where}: expected UTF-8 text, got byte {text[e.start]:#04x} at {e.start}."
+            " Save the file as UTF-8."
+        ) from e
+
+
+def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
+    items = _decode(file.read_bytes(), str(file))
+    if not isinstance(items, list):
+        raise ValueError(
+            f"{file} must hold a list of rows, got {type(items).__name__}. Write it as"
+            " [{...}, {...}], or one object a line in a .jsonl file."
+        )
+    for number, item in enumerate(items, 1):
+        yield f"{file.name}:{number}", item
+
+
+def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file.name}:{number}", row
+    except (pyarrow.ArrowInvalid, OSError) as e:
+        raise ValueError(
+            f"{file}: expected a parquet file, got a broken or truncated one after row"
+            f" {number} ({str(e).splitlines()[0]}). Fetch or write the file again."
+        ) from e
+
+
+def _hub(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, Any]]:
+    try:
+        table = datasets.load_dataset(path, split=split)
+    except (
+        datasets.exceptions.DatasetNotFoundError,
+        datasets.exceptions.DataFilesNotFoundError,
+        hub_errors.HfHubHTTPError,
+        hub_errors.OfflineModeIsEnabled,
+        httpx.HTTPError,
+        OSError,
+    ) as e:
+        raise ValueError(
+            f"{setting} = {path!r} is not on this machine and could not be downloaded"
+            f" ({type(e).__name__}). Get it with: hf download {path} --repo-type"
+            f" dataset --local-dir FOLDER, then pass --{setting} with a file of it; a"
+            " gated data set also needs its licence accepted and `hf auth login`."
+        ) from e
+    if not isinstance(table, datasets.Dataset):
+        raise ValueError(
+            f"{setting} = {path!r} has the splits {', '.join(map(str, table))}, and"
+            f" none is named. Name one with --{setting}-split."
+        )
+    for number, row in enumerate(table, 1):
+        yield f"{path}/{split}:{number}", row
+
+
+def parse(row: Any, *, origin: str, index: int) -> PreferenceExample:
+    """One row of any known form as a pair.
+
+    Args:
+        row: An object with ``chosen``, ``rejected``, and ``prompt`` where its form
+            has one; an optional ``source`` is kept.
+        origin: The row as ``file:line``, for messages.
+        index: The row's position in what was read.
+
+    Raises:
+        ValueError: The row is of no known form.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{origin}: expected an object with prompt, chosen and rejected, got"
+            f" {type(row).__name__}. Write one object a row."
+        )
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            raise ValueError(
+                f"{origin}: the field {name!r} is missing; expected prompt, chosen and"
+                f" rejected, got {', '.join(row) or 'none'}. Add it or remove the row."
+            )
+    kinds = tuple(type(row.get(name)) for name in ("prompt", "chosen", "rejected"))
+    if kinds == (list, list, list):
+        prompt, chosen, rejected = _explicit(row, origin)
+    elif kinds in ((type(None), list, list), (str, list, list)):
+        prompt, chosen, rejected = _implied(row, origin)
+    elif kinds == (str, str, str):
+        prompt, chosen, rejected = _plain(row)
+    elif kinds == (type(None), str, str):
+        raise ValueError(
+            f"{origin}: the field 'prompt' is missing; expected prompt, chosen and"
+            f" rejected, got {', '.join(row)}. Add it or remove the row."
+        )
+    else:
+        seen = ", ".join(f"{k} ({type(v).__name__})" for k, v in row.items())
+        raise ValueError(
+            f"{origin}: not a known form of preference pair. Expected {_FORMS}; got"
+            f" {seen}. Convert the row to one of these."
+        )
+    _require_preference(prompt, chosen, rejected)
+    source = row.get("source")
+    return PreferenceExample(
+        prompt=tuple(prompt),
+        chosen=chosen["content"],
+        rejected=rejected["content"],
+        source=source if isinstance(source, str) and source else NO_SOURCE,
+        origin=origin,
+        index=index,
+    )
+
+
+def _require_preference(
+    prompt: list[Message], chosen: Message, rejected: Message
+) -> None:
+    if chosen["role"] != "assistant" or rejected["role"] != "assistant":
+        raise _Dropped(NOT_ASSISTANT)
+    if not prompt or prompt[-1]["role"] != "user":
+        raise _Dropped(NO_USER_TURN)
+    if not chosen["content"].strip() or not rejected["content"].strip():
+        raise _Dropped(EMPTY)
+    if chosen["content"] == rejected["content"]:
+        raise _Dropped(EQUAL)
+
+
+def _explicit(
+    row: dict[str, Any], origin: str
+) -> tuple[list[Message], Message, Message]:
+    """``prompt`` is a list of messages; ``chosen``, ``rejected`` one message each."""
+    answers = [_messages(row[name], name, origin) for name in ("chosen", "rejected")]
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if len(answer) != 1:
+            raise ValueError(
+                f"{origin}: beside a prompt list, {name} must hold one message, the"
+                f" assistant's answer, got {len(answer)}. Move earlier turns to prompt,"
+                " or leave prompt out to give two full transcripts."
+            )
+    return _messages(row["prompt"], "prompt", origin), answers[0][0], answers[1][0]
+
+
+def _implied(
+    row: dict[str, Any], origin: str
+) -> tuple[list[Message], Message, Message]:
+    """``chosen`` and ``rejected`` are full transcripts; what they share is the prompt.
+
+    A string ``prompt`` beside them repeats the first user turn and is not used.
+    """
+    chosen = _messages(row["chosen"], "chosen", origin)
+    rejected = _messages(row["rejected"], "rejected", origin)
+    if not chosen or not rejected:
+        raise _Dropped(EMPTY)
+    if chosen[:-1] != rejected[:-1]:
+        raise _Dropped(EARLY_SPLIT)
+    return chosen[:-1], chosen[-1], rejected[-1]
+
+
+def _plain(row: dict[str, Any]) -> tuple[list[Message], Message, Message]:
+    """Three strings: one user message and two answers."""
+    return (
+        [{"role": "user", "content": row["prompt"]}],
+        {"role": "assistant", "content": row["chosen"]},
+        {"role": "assistant", "content": row["rejected"]},
+    )
+
+
+def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
+    for number, item in enumerate(items, 1):
+        if not (
+            isinstance(item, dict)
+            and isinstance(item.get("role"), str)
+            and isinstance(item.get("content"), str)
+        ):
+            raise ValueError(
+                f"{origin}: message {number} of {name} must be an object with the"
+                f" strings role and content, got {item!r:.80}. Mend or remove the row."
+            )
+    return [{"role": item["role"], "content": item["content"]} for item in items]

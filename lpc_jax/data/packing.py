@@ -1,0 +1,226 @@
+"""Pairs to rows: shared prompts, packing, and the plan of micro-batches for a step.
+
+Everything is a function of lengths and a seed, so that every host computes the same
+plan and a run resumes from its step number alone. Knows nothing of devices or text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED, Batch
+
+# Room for scored positions beyond the data's average share of a row.
+_SCORED_SLACK = 1.1
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The one static shape of every micro-batch of a run.
+
+    Attributes:
+        rows: R.
+        row_length: T, in tokens.
+        pair_slots: P.
+        scored: S, scored positions in a row.
+    """
+
+    rows: int
+    row_length: int
+    pair_slots: int
+    scored: int
+
+
+def pair_lengths(pairs: Sequence[TokenizedPair]) -> Int[np.ndarray, "B 3"]:
+    """Tokens of prompt, chosen and rejected of each pair."""
+    lengths = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
+    return np.asarray(lengths, np.int32).reshape(-1, 3)
+
+
+def row_shape(
+    lengths: Int[np.ndarray, "B 3"],
+    *,
+    rows: int,
+    row_length: int,
+    pairs_per_row: int,
+    score_chunk: int,
+) -> RowShape:
+    """The smallest shape that packs these pairs well.
+
+    Scored positions cost a pass through the LM head each, so a row holds as many as
+    the data's own share of scored tokens asks for, and no fewer than the longest pair
+    needs; the packer fills rows within both limits.
+
+    Args:
+        lengths: Of every pair of the run.
+        rows: Rows in a micro-batch.
+        row_length: Tokens in a row.
+        pairs_per_row: Most pairs in a row.
+        score_chunk: Scored positions are rounded up to a multiple of it.
+
+    Raises:
+        ValueError: A pair is longer than a row.
+    """
+    totals = lengths.sum(axis=1)
+    longest = int(np.argmax(totals))
+    if totals[longest] > row_length:
+        raise ValueError(
+            f"packing.row_length must be at least {totals[longest]}, got {row_length}:"
+            f" pair {longest} has {lengths[longest, 0]} prompt,"
+            f" {lengths[longest, 1]} chosen and {lengths[longest, 2]} rejected tokens."
+            " Raise packing.row_length or lower data.max_length."
+        )
+    scored = lengths[:, 1:].sum(axis=1)
+    typical = row_length * scored.sum() / totals.sum() * _SCORED_SLACK
+    wanted = max(int(scored.max()), int(typical))
+    wanted += -wanted % score_chunk
+    return RowShape(rows, row_length, pairs_per_row, min(wanted, row_length))
+
+
+def plan_rows(lengths: Int[np.ndarray, "B 3"], shape: RowShape) -> list[list[int]]:
+    """First-fit decreasing: which pairs share which row.
+
+    Args:
+        lengths: Of the pairs to place.
+        shape: The limits of a row.
+
+    Returns:
+        Indices into ``lengths``, row by row; every pair exactly once.
+    """
+    totals, scored = lengths.sum(axis=1), lengths[:, 1:].sum(axis=1)
+    plan: list[list[int]] = []
+    room: list[list[int]] = []  # tokens, scored positions and slots left in each row
+    for index in np.argsort(-totals, kind="stable"):
+        need = (totals[index], scored[index], 1)
+        for row, left in zip(plan, room, strict=True):  # noqa: B007 -- the row found is read after the loop
+            if all(n <= have for n, have in zip(need, left, strict=True)):
+                break
+        else:
+            row = []
+            left = [shape.row_length, shape.scored, shape.pair_slots]
+            plan.append(row)
+            room.append(left)
+        row.append(int(index))
+        left[:] = [int(have - n) for n, have in zip(need, left, strict=True)]
+    return plan
+
+
+def _empty_batch(shape: RowShape, *, with_reference: bool) -> Batch:
+    def zeros(*axes: int) -> np.ndarray:
+        return np.zeros((shape.rows, *axes), np.int32)
+
+    length, scored, slots = shape.row_length, shape.scored, shape.pair_slots
+    return Batch(
+        tokens=zeros(length),
+        positions=zeros(length),
+        pair=zeros(length) + NO_PAIR,
+        branch=zeros(length) + PADDING,
+        score_from=zeros(scored),
+        score_token=zeros(scored),
+        score_slot=zeros(scored),
+        score_mask=zeros(scored).astype(bool),
+        prompt_end=zeros(slots),
+        chosen_end=zeros(slots),
+        rejected_end=zeros(slots),
+        pair_mask=zeros(slots).astype(bool),
+        pair_id=zeros(slots),
+        lengths=zeros(slots, 2) + 1,
+        reference_logp=zeros(slots, 2).astype(np.float32) if with_reference else None,
+    )
+
+
+def _write_pair(
+    batch: Batch, pair: TokenizedPair, row: int, slot: int, start: int, scored: int
+) -> tuple[int, int]:
+    """Writes one pair at ``start``; returns where tokens and scores go on."""
+    prompt_end = start + len(pair.prompt) - 1
+    batch.prompt_end[row, slot] = prompt_end
+    ends = (batch.chosen_end, batch.rejected_end)
+    parts = (
+        (PROMPT, pair.prompt),
+        (CHOSEN, pair.chosen),
+        (REJECTED, pair.rejected),
+    )
+    for branch, tokens in parts:
+        stop = start + len(tokens)
+        first_position = 0 if branch == PROMPT else len(pair.prompt)
+        batch.tokens[row, start:stop] = tokens
+        batch.positions[row, start:stop] = first_position + np.arange(len(tokens))
+        batch.pair[row, start:stop] = slot
+        batch.branch[row, start:stop] = branch
+        if branch != PROMPT:
+            side = 0 if branch == CHOSEN else 1
+            span = slice(scored, scored + len(tokens))
+            batch.score_from[row, span] = np.arange(start - 1, stop - 1)
+            batch.score_from[row, scored] = prompt_end
+            batch.score_token[row, span] = tokens
+            batch.score_slot[row, span] = 2 * slot + side
+            batch.score_mask[row, span] = True
+            batch.lengths[row, slot, side] = len(tokens)
+            ends[side][row, slot] = stop - 1
+            scored = span.stop
+        start = stop
+    batch.pair_mask[row, slot] = True
+    batch.pair_id[row, slot] = pair.id
+    return start, scored
+
+
+def micro_batches(
+    pairs: Sequence[TokenizedPair],
+    shape: RowShape,
+    *,
+    reference_logp: Float[np.ndarray, "B 2"] | None,
+) -> list[Batch]:
+    """All pairs, packed into as many micro-batches of one shape as they need.
+
+    Args:
+        pairs: The pairs of a step, or of an evaluation set.
+        shape: The shape of every micro-batch.
+        reference_logp: Summed log-probabilities of each pair's chosen and rejected
+            answer under the reference, in the order of ``pairs``.
+
+    Returns:
+        Batches of NumPy arrays that hold each pair once; the last one's unused rows
+        are padding.
+    """
+    plan = plan_rows(pair_lengths(pairs), shape)
+    batches = []
+    for first in range(0, len(plan), shape.rows):
+        batch = _empty_batch(shape, with_reference=reference_logp is not None)
+        for row, indices in enumerate(plan[first : first + shape.rows]):
+            start = scored = 0
+            for slot, index in enumerate(indices):
+                start, scored = _write_pair(
+                    batch, pairs[index], row, slot, start, scored
+                )
+                if reference_logp is not None:
+                    assert batch.reference_logp is not None
+                    batch.reference_logp[row, slot] = reference_logp[index]
+        batches.append(batch)
+    return batches
+
+
+def steps_per_epoch(count: int, *, pairs_per_step: int) -> int:
+    """Steps that an epoch over ``count`` pairs takes; the last may be smaller."""
+    return -(-count // pairs_per_step)
+
+
+def step_indices(
+    count: int, *, step: int, pairs_per_step: int, seed: int
+) -> Int[np.ndarray, "B"]:
+    """Which pairs a step reads: a function of its number alone.
+
+    Args:
+        count: Pairs in the training set.
+        step: 0 for the first update of the run.
+        pairs_per_step: B; the last step of an epoch has what is left.
+        seed: With the epoch's number it seeds the order of that epoch.
+    """
+    epoch, within = divmod(step, steps_per_epoch(count, pairs_per_step=pairs_per_step))
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return order[within * pairs_per_step : (within + 1) * pairs_per_step]

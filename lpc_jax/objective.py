@@ -1,0 +1,365 @@
+"""The one place where a batch, a policy and a loss meet.
+
+Returns sums over pairs and their counts, never means, so that micro-batches and
+devices add up exactly. Knows nothing of optimizers, files or logging.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lpc_jax import config as cfg
+from lpc_jax.losses import latent as latent_losses
+from lpc_jax.losses import preference, sequence
+from lpc_jax.models import latent as latent_models
+from lpc_jax.models.policy import Policy, read_at
+from lpc_jax.types import Batch, LatentCodes
+
+# A metric is (sum, count); its value is their ratio over all that was added up.
+Sums = dict[str, tuple[Array, Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairScores:
+    """What the policy says of each pair slot; unused slots hold finite filler.
+
+    Attributes:
+        logp: Summed log-probability of the chosen and the rejected answer.
+        end_logp: Log-probability of each answer's last token.
+        prior: Belief from the prompt, or None without a latent.
+        posterior: Belief from the judged pair, or None.
+    """
+
+    logp: Float[Array, "R P 2"]
+    end_logp: Float[Array, "R P 2"]
+    prior: LatentCodes | None
+    posterior: LatentCodes | None
+
+
+def prior_share(schedule: str, progress: Float[Array, ""]) -> Float[Array, ""]:
+    """g of eq. 11 at a progress in [0, 1]: rising linearly, or fixed at 0 or 1."""
+    constants = {"zero": 0.0, "one": 1.0}
+    if schedule in constants:
+        return jnp.asarray(constants[schedule])
+    return jnp.clip(progress, 0.0, 1.0)
+
+
+def temperature(latent: cfg.Latent, progress: Float[Array, ""]) -> Float[Array, ""]:
+    """tau of the Gumbel-softmax draw at a progress in [0, 1]."""
+    first, last = latent.temperature, latent.final_temperature
+    if latent.temperature_schedule == "linear":
+        return first + (last - first) * progress
+    if latent.temperature_schedule == "exponential":
+        return first * (last / first) ** progress
+    return jnp.asarray(first)
+
+
+def _draw(
+    policy: Policy, logits: Array, gumbel: Array, latent: cfg.Latent, tau: Array
+) -> LatentCodes:
+    assert policy.latent is not None
+    weights = latent_models.gumbel_softmax(logits, gumbel, temperature=tau)
+    if latent.draw == "straight_through":
+        weights = latent_models.straight_through(weights)
+    return policy.latent.codes(logits, weights)
+
+
+def _gumbel(key: Array, batch: Batch, num_codes: int) -> Float[Array, "2 R P C"]:
+    """Noise for posterior and prior that depends on key and pair, nothing else."""
+
+    def noise(pair_id: Array) -> Array:
+        return jax.random.gumbel(jax.random.fold_in(key, pair_id), (2, num_codes))
+
+    return jnp.moveaxis(jax.vmap(jax.vmap(noise))(batch.pair_id), 2, 0)
+
+
+def _beliefs(
+    policy: Policy, hidden: Array, batch: Batch, latent: cfg.Latent
+) -> tuple[Array, Array]:
+    """Logits of prior and posterior for every pair slot."""
+    assert policy.latent is not None
+    if latent.backbone_gradient == "stop":
+        hidden = jax.lax.stop_gradient(hidden)
+    prior = policy.latent.prior(read_at(hidden, batch.prompt_end))
+    posterior = policy.latent.posterior(
+        read_at(hidden, batch.chosen_end), read_at(hidden, batch.rejected_end)
+    )
+    return prior, posterior
+
+
+def _answer_logp(
+    policy: Policy,
+    hidden: Float[Array, "R T D"],
+    batch: Batch,
+    vector: Float[Array, "R P D"] | None,
+    chunk: int,
+) -> tuple[Float[Array, "R P 2"], Float[Array, "R P 2"]]:
+    """Log-probability of each answer given z (eq. 10), and of its last token."""
+    scored = read_at(hidden, batch.score_from)
+    if vector is not None:
+        scored = scored + read_at(vector, batch.score_slot // 2).astype(scored.dtype)
+    token_logp = sequence.token_logp(
+        scored, policy.decoder.head_weight, batch.score_token, chunk=chunk
+    )
+    slots = batch.pair_mask.shape[1]
+    logp = sequence.sum_by_answer(
+        token_logp, batch.score_slot, batch.score_mask, pair_slots=slots
+    )
+    next_slot = jnp.pad(batch.score_slot[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    next_mask = jnp.pad(batch.score_mask[:, 1:], ((0, 0), (0, 1)))
+    is_last = batch.score_mask & ~(next_mask & (next_slot == batch.score_slot))
+    end_logp = sequence.sum_by_answer(
+        token_logp, batch.score_slot, is_last, pair_slots=slots
+    )
+    return logp, end_logp
+
+
+def score_training(
+    policy: Policy,
+    batch: Batch,
+    *,
+    latent: cfg.Latent | None,
+    key: Array,
+    progress: Float[Array, ""],
+    chunk: int,
+) -> PairScores:
+    """Scores with z = (1 - g) z_posterior + g z_prior, both drawn (eqs. 8-11).
+
+    Args:
+        policy: With a latent iff ``latent`` is given.
+        batch: One micro-batch.
+        latent: Settings of the latent, or None for the plain policy.
+        key: The step's key; each pair folds in its own id.
+        progress: Share of the run that is done, for g and tau.
+        chunk: Scored positions that meet the head at a time.
+    """
+    hidden = policy.hidden(batch)
+    if latent is None:
+        logp, end_logp = _answer_logp(policy, hidden, batch, None, chunk)
+        return PairScores(logp, end_logp, None, None)
+    prior_logits, posterior_logits = _beliefs(policy, hidden, batch, latent)
+    noise = _gumbel(key, batch, latent.num_codes)
+    tau = temperature(latent, progress)
+    posterior = _draw(policy, posterior_logits, noise[0], latent, tau)
+    prior = _draw(policy, prior_logits, noise[1], latent, tau)
+    g = prior_share(latent.prior_share, progress)
+    vector = (1 - g) * posterior.vector + g * prior.vector
+    logp, end_logp = _answer_logp(policy, hidden, batch, vector, chunk)
+    return PairScores(logp, end_logp, prior, posterior)
+
+
+def score_inference(
+    policy: Policy,
+    batch: Batch,
+    *,
+    latent: cfg.Latent | None,
+    key: Array,
+    chunk: int,
+) -> PairScores:
+    """Scores as inference will run: z from the prior alone.
+
+    Args:
+        policy: With a latent iff ``latent`` is given.
+        batch: One micro-batch.
+        latent: ``latent.inference`` chooses the prior's mean, a draw at the final
+            temperature, or its largest code.
+        key: Seeds the draw of ``sample``; each pair folds in its own id.
+        chunk: Scored positions that meet the head at a time.
+    """
+    hidden = policy.hidden(batch)
+    if latent is None:
+        logp, end_logp = _answer_logp(policy, hidden, batch, None, chunk)
+        return PairScores(logp, end_logp, None, None)
+    assert policy.latent is not None
+    prior_logits, posterior_logits = _beliefs(policy, hidden, batch, latent)
+    if latent.inference == "sample":
+        noise = _gumbel(key, batch, latent.num_codes)[1]
+        tau = temperature(latent, jnp.asarray(1.0))
+        prior = _draw(policy, prior_logits, noise, latent, tau)
+    elif latent.inference == "argmax":
+        prior = policy.latent.codes(prior_logits, latent_models.one_code(prior_logits))
+    else:
+        prior = policy.latent.codes(prior_logits, jax.nn.softmax(prior_logits, axis=-1))
+    posterior = policy.latent.codes(posterior_logits, jax.nn.softmax(posterior_logits))
+    logp, end_logp = _answer_logp(policy, hidden, batch, prior.vector, chunk)
+    return PairScores(logp, end_logp, prior, posterior)
+
+
+def needs_reference(loss: cfg.Loss) -> bool:
+    """Whether a loss reads log-probabilities of a reference."""
+    return not isinstance(loss, cfg.Simpo)
+
+
+def pair_losses(
+    loss: cfg.Loss, scores: PairScores, batch: Batch
+) -> tuple[Float[Array, "R P"], Float[Array, "R P 2"]]:
+    """The base loss of each pair slot and its implicit rewards.
+
+    A reward is beta times what the loss compares: the log-ratio to the reference
+    (DPO, IPO), per token where the loss is per token (IPO mean, SimPO).
+
+    Raises:
+        ValueError: The loss needs a reference and the batch has none.
+    """
+    chosen, rejected = scores.logp.reshape(-1, 2).T
+    lengths = batch.lengths.astype(jnp.float32)
+    chosen_length, rejected_length = lengths.reshape(-1, 2).T
+    if isinstance(loss, cfg.Simpo):
+        rewards = loss.beta * scores.logp / lengths
+        values = preference.simpo(
+            chosen,
+            rejected,
+            chosen_length,
+            rejected_length,
+            beta=loss.beta,
+            gamma=loss.target_margin,
+            label_smoothing=loss.label_smoothing,
+        )
+        return values.reshape(batch.pair_mask.shape), rewards
+    if batch.reference_logp is None:
+        raise ValueError(
+            f"{type(loss).__name__} needs batch.reference_logp, got None. Score the"
+            " pairs with the reference first."
+        )
+    ref_chosen, ref_rejected = batch.reference_logp.reshape(-1, 2).T
+    rewards = loss.beta * (scores.logp - batch.reference_logp)
+    if isinstance(loss, cfg.Dpo):
+        values = preference.dpo(
+            chosen,
+            rejected,
+            ref_chosen,
+            ref_rejected,
+            beta=loss.beta,
+            label_smoothing=loss.label_smoothing,
+        )
+        return values.reshape(batch.pair_mask.shape), rewards
+    per_token = loss.reduction == "mean"
+    values = preference.ipo(
+        chosen,
+        rejected,
+        ref_chosen,
+        ref_rejected,
+        beta=loss.beta,
+        chosen_length=chosen_length if per_token else None,
+        rejected_length=rejected_length if per_token else None,
+    )
+    rewards = rewards / lengths if per_token else rewards
+    return values.reshape(batch.pair_mask.shape), rewards
+
+
+def terms(
+    loss: cfg.Loss, latent: cfg.Latent | None, scores: PairScores, batch: Batch
+) -> tuple[Float[Array, ""], Sums, dict[str, Array]]:
+    """The objective (eq. 7) summed over pairs, with everything worth logging.
+
+    Returns:
+        The sum over pairs of base loss + lambda KL(q || p); metrics as (sum, count);
+        and what each pair slot got: ``loss``, ``rewards`` and, with a latent, the
+        ``prior`` probabilities.
+    """
+    mask = batch.pair_mask.astype(jnp.float32)
+    base, rewards = pair_losses(loss, scores, batch)
+    total = base
+    pairs = jnp.sum(mask)
+    sums: Sums = {}
+    by_pair = {"loss": base, "rewards": rewards}
+
+    def add(name: str, values: Array, where: Array = mask) -> None:
+        sums[name] = (jnp.sum(values * where), jnp.sum(where))
+
+    if latent is not None:
+        assert scores.prior is not None
+        assert scores.posterior is not None
+        kl = _kl(scores)
+        total = base + latent.kl_weight * jnp.maximum(kl, latent.free_bits)
+        add("latent/kl", kl)
+        add("latent/prior_entropy", latent_losses.entropy(scores.prior.logits))
+        prior = jax.nn.softmax(scores.prior.logits, axis=-1)
+        posterior = jax.nn.softmax(scores.posterior.logits, axis=-1)
+        agree = jnp.argmax(prior, axis=-1) == jnp.argmax(posterior, axis=-1)
+        add("code/agreement", agree.astype(jnp.float32))
+        sums["code/usage"] = (jnp.einsum("RPC,RP->C", prior, mask), pairs)
+        by_pair["prior"] = prior
+    add("loss/preference", base)
+    add("loss/total", total)
+    margin = rewards[..., 0] - rewards[..., 1]
+    accurate = (margin > 0).astype(jnp.float32)
+    add("reward/chosen", rewards[..., 0])
+    add("reward/rejected", rewards[..., 1])
+    add("reward/margin", margin)
+    add("reward/accuracy", accurate)
+    longer = (batch.lengths[..., 0] > batch.lengths[..., 1]) * mask
+    shorter = (batch.lengths[..., 0] < batch.lengths[..., 1]) * mask
+    add("reward/accuracy_chosen_longer", accurate, longer)
+    add("reward/accuracy_chosen_shorter", accurate, shorter)
+    for side, name in enumerate(("chosen", "rejected")):
+        tokens = jnp.sum(batch.lengths[..., side] * mask)
+        summed = jnp.sum(scores.logp[..., side] * mask)
+        sums[f"logp_per_token/{name}"] = (summed, tokens)
+        add(f"logp_last_token/{name}", scores.end_logp[..., side])
+        if batch.reference_logp is not None:
+            ratio = scores.logp[..., side] - batch.reference_logp[..., side]
+            sums[f"logp_per_token/{name}_over_reference"] = (
+                jnp.sum(ratio * mask),
+                tokens,
+            )
+    return jnp.sum(total * mask), sums, by_pair
+
+
+def _kl(scores: PairScores) -> Float[Array, "R P"]:
+    assert scores.prior is not None
+    assert scores.posterior is not None
+    q, p = scores.posterior.logits, scores.prior.logits
+    num_codes = q.shape[-1]
+    kl = latent_losses.categorical_kl(
+        q.reshape(-1, num_codes), p.reshape(-1, num_codes)
+    )
+    return kl.reshape(q.shape[:-1])
+
+
+def formula(loss: cfg.Loss, latent: cfg.Latent | None) -> str:
+    """The resolved objective, for a person to check before the run."""
+    given = "x, z" if latent is not None else "x"
+    smoothing = getattr(loss, "label_smoothing", 0.0)
+    if isinstance(loss, cfg.Simpo):
+        inner = (
+            f"{loss.beta:g} * (log pi(y_w|{given})/|y_w|"
+            f" - log pi(y_l|{given})/|y_l|) - {loss.target_margin:g}"
+        )
+        ratio = loss.target_margin / loss.beta
+        note = f"gamma = {loss.target_margin:g}, gamma/beta = {ratio:g}; no reference"
+    else:
+        mean = isinstance(loss, cfg.Ipo) and loss.reduction == "mean"
+        difference = "(r_w/|y_w| - r_l/|y_l|)" if mean else "(r_w - r_l)"
+        note = f"r = log pi(y|{given}) - log pi_ref(y|x), summed over answer tokens"
+        if isinstance(loss, cfg.Ipo):
+            target = 1 / (2 * loss.beta)
+            text = f"({difference[1:-1]} - {target:g})^2"
+            return _with_kl(text, latent, f"{note}; 1/(2 beta) = {target:g}")
+        inner = f"{loss.beta:g} * {difference}"
+    text = f"-log sigmoid({inner})"
+    if smoothing:
+        text = (
+            f"-{1 - smoothing:g} log sigmoid(m) - {smoothing:g} log sigmoid(-m),"
+            f" m = {inner}"
+        )
+    return _with_kl(text, latent, note)
+
+
+def _with_kl(text: str, latent: cfg.Latent | None, note: str) -> str:
+    if latent is None:
+        return f"loss = {text}\n       {note}; no latent"
+    kl = "KL(q||p)"
+    if latent.free_bits:
+        kl = f"max({kl}, {latent.free_bits:g})"
+    share = {"linear": "g: 0 -> 1 linearly", "zero": "g = 0", "one": "g = 1"}
+    return (
+        f"loss = {text} + {latent.kl_weight:g} {kl}\n       {note};"
+        f" z = (1 - g) z_posterior + g z_prior, {share[latent.prior_share]},"
+        f" {latent.num_codes} codes"
+    )

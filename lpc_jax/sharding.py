@@ -1,0 +1,151 @@
+"""The mesh, and where every parameter lives on it: one table, claimed exactly once.
+
+Activations' side is in ``axes.py``. Knows nothing of what a parameter computes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lpc_jax import axes
+from lpc_jax.types import Batch
+
+_F, _T = ("fsdp",), ("tensor",)
+
+# Parameter path -> the mesh axes of each array axis; letters as in types.py.
+PARAMETER_TABLE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
+    r"decoder/(embedding|head)": (_T, _F),  # V D
+    r"decoder/final_norm/scale": (None,),  # D
+    r"decoder/blocks/(attention|mlp)_norm/scale": (None, None),  # L D
+    r"decoder/blocks/attention/(query|key|value)": (None, _F, _T, None),  # L D N H
+    r"decoder/blocks/attention/output": (None, _T, None, _F),  # L N H D
+    r"decoder/blocks/mlp/(gate|up)": (None, _F, _T),  # L D F
+    r"decoder/blocks/mlp/down": (None, _T, _F),  # L F D
+    r"latent/codebook": (None, _F),  # C D
+    r"latent/(prior|posterior)_mlp/hidden_kernel": (_F, None),
+    r"latent/(prior|posterior)_mlp/output_kernel": (_F, None),
+    r"latent/(prior|posterior)_mlp/(hidden|output)_bias": (None,),
+}
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device]) -> Mesh:
+    """A mesh of all given devices; an axis of -1 takes what the others leave.
+
+    Raises:
+        ValueError: The axes don't multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    free = len(devices) // known if known <= len(devices) else 0
+    sizes = {axis: free if size == -1 else size for axis, size in sizes.items()}
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise ValueError(
+            f"mesh axes data={data} fsdp={fsdp} tensor={tensor} must multiply to the"
+            f" {len(devices)} devices present. Set one of them to -1 to take what is"
+            " left."
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        axes.MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(axes.MESH_AXES),
+        devices=devices,
+    )
+
+
+def require_rows_divide(rows: int, mesh: Mesh) -> None:
+    """Refuses a micro-batch that the mesh cannot split.
+
+    Raises:
+        ValueError: ``rows`` is no multiple of data x fsdp.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise ValueError(
+            f"packing.rows must be a multiple of mesh.data x mesh.fsdp ="
+            f" {mesh.shape['data']} x {mesh.shape['fsdp']} = {ways}, got {rows}. Use"
+            f" packing.rows {rows + -rows % ways} or another mesh."
+        )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """``decoder/blocks/mlp/up`` from a tree path."""
+    return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+def claim(paths: list[str], table: dict[str, Any]) -> dict[str, Any]:
+    """What a pattern table says of each path, every path claimed exactly once.
+
+    Args:
+        paths: Parameter paths.
+        table: Regular expressions that match whole paths, and their values.
+
+    Raises:
+        ValueError: Some path is claimed by no pattern or by several.
+    """
+    claims = {path: [p for p in table if re.fullmatch(p, path)] for path in paths}
+    unclaimed = sorted(path for path, found in claims.items() if not found)
+    contested = sorted(path for path, found in claims.items() if len(found) > 1)
+    if unclaimed or contested:
+        raise ValueError(
+            "every parameter must match exactly one pattern; matched by none:"
+            f" {unclaimed}; by several: {contested}. Mend the table."
+        )
+    return {path: table[found[0]] for path, found in claims.items()}
+
+
+def parameter_shardings(shapes: Any, mesh: Mesh) -> Any:
+    """A sharding for each parameter.
+
+    Args:
+        shapes: Tree of arrays or ``ShapeDtypeStruct``s, paths as in the table.
+        mesh: The mesh. An axis that it does not divide stays whole.
+
+    Raises:
+        ValueError: As ``claim``.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    rules = claim([path_name(path) for path, _ in leaves], PARAMETER_TABLE)
+    shardings = []
+    for path, leaf in leaves:
+        split = zip(rules[path_name(path)], leaf.shape, strict=True)
+        spec = P(*(axes.divisible(names, size, mesh) for names, size in split))
+        shardings.append(NamedSharding(mesh, spec))
+    return jax.tree.unflatten(structure, shardings)
+
+
+def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree that holds copies of the parameters, as optax's does.
+
+    A leaf whose path ends in a parameter's path is laid out like it; any other
+    (a count) is on every device.
+
+    Args:
+        tree: Shapes of the optimizer's state.
+        shardings: Of the parameters.
+        mesh: The mesh.
+    """
+    known = {
+        path_name(path): sharding
+        for path, sharding in jax.tree_util.tree_flatten_with_path(shardings)[0]
+    }
+
+    def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for start in range(len(path)):
+            sharding = known.get(path_name(path[start:]))
+            if sharding is not None and len(sharding.spec) == len(leaf.shape):
+                return sharding
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """The micro-batch on the mesh, rows split over data and fsdp."""
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    return jax.device_put(batch, rows)

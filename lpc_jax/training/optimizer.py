@@ -1,0 +1,124 @@
+"""The optimizer: one optax transformation per group, one schedule shape for both.
+
+The decoder and the latent each have their own peak learning rate: with one rate for
+everything the codes are never used. Knows nothing of losses or data.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import jax
+import optax
+
+from lpc_jax import config as cfg
+from lpc_jax import sharding
+
+# Which parameters weight decay shrinks; norms, biases and the codebook are spared.
+DECAY_TABLE: dict[str, bool] = {
+    r"decoder/(embedding|head)": True,
+    r"decoder/final_norm/scale": False,
+    r"decoder/blocks/(attention|mlp)_norm/scale": False,
+    r"decoder/blocks/attention/(query|key|value|output)": True,
+    r"decoder/blocks/mlp/(gate|up|down)": True,
+    r"latent/codebook": False,
+    r"latent/(prior|posterior)_mlp/(hidden|output)_kernel": True,
+    r"latent/(prior|posterior)_mlp/(hidden|output)_bias": False,
+}
+
+
+def schedule(optimizer: cfg.Optimizer, peak: float, total_steps: int) -> optax.Schedule:
+    """Learning rate by update: linear warmup from 0 to the peak, then its decay.
+
+    Args:
+        optimizer: Names the decay and the warmup's share.
+        peak: The largest rate.
+        total_steps: Updates in the run; the decay reaches 0 after the last.
+    """
+    warmup = round(optimizer.warmup_fraction * total_steps)
+    rest = max(total_steps - warmup, 1)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "constant": optax.constant_schedule(peak),
+    }[optimizer.schedule]
+    if not warmup:
+        return decay
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, warmup), decay], [warmup]
+    )
+
+
+def _decay_mask(params: Any) -> Any:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [sharding.path_name(path) for path, _ in leaves]
+    decays = sharding.claim(names, DECAY_TABLE)
+    return jax.tree.unflatten(structure, [decays[name] for name in names])
+
+
+def _named(
+    optimizer: cfg.Optimizer, rate: optax.Schedule, params: Any, group: str
+) -> optax.GradientTransformation:
+    """The optax optimizer of that name with the config's options."""
+    make = getattr(optax, optimizer.name, None)
+    if not callable(make) or optimizer.name.startswith("_"):
+        raise ValueError(
+            f"optimizer.name must be an optimizer of optax, got {optimizer.name!r}."
+            " See optax's list of optimizers, for example adamw, lion or sgd."
+        )
+    accepted = set(inspect.signature(make).parameters)
+    unknown = sorted(set(optimizer.options) - accepted)
+    if unknown or "learning_rate" not in accepted:
+        raise ValueError(
+            f"optimizer.options of {optimizer.name} must be among"
+            f" {sorted(accepted - {'learning_rate'})}, got {unknown}. Drop them."
+        )
+    options: dict[str, Any] = dict(optimizer.options)
+    if "weight_decay" in options and "mask" in accepted:
+        mask = _decay_mask(params)
+        options["mask"] = lambda tree: {
+            name: mask[name] if name == group else _all_false(subtree)
+            for name, subtree in tree.items()
+        }
+    return make(learning_rate=rate, **options)
+
+
+def _all_false(tree: Any) -> Any:
+    return jax.tree.map(lambda _: False, tree)
+
+
+def peaks(config: cfg.Config) -> dict[str, float]:
+    """Peak learning rate of each group of parameters."""
+    rates = {"decoder": config.optimizer.learning_rate}
+    if config.latent is not None:
+        rates["latent"] = config.latent.learning_rate
+    return rates
+
+
+def build(
+    config: cfg.Config, params: Any, total_steps: int
+) -> optax.GradientTransformation:
+    """Clipping over all parameters, then each group's own optimizer.
+
+    Args:
+        config: Names optimizer, options, schedule and both peaks.
+        params: The parameters or their shapes, for masks and groups.
+        total_steps: Updates in the run.
+
+    Raises:
+        ValueError: An optimizer or option that optax does not have.
+    """
+    optimizer = config.optimizer
+    groups = {
+        group: _named(optimizer, schedule(optimizer, peak, total_steps), params, group)
+        for group, peak in peaks(config).items()
+    }
+    labels = {
+        group: jax.tree.map(lambda _, group=group: group, params[group])
+        for group in params
+    }
+    by_group = optax.multi_transform(groups, labels)
+    if optimizer.clip_norm is None:
+        return by_group
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), by_group)
