@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import httpx
 import pyarrow
 import pyarrow.parquet
 from huggingface_hub import errors as hub_errors
@@ -85,21 +85,19 @@ def read(
         ValueError: The data cannot be had, a row is broken or of no known form, or
             no pair is left.
     """
-    examples, events, count = [], [], 0
-    for origin, row in rows(path, setting=setting, split=split):
-        if count == limit:
-            break
+    examples, events = [], []
+    found = itertools.islice(rows(path, setting=setting, split=split), limit)
+    for index, (origin, row) in enumerate(found):
         try:
-            examples.append(parse(row, origin=origin, index=count))
+            examples.append(parse(row, origin=origin, index=index))
         except _Dropped as drop:
             events.append((str(drop), origin))
-        count += 1
     drops = Drops.count(events)
     if not examples:
-        found = "; ".join(drops.lines()) or "it has no rows"
+        reasons = "; ".join(drops.lines()) or "it has no rows"
         raise ValueError(
             f"{setting} = {path!r} holds no preference pair, expected at least one:"
-            f" {found}. Give rows with a prompt and two different answers."
+            f" {reasons}. Give rows with a prompt and two different answers."
         )
     return examples, drops
 
@@ -215,7 +213,6 @@ def _hub(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, A
         datasets.exceptions.DataFilesNotFoundError,
         hub_errors.HfHubHTTPError,
         hub_errors.OfflineModeIsEnabled,
-        httpx.HTTPError,
         OSError,
     ) as e:
         raise ValueError(
@@ -223,6 +220,11 @@ def _hub(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, A
             f" ({type(e).__name__}). Get it with: hf download {path} --repo-type"
             f" dataset --local-dir FOLDER, then pass --{setting} with a file of it; a"
             " gated data set also needs its licence accepted and `hf auth login`."
+        ) from e
+    except ValueError as e:
+        raise ValueError(
+            f"{setting} = {path!r} could not be loaded with {setting}_split ="
+            f" {split!r}: {e}"
         ) from e
     if not isinstance(table, datasets.Dataset):
         raise ValueError(

@@ -1,0 +1,249 @@
+"""Loads a tokenizer with its chat template, from a Hugging Face folder or a GGUF file.
+
+Knows nothing of pairs. Needs no torch: a GGUF's tokenizer is built from its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import tokenizers
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import tokenization_utils_base
+
+Tokenizer = transformers.PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+TEMPLATE_REMEDY = "Set model.chat_template to a file with a Jinja chat template."
+
+# gguf.TokenType; the package gives them as an IntEnum of the same values.
+_CONTROL, _USER_DEFINED = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
+
+# The split of Llama 3's tokenizer.json.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def load(path: Path, *, chat_template: str | None) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+        path: A Hugging Face folder, or a GGUF file whose metadata holds a tokenizer.
+        chat_template: A file with a Jinja template that replaces the tokenizer's own.
+
+    Raises:
+        ValueError: Naming what is missing, broken or not supported.
+    """
+    if path.is_dir():
+        loaded = _from_folder(path)
+    elif path.suffix == ".gguf":
+        loaded = _from_gguf(path)
+    else:
+        raise ValueError(
+            f"{path}: expected a folder with {' or '.join(TOKENIZER_FILES)}, or a .gguf"
+            " file, got neither. Set model.tokenizer to one."
+        )
+    if chat_template is not None:
+        file = Path(chat_template).expanduser()
+        if not file.is_file():
+            raise ValueError(
+                f"model.chat_template = {chat_template!r}: expected a file with a Jinja"
+                " chat template, got no such file. Check the path."
+            )
+        loaded.chat_template = file.read_text(encoding="utf-8")
+    return loaded
+
+
+def opens_with_bos(tokenizer: Tokenizer) -> bool:
+    """Whether this tokenizer starts a sequence with its BOS token.
+
+    Either the tokenizer adds it to plain text, or its chat template writes it.
+    """
+    if tokenizer.bos_token_id is None:
+        return False
+    template = tokenizer.chat_template
+    return (
+        tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        or isinstance(template, str)
+        and "bos_token" in template
+    )
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"{folder}: expected a tokenizer, {' or '.join(TOKENIZER_FILES)}, got"
+            " none of them. Copy them beside the weights or set model.tokenizer."
+        )
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError as e:
+            raise ValueError(
+                f"{file}: expected JSON, got a broken or truncated file ({e}). Fetch it"
+                " again."
+            ) from e
+    return transformers.AutoTokenizer.from_pretrained(str(folder))
+
+
+def _from_gguf(file: Path) -> Tokenizer:
+    try:
+        reader = gguf.GGUFReader(str(file))
+    except (ValueError, IndexError, OSError) as e:
+        raise ValueError(
+            f"{file}: expected a GGUF file, got a broken or truncated one ({e})."
+            " Fetch it again."
+        ) from e
+    metadata = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith("tokenizer.")
+    }
+    return from_metadata(metadata, file=str(file))
+
+
+def from_metadata(metadata: dict[str, Any], *, file: str) -> Tokenizer:
+    """A tokenizer from the ``tokenizer.*`` fields of a GGUF file.
+
+    Args:
+        metadata: The fields by full name.
+        file: The file's name, for messages.
+
+    Raises:
+        ValueError: A field is missing, or says a kind that is not supported.
+    """
+    for name in ("tokenizer.ggml.model", "tokenizer.ggml.tokens"):
+        if name not in metadata:
+            raise ValueError(
+                f"{file}: expected the metadata field {name}, got none. The file holds"
+                " no tokenizer: set model.tokenizer to a folder with tokenizer.json."
+            )
+    builder = _choose(_MODELS, metadata, "tokenizer.ggml.model", file)
+    loaded = builder(metadata, file)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    kinds = metadata.get("tokenizer.ggml.token_type", ())
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [
+            tokenizers.AddedToken(token, normalized=False, special=special)
+            for token, its_kind in zip(tokens, kinds, strict=False)
+            if its_kind == kind
+        ]
+        loaded.add_tokens(added, special_tokens=special)  # pyright: ignore[reportArgumentType] -- a list of AddedToken is one of str | AddedToken
+    loaded.chat_template = metadata.get("tokenizer.chat_template")
+    return loaded
+
+
+def _choose(
+    table: dict[str, Any], metadata: dict[str, Any], field: str, file: str
+) -> Any:
+    kind = metadata.get(field)
+    if kind not in table:
+        raise ValueError(
+            f"{file}: {field} must be one of {', '.join(table)}, got {kind!r}. Set"
+            " model.tokenizer to the model's folder with tokenizer.json."
+        )
+    return table[kind]
+
+
+def _byte_level(metadata: dict[str, Any], file: str) -> Tokenizer:
+    """Byte-level BPE, ``gpt2`` in GGUF's words."""
+    split, ignore_merges, adds_bos = _choose(
+        _PRE_TOKENIZERS, metadata, "tokenizer.ggml.pre", file
+    )
+    if "tokenizer.ggml.merges" not in metadata:
+        raise ValueError(
+            f"{file}: expected the metadata field tokenizer.ggml.merges, got none. Set"
+            " model.tokenizer to the model's folder with tokenizer.json."
+        )
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=merges,
+            ignore_merges=ignore_merges,
+        )
+    )
+    backend.pre_tokenizer = split()
+    backend.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **_named_tokens(metadata),
+        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
+        add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _sentence_piece(metadata: dict[str, Any], file: str) -> Tokenizer:
+    """SentencePiece BPE, ``llama`` in GGUF's words; merges follow from the scores."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if "tokenizer.ggml.scores" not in metadata:
+        raise ValueError(
+            f"{file}: expected the metadata field tokenizer.ggml.scores, got none. Set"
+            " model.tokenizer to the model's folder with tokenizer.json."
+        )
+    scores = dict(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True))
+    return transformers.LlamaTokenizer(
+        vocab=vocabulary,
+        merges=tokenization_utils_base.generate_merges(vocabulary, scores),  # pyright: ignore[reportArgumentType] -- annotated as str, takes the list
+        add_prefix_space=metadata.get("tokenizer.ggml.add_space_prefix", True),
+        **_named_tokens(metadata),
+        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", True),
+        add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
+    )
+
+
+def _named_tokens(metadata: dict[str, Any]) -> dict[str, str]:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    fields = {
+        "bos_token": "tokenizer.ggml.bos_token_id",
+        "eos_token": "tokenizer.ggml.eos_token_id",
+        "unk_token": "tokenizer.ggml.unknown_token_id",
+        "pad_token": "tokenizer.ggml.padding_token_id",
+    }
+    return {
+        name: tokens[metadata[field]]
+        for name, field in fields.items()
+        if field in metadata
+    }
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), _gpt2()]
+    )
+
+
+def _llama3() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+# How to split before merging, whether a whole word of the vocabulary skips the merges,
+# and whether BOS is added when the file does not say: as llama.cpp reads the names.
+_PRE_TOKENIZERS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
+    "gpt-2": (_gpt2, False, False),
+    "smollm": (_smollm, False, False),
+    "llama-bpe": (_llama3, True, True),
+    "llama3": (_llama3, True, True),
+    "llama-v3": (_llama3, True, True),
+}
+
+_MODELS = {"gpt2": _byte_level, "llama": _sentence_piece}
