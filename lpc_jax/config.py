@@ -424,6 +424,8 @@ class Run(Settings):
     """Project name for wandb and trackio."""
     resume: bool = False
     """Continue from the latest checkpoint in the run folder."""
+    overwrite: bool = False
+    """Replace a run folder that already holds a run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

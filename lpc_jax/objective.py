@@ -22,6 +22,9 @@ from lpc_jax.types import Batch, LatentCodes
 # A metric is (sum, count); its value is their ratio over all that was added up.
 Sums = dict[str, tuple[Array, Array]]
 
+# A code is dead below this share of what it would have if all were used alike.
+DEAD_SHARE = 0.1
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +312,24 @@ def terms(
                 tokens,
             )
     return jnp.sum(total * mask), sums, by_pair
+
+
+def values(sums: Sums) -> dict[str, float]:
+    """Metrics from their sums, on the host; code usage becomes its measures.
+
+    A metric that nothing counted towards (no pair with a longer chosen answer) is
+    left out.
+    """
+    found: dict[str, float] = {}
+    for name, (total, count) in jax.device_get(sums).items():
+        if name == "code/usage":
+            found["code/perplexity"] = float(latent_losses.usage_perplexity(total))
+            found["code/largest_share"] = float(latent_losses.largest_share(total))
+            dead = latent_losses.dead_codes(total, share=DEAD_SHARE)
+            found["code/dead"] = float(dead)
+        elif count > 0:
+            found[name] = float(total / count)
+    return found
 
 
 def _kl(scores: PairScores) -> Float[Array, "R P"]:

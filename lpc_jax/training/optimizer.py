@@ -7,6 +7,7 @@ everything the codes are never used. Knows nothing of losses or data.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,15 +51,18 @@ def schedule(optimizer: cfg.Optimizer, peak: float, total_steps: int) -> optax.S
     )
 
 
-def _decay_mask(params: Any) -> Any:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+def _decay_mask(params: Any) -> Callable[[Any], Any]:
+    """A function from a tree of parameters, or of a group's, to what decays."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     names = [sharding.path_name(path) for path, _ in leaves]
     decays = sharding.claim(names, DECAY_TABLE)
-    return jax.tree.unflatten(structure, [decays[name] for name in names])
+    return lambda tree: jax.tree_util.tree_map_with_path(
+        lambda path, _: decays[sharding.path_name(path)], tree
+    )
 
 
 def _named(
-    optimizer: cfg.Optimizer, rate: optax.Schedule, params: Any, group: str
+    optimizer: cfg.Optimizer, rate: optax.Schedule, params: Any
 ) -> optax.GradientTransformation:
     """The optax optimizer of that name with the config's options."""
     make = getattr(optax, optimizer.name, None)
@@ -76,16 +80,8 @@ def _named(
         )
     options: dict[str, Any] = dict(optimizer.options)
     if "weight_decay" in options and "mask" in accepted:
-        mask = _decay_mask(params)
-        options["mask"] = lambda tree: {
-            name: mask[name] if name == group else _all_false(subtree)
-            for name, subtree in tree.items()
-        }
+        options["mask"] = _decay_mask(params)
     return make(learning_rate=rate, **options)
-
-
-def _all_false(tree: Any) -> Any:
-    return jax.tree.map(lambda _: False, tree)
 
 
 def peaks(config: cfg.Config) -> dict[str, float]:
@@ -111,7 +107,7 @@ def build(
     """
     optimizer = config.optimizer
     groups = {
-        group: _named(optimizer, schedule(optimizer, peak, total_steps), params, group)
+        group: _named(optimizer, schedule(optimizer, peak, total_steps), params)
         for group, peak in peaks(config).items()
     }
     labels = {

@@ -1,0 +1,144 @@
+"""The reference as a column of the data: scored once, kept by content.
+
+A pair's log-probabilities are keyed by its token ids after truncation, the positions
+scored, the weights and the compute dtype, and by nothing else: another learning rate,
+beta or order of the data finds them again. Knows nothing of losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from lpc_jax.data import packing
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.types import Batch
+
+# Pairs re-scored live when a cache is found, and how far they may be off, in nats per
+# token: bf16 rounding under another packing stays well below it, other weights don't.
+CHECKED_PAIRS = 4
+CHECK_TOLERANCE = 0.02
+
+# Pairs packed together while scoring: enough to fill rows, few enough to plan fast.
+_GROUP = 512
+
+ScoreBatch = Callable[[Batch], Float[np.ndarray, "R P 2"]]
+
+
+def pair_key(pair: TokenizedPair) -> bytes:
+    """Digest of the three token strings and where they end (20 bytes)."""
+    content = hashlib.sha1(usedforsecurity=False)
+    for ids in (pair.prompt, pair.chosen, pair.rejected):
+        content.update(len(ids).to_bytes(8, "little"))
+        content.update(np.asarray(ids, "<i4").tobytes())
+    return content.digest()
+
+
+def score_pairs(
+    score: ScoreBatch,
+    pairs: Sequence[TokenizedPair],
+    shape: packing.RowShape,
+    on_progress: Callable[[int], None],
+) -> Float[np.ndarray, "B 2"]:
+    """Log-probabilities of every pair's answers, packed as in training.
+
+    Args:
+        score: Summed log-probabilities of a micro-batch's pair slots.
+        pairs: The pairs.
+        shape: Of a micro-batch.
+        on_progress: Told how many pairs are done.
+    """
+    index = {pair.id: position for position, pair in enumerate(pairs)}
+    found = np.zeros((len(pairs), 2), np.float32)
+    for first in range(0, len(pairs), _GROUP):
+        group = pairs[first : first + _GROUP]
+        for batch in packing.micro_batches(group, shape, reference_logp=None):
+            mask = np.asarray(batch.pair_mask)
+            where = [index[i] for i in np.asarray(batch.pair_id)[mask].tolist()]
+            found[where] = score(batch)[mask]
+        on_progress(min(first + _GROUP, len(pairs)))
+    return found
+
+
+class ReferenceCache:
+    """Log-probabilities on disk for one set of weights and one compute dtype.
+
+    Args of the constructor:
+        folder: Where cache files live; created when first written.
+        weights_digest: Of the reference's weights.
+        compute_dtype: Name of the dtype it is scored in.
+    """
+
+    def __init__(self, folder: Path, *, weights_digest: str, compute_dtype: str):
+        self.path = folder / f"{weights_digest[:32]}-{compute_dtype}.npz"
+        self._known: dict[bytes, np.ndarray] = {}
+        if self.path.exists():
+            with np.load(self.path) as stored:
+                rows = stored["keys"]
+                self._known = {
+                    row.tobytes(): logp
+                    for row, logp in zip(rows, stored["logp"], strict=True)
+                }
+
+    def _store(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        keys = np.frombuffer(b"".join(self._known), np.uint8)
+        partial = self.path.with_suffix(f".{os.getpid()}.partial.npz")
+        np.savez(
+            partial,
+            keys=keys.reshape(len(self._known), -1),
+            logp=np.stack(list(self._known.values())),
+        )
+        os.replace(partial, self.path)
+
+    def column(
+        self,
+        score: ScoreBatch,
+        pairs: Sequence[TokenizedPair],
+        shape: packing.RowShape,
+        on_progress: Callable[[int], None],
+    ) -> tuple[Float[np.ndarray, "B 2"], int]:
+        """The reference's log-probabilities of these pairs, scoring what is missing.
+
+        When any were kept from before, a few are scored again as a check.
+
+        Returns:
+            The column in the order of ``pairs``, and how many pairs were scored.
+
+        Raises:
+            ValueError: Kept values are not what the reference says now.
+        """
+        keys = [pair_key(pair) for pair in pairs]
+        kept = [i for i, key in enumerate(keys) if key in self._known]
+        self._check(score, [pairs[i] for i in kept[:CHECKED_PAIRS]], shape)
+        missing = [i for i, key in enumerate(keys) if key not in self._known]
+        if missing:
+            scored = score_pairs(score, [pairs[i] for i in missing], shape, on_progress)
+            for i, logp in zip(missing, scored, strict=True):
+                self._known[keys[i]] = logp
+            self._store()
+        return np.stack([self._known[key] for key in keys]), len(missing)
+
+    def _check(
+        self,
+        score: ScoreBatch,
+        pairs: Sequence[TokenizedPair],
+        shape: packing.RowShape,
+    ) -> None:
+        if not pairs:
+            return
+        live = score_pairs(score, pairs, shape, lambda _: None)
+        kept = np.stack([self._known[pair_key(pair)] for pair in pairs])
+        tokens = packing.pair_lengths(pairs)[:, 1:]
+        off = float(np.max(np.abs(live - kept) / tokens))
+        if not off <= CHECK_TOLERANCE:
+            raise ValueError(
+                f"reference cache {self.path} must agree with the reference to"
+                f" {CHECK_TOLERANCE} nats per token, got {off:.3g} on"
+                f" {len(pairs)} pairs. Delete the file to score again."
+            )

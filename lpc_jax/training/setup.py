@@ -1,0 +1,248 @@
+"""From a config to what a run works on: pairs, mesh, policy, reference column.
+
+Cheap things that can be wrong come first, so that a mistake costs seconds. Knows
+nothing of updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from lpc_jax import config as cfg
+from lpc_jax import objective, sharding
+from lpc_jax.data import chat, examples, packing, tokenizer
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.report import Report
+from lpc_jax.models import policy, weights
+from lpc_jax.models.architectures import Architecture
+from lpc_jax.training import reference
+from lpc_jax.types import Batch
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Training and held-out pairs, and the one shape they are packed into."""
+
+    train: list[TokenizedPair]
+    held_out: list[TokenizedPair]
+    train_report: Report
+    held_out_report: Report | None
+    shape: packing.RowShape
+
+    def digest(self) -> str:
+        """SHA-256 over the training pairs' token ids, in order."""
+        content = hashlib.sha256()
+        for pair in self.train:
+            content.update(reference.pair_key(pair))
+        return content.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A policy before its first update.
+
+    Attributes:
+        architecture: The decoder's.
+        graph: The policy without its parameters.
+        shapes: Of the parameters.
+        shardings: Of the parameters.
+        params: fp32 masters: the decoder from its files, the latent from the seed.
+        weights_digest: Of the files.
+        compute_dtype: Of matrix products.
+    """
+
+    architecture: Architecture
+    graph: nnx.GraphDef[policy.Policy]
+    shapes: dict[str, Any]
+    shardings: dict[str, Any]
+    params: dict[str, Any]
+    weights_digest: str
+    compute_dtype: jnp.dtype
+
+
+def compute_dtype(config: cfg.Config) -> jnp.dtype:
+    """The dtype of matrix products: bfloat16 where the device is made for it."""
+    if config.model.compute_dtype != "auto":
+        return jnp.dtype(config.model.compute_dtype)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:
+    """Reads, tokenizes and checks the pairs, and finds their packing shape.
+
+    Raises:
+        ValueError: Data or tokenizer that cannot be used, by file and line.
+    """
+    data, packed = config.data, config.packing
+    tokenizer_path = model_path
+    if config.model.tokenizer is not None:
+        tokenizer_path = weights.find(
+            config.model.tokenizer, setting="model.tokenizer", revision=None
+        )
+    tokens = tokenizer.load(tokenizer_path, chat_template=config.model.chat_template)
+
+    def read(
+        path: str, setting: str, split: str, limit: int | None
+    ) -> tuple[list[TokenizedPair], Report]:
+        found, drops = examples.read(path, setting=setting, split=split, limit=limit)
+        return chat.tokenize(
+            found,
+            tokens,
+            drops=drops,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+            row_length=packed.row_length,
+            truncation=data.truncation,
+            prefix_mismatch=data.prefix_mismatch,
+        )
+
+    train, train_report = read(data.train, "data.train", data.train_split, data.limit)
+    held_out: list[TokenizedPair] = []
+    held_out_report = None
+    if data.eval is not None:
+        held_out, held_out_report = read(
+            data.eval, "data.eval", data.eval_split, data.eval_limit
+        )
+    shape = packing.row_shape(
+        packing.pair_lengths([*train, *held_out]),
+        rows=packed.rows,
+        row_length=packed.row_length,
+        pairs_per_row=packed.pairs_per_row,
+        score_chunk=config.model.score_chunk,
+    )
+    return Pairs(train, held_out, train_report, held_out_report, shape)
+
+
+def _abstract(
+    config: cfg.Config, architecture: Architecture, latent: cfg.Latent | None
+) -> tuple[Callable[[Array], policy.Policy], nnx.GraphDef[policy.Policy], Any]:
+    """How to build a policy, its graph, and its parameters' shapes."""
+    settings = None
+    if latent is not None:
+        settings = {
+            "num_codes": latent.num_codes,
+            "hidden_width": latent.hidden_width,
+            "codebook_scale": latent.codebook_scale,
+        }
+
+    def make(key: Array) -> policy.Policy:
+        return policy.build(
+            architecture,
+            compute_dtype=compute_dtype(config),
+            attention_backend=config.model.attention,
+            remat=config.model.remat,
+            latent=settings,
+            key=key,
+        )
+
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
+    return make, graph, nnx.to_pure_dict(state)
+
+
+def load_start(
+    config: cfg.Config, model_path: Path, architecture: Architecture, mesh: Mesh
+) -> Start:
+    """Loads the decoder straight onto the mesh and seeds the latent beside it."""
+    make, graph, shapes = _abstract(config, architecture, config.latent)
+    shardings = sharding.parameter_shardings(shapes, mesh)
+    params = {"decoder": _load_decoder(model_path, architecture, shardings["decoder"])}
+    if config.latent is not None:
+        key = jax.random.key(config.training.seed)
+
+        def make_latent(key: Array) -> Any:
+            return nnx.to_pure_dict(nnx.split(make(key))[1])["latent"]
+
+        seeded = jax.jit(make_latent, out_shardings=shardings["latent"])
+        params["latent"] = seeded(key)
+    digest = weights.digest(model_path)
+    return Start(
+        architecture, graph, shapes, shardings, params, digest, compute_dtype(config)
+    )
+
+
+def _load_decoder(
+    model_path: Path, architecture: Architecture, shardings: dict[str, Any]
+) -> dict[str, Any]:
+    by_path = {
+        sharding.path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]
+    }
+    return weights.load(
+        model_path, architecture, dtype=jnp.float32, sharding_of=by_path.__getitem__
+    )
+
+
+def reference_column(
+    config: cfg.Config,
+    start: Start,
+    pairs: Pairs,
+    mesh: Mesh,
+    say: Say,
+) -> tuple[Float[np.ndarray, "B 2"], Float[np.ndarray, "H 2"], str]:
+    """Log-probabilities of all pairs under the reference, from cache where kept.
+
+    Returns:
+        The columns of training and held-out pairs, and the reference's digest.
+    """
+    architecture, digest = start.architecture, start.weights_digest
+    decoder = start.params["decoder"]
+    if config.reference.path is not None:
+        path = weights.find(
+            config.reference.path, setting="reference.path", revision=None
+        )
+        architecture, digest = weights.read_architecture(path), weights.digest(path)
+        if architecture.vocabulary != start.architecture.vocabulary:
+            raise ValueError(
+                "reference.path must share the policy's tokenizer: vocabulary"
+                f" {start.architecture.vocabulary} expected, got"
+                f" {architecture.vocabulary}. Choose a reference of the same family."
+            )
+        _, _, shapes = _abstract(config, architecture, None)
+        shardings = sharding.parameter_shardings(shapes, mesh)
+        decoder = _load_decoder(path, architecture, shardings["decoder"])
+    _, graph, _ = _abstract(config, architecture, None)
+
+    @jax.jit
+    def score(params: dict[str, Any], batch: Batch) -> Array:
+        scores = objective.score_inference(
+            nnx.merge(graph, params),
+            batch,
+            latent=None,
+            key=jax.random.key(0),
+            chunk=config.model.score_chunk,
+        )
+        return scores.logp
+
+    def score_batch(batch: Batch) -> np.ndarray:
+        placed = sharding.place_batch(batch, mesh)
+        return np.asarray(jax.device_get(score({"decoder": decoder}, placed)))
+
+    cache = reference.ReferenceCache(
+        Path(config.reference.cache),
+        weights_digest=digest,
+        compute_dtype=start.compute_dtype.name,
+    )
+    every: Sequence[TokenizedPair] = [*pairs.train, *pairs.held_out]
+    column, scored = cache.column(
+        score_batch,
+        every,
+        pairs.shape,
+        lambda done: say(f"reference: {done} pairs scored"),
+    )
+    say(
+        f"reference: {scored} pairs scored, {len(every) - scored} found in {cache.path}"
+    )
+    return column[: len(pairs.train)], column[len(pairs.train) :], digest

@@ -1,0 +1,169 @@
+"""A step as compiled programs: gradients of a micro-batch, their sum, one update.
+
+Knows nothing of files or logging. The programs are partitioned by the compiler over
+whatever mesh is set; a step's result depends neither on packing nor on devices,
+beyond rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from lpc_jax import config as cfg
+from lpc_jax import objective, sharding
+from lpc_jax.models.policy import Policy
+from lpc_jax.types import Batch, TrainState
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled parts of training.
+
+    Attributes:
+        gradients: (params, batch, key, step) -> gradients summed over pairs, metric
+            sums.
+        add: (tree, tree) -> their sum; the first is donated.
+        update: (state, gradients, pairs) -> state, gradient norm, whether the update
+            was finite. The state is donated. A non-finite update changes
+            nothing but the step number.
+        evaluate: (params, batch, key) -> metric sums and what each pair slot got.
+    """
+
+    gradients: Callable[..., tuple[Params, objective.Sums]]
+    add: Callable[[Any, Any], Any]
+    update: Callable[..., tuple[TrainState, Array, Array]]
+    evaluate: Callable[..., tuple[objective.Sums, dict[str, Array]]]
+
+
+def build(
+    config: cfg.Config,
+    graph: nnx.GraphDef[Policy],
+    layout: TrainState,
+    optimizer: optax.GradientTransformation,
+    total_steps: int,
+) -> Programs:
+    """Programs for one policy, objective and mesh.
+
+    Args:
+        config: Loss, latent and the size of a scoring chunk.
+        graph: The policy without its parameters.
+        layout: From ``state_shardings``; gradients are laid out as parameters are.
+        optimizer: From ``optimizer.build``.
+        total_steps: Updates in the run, for g and tau.
+    """
+    chunk = config.model.score_chunk
+    replicated = layout.step
+
+    def loss_sum(
+        params: Params, batch: Batch, key: Array, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], objective.Sums]:
+        policy = nnx.merge(graph, params)
+        scores = objective.score_training(
+            policy,
+            batch,
+            latent=config.latent,
+            key=jax.random.fold_in(key, step),
+            progress=step / max(total_steps - 1, 1),
+            chunk=chunk,
+        )
+        total, sums, _ = objective.terms(config.loss, config.latent, scores, batch)
+        return total, sums
+
+    @functools.partial(jax.jit, out_shardings=(layout.params, replicated))
+    def gradients(
+        params: Params, batch: Batch, key: Array, step: Int[Array, ""]
+    ) -> tuple[Params, objective.Sums]:
+        return jax.grad(loss_sum, has_aux=True)(params, batch, key, step)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(total: Any, term: Any) -> Any:
+        return jax.tree.map(jnp.add, total, term)
+
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=(layout, replicated, replicated),
+    )
+    def update(
+        state: TrainState, gradients: Params, pairs: Int[Array, ""]
+    ) -> tuple[TrainState, Array, Array]:
+        mean = jax.tree.map(lambda g: g / pairs, gradients)
+        norm = optax.global_norm(mean)
+        finite = jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(mean, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def keep(new: Array, old: Array) -> Array:
+            return jnp.where(finite, new, old)
+
+        params, opt_state = jax.tree.map(
+            keep, (params, opt_state), (state.params, state.opt_state)
+        )
+        return (
+            TrainState(state.step + 1, params, opt_state, state.key),
+            norm,
+            finite,
+        )
+
+    @functools.partial(jax.jit, out_shardings=replicated)
+    def evaluate(
+        params: Params, batch: Batch, key: Array
+    ) -> tuple[objective.Sums, dict[str, Array]]:
+        policy = nnx.merge(graph, params)
+        scores = objective.score_inference(
+            policy, batch, latent=config.latent, key=key, chunk=chunk
+        )
+        _, sums, by_pair = objective.terms(config.loss, config.latent, scores, batch)
+        return sums, by_pair
+
+    return Programs(gradients, add, update, evaluate)
+
+
+def state_shardings(
+    shapes: Params,
+    shardings: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> TrainState:
+    """The sharding of every leaf of the train state.
+
+    Args:
+        shapes: Of the parameters.
+        shardings: Of the parameters.
+        optimizer: From ``optimizer.build``.
+        mesh: The device mesh.
+    """
+    opt_shapes = jax.eval_shape(optimizer.init, shapes)
+    replicated: Any = NamedSharding(mesh, P())
+    opt_shardings = sharding.like_parameters(opt_shapes, shardings, mesh)
+    return TrainState(replicated, shardings, opt_shardings, replicated)
+
+
+def initial_state(
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    layout: TrainState,
+) -> TrainState:
+    """The state before the first update, its optimizer state laid out on the mesh."""
+    opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
+    step: Any = layout.step
+    return TrainState(
+        jax.device_put(jnp.asarray(0, jnp.int32), step),
+        params,
+        opt_state,
+        jax.device_put(key, step),
+    )

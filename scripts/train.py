@@ -1,0 +1,33 @@
+"""Align a model with preference pairs.
+
+python scripts/train.py --config configs/quickstart.py
+python scripts/train.py --config configs/llama3_simpo.py --optimizer.learning-rate 3e-7
+python scripts/train.py --config configs/llama3_simpo.py --resume
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from lpc_jax import config as cfg
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains; returns the exit status: 0, or 2 for what the user can mend."""
+    try:
+        config = cfg.load(argv)
+        # JAX is slow to import; --help and a mistyped flag need not wait for it.
+        from lpc_jax.training import loop
+
+        loop.train(config, Console())
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
