@@ -69,10 +69,8 @@ def opens_with_bos(tokenizer: Tokenizer) -> bool:
     if tokenizer.bos_token_id is None:
         return False
     template = tokenizer.chat_template
-    return (
-        tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        or isinstance(template, str)
-        and "bos_token" in template
+    return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id or (
+        isinstance(template, str) and "bos_token" in template
     )
 
 
