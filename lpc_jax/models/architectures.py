@@ -17,6 +17,20 @@ _REQUIRED_VALUES = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+}
+# What Hugging Face's configuration classes take for a field that the file leaves out.
+_DEFAULTS: dict[str, dict[str, int | None]] = {
+    "llama": {
+        "num_key_value_heads": None,
+        "sliding_window": None,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131_072,
+    },
 }
 _ROPE_FIELDS = {
     "default": set(),
@@ -172,13 +186,15 @@ def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
         raise ValueError(f"{origin}: missing fields {missing}.")
     theta, scaling = _rope(config, origin)
     heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
+    family = FAMILIES[name]
+    defaults = _DEFAULTS[family]
+    kv_heads = config.get("num_key_value_heads", defaults["num_key_value_heads"])
+    kv_heads = kv_heads or heads
     if heads % kv_heads:
         raise ValueError(
             f"{origin}: num_attention_heads = {heads} must be a multiple of"
             f" num_key_value_heads = {kv_heads}."
         )
-    family = FAMILIES[name]
     return Architecture(
         family=family,
         vocabulary=config["vocab_size"],
@@ -192,7 +208,54 @@ def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
         rope_theta=theta,
         rope_scaling=scaling,
         # Only Mistral's code reads the field; a Llama config may carry it unused.
-        sliding_window=config.get("sliding_window") if family == "mistral" else None,
+        sliding_window=config.get("sliding_window", defaults["sliding_window"])
+        if family == "mistral"
+        else None,
         tied=bool(config.get("tie_word_embeddings", False)),
-        context_length=config.get("max_position_embeddings", 2048),
+        context_length=config.get(
+            "max_position_embeddings", defaults["max_position_embeddings"]
+        ),
     )
+
+
+def hf_config(architecture: Architecture) -> dict[str, Any]:
+    """The ``config.json`` that describes an architecture, in transformers 4's spelling.
+
+    Special tokens are left unset: they are the tokenizer's to know.
+    ``from_hf_config`` of it is the architecture again.
+    """
+    names = {family: name for name, family in FAMILIES.items()}
+    scaling = architecture.rope_scaling
+    rope_scaling = None
+    if scaling is not None:
+        values = {
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+        fields = sorted(_ROPE_FIELDS[scaling.kind])
+        rope_scaling = {"rope_type": scaling.kind} | {f: values[f] for f in fields}
+    config = dict(_REQUIRED_VALUES) if architecture.family == "llama" else {}
+    config |= {
+        "architectures": [names[architecture.family]],
+        "model_type": architecture.family,
+        "hidden_act": _REQUIRED_VALUES["hidden_act"],
+        "vocab_size": architecture.vocabulary,
+        "hidden_size": architecture.width,
+        "num_hidden_layers": architecture.layers,
+        "num_attention_heads": architecture.query_heads,
+        "num_key_value_heads": architecture.kv_heads,
+        "head_dim": architecture.head_width,
+        "intermediate_size": architecture.mlp_width,
+        "rms_norm_eps": architecture.norm_epsilon,
+        "rope_theta": architecture.rope_theta,
+        "rope_scaling": rope_scaling,
+        "tie_word_embeddings": architecture.tied,
+        "max_position_embeddings": architecture.context_length,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if architecture.family == "mistral":
+        config["sliding_window"] = architecture.sliding_window
+    return config

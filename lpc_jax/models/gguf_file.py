@@ -1,0 +1,292 @@
+"""GGUF files: metadata, architecture, and named tensors that dequantise when read.
+
+The header is parsed here rather than by ``gguf.GGUFReader``, which takes seconds over
+the tokenizer's arrays and cannot tell how many bytes a cut file lacks; block formats
+are the gguf package's. Knows nothing of tokenizers or of our parameter tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType
+from jaxtyping import Float, Float32
+
+from lpc_jax.models.architectures import Architecture, RopeScaling
+from lpc_jax.models.decoder import rope_frequencies
+
+FAMILY = "llama"
+ROPE_FACTORS = "rope_freqs.weight"
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_DEFAULT_ALIGNMENT = 32
+_SCALARS = {
+    GGUFValueType.UINT8: "B",
+    GGUFValueType.INT8: "b",
+    GGUFValueType.UINT16: "H",
+    GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I",
+    GGUFValueType.INT32: "i",
+    GGUFValueType.FLOAT32: "f",
+    GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q",
+    GGUFValueType.INT64: "q",
+    GGUFValueType.FLOAT64: "d",
+}
+# Llama 3.1's and 3.2's stretch (their config.json); only the factor differs. A file
+# holds the resulting factor of each frequency, from which these cannot be told.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 8192}
+_ROPE_TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies on disk, and how it is quantised.
+
+    Attributes:
+        path: The file.
+        kind: Its block format.
+        shape: In NumPy's order, the reverse of the file's.
+        offset: Its first byte in the file.
+    """
+
+    path: Path
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Its size on disk."""
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * block_bytes
+
+    def read(self) -> Float32[np.ndarray, "..."]:
+        """Its values.
+
+        Raises:
+            ValueError: A block format that the gguf package cannot read.
+        """
+        raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.bytes,))
+        rows = raw.reshape(*self.shape[:-1], -1)
+        try:
+            return gguf.dequantize(rows, self.kind)
+        except NotImplementedError as e:
+            raise ValueError(
+                f"{self.path}: block format {self.kind.name} cannot be dequantised by"
+                f" the gguf package ({e}). Use a Q4_1, Q8_0, F16 or F32 file."
+            ) from e
+
+
+class _Cursor:
+    """Reads a header's values one after the other."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path, self.data, self.offset = path, data, 0
+
+    def take(self, size: int) -> bytes:
+        if self.offset + size > len(self.data):
+            raise ValueError(
+                f"{self.path}: truncated GGUF file: expected at least"
+                f" {self.offset + size} bytes, got {len(self.data)}. Download it again."
+            )
+        self.offset += size
+        return self.data[self.offset - size : self.offset]
+
+    def number(self, code: str) -> Any:
+        (value,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+        return value
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        """A metadata value; None for an array, which no architecture field is."""
+        if kind == GGUFValueType.STRING:
+            return self.text()
+        if kind == GGUFValueType.FLOAT32:
+            # 1e-5 in float32 is 9.99999974e-06; the shortest decimal is what was meant.
+            return float(str(np.float32(self.number("f"))))
+        if kind in _SCALARS:
+            return self.number(_SCALARS[GGUFValueType(kind)])
+        if kind != GGUFValueType.ARRAY:
+            raise ValueError(
+                f"{self.path}: broken GGUF header: {kind} is no value type. Download"
+                " it again."
+            )
+        item, count = self.number("I"), self.number("Q")
+        if item in _SCALARS:
+            self.take(count * struct.calcsize("<" + _SCALARS[GGUFValueType(item)]))
+        else:
+            for _ in range(count):
+                self.value(item)
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A GGUF file's header.
+
+    Attributes:
+        path: The file.
+        metadata: Key to value; None where the value is an array.
+        tensors: By name.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_header(path: Path) -> File:
+    """Metadata and tensors of a file; no tensor's data is read.
+
+    Raises:
+        ValueError: Not a little-endian GGUF file of version 2 or 3, one of several
+            splits, cut, or broken.
+    """
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        cursor = _Cursor(path, data)
+        magic, version = cursor.take(len(_MAGIC)), cursor.number("I")
+        if magic != _MAGIC or version not in _VERSIONS:
+            raise ValueError(
+                f"{path}: expected a little-endian GGUF file of version 2 or 3, got"
+                f" magic {magic!r} and version {version}. Download it again."
+            )
+        tensor_count, metadata_count = cursor.number("Q"), cursor.number("Q")
+        metadata = {}
+        for _ in range(metadata_count):
+            name = cursor.text()
+            metadata[name] = cursor.value(cursor.number("I"))
+        entries = []
+        for _ in range(tensor_count):
+            name, axes = cursor.text(), cursor.number("I")
+            shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
+            entries.append((name, shape, cursor.number("I"), cursor.number("Q")))
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        start = -(-cursor.offset // alignment) * alignment
+        size = len(data)
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError(
+            f"{path}: expected one file, got one of {metadata['split.count']} splits."
+            " Join them: llama-gguf-split --merge FIRST_FILE OUTPUT_FILE"
+        )
+    tensors = {}
+    for name, shape, kind, offset in entries:
+        try:
+            block = GGMLQuantizationType(kind)
+        except ValueError as e:
+            raise ValueError(
+                f"{path}: {name} has block format {kind}, unknown to the gguf package."
+                " Use a Q4_1, Q8_0, F16 or F32 file."
+            ) from e
+        tensors[name] = Tensor(path, block, shape, start + offset)
+    end = max((t.offset + t.bytes for t in tensors.values()), default=start)
+    if size < end:
+        raise ValueError(
+            f"{path}: truncated GGUF file: expected {end} bytes, got {size}. Download"
+            " it again."
+        )
+    return File(path, metadata, tensors)
+
+
+def _llama3_scaling(
+    plain: Architecture, factors: Float[np.ndarray, " half_H"], path: Path
+) -> RopeScaling:
+    """The Llama 3.1 stretch whose factors a file carries."""
+    scaling = RopeScaling(kind="llama3", factor=float(factors.max()), **_LLAMA3)
+    stretched = dataclasses.replace(plain, rope_scaling=scaling)
+    expected = rope_frequencies(plain) / rope_frequencies(stretched)
+    if expected.shape != factors.shape or not np.allclose(
+        expected, factors, rtol=_ROPE_TOLERANCE
+    ):
+        raise ValueError(
+            f"{path}: {ROPE_FACTORS} must be Llama 3.1's stretch by some factor with"
+            f" {_LLAMA3}, got factors from {factors.min():g} to {factors.max():g} of"
+            " another rule. Use the model's safetensors folder."
+        )
+    return scaling
+
+
+def _scaling(file: File, plain: Architecture) -> RopeScaling | None:
+    kind = file.metadata.get(f"{FAMILY}.rope.scaling.type", "none")
+    if ROPE_FACTORS in file.tensors and kind == "none":
+        factors = file.tensors[ROPE_FACTORS].read()
+        return _llama3_scaling(plain, factors, file.path)
+    if kind == "linear" and ROPE_FACTORS not in file.tensors:
+        factor = file.metadata[f"{FAMILY}.rope.scaling.factor"]
+        return RopeScaling(kind="linear", factor=factor)
+    if kind != "none":
+        raise ValueError(
+            f"{file.path}: {FAMILY}.rope.scaling.type must be none, or linear without"
+            f" {ROPE_FACTORS}, got {kind!r}. This scaling is not implemented."
+        )
+    return None
+
+
+def architecture(file: File) -> Architecture:
+    """The architecture that a file's metadata describes.
+
+    Raises:
+        ValueError: Another family than llama, a field missing, or a variant that the
+            decoder does not compute, by name.
+    """
+    path, metadata = file.path, file.metadata
+    name = metadata.get("general.architecture")
+    if name != FAMILY:
+        raise ValueError(
+            f"{path}: general.architecture must be {FAMILY!r}, got {name!r}. Other"
+            " families are not implemented."
+        )
+
+    def field(key: str) -> Any:
+        value = metadata.get(f"{FAMILY}.{key}")
+        if value is None:
+            raise ValueError(f"{path}: {FAMILY}.{key} must be one number, got none.")
+        return value
+
+    width, heads = field("embedding_length"), field("attention.head_count")
+    head_width = metadata.get(f"{FAMILY}.attention.key_length", width // heads)
+    # Fields of variants that the decoder does not compute, with the plain value.
+    for key, expected in {
+        "expert_count": 0,
+        "rope.dimension_count": head_width,
+        "attention.value_length": head_width,
+    }.items():
+        got = metadata.get(f"{FAMILY}.{key}", expected)
+        if got != expected:
+            raise ValueError(
+                f"{path}: {FAMILY}.{key} must be {expected}, got {got}. The decoder"
+                " does not compute this variant."
+            )
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError(f"{path}: expected token_embd.weight among the tensors.")
+    window = metadata.get(f"{FAMILY}.attention.sliding_window")
+    plain = Architecture(
+        family="llama" if window is None else "mistral",
+        vocabulary=file.tensors["token_embd.weight"].shape[0],
+        width=width,
+        layers=field("block_count"),
+        query_heads=heads,
+        kv_heads=metadata.get(f"{FAMILY}.attention.head_count_kv", heads),
+        head_width=head_width,
+        mlp_width=field("feed_forward_length"),
+        norm_epsilon=field("attention.layer_norm_rms_epsilon"),
+        rope_theta=metadata.get(f"{FAMILY}.rope.freq_base", 10_000.0),
+        rope_scaling=None,
+        sliding_window=window,
+        tied="output.weight" not in file.tensors,
+        context_length=field("context_length"),
+    )
+    return dataclasses.replace(plain, rope_scaling=_scaling(file, plain))
