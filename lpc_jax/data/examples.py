@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import pyarrow
 import pyarrow.parquet
+from datasets import exceptions as dataset_errors
 from huggingface_hub import errors as hub_errors
 
 from lpc_jax import sources
@@ -209,8 +210,8 @@ def _hub(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, A
     try:
         table = datasets.load_dataset(path, split=split)
     except (
-        datasets.exceptions.DatasetNotFoundError,
-        datasets.exceptions.DataFilesNotFoundError,
+        dataset_errors.DatasetNotFoundError,
+        dataset_errors.DataFilesNotFoundError,
         hub_errors.HfHubHTTPError,
         hub_errors.OfflineModeIsEnabled,
         OSError,

@@ -200,7 +200,7 @@ def _sentence_piece(metadata: dict[str, Any], file: str) -> Tokenizer:
     )
 
 
-def _named_tokens(metadata: dict[str, Any]) -> dict[str, str]:
+def _named_tokens(metadata: dict[str, Any]) -> dict[str, Any]:
     tokens = metadata["tokenizer.ggml.tokens"]
     fields = {
         "bos_token": "tokenizer.ggml.bos_token_id",
