@@ -124,6 +124,7 @@ def tokenize(
     examples: Sequence[PreferenceExample],
     tokenizer: Tokenizer,
     *,
+    drops: Drops,
     max_length: int,
     max_prompt_length: int,
     row_length: int,
@@ -135,6 +136,7 @@ def tokenize(
     Args:
         examples: Pairs as text.
         tokenizer: A tokenizer with a chat template.
+        drops: Rows that reading left out, for the report.
         max_length: Most tokens of prompt plus one answer.
         max_prompt_length: Most prompt tokens once truncation touches a pair.
         row_length: Most tokens of prompt, chosen and rejected together.
@@ -175,10 +177,10 @@ def tokenize(
             continue
         pairs.append(pair)
         mismatches += mismatch
-    drops = Drops.count(events)
+    drops = drops + Drops.count(events)
     if not pairs:
         raise ValueError(
-            f"No preference pair is left of {len(examples)}, expected at least one:"
+            f"No preference pair is left of {drops.total}, expected at least one:"
             f" {'; '.join(drops.lines()) or 'none came in'}. Raise data.max_length and"
             " packing.row_length, choose another data.truncation, or mend the data."
         )

@@ -98,12 +98,6 @@ class Report:
     same_length: float
     sources: Mapping[str, int]
 
-    def including(self, drops: Drops) -> Report:
-        """This report with the rows that reading already dropped."""
-        return dataclasses.replace(
-            self, read=self.read + drops.total, drops=drops + self.drops
-        )
-
     def lines(self) -> list[str]:
         """The report as plain text."""
         return [
