@@ -1,4 +1,4 @@
-"""The room in which every test runs: 8 emulated CPU devices, no network, checked shapes.
+"""Runs every test on 8 emulated CPU devices, without a network, with checked shapes.
 
 Executed before any test module, hence before JAX reads its environment. Knows nothing
 of what the library computes.
