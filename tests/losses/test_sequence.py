@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lpc_jax.losses import sequence
+
+RNG = np.random.default_rng(0)
+HIDDEN = RNG.normal(size=(2, 11, 8))
+HEAD = RNG.normal(size=(23, 8))
+TOKENS = RNG.integers(0, 23, size=(2, 11))
+
+
+def float64_logp():
+    logits = HIDDEN @ HEAD.T
+    normaliser = np.log(np.exp(logits).sum(-1))
+    return np.take_along_axis(logits, TOKENS[..., None], -1)[..., 0] - normaliser
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 64])
+def test_token_logp_equals_float64_log_softmax_for_any_chunk(chunk):
+    found = sequence.token_logp(
+        jnp.float32(HIDDEN), jnp.float32(HEAD), jnp.asarray(TOKENS), chunk=chunk
+    )
+    np.testing.assert_allclose(found, float64_logp(), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_chunks_equal_the_unchunked_ones():
+    weights = jnp.float32(RNG.normal(size=(2, 11)))
+
+    def total(hidden, head, chunk):
+        logp = sequence.token_logp(hidden, head, jnp.asarray(TOKENS), chunk=chunk)
+        return jnp.sum(weights * logp)
+
+    def plain(hidden, head):
+        logp = jax.nn.log_softmax(hidden @ head.T)
+        picked = jnp.take_along_axis(logp, jnp.asarray(TOKENS)[..., None], -1)
+        return jnp.sum(weights * picked[..., 0])
+
+    inputs = jnp.float32(HIDDEN), jnp.float32(HEAD)
+    expected = jax.grad(plain, (0, 1))(*inputs)
+    found = jax.grad(total, (0, 1))(*inputs, 4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected
+    )
+
+
+def test_logits_of_all_positions_are_never_held():
+    rows, positions, vocabulary = 2, 256, 512
+    hidden = jnp.zeros((rows, positions, 8))
+    head = jnp.zeros((vocabulary, 8))
+    tokens = jnp.zeros((rows, positions), jnp.int32)
+
+    def total(hidden, head):
+        return sequence.token_logp(hidden, head, tokens, chunk=16).sum()
+
+    lowered = jax.jit(jax.grad(total, (0, 1))).lower(hidden, head)
+    temporary = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert temporary < rows * positions * vocabulary * 4 / 2
+
+
+def test_sum_by_answer_ignores_padding_and_keeps_answers_apart():
+    values = jnp.array([[1.0, 2.0, 4.0, 8.0, 16.0]])
+    slot = jnp.array([[0, 0, 1, 3, 0]])
+    mask = jnp.array([[True, True, True, True, False]])
+    found = sequence.sum_by_answer(values, slot, mask, pair_slots=2)
+    np.testing.assert_array_equal(found, [[[3.0, 4.0], [0.0, 8.0]]])
+
+
+def test_padding_may_hold_anything():
+    values = jnp.array([[1.0, jnp.nan]])
+    slot, mask = jnp.array([[0, 0]]), jnp.array([[True, False]])
+    found = sequence.sum_by_answer(values, slot, mask, pair_slots=1)
+    np.testing.assert_array_equal(found, [[[1.0, 0.0]]])
