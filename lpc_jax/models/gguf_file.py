@@ -28,6 +28,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
+_DEFAULT_THETA = 10_000.0
 _SCALARS = {
     GGUFValueType.UINT8: "B",
     GGUFValueType.INT8: "b",
@@ -76,7 +77,7 @@ class Tensor:
             ValueError: A block format that the gguf package cannot read.
         """
         raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.bytes,))
-        rows = raw.reshape(*self.shape[:-1], -1)
+        rows = np.asarray(raw).reshape(*self.shape[:-1], -1)
         try:
             return gguf.dequantize(rows, self.kind)
         except NotImplementedError as e:
@@ -86,6 +87,14 @@ class Tensor:
             ) from e
 
 
+def _check_size(path: Path, expected: int, actual: int) -> None:
+    if actual < expected:
+        raise ValueError(
+            f"{path}: truncated GGUF file: expected at least {expected} bytes, got"
+            f" {actual}. Download it again."
+        )
+
+
 class _Cursor:
     """Reads a header's values one after the other."""
 
@@ -93,11 +102,7 @@ class _Cursor:
         self.path, self.data, self.offset = path, data, 0
 
     def take(self, size: int) -> bytes:
-        if self.offset + size > len(self.data):
-            raise ValueError(
-                f"{self.path}: truncated GGUF file: expected at least"
-                f" {self.offset + size} bytes, got {len(self.data)}. Download it again."
-            )
+        _check_size(self.path, self.offset + size, len(self.data))
         self.offset += size
         return self.data[self.offset - size : self.offset]
 
@@ -153,6 +158,7 @@ def read_header(path: Path) -> File:
         ValueError: Not a little-endian GGUF file of version 2 or 3, one of several
             splits, cut, or broken.
     """
+    _check_size(path, len(_MAGIC), path.stat().st_size)
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
@@ -193,11 +199,7 @@ def read_header(path: Path) -> File:
             ) from e
         tensors[name] = Tensor(path, block, shape, start + offset)
     end = max((t.offset + t.bytes for t in tensors.values()), default=start)
-    if size < end:
-        raise ValueError(
-            f"{path}: truncated GGUF file: expected {end} bytes, got {size}. Download"
-            " it again."
-        )
+    _check_size(path, end, size)
     return File(path, metadata, tensors)
 
 
@@ -219,14 +221,22 @@ def _llama3_scaling(
     return scaling
 
 
+def _number(file: File, key: str, default: float | None = None) -> Any:
+    value = file.metadata.get(f"{FAMILY}.{key}", default)
+    if value is None:
+        raise ValueError(
+            f"{file.path}: {FAMILY}.{key} must be one number, got none or a list."
+        )
+    return value
+
+
 def _scaling(file: File, plain: Architecture) -> RopeScaling | None:
     kind = file.metadata.get(f"{FAMILY}.rope.scaling.type", "none")
     if ROPE_FACTORS in file.tensors and kind == "none":
         factors = file.tensors[ROPE_FACTORS].read()
         return _llama3_scaling(plain, factors, file.path)
     if kind == "linear" and ROPE_FACTORS not in file.tensors:
-        factor = file.metadata[f"{FAMILY}.rope.scaling.factor"]
-        return RopeScaling(kind="linear", factor=factor)
+        return RopeScaling(kind="linear", factor=_number(file, "rope.scaling.factor"))
     if kind != "none":
         raise ValueError(
             f"{file.path}: {FAMILY}.rope.scaling.type must be none, or linear without"
@@ -250,14 +260,9 @@ def architecture(file: File) -> Architecture:
             " families are not implemented."
         )
 
-    def field(key: str) -> Any:
-        value = metadata.get(f"{FAMILY}.{key}")
-        if value is None:
-            raise ValueError(f"{path}: {FAMILY}.{key} must be one number, got none.")
-        return value
-
-    width, heads = field("embedding_length"), field("attention.head_count")
-    head_width = metadata.get(f"{FAMILY}.attention.key_length", width // heads)
+    width = _number(file, "embedding_length")
+    heads = _number(file, "attention.head_count")
+    head_width = _number(file, "attention.key_length", width // heads)
     # Fields of variants that the decoder does not compute, with the plain value.
     for key, expected in {
         "expert_count": 0,
@@ -277,16 +282,16 @@ def architecture(file: File) -> Architecture:
         family="llama" if window is None else "mistral",
         vocabulary=file.tensors["token_embd.weight"].shape[0],
         width=width,
-        layers=field("block_count"),
+        layers=_number(file, "block_count"),
         query_heads=heads,
-        kv_heads=metadata.get(f"{FAMILY}.attention.head_count_kv", heads),
+        kv_heads=_number(file, "attention.head_count_kv", heads),
         head_width=head_width,
-        mlp_width=field("feed_forward_length"),
-        norm_epsilon=field("attention.layer_norm_rms_epsilon"),
-        rope_theta=metadata.get(f"{FAMILY}.rope.freq_base", 10_000.0),
+        mlp_width=_number(file, "feed_forward_length"),
+        norm_epsilon=_number(file, "attention.layer_norm_rms_epsilon"),
+        rope_theta=_number(file, "rope.freq_base", _DEFAULT_THETA),
         rope_scaling=None,
         sliding_window=window,
         tied="output.weight" not in file.tensors,
-        context_length=field("context_length"),
+        context_length=_number(file, "context_length"),
     )
     return dataclasses.replace(plain, rope_scaling=_scaling(file, plain))

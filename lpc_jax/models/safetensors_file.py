@@ -30,6 +30,7 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH = struct.Struct("<Q")
+_LFS_POINTER = b"version "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Tensor:
 
     def read(self) -> Shaped[np.ndarray, "..."]:
         """A read-only view of the file: only what is used is read from disk."""
-        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+        return np.asarray(
+            np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+        )
 
 
 def _read_json(text: bytes, path: Path, what: str) -> dict:
@@ -81,7 +84,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     _check_size(path, _LENGTH.size, size)
     with path.open("rb") as file:
-        (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
+        first = file.read(_LENGTH.size)
+        if first == _LFS_POINTER:
+            raise ValueError(
+                f"{path}: expected a safetensors file, got a Git LFS pointer to one."
+                " Fetch it: git lfs pull"
+            )
+        (length,) = _LENGTH.unpack(first)
         start = _LENGTH.size + length
         _check_size(path, start, size)
         header = _read_json(file.read(length), path, "safetensors header")

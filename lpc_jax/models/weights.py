@@ -178,6 +178,8 @@ def read_architecture(path: Path) -> Architecture:
         fields = json.loads(config.read_text())
     except ValueError as e:
         raise ValueError(f"{config}: broken JSON ({e}). Download it again.") from e
+    if not isinstance(fields, dict):
+        raise ValueError(f"{config} must be a JSON object. Download it again.")
     return architectures.from_hf_config(fields, str(config))
 
 
