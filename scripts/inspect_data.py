@@ -1,0 +1,161 @@
+"""Show what a config makes of its preference pairs: the report, and pairs as tokens.
+
+python scripts/inspect_data.py --config configs/quickstart.py
+python scripts/inspect_data.py --config configs/quickstart.py --pairs 10
+python scripts/inspect_data.py --config configs/quickstart.py --data.max-length 512
+
+Without colour the markers tell: [prompt] [scored] [cut] ... [end].
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from lpc_jax import config as cfg
+from lpc_jax import sources
+from lpc_jax.data import chat, examples, tokenizer
+from lpc_jax.data.report import Drops
+
+PAIRS_SHOWN = 3
+TOKENIZER_PATTERNS = ("*.json", "*.jinja", "tokenizer.model")
+STYLES = {"prompt": "cyan", "scored": "green", "cut": "strike red"}
+NO_LIMIT = int(np.iinfo(np.int32).max)
+
+
+def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
+    """Prints report and pairs; returns the exit status, 2 for what the user can mend.
+
+    Args:
+        argv: The command line; None: the process's own.
+        console: Where to print; None: standard output.
+    """
+    try:
+        pairs, arguments = _take_pairs(list(sys.argv[1:] if argv is None else argv))
+        inspect(cfg.load(arguments), console or Console(), pairs=pairs)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def inspect(config: cfg.Config, console: Console, *, pairs: int) -> None:
+    """Prints the report of train and held-out pairs, and the first train pairs.
+
+    Args:
+        config: A run's settings.
+        console: Where to print.
+        pairs: How many train pairs to show.
+
+    Raises:
+        ValueError: Data or tokenizer cannot be had or used.
+    """
+    loaded = _tokenizer(config.model)
+    data = config.data
+    train = (data.train, "data.train", data.train_split, data.limit)
+    held_out = (data.eval, "data.eval", data.eval_split, data.eval_limit)
+    for path, setting, split, limit in (train, held_out):
+        if path is None:
+            continue
+        found, drops = examples.read(path, setting=setting, split=split, limit=limit)
+        kept, report = chat.tokenize(
+            found,
+            loaded,
+            drops=drops,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+            row_length=config.packing.row_length,
+            truncation=data.truncation,
+            prefix_mismatch=data.prefix_mismatch,
+        )
+        console.rule(f"{setting} = {path}")
+        for table in report.tables():
+            console.print(table)
+        if setting == "data.train":
+            by_index = {example.index: example for example in found}
+            for pair in kept[:pairs]:
+                _show(pair, by_index[pair.id], loaded, console)
+
+
+def _take_pairs(arguments: list[str]) -> tuple[int, list[str]]:
+    """Takes ``--pairs N`` off the command line; the rest is the config's."""
+    value, rest = str(PAIRS_SHOWN), []
+    flags = iter(arguments)
+    for flag in flags:
+        if flag == "--pairs":
+            value = next(flags, "")
+        elif flag.startswith("--pairs="):
+            value = flag.removeprefix("--pairs=")
+        else:
+            rest.append(flag)
+    if not value.isdecimal():
+        raise ValueError(
+            f"--pairs must be a whole number of pairs to show, got {value!r}. Give one,"
+            f" such as --pairs {PAIRS_SHOWN}."
+        )
+    return int(value), rest
+
+
+def _tokenizer(model: cfg.Model) -> tokenizer.Tokenizer:
+    path, setting, revision = model.path, "model.path", model.revision
+    if model.tokenizer is not None:
+        path, setting, revision = model.tokenizer, "model.tokenizer", None
+    found = sources.resolve(
+        path, setting=setting, revision=revision, patterns=TOKENIZER_PATTERNS
+    )
+    return tokenizer.load(found, chat_template=model.chat_template)
+
+
+def _show(
+    pair: chat.TokenizedPair,
+    example: examples.PreferenceExample,
+    loaded: tokenizer.Tokenizer,
+    console: Console,
+) -> None:
+    """One pair's three strings, with what truncation took from them."""
+    (whole,), _ = chat.tokenize(
+        [example],
+        loaded,
+        drops=Drops.count([]),
+        max_length=NO_LIMIT,
+        max_prompt_length=NO_LIMIT,
+        row_length=NO_LIMIT,
+        truncation="drop",
+        prefix_mismatch="cut",
+    )
+    console.rule(f"{example.origin} · {pair.source}")
+    # A cut prompt keeps its end, and its BOS if there is one.
+    gone = len(whole.prompt) - len(pair.prompt)
+    bos = int(pair.cut_prompt and tokenizer.opens_with_bos(loaded))
+    parts = {
+        "prompt": [
+            ("prompt", pair.prompt[:bos]),
+            ("cut", whole.prompt[bos : bos + gone]),
+            ("prompt", pair.prompt[bos:]),
+        ],
+        "chosen": [
+            ("scored", pair.chosen),
+            ("cut", whole.chosen[len(pair.chosen) :]),
+        ],
+        "rejected": [
+            ("scored", pair.rejected),
+            ("cut", whole.rejected[len(pair.rejected) :]),
+        ],
+    }
+    for name, segments in parts.items():
+        counts = ", ".join(f"{len(ids)} {kind}" for kind, ids in segments if len(ids))
+        console.print(Text(f"{name} ({counts})", style="bold"))
+        text = Text()
+        for kind, ids in segments:
+            if len(ids):
+                text.append(f"[{kind}]", style="dim")
+                text.append(str(loaded.decode(ids)), style=STYLES[kind])
+        console.print(text + Text("[end]\n", style="dim"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

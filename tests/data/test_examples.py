@@ -1,0 +1,349 @@
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lpc_jax.data import examples
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+EXPLICIT = {
+    "prompt": [user("Hi"), assistant("Hello"), user("Who?")],
+    "chosen": [assistant("Me.")],
+    "rejected": [assistant("You.")],
+    "source": "greetings",
+    "prompt_id": "7",
+}
+IMPLIED = {
+    "chosen": [*EXPLICIT["prompt"], assistant("Me.")],
+    "rejected": [*EXPLICIT["prompt"], assistant("You.")],
+}
+PLAIN = {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}
+
+
+def jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content):
+        file = tmp_path / name
+        data = content.encode() if isinstance(content, str) else content
+        file.write_bytes(data)
+        return file
+
+    return write
+
+
+def read(path, *, split=None, limit=None):
+    return examples.read(str(path), setting="data.train", split=split, limit=limit)
+
+
+def refusal(path, **options):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 -- the message is compared whole
+        read(path, **options)
+    return str(caught.value)
+
+
+def parse(row):
+    return examples.parse(row, origin="pairs.jsonl:3", index=2)
+
+
+def parse_refusal(row):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 -- the message is compared whole
+        parse(row)
+    return str(caught.value)
+
+
+def test_an_explicit_prompt_is_kept_turn_by_turn():
+    found = parse(EXPLICIT)
+    assert found == examples.PreferenceExample(
+        prompt=(user("Hi"), assistant("Hello"), user("Who?")),
+        chosen="Me.",
+        rejected="You.",
+        source="greetings",
+        origin="pairs.jsonl:3",
+        index=2,
+    )
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": None}, {"prompt": "Hi"}])
+def test_two_transcripts_share_their_prompt_and_a_prompt_string_is_not_used(prompt):
+    found = parse({**IMPLIED, **prompt})
+    assert found.prompt == tuple(EXPLICIT["prompt"])
+    assert (found.chosen, found.rejected) == ("Me.", "You.")
+
+
+def test_plain_strings_are_one_user_message_of_unknown_source():
+    found = parse(PLAIN)
+    assert found.prompt == (user("Who?"),)
+    assert (found.chosen, found.rejected) == ("Me.", "You.")
+    assert found.source == "unknown"
+
+
+def test_every_file_form_reads_alike(write):
+    rows = [EXPLICIT, {**EXPLICIT, "source": "other"}]
+    table = pyarrow.Table.from_pylist(rows)
+    parquet = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, parquet)
+    files = [
+        write("a.jsonl", jsonl(rows)),
+        write("a.jsonl.gz", gzip.compress(jsonl(rows).encode())),
+        write("a.json", json.dumps(rows)),
+        write("a.parquet", parquet.getvalue().to_pybytes()),
+    ]
+    for file in files:
+        found, drops = read(file)
+        assert [example.origin for example in found] == [
+            f"{file.name}:1",
+            f"{file.name}:2",
+        ]
+        assert [example.source for example in found] == ["greetings", "other"]
+        assert all(example.prompt == tuple(EXPLICIT["prompt"]) for example in found)
+        assert drops.total == 0
+
+
+def test_blank_lines_count_as_lines_but_not_as_rows(write):
+    found, _ = read(write("a.jsonl", "\n" + jsonl([PLAIN]) + "\n" + jsonl([PLAIN])))
+    assert [(e.origin, e.index) for e in found] == [("a.jsonl:2", 0), ("a.jsonl:4", 1)]
+
+
+def test_limit_takes_the_first_rows_and_reads_no_further(write):
+    file = write("a.jsonl", jsonl([PLAIN, {**PLAIN, "chosen": ""}, PLAIN]) + "{")
+    found, drops = read(file, limit=3)
+    assert [example.index for example in found] == [0, 2]
+    assert drops.counts == {"empty answer": 1}
+
+
+def test_rows_without_a_preference_are_counted_with_their_origins(write):
+    rows = [
+        PLAIN,
+        {**PLAIN, "chosen": "  \n"},
+        {**PLAIN, "rejected": "Me."},
+        {**EXPLICIT, "chosen": [user("Me.")]},
+        {**EXPLICIT, "prompt": [assistant("Hi")]},
+        {**EXPLICIT, "prompt": []},
+        {"chosen": [user("a"), assistant("b")], "rejected": [user("c")]},
+        {"chosen": [], "rejected": []},
+        {**IMPLIED, "rejected": IMPLIED["chosen"]},
+    ]
+    found, drops = read(write("a.jsonl", jsonl(rows)))
+    assert [example.index for example in found] == [0]
+    assert drops.counts == {
+        "empty answer": 2,
+        "chosen equals rejected": 2,
+        "answer is not the assistant's": 1,
+        "prompt does not end with the user's turn": 2,
+        "transcripts differ before the last answer": 1,
+    }
+    assert drops.origins["chosen equals rejected"] == ("a.jsonl:3", "a.jsonl:9")
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected", "prompt"])
+def test_a_missing_field_is_named_with_its_line(name):
+    row = {**PLAIN, "source": "x"}
+    del row[name]
+    got = ", ".join(row)
+    assert parse_refusal(row) == (
+        f"pairs.jsonl:3: the field {name!r} is missing; expected prompt, chosen and"
+        f" rejected, got {got}. Add it or remove the row."
+    )
+
+
+def test_an_unknown_form_is_named_with_what_was_seen():
+    assert parse_refusal({**PLAIN, "chosen": [assistant("Me.")], "id": 1}) == (
+        "pairs.jsonl:3: not a known form of preference pair. Expected chosen and"
+        " rejected as two lists of messages with prompt as a list of messages, two full"
+        " transcripts (lists of messages) without a prompt list, or prompt, chosen and"
+        " rejected as three strings; got prompt (str), chosen (list), rejected (str),"
+        " id (int). Convert the row to one of these."
+    )
+
+
+def test_a_row_that_is_no_object_is_refused():
+    assert parse_refusal(["a"]) == (
+        "pairs.jsonl:3: expected an object with prompt, chosen and rejected, got list."
+        " Write one object a row."
+    )
+
+
+def test_a_message_without_text_is_refused():
+    assert parse_refusal({**EXPLICIT, "chosen": [{"role": "assistant"}]}) == (
+        "pairs.jsonl:3: message 1 of chosen must be an object with the strings role and"
+        " content, got {'role': 'assistant'}. Mend or remove the row."
+    )
+
+
+def test_several_answer_messages_beside_a_prompt_list_are_refused():
+    assert parse_refusal({**EXPLICIT, "rejected": IMPLIED["rejected"]}) == (
+        "pairs.jsonl:3: beside a prompt list, rejected must hold one message, the"
+        " assistant's answer, got 4. Move earlier turns to prompt, or leave prompt out"
+        " to give two full transcripts."
+    )
+
+
+def test_broken_json_is_named_with_its_line(write):
+    file = write("a.jsonl", jsonl([PLAIN]) + '{"prompt": oops}\n')
+    assert refusal(file) == (
+        f"{file}:2: expected JSON, got Expecting value at line 1, column 12. Mend or"
+        " remove it."
+    )
+
+
+def test_a_byte_that_is_no_utf8_is_named_with_its_line(write):
+    file = write("a.jsonl", jsonl([PLAIN]).encode() + b'{"prompt": "\xff"}\n')
+    assert refusal(file) == (
+        f"{file}:2: expected UTF-8 text, got byte 0xff at 12. Save the file as UTF-8."
+    )
+
+
+def test_a_truncated_gzip_file_is_named_with_the_line_it_breaks_in(write):
+    rows = [{**PLAIN, "prompt": f"Who is number {n * n}?"} for n in range(500)]
+    whole = gzip.compress(jsonl(rows).encode())
+    file = write("a.jsonl.gz", whole[: len(whole) // 2])
+    message = refusal(file)
+    line = message.removeprefix(f"{file}:").partition(":")[0]
+    assert 1 <= int(line) < 500
+    assert message == (
+        f"{file}:{line}: expected gzip data, got a broken or truncated file (Compressed"
+        " file ended before the end-of-stream marker was reached). Fetch or compress"
+        " the file again."
+    )
+
+
+def test_a_file_that_only_claims_to_be_gzip_is_refused(write):
+    file = write("a.jsonl.gz", jsonl([PLAIN]))
+    assert refusal(file) == (
+        f"{file}:1: expected gzip data, got a broken or truncated file (Not a gzipped"
+        " file (b'{\"')). Fetch or compress the file again."
+    )
+
+
+def test_a_json_file_must_hold_a_list(write):
+    file = write("a.json", json.dumps(PLAIN))
+    assert refusal(file) == (
+        f"{file} must hold a list of rows, got dict. Write it as [{{...}}, {{...}}], or"
+        " one object a line in a .jsonl file."
+    )
+
+
+def test_a_broken_parquet_file_is_refused(write):
+    file = write("a.parquet", b"PAR1 and no more")
+    message = refusal(file)
+    reason = message.partition("after row 0 (")[2].partition("). Fetch")[0]
+    assert reason
+    assert message == (
+        f"{file}: expected a parquet file, got a broken or truncated one after row 0"
+        f" ({reason}). Fetch or write the file again."
+    )
+
+
+def test_a_mistyped_file_name_gets_a_suggestion(write):
+    file = write("pairs.jsonl", jsonl([PLAIN]))
+    wrong = file.with_name("pair.jsonl")
+    assert refusal(wrong) == (
+        f"data.train = {str(wrong)!r}: no such file, and not a hub id of the form"
+        f" owner/name. Did you mean {str(file)!r}?"
+    )
+
+
+def test_a_relative_file_name_is_not_taken_for_a_hub_id():
+    assert refusal("data/no_such_pairs.jsonl") == (
+        "data.train = 'data/no_such_pairs.jsonl': no such file, and not a hub id of the"
+        " form owner/name. Check the path."
+    )
+
+
+def test_a_folder_is_refused(tmp_path):
+    assert refusal(tmp_path) == (
+        f"data.train = {str(tmp_path)!r} is a folder, expected a file ending in .jsonl,"
+        " .jsonl.gz, .json, .parquet. Name the file inside it."
+    )
+
+
+def test_an_unknown_kind_of_file_is_refused(write):
+    file = write("a.csv", "prompt,chosen,rejected\n")
+    assert refusal(file) == (
+        f"data.train = {str(file)!r} must end in .jsonl, .jsonl.gz, .json, .parquet,"
+        " got 'a.csv'. Convert or rename the file."
+    )
+
+
+def test_an_empty_file_is_refused(write):
+    file = write("a.jsonl", "")
+    assert refusal(file) == (
+        f"data.train = {str(file)!r} holds no preference pair, expected at least one:"
+        " it has no rows. Give rows with a prompt and two different answers."
+    )
+
+
+def test_a_file_with_no_preference_is_refused_with_the_counts(write):
+    file = write("a.jsonl", jsonl([{**PLAIN, "rejected": "Me."}] * 7))
+    assert refusal(file) == (
+        f"data.train = {str(file)!r} holds no preference pair, expected at least one: 7"
+        " chosen equals rejected (a.jsonl:1, a.jsonl:2, a.jsonl:3, a.jsonl:4,"
+        " a.jsonl:5, ...). Give rows with a prompt and two different answers."
+    )
+
+
+def test_a_hub_data_set_reads_like_a_file(monkeypatch):
+    def load_dataset(path, split):
+        assert (path, split) == ("owner/pairs", "train_prefs")
+        return datasets.Dataset.from_list([{**IMPLIED, "prompt": "Hi"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (found,), _ = read("owner/pairs", split="train_prefs")
+    assert found.prompt == tuple(EXPLICIT["prompt"])
+    assert found.origin == "owner/pairs/train_prefs:1"
+
+
+def test_a_hub_that_cannot_be_reached_says_in_one_line_how_to_get_the_data(
+    monkeypatch,
+):
+    def load_dataset(path, split):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert refusal("owner/pairs", split="train") == (
+        "data.train = 'owner/pairs' is not on this machine and could not be downloaded"
+        " (ConnectionError). Get it with: hf download owner/pairs --repo-type dataset"
+        " --local-dir FOLDER, then pass --data.train with a file of it; a gated data"
+        " set also needs its licence accepted and `hf auth login`."
+    )
+
+
+def test_an_unknown_split_is_named(monkeypatch):
+    def load_dataset(path, split):
+        raise ValueError("Unknown split \"x\". Should be one of ['train'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert refusal("owner/pairs", split="x") == (
+        "data.train = 'owner/pairs' could not be loaded with data.train_split = 'x':"
+        " Unknown split \"x\". Should be one of ['train']."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("alpacaeval_preferences.test", 412),
+        ("alpacaeval_similar_length.test", 347),
+        ("hh_harmless", 2299),
+    ],
+)
+def test_real_pairs_read_whole(shared_data, name, rows):
+    # Second source of the numbers: the table in the data's README.
+    found, drops = read(shared_data / f"{name}.jsonl.gz")
+    assert len(found) == rows
+    assert drops.total == 0

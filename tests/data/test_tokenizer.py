@@ -1,0 +1,253 @@
+import json
+
+import gguf
+import pytest
+
+from lpc_jax.data import tokenizer
+from tests.data import tiny_tokenizers as tiny
+
+TOKEN_TYPES = gguf.TokenType
+
+
+def refusal(call, *arguments, **options):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 -- the message is compared whole
+        call(*arguments, **options)
+    return str(caught.value)
+
+
+def tokens(loaded, text):
+    return loaded.convert_ids_to_tokens(
+        loaded(text, add_special_tokens=False).input_ids
+    )
+
+
+def write_gguf(file, fields):
+    writer = gguf.GGUFWriter(str(file), "llama")
+    for name, value in fields.items():
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }[type(value)]
+        add(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.chatml().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_bytes_become_the_ids_the_metadata_gives():
+    loaded = tiny.chatml()
+    first = len(("<|im_start|>", "<|im_end|>", "<s>", "</s>"))
+    expected = [first + tiny.ALPHABET.index(letter) for letter in ["h", "i", "Ġ"]]
+    assert loaded("hi ", add_special_tokens=False).input_ids == expected
+
+
+def test_special_tokens_pad_and_template_are_the_metadatas():
+    loaded = tiny.chatml()
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 1, 1)
+    assert loaded.chat_template == tiny.CHATML
+    assert tokens(loaded, "a<|im_end|>") == ["a", "<|im_end|>"]
+    assert loaded.decode([0, 4, 1], skip_special_tokens=True) == "!"
+
+
+def test_a_user_defined_token_stays_whole_and_is_not_special():
+    loaded = tiny.chatml(user_defined=["<think>"])
+    assert tokens(loaded, "a<think>") == ["a", "<think>"]
+    ids = loaded("<think>", add_special_tokens=False).input_ids
+    assert loaded.decode(ids, skip_special_tokens=True) == "<think>"
+
+
+def test_smollm_splits_digits_and_keeps_spaces_before_them_together():
+    options = {"words": ["12", "ĠĠ"], "merges": ["1 2", "Ġ Ġ"]}
+    assert tokens(tiny.chatml(pre="gpt-2", **options), "  12") == ["Ġ", "Ġ", "12"]
+    assert tokens(tiny.chatml(pre="smollm", **options), "  12") == ["ĠĠ", "1", "2"]
+
+
+def test_llama3_takes_three_digits_at_a_time_and_whole_words_without_merges():
+    # "123" has no merge path; as a whole word of the vocabulary it needs none.
+    loaded = tiny.chatml(pre="llama-bpe", words=["123", "12"], merges=["1 2"])
+    assert tokens(loaded, "123123") == ["123", "123"]
+    assert tokens(loaded, "1234") == ["123", "4"]
+    without = tiny.chatml(pre="smollm", words=["123"])
+    assert tokens(without, "123") == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "stated", "adds"),
+    [
+        ("smollm", None, False),
+        ("smollm", True, True),
+        ("llama-bpe", None, True),
+        ("llama-bpe", False, False),
+    ],
+)
+def test_bos_is_added_as_the_metadata_says(pre, stated, adds):
+    fields = {} if stated is None else {"add_bos_token": stated}
+    loaded = tiny.chatml(pre=pre, bos="<s>", **fields)
+    assert (loaded("a").input_ids[0] == loaded.bos_token_id) == adds
+    assert tokenizer.opens_with_bos(loaded) == adds
+
+
+def test_a_template_that_writes_bos_opens_with_it():
+    assert tokenizer.opens_with_bos(tiny.inst(add_bos_token=False))
+    assert not tokenizer.opens_with_bos(tiny.inst(add_bos_token=False, bos=None))
+
+
+def test_sentencepiece_merges_the_best_scored_piece_first():
+    words = ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "ab", "bc", "▁a"]
+    scores = [0.0, 0.0, 0.0, -9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": words + byte_tokens,
+        "tokenizer.ggml.scores": scores + [-99.0] * 256,
+        "tokenizer.ggml.token_type": [
+            TOKEN_TYPES.UNKNOWN,
+            TOKEN_TYPES.CONTROL,
+            TOKEN_TYPES.CONTROL,
+            *[TOKEN_TYPES.NORMAL] * 7,
+            *[TOKEN_TYPES.BYTE] * 256,
+        ],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    loaded = tokenizer.from_metadata(fields, file="tiny.gguf")
+    # By hand: bc (-1) before ab (-2), then ▁a (-3).
+    assert loaded.convert_ids_to_tokens(loaded("abc").input_ids) == ["<s>", "▁a", "bc"]
+    assert tokens(loaded, "a</s>") == ["▁a", "</s>"]
+    # A letter outside the vocabulary falls to its UTF-8 bytes.
+    assert tokens(loaded, "é") == ["▁", "<0xC3>", "<0xA9>"]
+
+
+def test_a_gguf_file_reads_like_its_metadata(tmp_path):
+    file = write_gguf(
+        tmp_path / "tiny.gguf", tiny.metadata(words=["hi"], merges=["h i"])
+    )
+    loaded = tokenizer.load(file, chat_template=None)
+    assert tokens(loaded, "hi hi") == ["hi", "Ġ", "hi"]
+    assert loaded.chat_template == tiny.CHATML
+
+
+def test_a_folder_reads_with_its_template(folder):
+    loaded = tokenizer.load(folder, chat_template=None)
+    assert loaded("hi").input_ids == tiny.chatml()("hi").input_ids
+    assert loaded.chat_template == tiny.CHATML
+    assert loaded.pad_token_id == loaded.eos_token_id
+
+
+def test_a_template_file_replaces_the_tokenizers_own(folder, tmp_path):
+    file = tmp_path / "other.jinja"
+    file.write_text("{{ messages[0].content }}")
+    loaded = tokenizer.load(folder, chat_template=str(file))
+    assert loaded.chat_template == "{{ messages[0].content }}"
+
+
+def test_a_missing_template_file_is_named(folder):
+    assert refusal(tokenizer.load, folder, chat_template="no/such.jinja") == (
+        "model.chat_template = 'no/such.jinja': expected a file with a Jinja chat"
+        " template, got no such file. Check the path."
+    )
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    assert refusal(tokenizer.load, tmp_path, chat_template=None) == (
+        f"{tmp_path}: expected a tokenizer, tokenizer.json or tokenizer.model or"
+        " tokenizer_config.json, got none of them. Copy them beside the weights or set"
+        " model.tokenizer."
+    )
+
+
+def test_a_truncated_tokenizer_file_is_named(folder):
+    file = folder / "tokenizer.json"
+    file.write_text('{"version": ')
+    assert refusal(tokenizer.load, folder, chat_template=None) == (
+        f"{file}: expected JSON, got a broken or truncated file (Expecting value: line"
+        " 1 column 13 (char 12)). Fetch it again."
+    )
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    assert refusal(tokenizer.load, file, chat_template=None) == (
+        f"{file}: expected a folder with tokenizer.json or tokenizer.model or"
+        " tokenizer_config.json, or a .gguf file, got neither. Set model.tokenizer to"
+        " one."
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"not a gguf file at all", b"GGUF\x03\0\0\0"])
+def test_a_broken_gguf_file_is_refused(tmp_path, content):
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(content)
+    message = refusal(tokenizer.load, file, chat_template=None)
+    reason = message.partition("truncated one (")[2].removesuffix("). Fetch it again.")
+    assert message == (
+        f"{file}: expected a GGUF file, got a broken or truncated one ({reason})."
+        " Fetch it again."
+    )
+
+
+def test_a_truncated_gguf_file_is_refused(tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf", tiny.metadata())
+    file.write_bytes(file.read_bytes()[:1000])
+    message = refusal(tokenizer.load, file, chat_template=None)
+    assert message.startswith(
+        f"{file}: expected a GGUF file, got a broken or truncated one ("
+    )
+
+
+def from_metadata_without(name, **options):
+    fields = tiny.metadata(**options)
+    del fields[name]
+    return refusal(tokenizer.from_metadata, fields, file="tiny.gguf")
+
+
+def test_an_unknown_pre_tokenizer_is_named():
+    assert refusal(tiny.chatml, pre="viking") == (
+        "tiny.gguf: tokenizer.ggml.pre must be one of gpt-2, smollm, llama-bpe, llama3,"
+        " llama-v3, got 'viking'. Set model.tokenizer to the model's folder with"
+        " tokenizer.json."
+    )
+
+
+def test_an_unknown_tokenizer_model_is_named():
+    fields = tiny.metadata() | {"tokenizer.ggml.model": "bert"}
+    assert refusal(tokenizer.from_metadata, fields, file="tiny.gguf") == (
+        "tiny.gguf: tokenizer.ggml.model must be one of gpt2, llama, got 'bert'. Set"
+        " model.tokenizer to the model's folder with tokenizer.json."
+    )
+
+
+def test_a_missing_metadata_field_is_named():
+    assert from_metadata_without("tokenizer.ggml.tokens") == (
+        "tiny.gguf: expected the metadata field tokenizer.ggml.tokens, got none. The"
+        " file holds no tokenizer: set model.tokenizer to a folder with tokenizer.json."
+    )
+    assert from_metadata_without("tokenizer.ggml.merges") == (
+        "tiny.gguf: expected the metadata field tokenizer.ggml.merges, got none. Set"
+        " model.tokenizer to the model's folder with tokenizer.json."
+    )
+
+
+@pytest.mark.smollm2
+def test_smollm2_from_gguf_is_its_own(smollm2):
+    loaded = tokenizer.load(smollm2, chat_template=None)
+    # Second source: HuggingFaceTB/SmolLM2-135M-Instruct's tokenizer_config.json.
+    named = (loaded.bos_token, loaded.eos_token, loaded.pad_token, loaded.unk_token)
+    assert named == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
+    assert len(loaded) == 49152
+    assert not tokenizer.opens_with_bos(loaded)
+    text = "Line\n\n  1234 naïve 🙂\t<|im_end|>"
+    ids = loaded(text).input_ids
+    assert loaded.decode(ids) == text
+    assert json.dumps(loaded.convert_ids_to_tokens(ids)[-1]) == '"<|im_end|>"'
