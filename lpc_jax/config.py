@@ -6,11 +6,14 @@ the rooms below are given plain values and have no defaults of their own.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import math
 import os
 import runpy
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -49,13 +52,41 @@ def _type_name(hint: Any) -> str:
         return " or ".join(_type_name(option) for option in typing.get_args(hint))
     if hint is type(None):
         return "None"
+    if typing.get_origin(hint) is tuple:
+        return f"a tuple of {_type_name(typing.get_args(hint)[0])}"
+    if typing.get_origin(hint) is dict:
+        return "a dict from str to {1}".format(*map(_type_name, typing.get_args(hint)))
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 class Settings:
-    """Checks, when a settings object is made, types first and then meaning."""
+    """Checks, when a settings object is made: names, then types, then meaning."""
 
     section: typing.ClassVar[str] = ""
+
+    def __new__(cls, **given: Any) -> typing.Self:
+        """Refuses unknown names, with the near ones.
+
+        Raises:
+            ValueError: A name that is no setting of this section.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType] -- every subclass is a dataclass
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known)
+                hint = (
+                    f"Did you mean {' or '.join(near)}?"
+                    if near
+                    else f"{cls.__name__} has: {', '.join(known)}."
+                )
+                raise ValueError(f"{cls.section}{name} is no setting. {hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Refuses wrong types and values.
@@ -72,6 +103,7 @@ class Settings:
                 f"must be {_type_name(hints[field.name])}",
                 "",
             )
+            self._require(_is_finite(value), field.name, "must be finite", "")
         self._check()
 
     def _check(self) -> None:
@@ -226,8 +258,9 @@ class Simpo(Settings):
         self._require(
             (self.gamma is None) != (self.gamma_beta_ratio is None),
             "gamma",
-            "or loss.gamma_beta_ratio must be given, and not both",
-            f"gamma_beta_ratio is {self.gamma_beta_ratio!r}.",
+            f"must be {'a number' if self.gamma is None else 'None'}"
+            f" when loss.gamma_beta_ratio is {self.gamma_beta_ratio!r}",
+            "Give one of the two and None for the other.",
         )
 
     @property
@@ -453,22 +486,40 @@ class Config(Settings):
             "must be a plain folder name",
             "",
         )
+        if self.data.eval is None:
+            for section, name in (("data", "eval_limit"), ("training", "eval_every")):
+                value = getattr(getattr(self, section), name)
+                if value is not None:
+                    raise ValueError(
+                        f"{section}.{name} has no effect without data.eval, expected"
+                        f" None, got {value!r}. Name held-out pairs, or leave it out."
+                    )
+        if isinstance(self.loss, Simpo) and self.reference.path is not None:
+            raise ValueError(
+                "reference.path has no effect on SimPO, which has no reference,"
+                f" expected None, got {self.reference.path!r}. Leave it out."
+            )
 
 
 def read(path: str) -> Config:
     """Runs a config file and returns its ``config``.
 
     Raises:
-        ValueError: The file is missing, or does not end in ``config = Config(...)``.
+        ValueError: The file is missing, holds a setting that is refused, or does not
+            end in ``config = Config(...)``.
     """
     if not os.path.isfile(path):
-        folder = os.path.dirname(path) or "."
-        near = difflib.get_close_matches(
-            os.path.basename(path), os.listdir(folder) if os.path.isdir(folder) else []
-        )
-        hint = f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
-        raise ValueError(f"--config: no file {path!r}.{hint}")
-    config = runpy.run_path(path).get("config")
+        raise ValueError(_no_config_file(path))
+    try:
+        config = runpy.run_path(path).get("config")
+    except (ValueError, TypeError) as e:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(e.__traceback__)
+            if frame.filename == path
+        ]
+        where = ":".join(map(str, [path, *lines[-1:]]))
+        raise ValueError(f"{where}: {e}") from e
     if not isinstance(config, Config):
         raise ValueError(
             f"{path} must end in config = Config(...), got {type(config).__name__}."
@@ -476,40 +527,57 @@ def read(path: str) -> Config:
     return config
 
 
+def _no_config_file(path: str) -> str:
+    if os.path.isdir(path):
+        names = sorted(name for name in os.listdir(path) if name.endswith(".py"))
+        return (
+            f"--config: {path!r} is a folder, expected one of its files:"
+            f" {', '.join(names) or 'it has no .py file'}."
+        )
+    folder, name = os.path.split(path)
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    near = difflib.get_close_matches(name, [n for n in names if n.endswith(".py")])
+    hint = f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
+    return f"--config: no file {path!r}.{hint}"
+
+
 def load(argv: Sequence[str] | None = None) -> Config:
     """The config that a command line asks for.
 
     ``--config FILE`` names the file; every other flag overrides one field, as in
     ``--optimizer.learning-rate 3e-7``. ``--help`` lists them all, ``--resume`` is
-    short for ``--run.resume``.
+    short for ``--run.resume``, and ``--latent None`` runs the plain algorithm.
 
     Raises:
         ValueError: No config named, or a value that its setting refuses.
         SystemExit: An unknown flag or a value of a wrong type, after tyro has said
             which and what comes near.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments = ["--run.resume" if a == "--resume" else a for a in arguments]
-    path = None
-    for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            path = arguments[index + 1]
-            del arguments[index : index + 2]
-            break
-        if argument.startswith("--config="):
-            path = argument.removeprefix("--config=")
-            del arguments[index]
-            break
-    if path is None:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config", nargs="?")
+    own.add_argument("--resume", action="store_true")
+    own.add_argument("--latent", nargs="?", default="as in the file")
+    short, overrides = own.parse_known_args(argv)
+    if short.config is None:
         raise ValueError(
             "--config FILE is required, such as --config configs/quickstart.py."
             " With it, --help lists every field."
         )
+    config = read(short.config)
+    if short.latent == "None":
+        config = dataclasses.replace(config, latent=None)
+    elif short.latent != "as in the file":
+        raise ValueError(
+            f"--latent must be None, got {short.latent!r}. Its settings have flags of"
+            " their own, such as --latent.num-codes 32."
+        )
+    if short.resume:
+        overrides.append("--run.resume")
     return tyro.cli(
         Config,
-        default=read(path),
-        args=arguments,
-        prog=f"train.py --config {path}",
+        default=config,
+        args=overrides,
+        prog=f"{os.path.basename(sys.argv[0])} --config {short.config}",
         config=(tyro.conf.AvoidSubcommands,),
     )
 
