@@ -163,7 +163,7 @@ def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
             f" {name!r}. Other families are not implemented."
         )
     for field, expected in _REQUIRED_VALUES.items():
-        if config.get(field, expected) != expected:
+        if config.get(field) not in (None, expected):
             raise ValueError(
                 f"{origin}: {field} must be {expected!r}, got {config[field]!r}."
                 " The decoder does not compute this variant."
@@ -236,8 +236,7 @@ def hf_config(architecture: Architecture) -> dict[str, Any]:
         }
         fields = sorted(_ROPE_FIELDS[scaling.kind])
         rope_scaling = {"rope_type": scaling.kind} | {f: values[f] for f in fields}
-    config = dict(_REQUIRED_VALUES) if architecture.family == "llama" else {}
-    config |= {
+    config = {
         "architectures": [names[architecture.family]],
         "model_type": architecture.family,
         "hidden_act": _REQUIRED_VALUES["hidden_act"],
@@ -258,4 +257,6 @@ def hf_config(architecture: Architecture) -> dict[str, Any]:
     }
     if architecture.family == "mistral":
         config["sliding_window"] = architecture.sliding_window
+    else:
+        config |= {field: False for field in ("attention_bias", "mlp_bias")}
     return config

@@ -1,0 +1,247 @@
+"""Architectures from config.json; transformers' own classes are the second source."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import transformers
+
+from lpc_jax.models import architectures
+from lpc_jax.models.architectures import Architecture, RopeScaling
+
+# Llama-3.1-8B's config.json, less what no decoder reads.
+LLAMA31 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 128256,
+}
+# Mistral-7B-v0.1's.
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+
+
+def test_llama31_is_read_field_by_field():
+    assert architectures.from_hf_config(LLAMA31, "config.json") == Architecture(
+        family="llama",
+        vocabulary=128256,
+        width=4096,
+        layers=32,
+        query_heads=32,
+        kv_heads=8,
+        head_width=128,
+        mlp_width=14336,
+        norm_epsilon=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling(
+            kind="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_length=8192,
+        ),
+        sliding_window=None,
+        tied=False,
+        context_length=131072,
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    # The model cards: 8.03 and 7.24 billion parameters.
+    [(LLAMA31, 8_030_261_248), (MISTRAL, 7_241_732_096)],
+)
+def test_parameter_count_is_the_published_one(config, published):
+    read = architectures.from_hf_config(config, "config.json")
+    assert read.parameter_count() == published
+
+
+def test_mistral_reads_its_window_and_llama_ignores_one():
+    assert architectures.from_hf_config(MISTRAL, "").sliding_window == 4096
+    none = architectures.from_hf_config({**MISTRAL, "sliding_window": None}, "")
+    assert none.sliding_window is None
+    llama = architectures.from_hf_config({**LLAMA31, "sliding_window": 4096}, "")
+    assert llama.sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("config", "theirs"),
+    [(LLAMA31, transformers.LlamaConfig), (MISTRAL, transformers.MistralConfig)],
+)
+def test_fields_left_out_take_transformers_defaults(config, theirs):
+    optional = ["num_key_value_heads", "max_position_embeddings", "sliding_window"]
+    optional += ["rope_theta", "rope_scaling", "tie_word_embeddings", "hidden_act"]
+    bare = {name: value for name, value in config.items() if name not in optional}
+    read = architectures.from_hf_config(bare, "config.json")
+    expected = theirs(**bare)
+    assert read.kv_heads == expected.num_key_value_heads
+    assert read.context_length == expected.max_position_embeddings
+    assert read.sliding_window == getattr(expected, "sliding_window", None)
+    assert read.tied == expected.tie_word_embeddings
+    assert read.rope_theta == expected.rope_parameters["rope_theta"]
+    assert read.head_width == expected.head_dim
+    assert read.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("config", "theirs"),
+    [(LLAMA31, transformers.LlamaConfig), (MISTRAL, transformers.MistralConfig)],
+)
+def test_both_spellings_of_rope_read_the_same(config, theirs):
+    spelt = json.loads(theirs(**config).to_json_string(use_diff=False))
+    assert "rope_parameters" in spelt  # transformers 5
+    assert "rope_scaling" not in spelt
+    assert architectures.from_hf_config(spelt, "") == architectures.from_hf_config(
+        config, ""
+    )
+
+
+@pytest.mark.parametrize("config", [LLAMA31, MISTRAL])
+def test_hf_config_reads_back_as_the_same_architecture(config):
+    read = architectures.from_hf_config(config, "")
+    written = json.loads(json.dumps(architectures.hf_config(read)))
+    assert architectures.from_hf_config(written, "") == read
+
+
+@pytest.mark.parametrize(
+    ("config", "theirs"),
+    [(LLAMA31, transformers.LlamaConfig), (MISTRAL, transformers.MistralConfig)],
+)
+def test_transformers_reads_hf_config_as_the_original(config, theirs):
+    written = architectures.hf_config(architectures.from_hf_config(config, ""))
+    read, expected = theirs(**written).to_dict(), theirs(**config).to_dict()
+    for tokens in ("bos_token_id", "eos_token_id"):
+        del read[tokens], expected[tokens]
+    assert read == expected
+
+
+def test_linear_rope_scaling_is_read_and_written():
+    config = {**LLAMA31, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    read = architectures.from_hf_config(config, "")
+    assert read.rope_scaling == RopeScaling(kind="linear", factor=2.0)
+    assert architectures.from_hf_config(architectures.hf_config(read), "") == read
+
+
+def test_every_field_of_the_architecture_changes_the_written_config():
+    read = architectures.from_hf_config({**MISTRAL, "head_dim": 64}, "")
+    changed = {
+        "family": "llama",
+        "vocabulary": 1,
+        "width": 2,
+        "layers": 3,
+        "query_heads": 64,
+        "kv_heads": 4,
+        "head_width": 5,
+        "mlp_width": 6,
+        "norm_epsilon": 1e-3,
+        "rope_theta": 7.0,
+        "rope_scaling": RopeScaling(kind="linear", factor=2.0),
+        "sliding_window": None,
+        "tied": True,
+        "context_length": 8,
+    }
+    assert set(changed) == {field.name for field in dataclasses.fields(Architecture)}
+    written = architectures.hf_config(read)
+    for field, value in changed.items():
+        other = dataclasses.replace(read, **{field: value})
+        assert architectures.hf_config(other) != written, field
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["Qwen2ForCausalLM"]},
+            "c.json: architectures[0] must be one of ['LlamaForCausalLM',"
+            " 'MistralForCausalLM'], got 'Qwen2ForCausalLM'. Other families are not"
+            " implemented.",
+        ),
+        (
+            {"architectures": None},
+            "c.json: architectures[0] must be one of ['LlamaForCausalLM',"
+            " 'MistralForCausalLM'], got None. Other families are not implemented.",
+        ),
+        (
+            {"attention_bias": True},
+            "c.json: attention_bias must be False, got True. The decoder does not"
+            " compute this variant.",
+        ),
+        (
+            {"mlp_bias": True},
+            "c.json: mlp_bias must be False, got True. The decoder does not compute"
+            " this variant.",
+        ),
+        (
+            {"hidden_act": "gelu"},
+            "c.json: hidden_act must be 'silu', got 'gelu'. The decoder does not"
+            " compute this variant.",
+        ),
+        (
+            {"partial_rotary_factor": 0.5},
+            "c.json: partial_rotary_factor must be 1.0, got 0.5. The decoder does not"
+            " compute this variant.",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "c.json: rope type must be one of ['default', 'linear', 'llama3'], got"
+            " 'yarn'. This scaling is not implemented.",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+            "c.json: rope type 'llama3' takes ['factor', 'high_freq_factor',"
+            " 'low_freq_factor', 'original_max_position_embeddings'], got ['factor'].",
+        ),
+        (
+            {"quantization_config": {"bits": 4}},
+            "c.json: quantization_config must be absent. Use the model's unquantised"
+            " safetensors, or a GGUF file.",
+        ),
+        (
+            {"num_key_value_heads": 5},
+            "c.json: num_attention_heads = 32 must be a multiple of"
+            " num_key_value_heads = 5.",
+        ),
+        (
+            {"vocab_size": None, "rms_norm_eps": None},
+            "c.json: missing fields ['vocab_size', 'rms_norm_eps'].",
+        ),
+    ],
+)
+def test_what_the_decoder_does_not_compute_is_named(change, message):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the whole message follows
+        architectures.from_hf_config({**LLAMA31, **change}, "c.json")
+    assert str(raised.value) == message
