@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import einops
 import jax
@@ -43,13 +43,7 @@ _SHOWN = 10
 _READ_BYTES = 1 << 20
 
 
-class _Stored(Protocol):
-    """A tensor in a file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def read(self) -> Shaped[np.ndarray, "..."]: ...
+_Stored = safetensors_file.Tensor | gguf_file.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
