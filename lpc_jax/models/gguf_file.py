@@ -221,7 +221,7 @@ def _llama3_scaling(
     return scaling
 
 
-def _number(file: File, key: str, default: float | None = None) -> Any:
+def _number(file: File, key: str, default: int | float | None = None) -> Any:
     value = file.metadata.get(f"{FAMILY}.{key}", default)
     if value is None:
         raise ValueError(
