@@ -1,0 +1,56 @@
+# Each target sets up what it needs, in $(VENV), and again only when pyproject.toml
+# has changed since. Another interpreter: make test VENV=.venv-3.12 PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+# More flags for a target's program: make quickstart ARGS='--training.steps 2'
+ARGS ?=
+# Where parity's torch comes from, if not pip's own index (such as a CPU-only one).
+TORCH_INDEX ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+HAS := $(VENV)/.has
+
+.PHONY: quickstart test parity lint clean
+
+quickstart: $(HAS)-quickstart
+	$(BIN)/python scripts/train.py --config configs/quickstart.py $(ARGS)
+
+test: $(HAS)-dev
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+parity: $(HAS)-parity
+	$(BIN)/python -m pytest -m parity $(ARGS)
+
+lint: $(HAS)-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
+
+clean:
+	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache
+	find configs lpc_jax scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "lpc_jax needs Python 3.11 or newer, got" \
+	        "'$$($(PYTHON) --version 2>&1)' from PYTHON=$(PYTHON)." \
+	        "Name another: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# Targets that share this environment add to it and never take away.
+$(HAS)-quickstart: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[quickstart]'
+	@touch $@
+
+$(HAS)-dev: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[quickstart,dev]'
+	@touch $@ $(HAS)-quickstart
+
+# torch first, so that nothing pulls in a build for other hardware.
+$(HAS)-parity: pyproject.toml $(HAS)-dev | $(BIN)/python
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) install -e '.[quickstart,dev,parity]'
+	@touch $@
