@@ -27,6 +27,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+_LENGTH = struct.Struct("<Q")
 _DEFAULT_ALIGNMENT = 32
 _DEFAULT_THETA = 10_000.0
 _SCALARS = {
@@ -113,6 +114,16 @@ class _Cursor:
     def text(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", errors="replace")
 
+    def skip_texts(self, count: int) -> None:
+        """One tight loop, because a vocabulary is long."""
+        end, size = self.offset, len(self.data)
+        for _ in range(count):
+            if end + _LENGTH.size > size:
+                end += _LENGTH.size
+                break
+            end += _LENGTH.size + _LENGTH.unpack_from(self.data, end)[0]
+        self.take(end - self.offset)
+
     def value(self, kind: int) -> Any:
         """A metadata value; None for an array, which no architecture field is."""
         if kind == GGUFValueType.STRING:
@@ -130,6 +141,8 @@ class _Cursor:
         item, count = self.number("I"), self.number("Q")
         if item in _SCALARS:
             self.take(count * struct.calcsize("<" + _SCALARS[GGUFValueType(item)]))
+        elif item == GGUFValueType.STRING:
+            self.skip_texts(count)
         else:
             for _ in range(count):
                 self.value(item)
