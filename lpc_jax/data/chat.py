@@ -263,7 +263,10 @@ def _split(
     """Prompt and answers, parted where the tokens that all three start with end."""
     prompt, *answers = ids
     shared = min(_common_prefix(prompt, answer) for answer in answers)
-    chosen, rejected = (_until_end(answer[shared:], control) for answer in answers)
+    # Copies: a view would keep each answer's copy of the prompt in memory.
+    chosen, rejected = (
+        _until_end(answer[shared:].copy(), control) for answer in answers
+    )
     return TokenizedPair(
         prompt=prompt[:shared],
         chosen=chosen,

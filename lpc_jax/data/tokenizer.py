@@ -66,12 +66,13 @@ def opens_with_bos(tokenizer: Tokenizer) -> bool:
 
     Either the tokenizer adds it to plain text, or its chat template writes it.
     """
-    if tokenizer.bos_token_id is None:
+    bos, template = tokenizer.bos_token_id, tokenizer.chat_template
+    if bos is None:
         return False
-    template = tokenizer.chat_template
-    return tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id or (
-        isinstance(template, str) and "bos_token" in template
-    )
+    if isinstance(template, dict):
+        template = template.get("default")
+    adds = tokenizer("a")["input_ids"][:1] == [bos]
+    return adds or (template is not None and "bos_token" in template)
 
 
 def _from_folder(folder: Path) -> Tokenizer:

@@ -251,3 +251,30 @@ def test_smollm2_from_gguf_is_its_own(smollm2):
     ids = loaded(text).input_ids
     assert loaded.decode(ids) == text
     assert json.dumps(loaded.convert_ids_to_tokens(ids)[-1]) == '"<|im_end|>"'
+
+
+# Where splitting goes wrong: digits with and without spaces, other scripts' digits,
+# runs of white space, contractions, joined emoji, a combining accent.
+HARD_TEXTS = (
+    "  12",
+    "a 1 2  3   44 ٣٤ ²³ ½ Ⅷ １２",
+    "naïve 🙂‍👩‍👧 日本語 हिन्दी\t\t\n\n  x",
+    "it's I'LL don't  ",
+    "\r\n\r\n x",
+    "x\u00a0y\u3000z",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    " ",
+    "\n",
+    "x" * 300,
+    "e\u0301",
+)
+
+
+@pytest.mark.smollm2
+def test_smollm2_from_gguf_agrees_with_llama_cpp(smollm2):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    second = llama_cpp.Llama(str(smollm2), vocab_only=True, verbose=False)
+    loaded = tokenizer.load(smollm2, chat_template=None)
+    for text in HARD_TEXTS:
+        expected = second.tokenize(text.encode(), add_bos=False, special=True)
+        assert loaded(text, add_special_tokens=False).input_ids == expected, text
