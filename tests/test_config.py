@@ -1,0 +1,527 @@
+"""Config files and flags in; one checked, documented object out."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lpc_jax import config as cfg
+
+ROOT = Path(__file__).resolve().parents[1] / "configs"
+FILES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "baselines").glob("*.py"))
+FLAGSHIP = "configs/llama3_simpo.py"
+
+FRAME = ("", "─", "╰", "+")  # what tyro draws around its words
+
+MINIMAL = """\
+from lpc_jax.config import Config, Data, Dpo, Model, Optimizer
+
+config = Config(
+    name="tiny",
+    model=Model(path="somewhere"),
+    loss=Dpo(),
+    data=Data(train="pairs.jsonl"),
+    optimizer=Optimizer({}),
+)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _as_train_py_at_the_root(monkeypatch):
+    # tyro wraps its boxes to the terminal, which messages are compared without.
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
+    monkeypatch.chdir(ROOT.parent)
+
+
+def minimal(**settings) -> cfg.Config:
+    return cfg.Config(
+        **{
+            "name": "tiny",
+            "model": cfg.Model(path="somewhere"),
+            "loss": cfg.Dpo(),
+            "data": cfg.Data(train="pairs.jsonl"),
+            **settings,
+        }
+    )
+
+
+def refusal(make, *args, **kwargs) -> str:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 -- the message is compared whole
+        make(*args, **kwargs)
+    return str(raised.value)
+
+
+def flag_refusal(capsys, *flags: str) -> str:
+    """What the terminal shows for these flags, without tyro's box and line breaks."""
+    with pytest.raises(SystemExit) as raised:
+        cfg.load(["--config", FLAGSHIP, *flags])
+    assert raised.value.code == 2
+    _title, *lines = capsys.readouterr().err.splitlines()
+    inside = (line.strip("│| ") for line in lines)
+    return " ".join(
+        line for line in inside if line[:1] not in FRAME and line[:3] != "---"
+    )
+
+
+# --- reading a file -------------------------------------------------------------------
+
+
+def test_a_file_is_read_as_it_stands(tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text(MINIMAL.format("learning_rate=3e-7"))
+    config = minimal(optimizer=cfg.Optimizer(learning_rate=3e-7))
+    assert cfg.read(str(file)) == config
+    assert cfg.load(["--config", str(file)]) == config
+    assert cfg.load([f"--config={file}"]) == config
+
+
+def test_without_a_file_the_flag_is_named():
+    message = (
+        "--config FILE is required, such as --config configs/quickstart.py."
+        " With it, --help lists every field."
+    )
+    assert refusal(cfg.load, []) == message
+    assert refusal(cfg.load, ["--config"]) == message
+    assert refusal(cfg.load, ["--config", "--resume"]) == message
+
+
+def test_a_missing_file_brings_the_near_one(tmp_path, monkeypatch):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "llama3_simpo.py").touch()
+    wrong = folder / "llama3_simp.py"
+    assert refusal(cfg.load, ["--config", str(wrong)]) == (
+        f"--config: no file {str(wrong)!r}. Did you mean {folder / 'llama3_simpo.py'}?"
+    )
+    monkeypatch.chdir(folder)
+    assert refusal(cfg.read, "lama3_simpo.py") == (
+        "--config: no file 'lama3_simpo.py'. Did you mean llama3_simpo.py?"
+    )
+    assert refusal(cfg.read, "no/such.py") == "--config: no file 'no/such.py'."
+
+
+def test_a_folder_brings_its_files(tmp_path):
+    (tmp_path / "a.py").touch()
+    (tmp_path / "notes.txt").touch()
+    assert refusal(cfg.read, str(tmp_path)) == (
+        f"--config: {str(tmp_path)!r} is a folder, expected one of its files: a.py."
+    )
+
+
+def test_a_file_without_a_config_is_refused(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text("config = 3\n")
+    assert refusal(cfg.read, str(file)) == (
+        f"{file} must end in config = Config(...), got int."
+    )
+    file.write_text("settings = 3\n")
+    assert refusal(cfg.read, str(file)) == (
+        f"{file} must end in config = Config(...), got NoneType."
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            'learning_rate="fast"',
+            "optimizer.learning_rate must be float, got 'fast'.",
+        ),
+        (
+            "learning_rat=1.0",
+            "optimizer.learning_rat is no setting. Did you mean learning_rate?",
+        ),
+        (
+            "lr=1.0",
+            "optimizer.lr is no setting. Optimizer has: name, options, learning_rate,"
+            " schedule, warmup_fraction, clip_norm.",
+        ),
+    ],
+)
+def test_a_refused_setting_in_a_file_names_file_and_line(tmp_path, settings, message):
+    file = tmp_path / "tiny.py"
+    file.write_text(MINIMAL.format(settings))
+    assert refusal(cfg.read, str(file)) == f"{file}:8: {message}"
+
+
+def test_a_missing_setting_in_a_file_names_file_and_line(tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text(MINIMAL.format("").replace('path="somewhere"', ""))
+    assert refusal(cfg.read, str(file)) == (
+        f"{file}:5: Model.__init__() missing 1 required keyword-only argument: 'path'"
+    )
+
+
+def test_a_programming_error_in_a_file_keeps_its_own_kind(tmp_path):
+    file = tmp_path / "tiny.py"
+    file.write_text("config = Config()\n")
+    with pytest.raises(NameError):
+        cfg.read(str(file))
+
+
+# --- flags ----------------------------------------------------------------------------
+
+
+def test_flags_override_fields_and_leave_the_rest():
+    config = cfg.load(
+        [
+            "--optimizer.learning-rate=3e-7",
+            "--config",
+            FLAGSHIP,
+            "--training.steps",
+            "2",
+            "--latent.num-codes",
+            "32",
+            "--loss.label-smoothing",
+            "0.1",
+            "--optimizer.options.b1",
+            "0.5",
+            "--run.trackers",
+            "wandb",
+            "tensorboard",
+            "--data.max_prompt_length",
+            "900",
+        ]
+    )
+    file = cfg.read(FLAGSHIP)
+    assert file.latent is not None
+    assert config == dataclasses.replace(
+        file,
+        optimizer=dataclasses.replace(
+            file.optimizer,
+            learning_rate=3e-7,
+            options={**file.optimizer.options, "b1": 0.5},
+        ),
+        training=dataclasses.replace(file.training, steps=2),
+        latent=dataclasses.replace(file.latent, num_codes=32),
+        loss=cfg.Simpo(beta=2.0, gamma_beta_ratio=0.5, label_smoothing=0.1),
+        run=dataclasses.replace(file.run, trackers=("wandb", "tensorboard")),
+        data=dataclasses.replace(file.data, max_prompt_length=900),
+    )
+
+
+def test_resume_is_short_for_run_resume():
+    assert not cfg.load(["--config", FLAGSHIP]).run.resume
+    assert cfg.load(["--config", FLAGSHIP, "--resume"]).run.resume
+    assert cfg.load(["--config", FLAGSHIP, "--run.resume"]).run.resume
+
+
+def test_latent_none_by_flag_is_the_baseline():
+    plain = cfg.load(["--config", FLAGSHIP, "--latent", "None"])
+    baseline = cfg.read(str(ROOT / "baselines" / "llama3_simpo.py"))
+    assert plain == dataclasses.replace(baseline, name="llama3_simpo")
+    assert refusal(cfg.load, ["--config", FLAGSHIP, "--latent", "soft"]) == (
+        "--latent must be None, got 'soft'. Its settings have flags of their own, such"
+        " as --latent.num-codes 32."
+    )
+
+
+def test_gamma_by_flag_replaces_the_ratio():
+    flags = ["--loss.gamma", "0.3", "--loss.gamma-beta-ratio", "None"]
+    assert cfg.load(["--config", FLAGSHIP, *flags]).loss == cfg.Simpo(
+        beta=2.0, gamma=0.3
+    )
+
+
+def test_help_lists_every_field_with_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as raised:
+        cfg.load(["--config", FLAGSHIP, "--help"])
+    assert raised.value.code == 0
+    shown = capsys.readouterr().out
+    config = cfg.read(FLAGSHIP)
+    for section in dataclasses.fields(config):
+        value = getattr(config, section.name)
+        names = (
+            [f"{section.name}.{field.name}" for field in dataclasses.fields(value)]
+            if dataclasses.is_dataclass(value)
+            else [section.name]
+        )
+        for name in names:
+            assert f"--{name.replace('_', '-')}" in shown
+    words = " ".join(re.sub(r"[│|\s]+", " ", shown).split())
+    assert "Peak learning rate of the decoder. (default: 6e-07)" in words
+
+
+MORE = f"train.py --config {FLAGSHIP} --help"
+
+
+def test_an_unknown_flag_brings_the_near_one(capsys):
+    assert flag_refusal(capsys, "--optimizer.learning-rat", "3e-7") == (
+        "Unrecognized options: --optimizer.learning-rat, 3e-7"
+        " Perhaps you meant: --optimizer.learning-rate FLOAT Peak learning rate of the"
+        f" decoder. (default: 6e-07) For full helptext, run {MORE}"
+    )
+
+
+def test_a_flag_of_another_loss_is_unknown(capsys):
+    assert flag_refusal(capsys, "--loss.reduction", "sum").startswith(
+        "Unrecognized options: --loss.reduction, sum"
+    )
+
+
+def test_a_flag_of_a_wrong_type_is_named(capsys):
+    assert flag_refusal(capsys, "--optimizer.learning-rate", "fast") == (
+        "Error parsing --optimizer.learning-rate: could not convert string"
+        " to float: 'fast' Argument helptext: --optimizer.learning-rate FLOAT Peak"
+        f" learning rate of the decoder. (default: 6e-07) For full helptext, see {MORE}"
+    )
+    assert flag_refusal(capsys, "--model.attention", "flash") == (
+        "invalid choice 'flash' for argument '--model.attention'."
+        f" Expected one of ('auto', 'xla'). For full helptext, run {MORE}"
+    )
+
+
+def test_a_flag_of_a_refused_value_says_what_its_setting_wants(capsys):
+    assert flag_refusal(capsys, "--latent.num-codes", "1") == (
+        "Error parsing latent: latent.num_codes must be at least 2, got 1."
+        f" Use latent=None for a run without codes. For full helptext, see {MORE}"
+    )
+
+
+# --- what a settings object refuses ---------------------------------------------------
+
+TYPES = [
+    (cfg.Model, {"path": 3}, "model.path must be str, got 3."),
+    (
+        cfg.Model,
+        {"path": "x", "revision": 3},
+        "model.revision must be str or None, got 3.",
+    ),
+    (
+        cfg.Model,
+        {"path": "x", "attention": "flash"},
+        "model.attention must be 'auto' or 'xla', got 'flash'.",
+    ),
+    (cfg.Training, {"epochs": 1.5}, "training.epochs must be int, got 1.5."),
+    (cfg.Training, {"epochs": True}, "training.epochs must be int, got True."),
+    (cfg.Training, {"seed": None}, "training.seed must be int, got None."),
+    (cfg.Run, {"resume": 1}, "run.resume must be bool, got 1."),
+    (
+        cfg.Run,
+        {"trackers": ["wandb"]},
+        "run.trackers must be a tuple of 'tensorboard' or 'wandb' or 'trackio',"
+        " got ['wandb'].",
+    ),
+    (
+        cfg.Run,
+        {"trackers": ("print",)},
+        "run.trackers must be a tuple of 'tensorboard' or 'wandb' or 'trackio',"
+        " got ('print',).",
+    ),
+    (
+        cfg.Optimizer,
+        {"options": {"b1": "high"}},
+        "optimizer.options must be a dict from str to float, got {'b1': 'high'}.",
+    ),
+    (minimal, {"model": "somewhere"}, "model must be Model, got 'somewhere'."),
+    (minimal, {"latent": False}, "latent must be Latent or None, got False."),
+    (minimal, {"loss": "dpo"}, "loss must be Dpo or Ipo or Simpo, got 'dpo'."),
+    (
+        cfg.Optimizer,
+        {"learning_rate": float("nan")},
+        "optimizer.learning_rate must be finite, got nan.",
+    ),
+    (
+        cfg.Optimizer,
+        {"clip_norm": float("inf")},
+        "optimizer.clip_norm must be finite, got inf.",
+    ),
+    (
+        cfg.Optimizer,
+        {"options": {"b1": float("nan")}},
+        "optimizer.options must be finite, got {'b1': nan}.",
+    ),
+]
+
+ABOVE_ZERO = [
+    ("model", cfg.Model, "score_chunk"),
+    ("latent", cfg.Latent, "temperature"),
+    ("latent", cfg.Latent, "hidden_width"),
+    ("loss", cfg.Dpo, "beta"),
+    ("loss", cfg.Ipo, "beta"),
+    ("loss", cfg.Simpo, "beta"),
+    ("data", cfg.Data, "limit"),
+    ("data", cfg.Data, "eval_limit"),
+    ("data", cfg.Data, "max_prompt_length"),
+    ("packing", cfg.Packing, "pairs_per_step"),
+    ("packing", cfg.Packing, "rows"),
+    ("packing", cfg.Packing, "row_length"),
+    ("packing", cfg.Packing, "pairs_per_row"),
+    ("optimizer", cfg.Optimizer, "clip_norm"),
+    ("training", cfg.Training, "epochs"),
+    ("training", cfg.Training, "steps"),
+    ("training", cfg.Training, "log_every"),
+    ("training", cfg.Training, "eval_every"),
+    ("training", cfg.Training, "checkpoint_every"),
+]
+
+AT_LEAST_ZERO = [
+    ("latent", cfg.Latent, "kl_weight"),
+    ("latent", cfg.Latent, "free_bits"),
+    ("latent", cfg.Latent, "codebook_scale"),
+    ("latent", cfg.Latent, "learning_rate"),
+    ("optimizer", cfg.Optimizer, "learning_rate"),
+]
+
+MEANINGS = [
+    (
+        cfg.Latent,
+        {"num_codes": 1},
+        "latent.num_codes must be at least 2, got 1. Use latent=None for a run without"
+        " codes.",
+    ),
+    (
+        cfg.Latent,
+        {"temperature_schedule": "linear", "final_temperature": 0.0},
+        "latent.final_temperature must be above 0, got 0.0.",
+    ),
+    (
+        cfg.Latent,
+        {"final_temperature": 0.5},
+        "latent.final_temperature is not used by temperature_schedule='constant', got"
+        " 0.5. Choose 'linear' or 'exponential', or leave it out.",
+    ),
+    (
+        cfg.Dpo,
+        {"label_smoothing": 0.5},
+        "loss.label_smoothing must lie in [0, 0.5), got 0.5. At 0.5 a label says"
+        " nothing.",
+    ),
+    (
+        cfg.Simpo,
+        {"gamma": 1.0, "label_smoothing": -0.1},
+        "loss.label_smoothing must lie in [0, 0.5), got -0.1. At 0.5 a label says"
+        " nothing.",
+    ),
+    (
+        cfg.Simpo,
+        {},
+        "loss.gamma must be a number when loss.gamma_beta_ratio is None, got None."
+        " Give one of the two and None for the other.",
+    ),
+    (
+        cfg.Simpo,
+        {"gamma": 1.0, "gamma_beta_ratio": 0.5},
+        "loss.gamma must be None when loss.gamma_beta_ratio is 0.5, got 1.0. Give one"
+        " of the two and None for the other.",
+    ),
+    (
+        cfg.Data,
+        {"train": "x", "max_length": 512, "max_prompt_length": 512},
+        "data.max_prompt_length must be below max_length = 512, got 512. An answer"
+        " needs room.",
+    ),
+    (
+        cfg.Optimizer,
+        {"warmup_fraction": 1.5},
+        "optimizer.warmup_fraction must lie in [0, 1], got 1.5.",
+    ),
+    (cfg.Mesh, {"data": 0}, "mesh.data must be -1 or above 0, got 0."),
+    (cfg.Mesh, {"fsdp": 0}, "mesh.fsdp must be -1 or above 0, got 0."),
+    (cfg.Mesh, {"tensor": -2}, "mesh.tensor must be -1 or above 0, got -2."),
+    (
+        cfg.Mesh,
+        {"tensor": -1},
+        "mesh.fsdp must be a number when another axis is -1, got -1. At most one axis"
+        " can take what is left.",
+    ),
+    (minimal, {"name": ""}, "name must be a plain folder name, got ''."),
+    (minimal, {"name": ".."}, "name must be a plain folder name, got '..'."),
+    (minimal, {"name": "a/b"}, "name must be a plain folder name, got 'a/b'."),
+    (
+        minimal,
+        {"training": cfg.Training(eval_every=5)},
+        "training.eval_every has no effect without data.eval, expected None, got 5."
+        " Name held-out pairs, or leave it out.",
+    ),
+    (
+        minimal,
+        {"data": cfg.Data(train="x", eval_limit=5)},
+        "data.eval_limit has no effect without data.eval, expected None, got 5. Name"
+        " held-out pairs, or leave it out.",
+    ),
+    (
+        minimal,
+        {"loss": cfg.Simpo(gamma=1.0), "reference": cfg.Reference(path="x")},
+        "reference.path has no effect on SimPO, which has no reference, expected None,"
+        " got 'x'. Leave it out.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "settings", "message"), TYPES + MEANINGS)
+def test_refused(make, settings, message):
+    assert refusal(make, **settings) == message
+
+
+def valid(section: type, **settings):
+    needed = {
+        cfg.Model: {"path": "x"},
+        cfg.Data: {"train": "x"},
+        cfg.Simpo: {"gamma": 1.0},
+    }.get(section, {})
+    return section(**{**needed, **settings})
+
+
+@pytest.mark.parametrize(("prefix", "section", "name"), ABOVE_ZERO)
+def test_refused_unless_above_zero(prefix, section, name):
+    assert (
+        refusal(valid, section, **{name: 0})
+        == f"{prefix}.{name} must be above 0, got 0."
+    )
+
+
+@pytest.mark.parametrize(("prefix", "section", "name"), AT_LEAST_ZERO)
+def test_refused_below_zero(prefix, section, name):
+    assert getattr(valid(section, **{name: 0.0}), name) == 0
+    assert (
+        refusal(valid, section, **{name: -1.0})
+        == f"{prefix}.{name} must be at least 0, got -1.0."
+    )
+
+
+def test_only_these_numbers_may_be_negative():
+    negative = set()
+    for section in vars(cfg).values():
+        if not (isinstance(section, type) and issubclass(section, cfg.Settings)):
+            continue
+        for field in dataclasses.fields(section) if section is not cfg.Settings else ():
+            kind = str(field.type).split()[0]
+            if kind in ("int", "float"):
+                with contextlib.suppress(ValueError):
+                    valid(section, **{field.name: -7 if kind == "int" else -7.0})
+                    negative.add((section.__name__, field.name))
+    assert negative == {("Training", "seed"), ("Simpo", "gamma")}
+
+
+def test_settings_are_frozen_and_copy():
+    config = minimal()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.name = "other"  # pyright: ignore[reportAttributeAccessIssue]
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+def test_simpo_resolves_its_margin():
+    assert cfg.Simpo(beta=2.5, gamma_beta_ratio=0.55).target_margin == 1.375
+    assert cfg.Simpo(beta=2.5, gamma=0.7).target_margin == 0.7
+
+
+# --- the run folder's copy ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_source_gives_the_config_again(file, tmp_path):
+    config = cfg.load(
+        ["--config", str(file), "--optimizer.learning-rate", "1.2345678901234567e-6"]
+    )
+    copied = tmp_path / "config.py"
+    copied.write_text(cfg.source(config))
+    assert cfg.read(str(copied)) == config
