@@ -8,16 +8,17 @@ Run:
     python scripts/train.py --config configs/llama3_dpo.py
     python scripts/train.py --config configs/baselines/llama3_dpo.py
 
-Expected: eval/accuracy above that of the twin in `baselines/`, which differs in nothing
-but the codes; look at latent/ usage before crediting them. Not yet measured by us.
+Expected: held-out reward/accuracy above that of the twin in `baselines/`, which differs
+in nothing but the codes; see code/perplexity before crediting them. Not yet measured by
+us.
 
 Settings: beta 0.1 is the LPC paper's, which its rows used; SimPO's authors publish 0.01
 as the best for Llama3-Base (`--loss.beta 0.01` runs that). Learning rate 5e-7 from
 their table of DPO settings; lengths and data from their
 training_configs/llama-3-8b-base-simpo.yaml. The paper trains on UltraFeedback with a
-random other completion as rejected; this data set is that with the Hub's own draw.
-num_codes 64 is ours: the paper does not state K for this table and finds 32 to 64 best
-on another.
+random other completion as rejected; this data set is that with one draw made for all;
+scripts/prepare_ultrafeedback.py makes another from the original. num_codes 64 is ours:
+the paper does not state K for this table and finds 32 to 64 best on another.
 
 Hardware: full fine-tuning keeps about 130 GB of parameters, Adam moments and gradients,
 split over the devices by FSDP: 8 GPUs of 80 GB, or a TPU slice of 8 or more chips. 8

@@ -10,8 +10,9 @@ Run:
     python scripts/train.py --config configs/llama3_instruct_dpo.py
     python scripts/train.py --config configs/baselines/llama3_instruct_dpo.py
 
-Expected: eval/accuracy above that of the twin in `baselines/`, which differs in nothing
-but the codes; look at latent/ usage before crediting them. Not yet measured by us.
+Expected: held-out reward/accuracy above that of the twin in `baselines/`, which differs
+in nothing but the codes; see code/perplexity before crediting them. Not yet measured by
+us.
 
 Settings: beta 0.1 is the LPC paper's, which its rows used; SimPO's authors publish 0.01
 as the best for Llama3-Instruct (`--loss.beta 0.01` runs that). Learning rate 7e-7 from

@@ -10,8 +10,9 @@ Run:
     python scripts/train.py --config configs/llama3_instruct_ipo.py
     python scripts/train.py --config configs/baselines/llama3_instruct_ipo.py
 
-Expected: eval/accuracy above that of the twin in `baselines/`, which differs in nothing
-but the codes; look at latent/ usage before crediting them. Not yet measured by us.
+Expected: held-out reward/accuracy above that of the twin in `baselines/`, which differs
+in nothing but the codes; see code/perplexity before crediting them. Not yet measured by
+us.
 
 Settings: nothing is published for IPO. Ours: log-ratios per token (the mean, as in
 TRL), beta 0.1 and DPO's learning rate; `--loss.reduction sum` is OpenRLHF's form.

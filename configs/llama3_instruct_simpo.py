@@ -9,8 +9,9 @@ Run:
     python scripts/train.py --config configs/llama3_instruct_simpo.py
     python scripts/train.py --config configs/baselines/llama3_instruct_simpo.py
 
-Expected: eval/accuracy above that of the twin in `baselines/`, which differs in nothing
-but the codes; look at latent/ usage before crediting them. Not yet measured by us.
+Expected: held-out reward/accuracy above that of the twin in `baselines/`, which differs
+in nothing but the codes; see code/perplexity before crediting them. Not yet measured by
+us.
 
 Settings: beta, gamma/beta, learning rate, lengths and data as published by SimPO
 (training_configs/llama-3-8b-instruct-simpo.yaml); the LPC paper names no SimPO settings

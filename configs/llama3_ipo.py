@@ -8,15 +8,17 @@ Run:
     python scripts/train.py --config configs/llama3_ipo.py
     python scripts/train.py --config configs/baselines/llama3_ipo.py
 
-Expected: eval/accuracy above that of the twin in `baselines/`, which differs in nothing
-but the codes; look at latent/ usage before crediting them. Not yet measured by us.
+Expected: held-out reward/accuracy above that of the twin in `baselines/`, which differs
+in nothing but the codes; see code/perplexity before crediting them. Not yet measured by
+us.
 
 Settings: nothing is published for IPO. Ours: log-ratios per token (the mean, as in
 TRL), beta 0.1 and DPO's learning rate; `--loss.reduction sum` is OpenRLHF's form.
 Lengths and data from SimPO's training_configs/llama-3-8b-base-simpo.yaml. The paper
 trains on UltraFeedback with a random other completion as rejected; this data set is
-that with the Hub's own draw. num_codes 64 is ours: the paper does not state K for this
-table and finds 32 to 64 best on another.
+that with one draw made for all; scripts/prepare_ultrafeedback.py makes another from the
+original. num_codes 64 is ours: the paper does not state K for this table and finds 32
+to 64 best on another.
 
 Hardware: full fine-tuning keeps about 130 GB of parameters, Adam moments and gradients,
 split over the devices by FSDP: 8 GPUs of 80 GB, or a TPU slice of 8 or more chips. 8

@@ -8,14 +8,16 @@ Run:
     python scripts/train.py --config configs/mistral_7b_simpo.py
     python scripts/train.py --config configs/baselines/mistral_7b_simpo.py
 
-Expected: eval/accuracy above that of the twin in `baselines/`, which differs in nothing
-but the codes; look at latent/ usage before crediting them. Not yet measured by us.
+Expected: held-out reward/accuracy above that of the twin in `baselines/`, which differs
+in nothing but the codes; see code/perplexity before crediting them. Not yet measured by
+us.
 
 Settings: beta, gamma/beta, learning rate, lengths and data as published by SimPO
 (training_configs/mistral-7b-base-simpo.yaml); the LPC paper names no SimPO settings of
 its own. The paper trains on UltraFeedback with a random other completion as rejected;
-this data set is that with the Hub's own draw. num_codes 64 is ours: the paper does not
-state K for this table and finds 32 to 64 best on another.
+this data set is that with one draw made for all; scripts/prepare_ultrafeedback.py makes
+another from the original. num_codes 64 is ours: the paper does not state K for this
+table and finds 32 to 64 best on another.
 
 Hardware: full fine-tuning keeps about 120 GB of parameters, Adam moments and gradients,
 split over the devices by FSDP: 8 GPUs of 80 GB, or a TPU slice of 8 or more chips. 16

@@ -21,6 +21,7 @@ from lpc_jax.config import (
     Model,
     Optimizer,
     Packing,
+    Run,
     Simpo,
     Training,
 )
@@ -41,4 +42,5 @@ config = Config(
     packing=Packing(pairs_per_step=16, rows=2, row_length=512),
     optimizer=Optimizer(learning_rate=2e-5, schedule="constant"),
     training=Training(epochs=1),
+    run=Run(overwrite=True),  # so that it can be run again
 )

@@ -6,7 +6,7 @@ that twin, whose docstring says where the settings come from.
 Run:
     python scripts/train.py --config configs/baselines/llama3_dpo.py
 
-Expected: eval/accuracy below the twin's. Not yet measured by us.
+Expected: held-out reward/accuracy below the twin's. Not yet measured by us.
 
 Hardware: as the twin.
 """
