@@ -1,0 +1,336 @@
+"""Keeps the best and the latest state of a run on disk, through Orbax.
+
+A checkpoint is a flat dict from a leaf's path to its array, with a JSON record beside
+it, so that it outlives the classes it was saved from and can be compared with what a
+run expects before any array is read. Knows nothing of what the arrays mean.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+# Beyond the arrays: their metadata, and room for whoever else writes to the disk.
+_MARGIN_SHARE = 0.05
+_MARGIN_BYTES = 16 * 2**20
+
+_STATE, _RECORD = "state", "record"
+
+# How many differing leaves a message lists before it only counts.
+_LISTED = 20
+
+
+class Checkpoints:
+    """The checkpoints in one folder: the best and the latest are kept.
+
+    Saving copies the arrays to the host and returns; writing goes on in the
+    background, so the caller may donate them at once. An unfinished checkpoint is
+    never visible, and no older one is deleted before a newer one is complete.
+
+    Args:
+        folder: Where they are, or will be.
+        best_metric: Name of the metric whose highest value is the best (the later step
+            of equals); None keeps only the latest.
+    """
+
+    def __init__(self, folder: Path, *, best_metric: str | None) -> None:
+        # Orbax wants an absolute path; messages keep the user's own.
+        self._folder, self._best_metric = folder, best_metric
+        policies: list[preservation_policy.PreservationPolicy] = [
+            preservation_policy.LatestN(1)
+        ]
+        if best_metric is not None:
+            policies.append(
+                preservation_policy.BestN(
+                    get_metric_fn=self._rank,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+                best_fn=None if best_metric is None else self._rank,
+                cleanup_tmp_directories=True,  # what a killed run left half-written
+            ),
+            item_handlers={
+                _STATE: ocp.StandardCheckpointHandler(),
+                _RECORD: ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def _rank(self, metrics: Mapping[str, float] | None) -> float:
+        assert metrics is not None
+        assert self._best_metric is not None
+        value = metrics[self._best_metric]
+        return -math.inf if math.isnan(value) else value
+
+    def _tracked(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
+        """What Orbax ranks a checkpoint by; NaN, the lowest, where nothing is known."""
+        name = self._best_metric
+        return None if name is None else {name: (metrics or {}).get(name, math.nan)}
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        meta: dict[str, Any],
+        metrics: dict[str, float] | None,
+    ) -> None:
+        """Starts saving a state; returns once its arrays may be changed.
+
+        Args:
+            step: Updates done so far; names the checkpoint.
+            state: A pytree of ``jax.Array``, typed PRNG keys included.
+            meta: What JSON can hold, given back by ``meta``.
+            metrics: Of this very state; None: never the best.
+
+        Raises:
+            OSError: An earlier save failed in the background.
+            ValueError: Too little free disk space, or no ``best_metric`` in
+                ``metrics``. Nothing was written.
+        """
+        self.wait()
+        if metrics is not None and self._best_metric not in (None, *metrics):
+            raise ValueError(
+                f"metrics of the checkpoint at step {step} must hold"
+                f" {self._best_metric!r}, got {sorted(metrics)}. Pass None where"
+                " there was no evaluation."
+            )
+        leaves = _by_path(state)
+        self._require_space(step, leaves)
+        record = {
+            "meta": meta,
+            "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},
+        }
+        data = {
+            path: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            for path, leaf in leaves.items()
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    _STATE: ocp.args.StandardSave(data),
+                    _RECORD: ocp.args.JsonSave(record),
+                }
+            ),
+            metrics=self._tracked(metrics),
+            force=True,
+        )
+
+    def _require_space(self, step: int, leaves: Mapping[str, jax.Array]) -> None:
+        arrays = sum(leaf.nbytes for leaf in leaves.values())
+        needed = arrays + int(arrays * _MARGIN_SHARE) + _MARGIN_BYTES
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise ValueError(
+                f"the checkpoint of step {step} in {self._folder} needs"
+                f" {_size(needed)} of disk space ({_size(arrays)} of arrays and a"
+                f" margin), got {_size(free)} free. Nothing was written and older"
+                " checkpoints are intact: make room, or move the run folder to a"
+                " larger disk, and continue with --resume."
+            )
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints kept, ascending."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """Step of the latest checkpoint, or None where there is none."""
+        self.wait()
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """Step of the checkpoint with the highest metric, or None where it is unknown."""
+        self.wait()
+        step = None if self._best_metric is None else self._manager.best_step()
+        if step is None or self._rank(self._manager.metrics(step)) == -math.inf:
+            return None
+        return step
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What ``save`` was given as ``meta``."""
+        return self._record(step)["meta"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        if step not in self.steps():
+            raise ValueError(
+                f"step must be one of the checkpoints in {self._folder}, got {step}."
+                f" There: {', '.join(map(str, self.steps())) or 'none'}."
+            )
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
+        )
+        return restored[_RECORD]
+
+    def restore(self, step: int, abstract_state: PyTree) -> PyTree:
+        """The state of a step, bit by bit, laid out as asked for.
+
+        Args:
+            step: One of the checkpoints'.
+            abstract_state: A pytree of ``jax.ShapeDtypeStruct`` with shardings, on any
+                mesh; of the structure that was saved.
+
+        Raises:
+            ValueError: The checkpoint holds other leaves; all differences are listed
+                and no array was read.
+        """
+        described: dict[str, dict[str, Any]] = self._record(step)["leaves"]
+        expected = _by_path(abstract_state)
+        self._require_same_leaves(step, described, expected)
+        wanted = {
+            path: _key_data_shape(leaf) if _is_key(leaf) else leaf
+            for path, leaf in expected.items()
+        }
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(wanted)})
+        )[_STATE]
+        leaves = [
+            jax.random.wrap_key_data(restored[path], impl=described[path]["impl"])
+            if _is_key(leaf)
+            else restored[path]
+            for path, leaf in expected.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+    def _require_same_leaves(
+        self,
+        step: int,
+        saved: Mapping[str, Mapping[str, Any]],
+        expected: Mapping[str, jax.ShapeDtypeStruct],
+    ) -> None:
+        now = {path: _text(_describe(leaf)) for path, leaf in expected.items()}
+        then = {path: _text(leaf) for path, leaf in saved.items()}
+        differences = {
+            "missing": [f"{p} {now[p]}" for p in now if p not in then],
+            "unexpected": [f"{p} {then[p]}" for p in then if p not in now],
+            "mis-shaped": [
+                f"{p} expected {now[p]}, got {then[p]}"
+                for p in now
+                if p in then and now[p] != then[p]
+            ],
+        }
+        if any(differences.values()):
+            listed = [
+                f"  {kind}: {line}"
+                for kind, lines in differences.items()
+                for line in _shortened(lines)
+            ]
+            raise ValueError(
+                f"the checkpoint of step {step} in {self._folder} must hold the state"
+                " that this config describes, got one of another config:\n"
+                + "\n".join(listed)
+                + "\nContinue with the config.py in its run folder, or start a new"
+                " run with another --name."
+            )
+
+    def wait(self) -> None:
+        """Returns when nothing is being written.
+
+        Raises:
+            OSError: A save failed in the background; older checkpoints are intact.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            # Orbax has struck off the steps that a successful save would have deleted.
+            self._manager.reload()
+            raise OSError(
+                f"saving a checkpoint in {self._folder} failed in the background:"
+                f" {error}. Older checkpoints are intact: mend the cause and continue"
+                " with --resume."
+            ) from error
+
+    def close(self) -> None:
+        """Waits and lets go of the folder.
+
+        Raises:
+            OSError: As ``wait`` does.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to continue a run under other settings.
+
+    Args:
+        saved: Settings by dotted name, as the checkpoint has them.
+        now: Settings by dotted name, as this run has them.
+
+    Raises:
+        ValueError: Naming every setting that differs, with both values.
+    """
+    names = list(dict.fromkeys([*now, *saved]))
+    lines = [
+        f"  {name}: checkpoint {_value(saved, name)}, now {_value(now, name)}"
+        for name in names
+        if _value(saved, name) != _value(now, name)
+    ]
+    if lines:
+        raise ValueError(
+            "a resumed run must have the settings, weights and data that it was started"
+            " with; these differ:\n"
+            + "\n".join(lines)
+            + "\nDrop what overrides them, or start a new run with another --name."
+        )
+
+
+def _value(settings: Mapping[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "absent"
+
+
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    """Leaves by their path, in the tree's order."""
+    leaves = jax.tree.leaves_with_path(tree)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
+    assert len(named) == len(leaves), "two leaves of one path"
+    return named
+
+
+def _is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> dict[str, Any]:
+    described: dict[str, Any] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    if _is_key(leaf) and isinstance(leaf, jax.Array):
+        described["impl"] = str(jax.random.key_impl(leaf))
+    return described
+
+
+def _text(described: Mapping[str, Any]) -> str:
+    return f"{described['dtype']}[{','.join(map(str, described['shape']))}]"
+
+
+def _key_data_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    if len(lines) <= _LISTED:
+        return lines
+    return [*lines[:_LISTED], f"and {len(lines) - _LISTED} more"]
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

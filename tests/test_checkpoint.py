@@ -1,0 +1,325 @@
+"""Checkpoints come back bit by bit, on any mesh, or say why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import shutil
+from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lpc_jax import checkpoint
+
+METRIC = "reward/accuracy"
+
+
+class Moments(NamedTuple):
+    count: jax.Array
+    mean: dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: jax.Array
+    params: dict[str, Any]
+    moments: tuple[Moments, None]
+    key: jax.Array
+
+
+def mesh(size: int) -> Mesh:
+    return jax.make_mesh(
+        (size,), ("x",), devices=jax.devices()[:size], axis_types=(AxisType.Auto,)
+    )
+
+
+def state(seed: int = 0, size: int = 1, width: int = 8) -> State:
+    """Random bits of every kind that a run holds, split over ``size`` devices."""
+    random = np.random.default_rng(seed)
+    over, whole = NamedSharding(mesh(size), P("x")), NamedSharding(mesh(size), P())
+
+    def floats(dtype: Any) -> jax.Array:
+        values = random.standard_normal((16, width)).astype(dtype)
+        values[0, :3] = [np.nan, np.inf, -0.0]
+        return jax.device_put(values, over)
+
+    return State(
+        step=jax.device_put(jnp.asarray(7, jnp.int32), whole),
+        params={
+            "decoder": {"w": floats(np.float32), "a/b": floats(jnp.bfloat16)},
+            "codes": {"w": floats(np.float32)},
+        },
+        moments=(
+            Moments(
+                jax.device_put(jnp.asarray(3, jnp.int32), whole),
+                {"w": floats(np.float32)},
+            ),
+            None,
+        ),
+        key=jax.device_put(jax.random.key(seed), whole),
+    )
+
+
+def abstract(like: Any, size: int = 1) -> Any:
+    """The same shapes, over another number of devices."""
+
+    def leaf(x: jax.Array) -> jax.ShapeDtypeStruct:
+        spec = P("x") if x.ndim else P()
+        sharding = NamedSharding(mesh(size), spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, like)
+
+
+def bits(tree: Any) -> list[bytes]:
+    def of(x: jax.Array) -> bytes:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.random.key_data(x)
+        return np.asarray(jax.device_get(x)).tobytes()
+
+    return [of(x) for x in jax.tree.leaves(tree)]
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[checkpoint.Checkpoints]:
+    found = checkpoint.Checkpoints(tmp_path / "checkpoints", best_metric=METRIC)
+    yield found
+    found.close()
+
+
+def save(
+    kept: checkpoint.Checkpoints, step: int, accuracy: float | None = None
+) -> None:
+    metrics = None if accuracy is None else {METRIC: accuracy, "loss/total": 1.0}
+    kept.save(step, state(step), meta={"step": step}, metrics=metrics)
+
+
+@pytest.mark.parametrize(("saved_on", "restored_on"), [(1, 1), (4, 4), (4, 8), (8, 2)])
+def test_every_bit_comes_back_on_any_mesh(
+    kept: checkpoint.Checkpoints, saved_on: int, restored_on: int
+) -> None:
+    original = state(size=saved_on)
+    kept.save(3, original, meta={}, metrics=None)
+
+    wanted = abstract(original, restored_on)
+    restored = kept.restore(3, wanted)
+
+    assert bits(restored) == bits(original)
+    assert jax.tree.structure(restored) == jax.tree.structure(original)
+    for got, want in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True
+    ):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        assert got.sharding.is_equivalent_to(want.sharding, got.ndim)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_restored_keys_draw_the_same_numbers(
+    kept: checkpoint.Checkpoints, impl: str
+) -> None:
+    keys = {"keys": jax.random.split(jax.random.key(5, impl=impl), 8)}
+    kept.save(1, keys, meta={}, metrics=None)
+    restored = kept.restore(1, abstract(keys, 8))["keys"]
+    assert jax.random.key_impl(restored) == jax.random.key_impl(keys["keys"])
+    np.testing.assert_array_equal(
+        jax.vmap(jax.random.normal)(restored), jax.vmap(jax.random.normal)(keys["keys"])
+    )
+
+
+def test_a_state_may_be_donated_right_after_saving(
+    kept: checkpoint.Checkpoints,
+) -> None:
+    # Large enough to be still in writing when the update overwrites its buffers.
+    params = {"w": jnp.arange(2**22, dtype=jnp.float32)}
+    wanted, before = abstract(params), np.array(params["w"])
+    update = jax.jit(lambda p: {"w": p["w"] * 0 - 1}, donate_argnums=0)
+    kept.save(1, params, meta={}, metrics=None)
+    for _ in range(3):
+        params = update(params)
+    jax.block_until_ready(params)
+    np.testing.assert_array_equal(kept.restore(1, wanted)["w"], before)
+
+
+def test_meta_comes_back_as_json(kept: checkpoint.Checkpoints) -> None:
+    meta = {
+        "settings": {"loss.beta": 0.1, "run.trackers": []},
+        "digest": "ab",
+        "n": None,
+    }
+    kept.save(1, state(), meta=meta, metrics=None)
+    assert kept.meta(1) == meta
+
+
+def test_best_and_latest_are_kept_also_after_reopening(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    kept = checkpoint.Checkpoints(folder, best_metric=METRIC)
+    assert (kept.latest(), kept.best(), kept.steps()) == (None, None, [])
+    for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, float("nan"))]:
+        save(kept, step, accuracy)
+    assert (kept.latest(), kept.best(), kept.steps()) == (5, 2, [2, 5])
+    kept.close()
+
+    kept = checkpoint.Checkpoints(folder, best_metric=METRIC)
+    assert (kept.latest(), kept.best(), kept.steps()) == (5, 2, [2, 5])
+    save(kept, 6, 0.95)
+    assert (kept.latest(), kept.best(), kept.steps()) == (6, 6, [6])
+    kept.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["6"]
+
+
+def test_without_a_metric_only_the_latest_is_kept(tmp_path: Path) -> None:
+    kept = checkpoint.Checkpoints(tmp_path, best_metric=None)
+    for step in (1, 2, 3):
+        save(kept, step)
+    assert (kept.latest(), kept.best(), kept.steps()) == (3, None, [3])
+    kept.close()
+
+
+def test_nothing_is_best_before_the_first_evaluation(
+    kept: checkpoint.Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step, accuracy in [(1, None), (2, None), (3, float("nan"))]:
+        save(kept, step, accuracy)
+    assert (kept.latest(), kept.best(), kept.steps()) == (3, None, [3])
+    assert not caplog.messages
+
+
+def test_metrics_without_the_best_metric_are_refused(
+    kept: checkpoint.Checkpoints,
+) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
+        kept.save(1, state(), meta={}, metrics={"loss/total": 1.0})
+    assert str(error.value) == (
+        "metrics of the checkpoint at step 1 must hold 'reward/accuracy', got"
+        " ['loss/total']. Pass None where there was no evaluation."
+    )
+
+
+def test_an_unknown_step_is_refused(
+    kept: checkpoint.Checkpoints, tmp_path: Path
+) -> None:
+    save(kept, 2)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
+        kept.restore(3, abstract(state()))
+    assert str(error.value) == (
+        f"step must be one of the checkpoints in {tmp_path / 'checkpoints'}, got 3."
+        " There: 2."
+    )
+
+
+def test_a_full_disk_is_refused_before_writing(
+    kept: checkpoint.Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(kept, 1, 0.5)
+    kept.wait()
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 2_500_000, 2_500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    large = {"w": jnp.zeros(2_000_000, jnp.float32)}
+    with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
+        kept.save(2, large, meta={}, metrics={METRIC: 0.9})
+    # 8 MB of arrays, 5 % of them and 16 MiB.
+    assert str(error.value) == (
+        f"the checkpoint of step 2 in {tmp_path / 'checkpoints'} needs 25.2 MB of disk"
+        " space (8.0 MB of arrays and a margin), got 2.5 MB free. Nothing was written"
+        " and older checkpoints are intact: make room, or move the run folder to a"
+        " larger disk, and continue with --resume."
+    )
+    assert kept.steps() == [1]
+    assert bits(kept.restore(1, abstract(state(1)))) == bits(state(1))
+
+
+@contextmanager
+def small_files(largest: int) -> Iterator[None]:
+    """The system refuses to write files beyond this size, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("then", ["save", "wait", "close"])
+def test_a_failed_save_surfaces_at_the_next_call(tmp_path: Path, then: str) -> None:
+    kept = checkpoint.Checkpoints(tmp_path, best_metric=METRIC)
+    save(kept, 1, 0.5)
+    save(kept, 2, 0.4)
+    kept.wait()
+    following = {
+        "save": lambda: save(kept, 4, 0.6),
+        "wait": kept.wait,
+        "close": kept.close,
+    }
+    noise = {"w": jax.random.bits(jax.random.key(0), (2**21,))}
+    with small_files(2**20):
+        kept.save(3, noise, meta={}, metrics={METRIC: 0.9})  # returns at once
+        with pytest.raises(OSError, match="failed in the background") as error:
+            following[then]()
+    assert str(error.value).startswith(
+        f"saving a checkpoint in {tmp_path} failed in the background: "
+    )
+    assert str(error.value).endswith(
+        "Older checkpoints are intact: mend the cause and continue with --resume."
+    )
+    if then != "close":
+        assert (kept.latest(), kept.best(), kept.steps()) == (2, 1, [1, 2])
+        save(kept, 5, 0.8)
+        assert kept.steps() == [5]
+        kept.close()
+    reopened = checkpoint.Checkpoints(tmp_path, best_metric=METRIC)
+    assert reopened.steps() == ([1, 2] if then == "close" else [5])
+    reopened.close()
+
+
+def test_a_state_of_another_config_is_refused_with_all_differences(
+    kept: checkpoint.Checkpoints, tmp_path: Path
+) -> None:
+    save(kept, 4)
+    other = state(width=6)
+    params = {"decoder": other.params["decoder"], "adapters": other.params["codes"]}
+    wanted = abstract(dataclasses.replace(other, params=params, moments=()))
+    with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
+        kept.restore(4, wanted)
+    assert str(error.value) == (
+        f"the checkpoint of step 4 in {tmp_path / 'checkpoints'} must hold the state"
+        " that this config describes, got one of another config:\n"
+        "  missing: params/adapters/w float32[16,6]\n"
+        "  unexpected: params/codes/w float32[16,8]\n"
+        "  unexpected: moments/0/count int32[]\n"
+        "  unexpected: moments/0/mean/w float32[16,8]\n"
+        "  mis-shaped: params/decoder/a/b expected bfloat16[16,6], got"
+        " bfloat16[16,8]\n"
+        "  mis-shaped: params/decoder/w expected float32[16,6], got float32[16,8]\n"
+        "Continue with the config.py in its run folder, or start a new run with"
+        " another --name."
+    )
+
+
+def test_settings_that_differ_are_all_named() -> None:
+    saved = {"loss.beta": 2.0, "loss.type": "Simpo", "loss.gamma": 0.5, "name": "a"}
+    now = {"loss.beta": 2.5, "loss.type": "Dpo", "name": "a", "data.limit": None}
+    with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
+        checkpoint.require_same(saved, now)
+    assert str(error.value) == (
+        "a resumed run must have the settings, weights and data that it was started"
+        " with; these differ:\n"
+        "  loss.beta: checkpoint 2.0, now 2.5\n"
+        "  loss.type: checkpoint 'Simpo', now 'Dpo'\n"
+        "  data.limit: checkpoint absent, now None\n"
+        "  loss.gamma: checkpoint 0.5, now absent\n"
+        "Drop what overrides them, or start a new run with another --name."
+    )
+
+
+def test_settings_that_agree_pass() -> None:
+    checkpoint.require_same({"loss.beta": 2.0}, {"loss.beta": 2.0})
