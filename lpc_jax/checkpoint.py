@@ -154,7 +154,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the highest metric, or None where it is unknown."""
+        """Step of the checkpoint with the highest metric; None where it is unknown."""
         self.wait()
         step = None if self._best_metric is None else self._manager.best_step()
         if step is None or self._rank(self._manager.metrics(step)) == -math.inf:
