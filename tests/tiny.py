@@ -34,7 +34,7 @@ ARCHITECTURE = Architecture(
 )
 LATENT = {"num_codes": 6, "hidden_width": None, "codebook_scale": 0.5}
 # Random weights this large make attention and logits far from uniform.
-SHARPENING = 8.0
+SHARPENING = 4.0
 
 
 def config(**changes: Any) -> cfg.Config:
@@ -60,16 +60,21 @@ def split_policy(
     remat: str = "block",
 ) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Graph and parameters of a random policy, sharpened."""
-    made = policy.build(
-        architecture,
-        compute_dtype=jnp.dtype("float32"),
-        attention_backend="auto",
-        remat=remat,
-        latent=latent,
-        key=jax.random.key(seed),
+
+    def make(key: jax.Array) -> policy.Policy:
+        return policy.build(
+            architecture,
+            compute_dtype=jnp.dtype("float32"),
+            attention_backend="auto",
+            remat=remat,
+            latent=latent,
+            key=key,
+        )
+
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
+    params = jax.jit(lambda key: nnx.to_pure_dict(nnx.split(make(key))[1]))(
+        jax.random.key(seed)
     )
-    graph, state = nnx.split(made)
-    params = nnx.to_pure_dict(state)
     params["decoder"] = {
         name: jax.tree.map(lambda leaf: leaf * SHARPENING, part)
         if name != "final_norm"

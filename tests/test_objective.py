@@ -1,0 +1,442 @@
+"""The packed, prompt-shared batch against one padded sequence per answer, and LPC."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lpc_jax import config as cfg
+from lpc_jax import objective
+from lpc_jax.models import latent as latent_models
+from lpc_jax.models import policy
+from tests import tiny
+
+PAIRS = tiny.pairs(6, seed=3)
+KEY = jax.random.key(7)
+PROGRESS = jnp.asarray(0.3)
+
+
+def reference_column(seed=5):
+    return np.random.default_rng(seed).normal(-20, 3, (len(PAIRS), 2)).astype("float32")
+
+
+def loss_of(graph, config, batches, params, progress=PROGRESS):
+    """The objective summed over micro-batches, with summed metrics."""
+
+    def total(params, batches):
+        value, metrics = 0.0, None
+        for batch in batches:
+            scores = objective.score_training(
+                nnx.merge(graph, params),
+                batch,
+                latent=config.latent,
+                key=KEY,
+                progress=progress,
+                chunk=config.model.score_chunk,
+            )
+            term, sums, _ = objective.terms(config.loss, config.latent, scores, batch)
+            value = value + term
+            metrics = sums if metrics is None else jax.tree.map(jnp.add, metrics, sums)
+        return value, metrics
+
+    return jax.jit(total)(params, batches)
+
+
+def gradient_of(graph, config, batches, params):
+    return jax.value_and_grad(lambda p: loss_of(graph, config, batches, p)[0])(params)
+
+
+def assert_gradients_close(found, expected):
+    """To 1e-5 of the largest entry: sums over pairs are of size 1 to 100."""
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(scale, 1.0)),
+        found,
+        expected,
+    )
+
+
+def padded_loss(graph, config, params, reference=None, width=24):
+    """Second source: eqs. 7-13 written out pair by pair.
+
+    One padded sequence per answer, plain causal attention, nothing shared.
+    """
+    model = nnx.merge(graph, params)
+    head = model.decoder.head_weight
+    answers = [(pair, a) for pair in PAIRS for a in (pair.chosen, pair.rejected)]
+    ids = [[*pair.prompt, *answer] for pair, answer in answers]
+    ends = np.asarray([len(row) - 1 for row in ids])
+    tokens = jnp.asarray([row + [0] * (width - len(row)) for row in ids])
+    positions = jnp.broadcast_to(jnp.arange(width), tokens.shape)
+    real = positions <= ends[:, None]
+    states = model.decoder(
+        tokens, positions, jnp.where(real, 0, -1), jnp.where(real, 0, 3)
+    )
+    prompts = np.asarray([len(pair.prompt) for pair in PAIRS])
+    vectors, kl = jnp.zeros((len(PAIRS), head.shape[1])), 0.0
+    latent = config.latent
+    if latent is not None:
+        last = states[np.arange(len(ids)), ends].reshape(len(PAIRS), -1)
+        q = model.latent.posterior_mlp(last)
+        p = model.latent.prior_mlp(states[2 * np.arange(len(PAIRS)), prompts - 1])
+        noise = jnp.stack(
+            [
+                jax.random.gumbel(jax.random.fold_in(KEY, i), (2, latent.num_codes))
+                for i in range(len(PAIRS))
+            ]
+        )
+        codebook = model.latent.codebook[...]
+        z_q = jax.nn.softmax((q + noise[:, 0]) / latent.temperature) @ codebook
+        z_p = jax.nn.softmax((p + noise[:, 1]) / latent.temperature) @ codebook
+        vectors = (1 - PROGRESS) * z_q + PROGRESS * z_p
+        log_q, log_p = jax.nn.log_softmax(q), jax.nn.log_softmax(p)
+        kl = latent.kl_weight * jnp.sum(jnp.exp(log_q) * (log_q - log_p))
+    shifted = states + jnp.repeat(vectors, 2, axis=0)[:, None]
+    scores = jax.nn.log_softmax(shifted @ head.T)
+    following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    scores = jnp.take_along_axis(scores, following[..., None], -1)[..., 0]
+    answer = (positions >= np.repeat(prompts, 2)[:, None] - 1) & (
+        positions < ends[:, None]
+    )
+    logp = jnp.sum(scores * answer, axis=1).reshape(-1, 2)
+    lengths = np.asarray([len(answer) for _, answer in answers]).reshape(-1, 2)
+    loss = config.loss
+    if isinstance(loss, cfg.Simpo):
+        means = logp / lengths
+        x = loss.beta * (means[:, 0] - means[:, 1]) - loss.gamma
+        return -jax.nn.log_sigmoid(x).sum() + kl
+    ratio = logp - reference
+    if isinstance(loss, cfg.Dpo):
+        return -jax.nn.log_sigmoid(loss.beta * (ratio[:, 0] - ratio[:, 1])).sum() + kl
+    if loss.reduction == "mean":
+        ratio = ratio / lengths
+    return ((ratio[:, 0] - ratio[:, 1] - 1 / (2 * loss.beta)) ** 2).sum() + kl
+
+
+CASES = {
+    "simpo": cfg.Simpo(beta=2.0, gamma=0.5),
+    "dpo": cfg.Dpo(beta=0.1),
+    "ipo_mean": cfg.Ipo(beta=0.5, reduction="mean"),
+    "ipo_sum": cfg.Ipo(beta=0.5, reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("latent", [None, "lpc"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_packed_and_shared_equals_one_padded_sequence_per_answer(loss, latent, window):
+    if window is not None and not isinstance(loss, cfg.Simpo):
+        pytest.skip("the window is the decoder's; one loss suffices")
+    architecture = tiny.changed(sliding_window=window)
+    config = tiny.config(loss=loss)
+    if latent is None:
+        config = dataclasses.replace(config, latent=None)
+    graph, params = tiny.split_policy(
+        architecture, tiny.LATENT if latent else None, seed=1
+    )
+    reference = reference_column() if objective.needs_reference(loss) else None
+    batches = tiny.batches(PAIRS, reference_logp=reference)
+
+    value, gradient = gradient_of(graph, config, batches, params)
+    expected, expected_gradient = jax.jit(
+        jax.value_and_grad(lambda p: padded_loss(graph, config, p, reference))
+    )(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert_gradients_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"rows": 1, "row_length": 48, "pairs_per_row": 1},
+        {"rows": 4, "row_length": 96, "pairs_per_row": 8},
+    ],
+)
+def test_the_result_does_not_depend_on_how_pairs_are_packed(layout):
+    config = tiny.config()
+    graph, params = tiny.split_policy()
+    one = gradient_of(graph, config, tiny.batches(PAIRS), params)
+    other = gradient_of(graph, config, tiny.batches(PAIRS, **layout), params)
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
+    assert_gradients_close(one[1], other[1])
+
+
+def test_a_zero_codebook_is_the_baseline():
+    graph, params = tiny.split_policy()
+    params["latent"]["codebook"] = jnp.zeros_like(params["latent"]["codebook"])
+    plain_graph, _ = tiny.split_policy(latent=None)
+    batches = tiny.batches(PAIRS)
+    config = tiny.config(latent=cfg.Latent(num_codes=6, kl_weight=0.0))
+    plain = dataclasses.replace(config, latent=None)
+    with_latent, _ = loss_of(graph, config, batches, params)
+    baseline, _ = loss_of(plain_graph, plain, batches, {"decoder": params["decoder"]})
+    np.testing.assert_array_equal(with_latent, baseline)
+
+
+def test_the_first_dpo_loss_is_ln_2():
+    graph, params = tiny.split_policy(latent={**tiny.LATENT, "codebook_scale": 0.0})
+    config = tiny.config(loss=cfg.Dpo(beta=0.1))
+    plain_graph, _ = tiny.split_policy(latent=None)
+    column = np.zeros((len(PAIRS), 2), np.float32)
+    for batch in tiny.batches(PAIRS):
+        scores = objective.score_inference(
+            nnx.merge(plain_graph, {"decoder": params["decoder"]}),
+            batch,
+            latent=None,
+            key=KEY,
+            chunk=8,
+        )
+        mask = np.asarray(batch.pair_mask)
+        column[np.asarray(batch.pair_id)[mask]] = np.asarray(scores.logp)[mask]
+    batches = tiny.batches(PAIRS, reference_logp=column)
+    _, sums = loss_of(graph, config, batches, params)
+    found = objective.values(sums)
+    assert found["loss/preference"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["reward/margin"] == pytest.approx(0.0, abs=1e-6)
+
+
+def scores_of(pairs, graph, params, latent):
+    (batch,) = tiny.batches(pairs)
+
+    @jax.jit
+    def score(params, batch):
+        return objective.score_inference(
+            nnx.merge(graph, params), batch, latent=latent, key=KEY, chunk=8
+        )
+
+    return score(params, batch)
+
+
+def test_changing_an_answer_leaves_the_prior_as_it_is():
+    graph, params = tiny.split_policy()
+    latent = tiny.config().latent
+    changed = dataclasses.replace(
+        PAIRS[0], chosen=(PAIRS[0].chosen + 1) % 97, rejected=PAIRS[0].rejected[:1]
+    )
+    before = scores_of([PAIRS[0]], graph, params, latent)
+    after = scores_of([changed], graph, params, latent)
+    np.testing.assert_array_equal(before.prior.logits[0, 0], after.prior.logits[0, 0])
+    difference = before.posterior.logits[0, 0] - after.posterior.logits[0, 0]
+    assert np.abs(difference).max() > 1e-3
+
+
+def test_unscored_positions_do_not_change_the_loss():
+    graph, params = tiny.split_policy()
+    config = tiny.config()
+    (batch,) = tiny.batches(PAIRS[:2])
+    model = nnx.merge(graph, params)
+    hidden = model.hidden(batch)
+    read = np.zeros(hidden.shape[:2], bool)
+    row = np.arange(hidden.shape[0])[:, None]
+    read[row, np.where(batch.score_mask, batch.score_from, batch.score_from[:, :1])] = 1
+    for ends in (batch.prompt_end, batch.chosen_end, batch.rejected_end):
+        read[row, ends] = True
+    assert not read.all()
+
+    class Disturbed(policy.Policy):
+        def hidden(self, _):
+            return jnp.where(jnp.asarray(read)[..., None], hidden, 1e3)
+
+    def total(policy):
+        scores = objective.score_training(
+            policy, batch, latent=config.latent, key=KEY, progress=PROGRESS, chunk=8
+        )
+        return objective.terms(config.loss, config.latent, scores, batch)[0]
+
+    np.testing.assert_array_equal(
+        total(model), total(Disturbed(model.decoder, model.latent))
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kl_weight": 0.5},
+        {"free_bits": 5.0},
+        {"temperature": 0.2},
+        {
+            "temperature": 1.0,
+            "final_temperature": 0.1,
+            "temperature_schedule": "linear",
+        },
+        {
+            "temperature": 1.0,
+            "final_temperature": 0.1,
+            "temperature_schedule": "exponential",
+        },
+        {"draw": "straight_through"},
+        {"prior_share": "zero"},
+        {"prior_share": "one"},
+    ],
+    ids=str,
+)
+def test_each_latent_setting_changes_the_training_loss(change):
+    graph, params = tiny.split_policy()
+    batches = tiny.batches(PAIRS)
+    config = tiny.config()
+    other = tiny.config(latent=dataclasses.replace(config.latent, **change))
+    one, _ = loss_of(graph, config, batches, params)
+    two, _ = loss_of(graph, other, batches, params)
+    assert abs(float(one - two)) > 1e-4
+
+
+def test_stopping_the_backbone_gradient_keeps_the_value_and_changes_the_gradient():
+    graph, params = tiny.split_policy()
+    batches = tiny.batches(PAIRS)
+    flow = tiny.config()
+    stop = tiny.config(
+        latent=dataclasses.replace(flow.latent, backbone_gradient="stop")
+    )
+    grads = [gradient_of(graph, c, batches, params) for c in (flow, stop)]
+    np.testing.assert_array_equal(grads[0][0], grads[1][0])
+    embedding = [g[1]["decoder"]["embedding"] for g in grads]
+    assert np.abs(embedding[0] - embedding[1]).max() > 1e-6
+    codebook = [g[1]["latent"]["codebook"] for g in grads]
+    np.testing.assert_allclose(*codebook, atol=1e-6)
+
+
+def test_inference_modes_take_mean_draw_or_largest_code_of_the_prior():
+    graph, params = tiny.split_policy()
+    latent = tiny.config().latent
+    codebook = np.asarray(params["latent"]["codebook"])
+    found = {
+        mode: scores_of(
+            PAIRS[:2], graph, params, dataclasses.replace(latent, inference=mode)
+        )
+        for mode in ("mean", "sample", "argmax")
+    }
+    logits = np.asarray(found["mean"].prior.logits[0, 0], np.float64)
+    weights = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(
+        found["mean"].prior.vector[0, 0], weights @ codebook, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        found["argmax"].prior.vector[0, 0], codebook[logits.argmax()], atol=1e-6
+    )
+    assert not np.allclose(found["sample"].prior.weights, found["mean"].prior.weights)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("linear", [0.0, 0.25, 1.0]), ("zero", [0.0] * 3), ("one", [1.0] * 3)],
+)
+def test_the_prior_s_share_rises_linearly_or_is_fixed(schedule, expected):
+    found = [
+        float(objective.prior_share(schedule, jnp.asarray(progress)))
+        for progress in (0.0, 0.25, 1.0)
+    ]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle"),
+    [("constant", 4.0), ("linear", 2.5), ("exponential", 2.0)],
+)
+def test_temperature_schedules_by_hand(schedule, middle):
+    latent = (
+        cfg.Latent(
+            temperature=4.0, final_temperature=1.0, temperature_schedule=schedule
+        )
+        if schedule != "constant"
+        else cfg.Latent(temperature=4.0)
+    )
+    found = objective.temperature(latent, jnp.asarray(0.5))
+    assert float(found) == pytest.approx(middle)
+
+
+def test_a_loss_with_a_reference_refuses_a_batch_without_one():
+    graph, params = tiny.split_policy()
+    config = tiny.config(loss=cfg.Dpo(beta=0.1))
+    with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
+        loss_of(graph, config, tiny.batches(PAIRS), params)
+    assert str(error.value) == (
+        "Dpo needs batch.reference_logp, got None. Score the pairs with the reference"
+        " first."
+    )
+
+
+def test_metrics_are_means_over_the_exact_set():
+    graph, params = tiny.split_policy()
+    config = tiny.config()
+    _, sums = loss_of(graph, config, tiny.batches(PAIRS), params)
+    assert float(sums["loss/preference"][1]) == len(PAIRS)
+    tokens = sum(len(pair.chosen) for pair in PAIRS)
+    assert float(sums["logp_per_token/chosen"][1]) == tokens
+    found = objective.values(sums)
+    margin = found["reward/chosen"] - found["reward/rejected"]
+    assert found["reward/margin"] == pytest.approx(margin, abs=1e-5)
+    longer = sum(len(pair.chosen) > len(pair.rejected) for pair in PAIRS)
+    assert float(sums["reward/accuracy_chosen_longer"][1]) == longer
+
+
+def test_the_last_token_s_log_probability_is_its_own():
+    graph, params = tiny.split_policy(latent=None)
+    full = scores_of([PAIRS[0]], graph, params, None)
+    shorter = dataclasses.replace(PAIRS[0], chosen=PAIRS[0].chosen[:-1])
+    assert len(shorter.chosen) > 0
+    cut = scores_of([shorter], graph, params, None)
+    np.testing.assert_allclose(
+        full.end_logp[0, 0, 0], full.logp[0, 0, 0] - cut.logp[0, 0, 0], atol=1e-4
+    )
+
+
+FORMULAS = [
+    (
+        cfg.Simpo(beta=2.0, gamma_beta_ratio=0.5),
+        cfg.Latent(),
+        "loss = -log sigmoid(2 * (log pi(y_w|x, z)/|y_w| - log pi(y_l|x, z)/|y_l|) - 1)"
+        " + 0.05 KL(q||p)\n"
+        "       gamma = 1, gamma/beta = 0.5; no reference; z = (1 - g) z_posterior"
+        " + g z_prior, g: 0 -> 1 linearly, 64 codes",
+    ),
+    (
+        cfg.Dpo(beta=0.1, label_smoothing=0.1),
+        None,
+        "loss = -0.9 log sigmoid(m) - 0.1 log sigmoid(-m), m = 0.1 * (r_w - r_l)\n"
+        "       r = log pi(y|x) - log pi_ref(y|x), summed over answer tokens;"
+        " no latent",
+    ),
+    (
+        cfg.Ipo(beta=0.1, reduction="mean"),
+        None,
+        "loss = (r_w/|y_w| - r_l/|y_l| - 5)^2\n"
+        "       r = log pi(y|x) - log pi_ref(y|x), summed over answer tokens;"
+        " 1/(2 beta) = 5; no latent",
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "latent", "expected"), FORMULAS)
+def test_the_resolved_objective_reads_as_a_formula(loss, latent, expected):
+    assert objective.formula(loss, latent) == expected
+
+
+def test_draws_depend_on_the_pair_and_not_on_its_row():
+    latent = tiny.config().latent
+    graph, params = tiny.split_policy()
+
+    def prior_weights(layout):
+        found = {}
+        for batch in tiny.batches(PAIRS, **layout):
+            scores = objective.score_training(
+                nnx.merge(graph, params),
+                batch,
+                latent=latent,
+                key=KEY,
+                progress=PROGRESS,
+                chunk=8,
+            )
+            mask = np.asarray(batch.pair_mask)
+            weights = np.asarray(scores.prior.weights)[mask]
+            ids = np.asarray(batch.pair_id)[mask].tolist()
+            found |= dict(zip(ids, weights, strict=True))
+        return np.stack([found[i] for i in sorted(found)])
+
+    one = prior_weights({"rows": 1, "row_length": 48, "pairs_per_row": 1})
+    other = prior_weights({"rows": 4, "row_length": 96, "pairs_per_row": 8})
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    assert np.abs(one - latent_models.one_code(jnp.asarray(one))).max() > 1e-3
