@@ -323,6 +323,7 @@ def values(sums: Sums) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, (total, count) in jax.device_get(sums).items():
         if name == "code/usage":
+            total = jnp.asarray(total)
             found["code/perplexity"] = float(latent_losses.usage_perplexity(total))
             found["code/largest_share"] = float(latent_losses.largest_share(total))
             dead = latent_losses.dead_codes(total, share=DEAD_SHARE)
