@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lpc_jax.training import loop
 
         loop.train(config, Console())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

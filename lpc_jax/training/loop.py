@@ -386,13 +386,12 @@ def _updates(
     config, total = trainer.config, trainer.total_steps
     codes = config.latent.num_codes if config.latent is not None else None
     before = after = None
-    evaluation = None
     warned: set[str] = set()
     if resume_from is not None:
         log.say(f"resumed after step {resume_from}")
     elif trainer.held_out:
         before = trainer.evaluate(state)
-        log.evaluation(0, before.metrics)
+        log.evaluation(0, before.metrics, before.accuracy_by_source)
     since, tokens, pairs_done = time.perf_counter(), 0, 0
     for number in range(int(state.step), total):
         batches, pairs, step_tokens = trainer.step_batches(number)
@@ -416,9 +415,10 @@ def _updates(
                     warned.add(warning)
                     log.say(f"step {done}: warning: {warning}")
             since, tokens, pairs_done = time.perf_counter(), 0, 0
+        evaluation = None
         if trainer.held_out and _due(config.training.eval_every, done, total):
             evaluation = after = trainer.evaluate(state)
-            log.evaluation(done, after.metrics)
+            log.evaluation(done, after.metrics, after.accuracy_by_source)
             since, tokens, pairs_done = time.perf_counter(), 0, 0
         if _due(config.training.checkpoint_every, done, total):
             kept.save(
