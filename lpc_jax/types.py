@@ -15,8 +15,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+# NumPy arrays as packing makes them, JAX arrays once they are on the mesh.
+HostOrDevice = Any
 
 # Values of Batch.branch.
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
@@ -56,21 +58,21 @@ class Batch:
             loss that has no reference.
     """
 
-    tokens: Int[Array | np.ndarray, "R T"]
-    positions: Int[Array | np.ndarray, "R T"]
-    pair: Int[Array | np.ndarray, "R T"]
-    branch: Int[Array | np.ndarray, "R T"]
-    score_from: Int[Array | np.ndarray, "R S"]
-    score_token: Int[Array | np.ndarray, "R S"]
-    score_slot: Int[Array | np.ndarray, "R S"]
-    score_mask: Bool[Array | np.ndarray, "R S"]
-    prompt_end: Int[Array | np.ndarray, "R P"]
-    chosen_end: Int[Array | np.ndarray, "R P"]
-    rejected_end: Int[Array | np.ndarray, "R P"]
-    pair_mask: Bool[Array | np.ndarray, "R P"]
-    pair_id: Int[Array | np.ndarray, "R P"]
-    lengths: Int[Array | np.ndarray, "R P 2"]
-    reference_logp: Float[Array | np.ndarray, "R P 2"] | None
+    tokens: Int[HostOrDevice, "R T"]
+    positions: Int[HostOrDevice, "R T"]
+    pair: Int[HostOrDevice, "R T"]
+    branch: Int[HostOrDevice, "R T"]
+    score_from: Int[HostOrDevice, "R S"]
+    score_token: Int[HostOrDevice, "R S"]
+    score_slot: Int[HostOrDevice, "R S"]
+    score_mask: Bool[HostOrDevice, "R S"]
+    prompt_end: Int[HostOrDevice, "R P"]
+    chosen_end: Int[HostOrDevice, "R P"]
+    rejected_end: Int[HostOrDevice, "R P"]
+    pair_mask: Bool[HostOrDevice, "R P"]
+    pair_id: Int[HostOrDevice, "R P"]
+    lengths: Int[HostOrDevice, "R P 2"]
+    reference_logp: Float[HostOrDevice, "R P 2"] | None
 
 
 @jax.tree_util.register_dataclass

@@ -29,7 +29,7 @@ from lpc_jax.evaluation import preference
 from lpc_jax.models import weights
 from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training import setup, step
-from lpc_jax.training.runlog import RunLog
+from lpc_jax.training.runlog import METRICS_FILE, RunLog, require_trackers
 from lpc_jax.types import Batch, TrainState
 
 BEST_METRIC = "reward/accuracy"
@@ -63,24 +63,28 @@ class Result:
     state: TrainState
 
 
-def run_folder(config: cfg.Config) -> Path:
-    """The run's folder, made ready: new, or the one to resume.
+def require_free_folder(config: cfg.Config) -> Path:
+    """The run's folder, which must be new, resumed or asked to be replaced.
 
     Raises:
         ValueError: It holds a run and neither resume nor overwrite was asked for.
     """
     folder = Path(config.run.folder) / config.name
     used = (folder / "metrics.jsonl").exists()
-    if used and config.run.overwrite and not config.run.resume:
-        shutil.rmtree(folder)
-    elif used and not config.run.resume:
+    if used and not (config.run.resume or config.run.overwrite):
         raise ValueError(
             f"run folder {folder} must be new, got one that holds a run. Continue it"
             " with --resume, choose another --name, or replace it with"
             " --run.overwrite."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _make_folder(config: cfg.Config, folder: Path) -> None:
+    """Makes the run's folder; a run to be replaced goes only now, all else checked."""
+    if folder.exists() and config.run.overwrite and not config.run.resume:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def flat_settings(config: cfg.Config) -> dict[str, Any]:
@@ -300,13 +304,17 @@ class Trainer:
 
     def schedules(self, number: int) -> dict[str, float]:
         """What the schedules give the update of this number, counted from 0."""
-        found = {"schedule/learning_rate": float(self.rates["decoder"](number))}
+        found = {
+            "schedule/learning_rate": float(np.asarray(self.rates["decoder"](number)))
+        }
         latent = self.config.latent
         if latent is not None:
             progress = jnp.asarray(number / max(self.total_steps - 1, 1))
             share = objective.prior_share(latent.prior_share, progress)
             found |= {
-                "schedule/latent_learning_rate": float(self.rates["latent"](number)),
+                "schedule/latent_learning_rate": float(
+                    np.asarray(self.rates["latent"](number))
+                ),
                 "schedule/g": float(share),
                 "schedule/temperature": float(objective.temperature(latent, progress)),
             }
@@ -345,7 +353,7 @@ def train(config: cfg.Config, console: Console) -> Result:
         devices=jax.devices(),
     )
     sharding.require_rows_divide(config.packing.rows, mesh)
-    folder = run_folder(config)
+    folder = require_free_folder(config)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, folder, mesh, console)
         return _run(trainer)
@@ -353,7 +361,9 @@ def train(config: cfg.Config, console: Console) -> Result:
 
 def _run(trainer: Trainer) -> Result:
     config, folder = trainer.config, trainer.folder
+    _make_folder(config, folder)
     evaluates = bool(trainer.held_out)
+    _make_folder(folder, config.run)
     with _checkpoints(folder, evaluates) as kept:
         resume_from = kept.latest() if config.run.resume else None
         if resume_from is None:

@@ -65,7 +65,7 @@ def _named(
     optimizer: cfg.Optimizer, rate: optax.Schedule, params: Any
 ) -> optax.GradientTransformation:
     """The optax optimizer of that name with the config's options."""
-    make = getattr(optax, optimizer.name, None)
+    make: Any = getattr(optax, optimizer.name, None)
     if not callable(make) or optimizer.name.startswith("_"):
         raise ValueError(
             f"optimizer.name must be an optimizer of optax, got {optimizer.name!r}."
@@ -81,7 +81,8 @@ def _named(
     options: dict[str, Any] = dict(optimizer.options)
     if "weight_decay" in options and "mask" in accepted:
         options["mask"] = _decay_mask(params)
-    return make(learning_rate=rate, **options)
+    made: Any = make(learning_rate=rate, **options)
+    return made
 
 
 def peaks(config: cfg.Config) -> dict[str, float]:
@@ -114,7 +115,7 @@ def build(
         group: jax.tree.map(lambda _, group=group: group, params[group])
         for group in params
     }
-    by_group = optax.multi_transform(groups, labels)
+    by_group = optax.multi_transform({**groups}, labels)
     if optimizer.clip_norm is None:
         return by_group
     return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), by_group)

@@ -192,6 +192,16 @@ def _tracker_package(tracker: str) -> types.ModuleType:
         ) from error
 
 
+def require_trackers(trackers: Sequence[str]) -> None:
+    """Refuses trackers that cannot be had, before anything is computed.
+
+    Raises:
+        ValueError: A tracker is unknown, or its package not installed.
+    """
+    for tracker in trackers:
+        _tracker_package(tracker)
+
+
 class RunLog:
     """The log of one run; a context manager, closed on errors too.
 

@@ -46,7 +46,7 @@ def test_every_pair_is_packed_once_within_the_limits(seed):
         lengths, rows=3, row_length=48, pairs_per_row=4, score_chunk=8
     )
     plan = packing.plan_rows(lengths, shape)
-    assert sorted(sum(plan, [])) == list(range(50))
+    assert sorted(index for row in plan for index in row) == list(range(50))
     for row in plan:
         assert lengths[row].sum() <= shape.row_length
         assert lengths[row][:, 1:].sum() <= shape.scored
