@@ -70,8 +70,7 @@ def require_free_folder(config: cfg.Config) -> Path:
         ValueError: It holds a run and neither resume nor overwrite was asked for.
     """
     folder = Path(config.run.folder) / config.name
-    used = (folder / "metrics.jsonl").exists()
-    if used and not (config.run.resume or config.run.overwrite):
+    if _holds_run(folder) and not (config.run.resume or config.run.overwrite):
         raise ValueError(
             f"run folder {folder} must be new, got one that holds a run. Continue it"
             " with --resume, choose another --name, or replace it with"
@@ -80,9 +79,13 @@ def require_free_folder(config: cfg.Config) -> Path:
     return folder
 
 
+def _holds_run(folder: Path) -> bool:
+    return (folder / METRICS_FILE).exists()
+
+
 def _make_folder(config: cfg.Config, folder: Path) -> None:
     """Makes the run's folder; a run to be replaced goes only now, all else checked."""
-    if folder.exists() and config.run.overwrite and not config.run.resume:
+    if _holds_run(folder) and not config.run.resume:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -353,6 +356,7 @@ def train(config: cfg.Config, console: Console) -> Result:
         devices=jax.devices(),
     )
     sharding.require_rows_divide(config.packing.rows, mesh)
+    require_trackers(config.run.trackers)
     folder = require_free_folder(config)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, folder, mesh, console)
@@ -363,7 +367,6 @@ def _run(trainer: Trainer) -> Result:
     config, folder = trainer.config, trainer.folder
     _make_folder(config, folder)
     evaluates = bool(trainer.held_out)
-    _make_folder(folder, config.run)
     with _checkpoints(folder, evaluates) as kept:
         resume_from = kept.latest() if config.run.resume else None
         if resume_from is None:
