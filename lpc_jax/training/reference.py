@@ -7,6 +7,7 @@ beta or order of the data finds them again. Knows nothing of losses.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -53,14 +54,14 @@ def score_pairs(
         shape: Of a micro-batch.
         on_progress: Told how many pairs are done.
     """
-    index = {pair.id: position for position, pair in enumerate(pairs)}
-    found = np.zeros((len(pairs), 2), np.float32)
+    # An id is of one data set; here pairs of several meet, so their place stands in.
+    placed = [dataclasses.replace(pair, id=i) for i, pair in enumerate(pairs)]
+    found = np.full((len(pairs), 2), np.nan, np.float32)
     for first in range(0, len(pairs), _GROUP):
-        group = pairs[first : first + _GROUP]
+        group = placed[first : first + _GROUP]
         for batch in packing.micro_batches(group, shape, reference_logp=None):
             mask = np.asarray(batch.pair_mask)
-            where = [index[i] for i in np.asarray(batch.pair_id)[mask].tolist()]
-            found[where] = score(batch)[mask]
+            found[np.asarray(batch.pair_id)[mask]] = score(batch)[mask]
         on_progress(min(first + _GROUP, len(pairs)))
     return found
 
