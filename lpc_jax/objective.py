@@ -17,10 +17,10 @@ from lpc_jax.losses import latent as latent_losses
 from lpc_jax.losses import preference, sequence
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models.policy import Policy, read_at
-from lpc_jax.types import Batch, LatentCodes
+from lpc_jax.types import Batch, HostOrDevice, LatentCodes
 
 # A metric is (sum, count); its value is their ratio over all that was added up.
-Sums = dict[str, tuple[Array, Array]]
+Sums = dict[str, tuple[HostOrDevice, HostOrDevice]]
 
 # A code is dead below this share of what it would have if all were used alike.
 DEAD_SHARE = 0.1

@@ -226,7 +226,7 @@ class Trainer:
         self._say(
             f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
             f" ({latent / 1e6:.2f} M latent), compute {start.compute_dtype.name}\n"
-            f"mesh: {len(jax.devices())} x {jax.devices()[0].device_kind}, {axes};"
+            f"mesh: {self.mesh.size} x {jax.devices()[0].device_kind}, {axes};"
             f" attention: xla; remat: {config.model.remat}\n"
             f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
             f" {shape.rows} rows x {shape.row_length} tokens,"
