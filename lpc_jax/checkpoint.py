@@ -109,7 +109,7 @@ class Checkpoints:
                 " there was no evaluation."
             )
         leaves = _by_path(state)
-        self._require_space(step, leaves)
+        self.require_space(state)
         record = {
             "meta": meta,
             "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},
@@ -130,13 +130,18 @@ class Checkpoints:
             force=True,
         )
 
-    def _require_space(self, step: int, leaves: Mapping[str, jax.Array]) -> None:
-        arrays = sum(leaf.nbytes for leaf in leaves.values())
+    def require_space(self, state: PyTree) -> None:
+        """Refuses a state that the disk has no room for; ``save`` does so itself.
+
+        Raises:
+            ValueError: Too little free disk space.
+        """
+        arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed = arrays + int(arrays * _MARGIN_SHARE) + _MARGIN_BYTES
         free = shutil.disk_usage(self._folder).free
         if free < needed:
             raise ValueError(
-                f"the checkpoint of step {step} in {self._folder} needs"
+                f"a checkpoint in {self._folder} needs"
                 f" {_size(needed)} of disk space ({_size(arrays)} of arrays and a"
                 f" margin), got {_size(free)} free. Nothing was written and older"
                 " checkpoints are intact: make room, or move the run folder to a"

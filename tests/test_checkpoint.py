@@ -229,8 +229,8 @@ def test_a_full_disk_is_refused_before_writing(
         kept.save(2, large, meta={}, metrics={METRIC: 0.9})
     # 8 MB of arrays, 5 % of them and 16 MiB.
     assert str(error.value) == (
-        f"the checkpoint of step 2 in {tmp_path / 'checkpoints'} needs 25.2 MB of disk"
-        " space (8.0 MB of arrays and a margin), got 2.5 MB free. Nothing was written"
+        f"a checkpoint in {tmp_path / 'checkpoints'} needs 25.2 MB of disk space"
+        " (8.0 MB of arrays and a margin), got 2.5 MB free. Nothing was written"
         " and older checkpoints are intact: make room, or move the run folder to a"
         " larger disk, and continue with --resume."
     )

@@ -374,6 +374,7 @@ def _run(trainer: Trainer) -> Result:
         else:
             _require_resumable(kept.meta(resume_from), trainer.manifest)
             state = kept.restore(resume_from, trainer.abstract_state())
+        kept.require_space(state)  # now, and not when the first hours are done
         (folder / "config.py").write_text(cfg.source(config))
         (folder / "manifest.json").write_text(json.dumps(trainer.manifest, indent=1))
         with RunLog(
