@@ -8,7 +8,9 @@ python scripts/train.py --config configs/llama3_simpo.py --resume
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -24,9 +26,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         loop.train(config, Console())
     except (ValueError, OSError) as error:
+        if isinstance(error, ValueError) and not _is_ours(error):
+            raise  # a fault of the program: the traceback is what helps
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Whether the library itself raised it, in words meant for the user."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(cfg.__file__).parent)
 
 
 if __name__ == "__main__":

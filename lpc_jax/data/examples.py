@@ -170,7 +170,9 @@ def _decode(text: bytes, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise ValueError(
-            f"{where}: expected JSON, got {e.msg} at line {e.lineno}, column {e.colno}."
+            # Some of the messages end in "at" themselves.
+            f"{where}: expected JSON, got {e.msg.removesuffix(' at')} at line"
+            f" {e.lineno}, column {e.colno}."
             " Mend or remove it."
         ) from e
     except UnicodeDecodeError as e:

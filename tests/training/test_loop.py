@@ -508,7 +508,7 @@ def test_a_full_disk_is_refused_before_the_first_update(folder, monkeypatch):
     run_folder = Path(config.run.folder) / "full"
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
         runs.train(config)
-    # 53,312 parameters, their two moments, 4 bytes each, counters and a key; 5 % and
+    # 52,896 parameters, their two moments, 4 bytes each, counters and a key; 5 % and
     # 16 MiB of margin.
     assert str(error.value) == (
         f"a checkpoint in {run_folder / 'checkpoints'} needs 17.4 MB of disk space"
