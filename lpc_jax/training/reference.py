@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -79,12 +80,18 @@ class ReferenceCache:
         self.path = folder / f"{weights_digest[:32]}-{compute_dtype}.npz"
         self._known: dict[bytes, np.ndarray] = {}
         if self.path.exists():
+            self._known = self._read()
+
+    def _read(self) -> dict[bytes, np.ndarray]:
+        try:
             with np.load(self.path) as stored:
-                rows = stored["keys"]
-                self._known = {
-                    row.tobytes(): logp
-                    for row, logp in zip(rows, stored["logp"], strict=True)
-                }
+                keys, logp = stored["keys"], stored["logp"]
+        except (ValueError, EOFError, zipfile.BadZipFile) as e:
+            raise ValueError(
+                f"reference cache {self.path} must be a whole .npz file, got a broken"
+                " or truncated one. Delete the file to score again."
+            ) from e
+        return {key.tobytes(): values for key, values in zip(keys, logp, strict=True)}
 
     def _store(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +119,8 @@ class ReferenceCache:
             The column in the order of ``pairs``, and how many pairs were scored.
 
         Raises:
-            ValueError: Kept values are not what the reference says now.
+            ValueError: Kept values are not what the reference says now, or it says
+                something that is not finite.
         """
         keys = [pair_key(pair) for pair in pairs]
         kept = [i for i, key in enumerate(keys) if key in self._known]
@@ -120,6 +128,7 @@ class ReferenceCache:
         missing = [i for i, key in enumerate(keys) if key not in self._known]
         if missing:
             scored = score_pairs(score, [pairs[i] for i in missing], shape, on_progress)
+            _require_finite(scored)
             for i, logp in zip(missing, scored, strict=True):
                 self._known[keys[i]] = logp
             self._store()
@@ -143,3 +152,13 @@ class ReferenceCache:
                 f" {CHECK_TOLERANCE} nats per token, got {off:.3g} on"
                 f" {len(pairs)} pairs. Delete the file to score again."
             )
+
+
+def _require_finite(scored: Float[np.ndarray, "B 2"]) -> None:
+    bad = int(np.sum(~np.isfinite(scored).all(axis=1)))
+    if bad:
+        raise ValueError(
+            "the reference must give every answer a finite log-probability, got nan or"
+            f" inf on {bad} of {len(scored)} pairs. Check reference.path or model.path,"
+            " or compute in float32."
+        )
