@@ -46,10 +46,14 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> M
     free = len(devices) // known if known <= len(devices) else 0
     sizes = {axis: free if size == -1 else size for axis, size in sizes.items()}
     if int(np.prod(list(sizes.values()))) != len(devices):
+        remedy = (
+            f"The axes that are not -1 must divide {len(devices)}."
+            if -1 in (data, fsdp, tensor)
+            else "Set one of them to -1 to take what is left."
+        )
         raise ValueError(
             f"mesh axes data={data} fsdp={fsdp} tensor={tensor} must multiply to the"
-            f" {len(devices)} devices present. Set one of them to -1 to take what is"
-            " left."
+            f" {len(devices)} devices present. {remedy}"
         )
     return jax.make_mesh(
         tuple(sizes.values()),
