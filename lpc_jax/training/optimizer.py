@@ -6,6 +6,7 @@ everything the codes are never used. Knows nothing of losses or data.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,14 @@ DECAY_TABLE: dict[str, bool] = {
     r"latent/(prior|posterior)_mlp/(hidden|output)_kernel": True,
     r"latent/(prior|posterior)_mlp/(hidden|output)_bias": False,
 }
+
+# What optax's optimizers call weight decay, and where it applies.
+_DECAY_OPTIONS = ("weight_decay", "weight_decay_rate")
+_MASK_ARGUMENTS = ("mask", "weight_decay_mask")
+
+# Beginnings of names that have a learning rate and yet are parts of optimizers, or
+# (lbfgs) ask for the loss itself.
+_NO_OPTIMIZERS = ("_", "scale_by_", "lbfgs")
 
 
 def schedule(optimizer: cfg.Optimizer, peak: float, total_steps: int) -> optax.Schedule:
@@ -65,24 +74,49 @@ def _named(
     optimizer: cfg.Optimizer, rate: optax.Schedule, params: Any
 ) -> optax.GradientTransformation:
     """The optax optimizer of that name with the config's options."""
-    make: Any = getattr(optax, optimizer.name, None)
-    if not callable(make) or optimizer.name.startswith("_"):
+    known = _known()
+    if optimizer.name not in known:
+        near = difflib.get_close_matches(optimizer.name, known)
+        hint = f"Did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(
-            f"optimizer.name must be an optimizer of optax, got {optimizer.name!r}."
-            " See optax's list of optimizers, for example adamw, lion or sgd."
+            "optimizer.name must be an optimizer of optax that takes a learning rate,"
+            f" got {optimizer.name!r}. {hint}There are: {', '.join(known)}."
         )
-    accepted = set(inspect.signature(make).parameters)
+    accepted = known[optimizer.name]
     unknown = sorted(set(optimizer.options) - accepted)
-    if unknown or "learning_rate" not in accepted:
+    if unknown:
         raise ValueError(
-            f"optimizer.options of {optimizer.name} must be among"
-            f" {sorted(accepted - {'learning_rate'})}, got {unknown}. Drop them."
+            f"optimizer.options must be arguments of optax.{optimizer.name}, which has"
+            f" {', '.join(sorted(accepted - {'learning_rate'}))}; got"
+            f" {', '.join(unknown)}. Leave them out."
         )
     options: dict[str, Any] = dict(optimizer.options)
-    if "weight_decay" in options and "mask" in accepted:
-        options["mask"] = _decay_mask(params)
+    decays = [name for name in _DECAY_OPTIONS if options.get(name)]
+    masks = [name for name in _MASK_ARGUMENTS if name in accepted]
+    if decays and not masks:
+        raise ValueError(
+            f"optimizer.options: {decays[0]} must spare norms, biases and the codebook,"
+            f" which optax.{optimizer.name} cannot, got {options[decays[0]]!r}. Leave"
+            " it out or choose another optimizer, such as adamw."
+        )
+    if decays:
+        options[masks[0]] = _decay_mask(params)
+    make: Any = getattr(optax, optimizer.name)
     made: Any = make(learning_rate=rate, **options)
     return made
+
+
+def _known() -> dict[str, set[str]]:
+    """Optimizers of optax that take a learning rate, with their arguments' names."""
+    functions = inspect.getmembers(optax, inspect.isfunction)
+    arguments = {
+        name: set(inspect.signature(make).parameters) for name, make in functions
+    }
+    return {
+        name: accepted
+        for name, accepted in arguments.items()
+        if "learning_rate" in accepted and not name.startswith(_NO_OPTIMIZERS)
+    }
 
 
 def peaks(config: cfg.Config) -> dict[str, float]:
