@@ -1,0 +1,405 @@
+"""Every setting that claims an effect has it: from the config to a run's first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from lpc_jax import checkpoint, objective, sharding
+from lpc_jax import config as cfg
+from lpc_jax.training import loop, setup
+from tests import runs, tiny
+
+# Where the effect of each setting is tested: a test of this file, or another file that
+# speaks of the field.
+TESTED_IN = {
+    "model.path": "tests/scripts/test_train.py",
+    "model.revision": "tests/test_sources.py",
+    "model.tokenizer": "test_a_tokenizer_may_lie_elsewhere",
+    "model.chat_template": "test_a_chat_template_file_replaces_the_model_s",
+    "model.compute_dtype": "test_bfloat16_computes_otherwise_on_the_same_masters",
+    "model.attention": "tests/models/test_attention.py",
+    "model.remat": "test_remat_recomputes_blocks_and_changes_no_number",
+    "model.score_chunk": "test_score_chunks_change_no_number",
+    "latent.num_codes": "test_sizes_of_the_latent",
+    "latent.hidden_width": "test_sizes_of_the_latent",
+    "latent.kl_weight": "tests/test_objective.py",
+    "latent.free_bits": "tests/test_objective.py",
+    "latent.temperature": "tests/test_objective.py",
+    "latent.final_temperature": "tests/test_objective.py",
+    "latent.temperature_schedule": "tests/test_objective.py",
+    "latent.draw": "tests/test_objective.py",
+    "latent.prior_share": "tests/test_objective.py",
+    "latent.inference": "tests/test_objective.py",
+    "latent.codebook_scale": "test_sizes_of_the_latent",
+    "latent.backbone_gradient": "tests/test_objective.py",
+    "latent.learning_rate": "tests/training/test_optimizer.py",
+    "loss.beta": "test_each_loss_setting_changes_the_loss",
+    "loss.label_smoothing": "test_each_loss_setting_changes_the_loss",
+    "loss.reduction": "test_each_loss_setting_changes_the_loss",
+    "loss.gamma": "test_each_loss_setting_changes_the_loss",
+    "loss.gamma_beta_ratio": "test_each_loss_setting_changes_the_loss",
+    "data.train": "tests/scripts/test_train.py",
+    "data.train_split": "test_each_set_is_read_from_its_own_split",
+    "data.eval": "tests/training/test_loop.py",
+    "data.eval_split": "test_each_set_is_read_from_its_own_split",
+    "data.limit": "test_limits_take_the_first_pairs",
+    "data.eval_limit": "test_limits_take_the_first_pairs",
+    "data.max_length": "test_lengths_and_truncation_reach_the_tokens",
+    "data.max_prompt_length": "test_lengths_and_truncation_reach_the_tokens",
+    "data.truncation": "test_lengths_and_truncation_reach_the_tokens",
+    "data.prefix_mismatch": "test_a_prefix_mismatch_is_cut_or_an_error",
+    "packing.pairs_per_step": "test_how_many_steps_a_run_has",
+    "packing.rows": "test_the_shape_of_a_micro_batch",
+    "packing.row_length": "test_the_shape_of_a_micro_batch",
+    "packing.pairs_per_row": "test_the_shape_of_a_micro_batch",
+    "optimizer.name": "tests/training/test_optimizer.py",
+    "optimizer.options": "tests/training/test_optimizer.py",
+    "optimizer.learning_rate": "tests/training/test_optimizer.py",
+    "optimizer.schedule": "tests/training/test_optimizer.py",
+    "optimizer.warmup_fraction": "tests/training/test_optimizer.py",
+    "optimizer.clip_norm": "tests/training/test_optimizer.py",
+    "training.epochs": "test_how_many_steps_a_run_has",
+    "training.steps": "test_how_many_steps_a_run_has",
+    "training.seed": "test_the_seed_decides_the_order_and_the_latent",
+    "training.log_every": "test_how_often_a_run_logs_evaluates_and_saves",
+    "training.eval_every": "test_how_often_a_run_logs_evaluates_and_saves",
+    "training.checkpoint_every": "test_how_often_a_run_logs_evaluates_and_saves",
+    "mesh.data": "tests/test_sharding.py",
+    "mesh.fsdp": "tests/test_sharding.py",
+    "mesh.tensor": "tests/test_sharding.py",
+    "reference.path": "tests/training/test_reference.py",
+    "reference.cache": "test_the_reference_is_kept_in_the_named_folder",
+    "run.folder": "test_a_run_tells_its_trackers_and_stays_in_its_folder",
+    "run.trackers": "test_a_run_tells_its_trackers_and_stays_in_its_folder",
+    "run.project": "tests/training/test_runlog.py",
+    "run.resume": "tests/training/test_loop.py",
+    "run.overwrite": "tests/training/test_loop.py",
+}
+
+
+def test_every_setting_is_tested_somewhere(repository):
+    sections = [
+        value
+        for value in vars(cfg).values()
+        if isinstance(value, type)
+        and issubclass(value, cfg.Settings)
+        and value not in (cfg.Settings, cfg.Config)
+    ]
+    names = {
+        f"{section.section}{field.name}"
+        for section in sections
+        for field in dataclasses.fields(section)
+    }
+    assert set(TESTED_IN) == names
+    for name, place in TESTED_IN.items():
+        if place.endswith(".py"):
+            assert name.split(".")[1] in (repository / place).read_text(), name
+        else:
+            assert place in globals(), name
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def config(folder: Path, **changes: Any) -> cfg.Config:
+    """Plain SimPO, which needs no reference."""
+    plain = {"latent": None, "loss": cfg.Simpo(beta=2.0, gamma=0.5)}
+    return runs.config(folder, **plain | changes)
+
+
+def lpc(**changes: Any) -> cfg.Latent:
+    return cfg.Latent(**{"num_codes": 8, "codebook_scale": 0.5} | changes)
+
+
+@contextmanager
+def prepared(made: cfg.Config) -> Iterator[loop.Trainer]:
+    """All that comes before the first update, on one device."""
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        yield loop.Trainer(made, Path("unused"), mesh, Console(quiet=True))
+
+
+def first_update(made: cfg.Config) -> dict[str, float]:
+    """Metrics of the first step, and its gradient's norm."""
+    with prepared(made) as trainer:
+        state = trainer.initial_state()
+        batches, pairs, _ = trainer.step_batches(0)
+        _, sums, norm, _ = trainer.update(state, batches, pairs)
+        return objective.values(sums) | {"gradient/norm": float(norm)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    return first_update(config(tmp_path_factory.mktemp("base"), latent=lpc()))
+
+
+# --- model ----------------------------------------------------------------------------
+
+
+def tokens_of(pairs: setup.Pairs) -> list[tuple[bytes, bytes, bytes]]:
+    return [
+        (pair.prompt.tobytes(), pair.chosen.tobytes(), pair.rejected.tobytes())
+        for pair in pairs.train
+    ]
+
+
+def read(made: cfg.Config) -> setup.Pairs:
+    return setup.read_pairs(made, Path(made.model.path))
+
+
+def test_a_tokenizer_may_lie_elsewhere(folder):
+    bare = Path(shutil.copytree(runs.MODEL, folder / "bare"))
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    there = {"path": str(bare), "tokenizer": str(runs.MODEL)}
+    assert tokens_of(read(config(folder, model=there))) == tokens_of(
+        read(config(folder))
+    )
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_chat_template_file_replaces_the_model_s(folder):
+    file = folder / "template.jinja"
+    file.write_text(TEMPLATE)
+    other = read(config(folder, model={"chat_template": str(file)}))
+    ours = read(config(folder))
+    assert all(
+        one[0] != two[0]
+        for one, two in zip(tokens_of(other), tokens_of(ours), strict=True)
+    )
+
+
+def test_bfloat16_computes_otherwise_on_the_same_masters(folder, base):
+    made = config(folder, latent=lpc(), model={"compute_dtype": "bfloat16"})
+    found = first_update(made)
+    assert found["loss/preference"] != base["loss/preference"]
+    assert found["loss/preference"] == pytest.approx(base["loss/preference"], rel=0.05)
+    with prepared(made) as trainer:
+        leaves = jax.tree.leaves(trainer.initial_state().params)
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+def test_auto_is_float32_on_a_cpu(folder):
+    assert setup.compute_dtype(config(folder)) == jnp.dtype("float32")
+
+
+def test_remat_recomputes_blocks_and_changes_no_number(folder, base):
+    made = config(folder, latent=lpc(), model={"remat": "none"})
+    assert first_update(made) == pytest.approx(base, rel=1e-5, abs=1e-6)
+    block = config(folder, latent=lpc())
+    assert blocks_recomputed(block) > blocks_recomputed(made)
+
+
+def blocks_recomputed(made: cfg.Config) -> int:
+    """Recomputations in the gradient's program; scoring has one of its own."""
+    with prepared(made) as trainer:
+        state = trainer.initial_state()
+        batch = sharding.place_batch(trainer.step_batches(0)[0][0], trainer.mesh)
+        program = jax.make_jaxpr(trainer.programs.gradients)(
+            state.params, batch, state.key, state.step
+        )
+    text = str(program)
+    return text.count("checkpoint[") + text.count("remat2[")
+
+
+@pytest.mark.parametrize("chunk", [8, 48])
+def test_score_chunks_change_no_number(folder, base, chunk):
+    made = config(folder, latent=lpc(), model={"score_chunk": chunk})
+    assert first_update(made) == pytest.approx(base, rel=1e-5, abs=1e-5)
+    assert read(made).shape.scored % chunk == 0
+
+
+# --- latent and loss ------------------------------------------------------------------
+
+
+def test_sizes_of_the_latent(folder):
+    latent = lpc(num_codes=5, hidden_width=12, codebook_scale=3.0)
+    with prepared(config(folder, latent=latent)) as trainer:
+        found = jax.device_get(trainer.start.params["latent"])
+    assert found["codebook"].shape == (5, 32)
+    assert found["prior_mlp"]["hidden_kernel"].shape == (32, 12)
+    assert found["posterior_mlp"]["hidden_kernel"].shape == (64, 12)
+    # 160 normal draws: their deviation is within 4 standard errors, 22 %.
+    assert np.std(found["codebook"]) == pytest.approx(3.0, rel=0.22)
+
+
+@pytest.mark.parametrize(
+    ("plain", "change"),
+    [
+        (cfg.Dpo(), {"beta": 0.3}),
+        (cfg.Dpo(), {"label_smoothing": 0.2}),
+        (cfg.Ipo(), {"beta": 0.3}),
+        (cfg.Ipo(), {"reduction": "sum"}),
+        (cfg.Simpo(gamma=0.5), {"beta": 1.0}),
+        (cfg.Simpo(gamma=0.5), {"gamma": 0.7}),
+        (cfg.Simpo(gamma_beta_ratio=0.5), {"gamma_beta_ratio": 0.7}),
+        (cfg.Simpo(gamma=0.5), {"label_smoothing": 0.2}),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else type(value).__name__,
+)
+def test_each_loss_setting_changes_the_loss(plain, change):
+    graph, params = tiny.split_policy(latent=None)
+    pairs = tiny.pairs(6)
+    reference = np.random.default_rng(0).normal(-30, 5, (6, 2)).astype(np.float32)
+    (batch,) = tiny.batches(pairs, rows=4, reference_logp=reference)
+    scores = objective.score_inference(
+        nnx.merge(graph, params), batch, latent=None, key=jax.random.key(0), chunk=8
+    )
+    one, two = (
+        float(objective.terms(loss, None, scores, batch)[0])
+        for loss in (plain, dataclasses.replace(plain, **change))
+    )
+    assert abs(one - two) > 1e-3
+
+
+# --- data and packing -----------------------------------------------------------------
+
+
+def test_each_set_is_read_from_its_own_split(folder, monkeypatch):
+    read_examples, splits = setup.examples.read, {}
+
+    def noted(path: str, *, setting: str, split: str | None, limit: int | None) -> Any:
+        splits[setting] = split
+        return read_examples(path, setting=setting, split=split, limit=limit)
+
+    monkeypatch.setattr(setup.examples, "read", noted)
+    read(config(folder, data={"train_split": "one", "eval_split": "other"}))
+    assert splits == {"data.train": "one", "data.eval": "other"}
+
+
+def test_limits_take_the_first_pairs(folder):
+    every = read(config(folder))
+    few = read(config(folder, data={"limit": 7, "eval_limit": 3}))
+    assert tokens_of(few) == tokens_of(every)[:7]
+    assert [pair.id for pair in few.held_out] == [0, 1, 2]
+    assert (len(every.train), len(every.held_out)) == (40, runs.HELD_OUT)
+
+
+@pytest.mark.parametrize(
+    ("change", "kept", "cut"),
+    [
+        ({}, 40, (0, 0)),
+        ({"max_length": 80}, 40, (1, 1)),
+        ({"max_length": 80, "max_prompt_length": 40}, 40, (1, 0)),
+        ({"max_length": 80, "truncation": "drop"}, 38, (0, 0)),
+    ],
+    ids=str,
+)
+def test_lengths_and_truncation_reach_the_tokens(folder, change, kept, cut):
+    report = read(config(folder, data=change)).train_report
+    assert report.kept == kept
+    assert (report.cut_prompts > 0, report.cut_chosen + report.cut_rejected > 0) == (
+        bool(cut[0]),
+        bool(cut[1]),
+    )
+
+
+def test_a_prefix_mismatch_is_cut_or_an_error(folder):
+    file = folder / "template.jinja"
+    # Without an answer it ends in other text than with one.
+    file.write_text(TEMPLATE.replace("[assistant]", "[assistant] says"))
+    model = {"chat_template": str(file)}
+    assert read(config(folder, model=model)).train_report.prefix_mismatches > 0
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: with data\.prefix_mismatch"):
+        read(config(folder, model=model, data={"prefix_mismatch": "error"}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"training": {"steps": None}}, 4),  # 40 pairs by 12
+        ({"training": {"steps": None, "epochs": 3}}, 12),
+        ({"training": {"steps": None}, "packing": {"pairs_per_step": 5}}, 8),
+        ({"training": {"steps": 7, "epochs": 3}}, 7),
+    ],
+    ids=str,
+)
+def test_how_many_steps_a_run_has(folder, changes, steps):
+    with prepared(config(folder, **changes)) as trainer:
+        assert trainer.total_steps == steps
+        sizes = [trainer.step_batches(number)[1] for number in range(steps)]
+    most = changes.get("packing", {}).get("pairs_per_step", 12)
+    assert max(sizes) == most
+    if steps != 7:
+        assert sum(sizes) == 40 * changes["training"].get("epochs", 1)
+
+
+def test_the_shape_of_a_micro_batch(folder, base):
+    packing = {"rows": 3, "row_length": 200, "pairs_per_row": 2}
+    made = config(folder, latent=lpc(), packing=packing)
+    shape = read(made).shape
+    assert (shape.rows, shape.row_length, shape.pair_slots) == (3, 200, 2)
+    assert first_update(made) == pytest.approx(base, rel=1e-4, abs=1e-5)
+
+
+# --- training and run -----------------------------------------------------------------
+
+
+def test_the_seed_decides_the_order_and_the_latent(folder):
+    def of(seed: int) -> tuple[list[int], np.ndarray]:
+        made = config(folder, latent=lpc(), training={"seed": seed})
+        with prepared(made) as trainer:
+            batches, _, _ = trainer.step_batches(0)
+            ids = [i for b in batches for i in b.pair_id[b.pair_mask].tolist()]
+            return sorted(ids), np.asarray(trainer.start.params["latent"]["codebook"])
+
+    (ids, codebook), (same_ids, same), (other_ids, other) = of(1), of(1), of(2)
+    assert ids == same_ids
+    assert ids != other_ids
+    np.testing.assert_array_equal(codebook, same)
+    assert np.abs(codebook - other).max() > 0.1
+
+
+def test_how_often_a_run_logs_evaluates_and_saves(folder, monkeypatch):
+    saved, save = [], checkpoint.Checkpoints.save
+
+    def noted(self: Any, step: int, state: Any, **rest: Any) -> None:
+        saved.append(step)
+        save(self, step, state, **rest)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", noted)
+    often = {"steps": 7, "log_every": 2, "eval_every": 3, "checkpoint_every": 4}
+    run = runs.train(config(folder, training=often))
+    # The last step is always among them.
+    assert [line["step"] for line in run.lines("train")] == [2, 4, 6, 7]
+    assert [line["step"] for line in run.lines("eval")] == [0, 3, 6, 7]
+    assert saved == [4, 7]
+
+
+def test_the_reference_is_kept_in_the_named_folder(folder):
+    cache = {"cache": str(folder / "kept" / "here")}
+    made = config(folder, loss=cfg.Dpo(), reference=cache)
+    with prepared(made):
+        (file,) = (folder / "kept" / "here").iterdir()
+    assert file.suffix == ".npz"
+
+
+def test_a_run_tells_its_trackers_and_stays_in_its_folder(folder, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    where = {"folder": str(folder / "mine"), "trackers": ("tensorboard",)}
+    run = runs.train(config(folder, training={"steps": 1}, run=where))
+    assert run.folder == folder / "mine" / "tiny"
+    assert list((run.folder / "tensorboard").iterdir())
+    assert list(elsewhere.iterdir()) == []
