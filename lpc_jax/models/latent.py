@@ -6,6 +6,8 @@ schedules or losses. Everything here is fp32.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -13,25 +15,41 @@ from jaxtyping import Array, Float
 
 from lpc_jax.types import LatentCodes
 
-_kernel = nnx.initializers.lecun_normal()
+# Added to the mean square of an MLP's input.
+_NORM_EPSILON = 1e-6
 
 
 class CodeMlp(nnx.Module):
     """Two layers with SiLU, from hidden states to logits over codes.
 
-    Paper: only "MLP" is stated; depth, width and activation are our choice.
+    The input is divided by its root mean square, and each kernel, of unit variance,
+    by the square root of its inputs in the forward pass (Jacot et al. 2018, section
+    2). Under Adam a learning rate then moves logits alike whatever the model's width
+    and the size of its hidden states; with plain kernels, 10 updates at 1e-3 sent
+    every prompt of SmolLM2 to one code.
+
+    Paper: only "MLP" is stated; depth, width, activation and scaling are our choice.
     """
 
     def __init__(self, inputs: int, hidden: int, num_codes: int, *, rngs: nnx.Rngs):
-        self.hidden_kernel = nnx.Param(_kernel(rngs.params(), (inputs, hidden)))
+        self.hidden_kernel = nnx.Param(
+            jax.random.normal(rngs.params(), (inputs, hidden))
+        )
         self.hidden_bias = nnx.Param(jnp.zeros((hidden,)))
-        self.output_kernel = nnx.Param(_kernel(rngs.params(), (hidden, num_codes)))
+        self.output_kernel = nnx.Param(
+            jax.random.normal(rngs.params(), (hidden, num_codes))
+        )
         self.output_bias = nnx.Param(jnp.zeros((num_codes,)))
 
     def __call__(self, x: Float[Array, "*pairs inputs"]) -> Float[Array, "*pairs C"]:
         """Logits over codes."""
-        hidden = jax.nn.silu(x @ self.hidden_kernel[...] + self.hidden_bias[...])
-        return hidden @ self.output_kernel[...] + self.output_bias[...]
+        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(mean_square + _NORM_EPSILON)
+        inputs, hidden_width = self.hidden_kernel.shape
+        hidden = x @ self.hidden_kernel[...] / math.sqrt(inputs)
+        hidden = jax.nn.silu(hidden + self.hidden_bias[...])
+        logits = hidden @ self.output_kernel[...] / math.sqrt(hidden_width)
+        return logits + self.output_bias[...]
 
 
 class LatentHead(nnx.Module):

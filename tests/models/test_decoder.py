@@ -6,44 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
 
-from lpc_jax.models import policy, weights
 from lpc_jax.models.architectures import RopeScaling
 from tests import tiny
+from tests.harness import load_policy, logits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def logits(graph, params, tokens):
-    """Logits of plain sequences, each one prompt."""
-    tokens = jnp.asarray(tokens)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    zeros = jnp.zeros_like(tokens)
-    model = nnx.merge(graph, params)
-    hidden = model.decoder(tokens, positions, zeros, zeros)
-    return hidden, hidden @ model.decoder.head_weight.T
-
-
-def load(path):
-    architecture = weights.read_architecture(path)
-    here = SingleDeviceSharding(jax.devices()[0])
-    params = weights.load(
-        path, architecture, dtype=jnp.float32, sharding_of=lambda _: here
-    )
-    graph, _ = nnx.split(
-        nnx.eval_shape(
-            lambda: policy.build(
-                architecture,
-                compute_dtype=jnp.dtype("float32"),
-                attention_backend="auto",
-                remat="none",
-                latent=None,
-                key=jax.random.key(0),
-            )
-        )
-    )
-    return graph, {"decoder": params}
 
 
 # Second source: transformers in fp32; golden/make_tiny_models.py made the files.
@@ -52,7 +20,7 @@ def load(path):
 )
 def test_logits_equal_transformers_on_random_models(name):
     golden = np.load(GOLDEN / name / "logits.npz")
-    graph, params = load(GOLDEN / name)
+    graph, params = load_policy(GOLDEN / name)
     _, found = jax.jit(lambda p, t: logits(graph, p, t))(params, golden["tokens"])
     assert np.abs(golden["logits"]).max() > 1
     np.testing.assert_allclose(found, golden["logits"], atol=1e-4, rtol=0)
@@ -61,7 +29,7 @@ def test_logits_equal_transformers_on_random_models(name):
 @pytest.mark.smollm2
 def test_logits_equal_transformers_on_smollm2(smollm2):
     golden = np.load(GOLDEN / "smollm2_logits.npz")
-    graph, params = load(smollm2)
+    graph, params = load_policy(smollm2)
     run = jax.jit(lambda p, t: logits(graph, p, t))
     for index in range(2):
         tokens = golden[f"tokens_{index}"]

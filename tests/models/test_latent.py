@@ -24,9 +24,15 @@ def test_prior_equals_float64_mlp():
             mlp.output_bias,
         )
     ]
-    inner = x @ weights[0] + weights[1]
-    expected = inner / (1 + np.exp(-inner)) @ weights[2] + weights[3]
-    np.testing.assert_allclose(HEAD.prior(jnp.float32(x)), expected, atol=1e-5)
+    normed = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
+    inner = normed @ weights[0] / np.sqrt(8) + weights[1]
+    outer = inner / (1 + np.exp(-inner)) @ weights[2] / np.sqrt(16) + weights[3]
+    np.testing.assert_allclose(HEAD.prior(jnp.float32(x)), outer, atol=1e-5)
+
+
+def test_beliefs_do_not_depend_on_the_size_of_hidden_states():
+    x = jnp.float32(RNG.normal(size=(3, 8)))
+    np.testing.assert_allclose(HEAD.prior(x), HEAD.prior(50.0 * x), atol=1e-4)
 
 
 def test_posterior_tells_the_chosen_answer_from_the_rejected():

@@ -8,175 +8,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding
+from lpc_jax import sharding
 from lpc_jax.data import packing
-from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.models import policy, weights
-from lpc_jax.training import optimizer as optimizers
-from lpc_jax.training import step
 from tests import tiny
+from tests.harness import TRL_LOSSES, Harness, follow, recorded
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-class Harness:
-    """The programs of a step on a mesh, from given parameters."""
-
-    def __init__(self, graph, params, config, *, steps, devices=1, tensor=1):
-        self.config = config
-        self.mesh = sharding.make_mesh(
-            data=1, fsdp=-1, tensor=tensor, devices=jax.devices()[:devices]
-        )
-        shapes = jax.eval_shape(lambda: params)
-        shardings = sharding.parameter_shardings(shapes, self.mesh)
-        optimizer = optimizers.build(config, shapes, steps)
-        layout = step.state_shardings(shapes, shardings, optimizer, self.mesh)
-        self.programs = step.build(config, graph, layout, optimizer, steps)
-        with jax.set_mesh(self.mesh):
-            placed = jax.tree.map(jax.device_put, params, shardings)
-            # A copy, since the state is donated and device_put may alias.
-            placed = jax.tree.map(jnp.copy, placed)
-            key = jax.random.key(1)
-            self.state = step.initial_state(placed, optimizer, key, layout)
-
-    def update(self, batches, pairs):
-        total = None
-        for batch in batches:
-            placed = sharding.place_batch(batch, self.mesh)
-            term = self.programs.gradients(
-                self.state.params, placed, self.state.key, self.state.step
-            )
-            total = term if total is None else self.programs.add(total, term)
-        gradients, sums = total
-        self.state, norm, finite = self.programs.update(
-            self.state, gradients, jnp.asarray(pairs)
-        )
-        return objective.values(sums), float(norm), bool(finite)
-
-
 TRL = json.loads((GOLDEN / "trl_trajectories.json").read_text())
-TRL_LOSSES = {
-    "dpo": cfg.Dpo(beta=0.1),
-    "ipo": cfg.Ipo(beta=0.1, reduction="mean"),
-    "simpo": cfg.Simpo(beta=2.0, gamma=1.0),
-    "dpo_accumulated": cfg.Dpo(beta=0.1),
-}
-
-
-def trl_pairs(rows):
-    found = []
-    for row in rows:
-        ids = (
-            np.asarray(TRL["pairs"][row][part], np.int32)
-            for part in ("prompt", "chosen", "rejected")
-        )
-        found.append(TokenizedPair(*ids, "", row, False, False, False))
-    return found
-
-
-def tiny_llama():
-    folder = GOLDEN / "tiny_llama"
-    architecture = weights.read_architecture(folder)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    decoder = weights.load(
-        folder, architecture, dtype=jnp.float32, sharding_of=lambda _: here
-    )
-    graph, _ = nnx.split(
-        nnx.eval_shape(
-            lambda: policy.build(
-                architecture,
-                compute_dtype=jnp.dtype("float32"),
-                attention_backend="auto",
-                remat="block",
-                latent=None,
-                key=jax.random.key(0),
-            )
-        )
-    )
-    return graph, {"decoder": decoder}
-
-
-def logp_of(programs_score, pairs, shape):
-    """Log-probability of each answer, in the order of the pairs."""
-    index = {pair.id: i for i, pair in enumerate(pairs)}
-    found = np.zeros((len(pairs), 2), np.float32)
-    for batch in packing.micro_batches(pairs, shape, reference_logp=None):
-        mask = batch.pair_mask
-        where = [index[i] for i in batch.pair_id[mask].tolist()]
-        found[where] = np.asarray(programs_score(batch))[mask]
-    return found
 
 
 # Second source: TRL 1.16.0 in fp32; golden/make_trl_trajectories.py made the file.
 @pytest.mark.parametrize("run", TRL_LOSSES)
 def test_eight_updates_follow_trl(run):
-    golden = TRL["runs"][run]
-    settings = TRL["settings"]
-    loss = TRL_LOSSES[run]
+    golden, loss = TRL["runs"][run], TRL_LOSSES[run]
     assert golden["settings"]["beta"] == loss.beta
-    config = tiny.config(
-        loss=loss,
-        latent=None,
-        optimizer=cfg.Optimizer(
-            learning_rate=settings["learning_rate"],
-            schedule="constant",
-            warmup_fraction=0.0,
-            clip_norm=settings["max_grad_norm"],
-        ),
+    wanted = recorded(golden)
+    found = follow(GOLDEN / "tiny_llama", TRL["pairs"], golden, loss, TRL["settings"])
+    for count in found.micro_batches:
+        assert (count > 1) == (run == "dpo_accumulated")
+    assert found.losses[0] == pytest.approx(wanted.losses[0], rel=1e-5)
+    np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-3)
+    np.testing.assert_allclose(found.norms, wanted.norms, rtol=1e-3)
+    np.testing.assert_allclose(found.logp, wanted.logp, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        found.held_out_logp, wanted.held_out_logp, atol=2e-4, rtol=1e-5
     )
-    graph, params = tiny_llama()
-    # Accumulated: rows so short that 4 pairs need at least two micro-batches.
-    rows = 1 if run == "dpo_accumulated" else 4
-    every = trl_pairs(range(len(TRL["pairs"])))
-    shape = packing.row_shape(
-        packing.pair_lengths(every),
-        rows=rows,
-        row_length=160,
-        pairs_per_row=4,
-        score_chunk=32,
-    )
-    harness = Harness(graph, params, config, steps=len(golden["steps"]))
-
-    @jax.jit
-    def score(params, batch):
-        return objective.score_inference(
-            nnx.merge(graph, params),
-            batch,
-            latent=None,
-            key=jax.random.key(0),
-            chunk=32,
-        ).logp
-
-    def logp(pairs):
-        return logp_of(lambda batch: score(harness.state.params, batch), pairs, shape)
-
-    with jax.set_mesh(harness.mesh):
-        reference = logp(every) if objective.needs_reference(loss) else None
-        for number, expected in enumerate(golden["steps"]):
-            pairs = trl_pairs(expected["rows"])
-            if number in (0, len(golden["steps"]) - 1):
-                found = logp(pairs)
-                wanted = np.stack(
-                    [expected["chosen_logp"], expected["rejected_logp"]], axis=1
-                )
-                np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
-            column = None if reference is None else reference[expected["rows"]]
-            batches = packing.micro_batches(pairs, shape, reference_logp=column)
-            assert (len(batches) > 1) == (run == "dpo_accumulated")
-            metrics, norm, _ = harness.update(batches, len(pairs))
-            tolerance = 1e-5 if number == 0 else 1e-3
-            assert metrics["loss/total"] == pytest.approx(
-                expected["loss"], rel=tolerance
-            )
-            assert norm == pytest.approx(expected["grad_norm"], rel=1e-3)
-        after = golden["held_out_after"]
-        found = logp(trl_pairs(after["rows"]))
-        wanted = np.stack([after["chosen_logp"], after["rejected_logp"]], axis=1)
-        np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=1e-5)
 
 
 def five_losses(*, devices, tensor=1):
