@@ -94,9 +94,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(config: PreTrainedConfig) -> PreTrainedModel:
+def build(config: PreTrainedConfig, seed: int = SEED) -> PreTrainedModel:
     """A random model whose norm weights differ from one another, too."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     # Eager attention is the one that surely applies the sliding window.
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():

@@ -94,11 +94,17 @@ RUNS: dict[str, dict[str, Any]] = {
 ROUNDING = 1e-5
 
 
-def load(attention: str) -> torch.nn.Module:
-    """tiny_llama as it starts."""
+def load(folder: Path, attention: str) -> torch.nn.Module:
+    """The model as it starts."""
     return AutoModelForCausalLM.from_pretrained(
-        FOLDER / "tiny_llama", dtype=torch.float32, attn_implementation=attention
+        folder, dtype=torch.float32, attn_implementation=attention
     )
+
+
+def read_pairs() -> list[dict[str, Any]]:
+    """The rows of pairs.jsonl."""
+    text = (FOLDER / "pairs.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def token_logps(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> float:
@@ -233,7 +239,7 @@ class RecordedCPO(CPOTrainer):
 
 
 def train(
-    settings: dict[str, Any], pairs: list[dict], attention: str
+    folder: Path, settings: dict[str, Any], pairs: list[dict], attention: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, list[int]]], dict[str, list[float]]]:
     """One run: its steps, the token ids of every row, held-out log-probs after it."""
     simpo = settings["loss_type"] == "simpo"
@@ -253,12 +259,12 @@ def train(
             **SETTINGS | settings,
         )
         trainer = trainer_class(
-            model=load(attention),
+            model=load(folder, attention),
             args=arguments,
             train_dataset=Dataset.from_list(
                 [{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in pairs]
             ),
-            processing_class=AutoTokenizer.from_pretrained(FOLDER / "tiny_llama"),
+            processing_class=AutoTokenizer.from_pretrained(folder),
             callbacks=[recorder],
         )
         trainer.watch(recorder)
@@ -287,9 +293,11 @@ def train(
     return steps, recorder.rows, after
 
 
-def check_first_step(name: str, steps: list[dict[str, Any]], rows: list[dict]) -> None:
+def check_first_step(
+    folder: Path, name: str, steps: list[dict[str, Any]], rows: list[dict]
+) -> None:
     """Log-probs against unpadded sequences, and the loss against its formula."""
-    model, step = load("eager").eval(), steps[0]
+    model, step = load(folder, "eager").eval(), steps[0]
     for side in ("chosen", "rejected"):
         alone = [token_logps(model, rows[i]["prompt"], rows[i][side]) for i in range(4)]
         assert np.allclose(step[f"{side}_logp"], alone, atol=5e-5, rtol=0)
@@ -316,30 +324,37 @@ def check_first_step(name: str, steps: list[dict[str, Any]], rows: list[dict]) -
     assert abs(step["loss"] / expected - 1) < 1e-6, (name, step["loss"], expected)
 
 
+def run(
+    folder: Path, name: str, pairs: list[dict], attention: str = "eager"
+) -> tuple[dict[str, Any], list[dict[str, list[int]]]]:
+    """One run by name, checked: what it did, and the token ids of every row."""
+    settings = RUNS[name]
+    steps, rows, after = train(folder, settings, pairs, attention)
+    for index, step in enumerate(steps):
+        assert step["rows"] == list(range(4 * index, 4 * index + 4))
+        assert step["learning_rate"] == SETTINGS["learning_rate"]
+    check_first_step(folder, name, steps, rows)
+    gamma = {"gamma_over_beta": 0.5} if name == "simpo" else {}
+    return {
+        "settings": settings | gamma,
+        "steps": steps,
+        "held_out_after": {"rows": list(HELD_OUT)} | after,
+    }, rows
+
+
 def main() -> None:
     """Every run, checked and written."""
     torch.set_num_threads(1)  # sums in one order, whatever the machine
-    text = (FOLDER / "pairs.jsonl").read_text(encoding="utf-8")
-    pairs = [json.loads(line) for line in text.splitlines()]
+    folder, pairs = FOLDER / "tiny_llama", read_pairs()
     runs, all_rows = {}, []
-    for name, settings in RUNS.items():
-        steps, rows, after = train(settings, pairs, "eager")
-        for index, step in enumerate(steps):
-            assert step["rows"] == list(range(4 * index, 4 * index + 4))
-            assert step["learning_rate"] == SETTINGS["learning_rate"]
-        check_first_step(name, steps, rows)
+    for name in RUNS:
+        runs[name], rows = run(folder, name, pairs)
         all_rows.append(rows)
-        other, _, _ = train(settings, pairs, "sdpa")
-        losses = np.array([step["loss"] for step in steps])
-        drift = np.abs([step["loss"] for step in other] / losses - 1)
+        other, _ = run(folder, name, pairs, "sdpa")
+        losses = np.array([step["loss"] for step in runs[name]["steps"]])
+        drift = np.abs([step["loss"] for step in other["steps"]] / losses - 1)
         print(name, losses, "drift", drift.max())
         assert drift.max() < ROUNDING
-        gamma = {"gamma_over_beta": 0.5} if name == "simpo" else {}
-        runs[name] = {
-            "settings": settings | gamma,
-            "steps": steps,
-            "held_out_after": {"rows": list(HELD_OUT)} | after,
-        }
     assert all(rows == all_rows[0] for rows in all_rows)
 
     result = {

@@ -1,0 +1,236 @@
+"""Runs a policy from a file's weights: its logits, updates and TRL's trajectories.
+
+Knows nothing of where the numbers that these are compared with come from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lpc_jax import config as cfg
+from lpc_jax import objective, sharding
+from lpc_jax.data import packing
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.models import policy, weights
+from lpc_jax.training import optimizer as optimizers
+from lpc_jax.training import step
+from tests import tiny
+
+# The losses of golden/make_trl_trajectories.py's runs.
+TRL_LOSSES = {
+    "dpo": cfg.Dpo(beta=0.1),
+    "ipo": cfg.Ipo(beta=0.1, reduction="mean"),
+    "simpo": cfg.Simpo(beta=2.0, gamma=1.0),
+    "dpo_accumulated": cfg.Dpo(beta=0.1),
+}
+_SCORE_CHUNK = 32
+
+
+class Harness:
+    """The programs of a step on a mesh, from given parameters."""
+
+    def __init__(self, graph, params, config, *, steps, devices=1, tensor=1):
+        self.config = config
+        self.mesh = sharding.make_mesh(
+            data=1, fsdp=-1, tensor=tensor, devices=jax.devices()[:devices]
+        )
+        shapes = jax.eval_shape(lambda: params)
+        shardings = sharding.parameter_shardings(shapes, self.mesh)
+        optimizer = optimizers.build(config, shapes, steps)
+        layout = step.state_shardings(shapes, shardings, optimizer, self.mesh)
+        self.programs = step.build(config, graph, layout, optimizer, steps)
+        with jax.set_mesh(self.mesh):
+            placed = jax.tree.map(jax.device_put, params, shardings)
+            # A copy, since the state is donated and device_put may alias.
+            placed = jax.tree.map(jnp.copy, placed)
+            key = jax.random.key(1)
+            self.state = step.initial_state(placed, optimizer, key, layout)
+
+    def update(self, batches, pairs):
+        total = None
+        for batch in batches:
+            placed = sharding.place_batch(batch, self.mesh)
+            term = self.programs.gradients(
+                self.state.params, placed, self.state.key, self.state.step
+            )
+            total = term if total is None else self.programs.add(total, term)
+        gradients, sums = total
+        self.state, norm, finite = self.programs.update(
+            self.state, gradients, jnp.asarray(pairs)
+        )
+        return objective.values(sums), float(norm), bool(finite)
+
+
+def load_policy(path: Path, *, remat: str = "none") -> tuple[nnx.GraphDef, Any]:
+    """Graph and parameters, in fp32, of a plain policy with a file's weights."""
+    architecture = weights.read_architecture(path)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    decoder = weights.load(
+        path, architecture, dtype=jnp.float32, sharding_of=lambda _: here
+    )
+    graph, _ = nnx.split(
+        nnx.eval_shape(
+            lambda: policy.build(
+                architecture,
+                compute_dtype=jnp.dtype("float32"),
+                attention_backend="auto",
+                remat=remat,
+                latent=None,
+                key=jax.random.key(0),
+            )
+        )
+    )
+    return graph, {"decoder": decoder}
+
+
+def logits(graph: nnx.GraphDef, params: Any, tokens: Any) -> tuple[Any, Any]:
+    """Hidden states and logits of plain sequences, each one prompt."""
+    tokens = jnp.asarray(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    zeros = jnp.zeros_like(tokens)
+    model = nnx.merge(graph, params)
+    hidden = model.decoder(tokens, positions, zeros, zeros)
+    return hidden, hidden @ model.decoder.head_weight.T
+
+
+def pairs_of_ids(rows: Sequence[dict[str, list[int]]]) -> list[TokenizedPair]:
+    """Pairs from lists of ids, numbered from 0."""
+    found = []
+    for index, row in enumerate(rows):
+        ids = (np.asarray(row[p], np.int32) for p in ("prompt", "chosen", "rejected"))
+        found.append(TokenizedPair(*ids, "", index, False, False, False))
+    return found
+
+
+def logp_of(
+    score: Callable[[Any], Any], pairs: list[TokenizedPair], shape: packing.RowShape
+) -> np.ndarray:
+    """Log-probability of each answer, in the order of the pairs."""
+    index = {pair.id: i for i, pair in enumerate(pairs)}
+    found = np.zeros((len(pairs), 2), np.float32)
+    for batch in packing.micro_batches(pairs, shape, reference_logp=None):
+        mask = batch.pair_mask
+        where = [index[i] for i in batch.pair_id[mask].tolist()]
+        found[where] = np.asarray(score(batch))[mask]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """What a run did.
+
+    Attributes:
+        losses: Of each step.
+        norms: Of each step's gradient, before clipping.
+        logp: [steps, pairs in a step, 2], chosen and rejected, before each update.
+        held_out_logp: [pairs, 2], after the last update.
+        micro_batches: In each step.
+    """
+
+    losses: np.ndarray
+    norms: np.ndarray
+    logp: np.ndarray
+    held_out_logp: np.ndarray
+    micro_batches: list[int]
+
+
+def _both(numbers: dict[str, Any]) -> np.ndarray:
+    return np.stack([numbers["chosen_logp"], numbers["rejected_logp"]], axis=1)
+
+
+def recorded(run: dict[str, Any]) -> Trajectory:
+    """TRL's run as golden/make_trl_trajectories.py records it."""
+    steps = run["steps"]
+    micro_batches = run["settings"].get("gradient_accumulation_steps", 1)
+    return Trajectory(
+        losses=np.array([step["loss"] for step in steps]),
+        norms=np.array([step["grad_norm"] for step in steps]),
+        logp=np.stack([_both(step) for step in steps]),
+        held_out_logp=_both(run["held_out_after"]),
+        micro_batches=[micro_batches] * len(steps),
+    )
+
+
+def follow(
+    folder: Path,
+    rows: Sequence[dict[str, list[int]]],
+    run: dict[str, Any],
+    loss: cfg.Loss,
+    settings: dict[str, Any],
+) -> Trajectory:
+    """Our run over the rows that TRL's steps saw, from the same weights.
+
+    Args:
+        folder: The model before the first step.
+        rows: Ids of every pair.
+        run: As golden/make_trl_trajectories.py records it.
+        loss: In our words.
+        settings: TRL's, shared by every run.
+    """
+    config = tiny.config(
+        loss=loss,
+        latent=None,
+        optimizer=cfg.Optimizer(
+            learning_rate=settings["learning_rate"],
+            schedule="constant",
+            warmup_fraction=0.0,
+            clip_norm=settings["max_grad_norm"],
+        ),
+    )
+    graph, params = load_policy(folder, remat="block")
+    every = pairs_of_ids(rows)
+    # Accumulated: rows so short that 4 pairs need at least two micro-batches.
+    accumulated = "gradient_accumulation_steps" in run["settings"]
+    shape = packing.row_shape(
+        packing.pair_lengths(every),
+        rows=1 if accumulated else 4,
+        row_length=160,
+        pairs_per_row=4,
+        score_chunk=_SCORE_CHUNK,
+    )
+    harness = Harness(graph, params, config, steps=len(run["steps"]))
+
+    @jax.jit
+    def score(params, batch):
+        return objective.score_inference(
+            nnx.merge(graph, params),
+            batch,
+            latent=None,
+            key=jax.random.key(0),
+            chunk=_SCORE_CHUNK,
+        ).logp
+
+    def logp(indices):
+        some = [every[i] for i in indices]
+        return logp_of(lambda batch: score(harness.state.params, batch), some, shape)
+
+    losses, norms, logps, micro_batches = [], [], [], []
+    with jax.set_mesh(harness.mesh):
+        needed = objective.needs_reference(loss)
+        reference = logp(range(len(every))) if needed else None
+        for expected in run["steps"]:
+            indices = expected["rows"]
+            logps.append(logp(indices))
+            column = None if reference is None else reference[indices]
+            some = [every[i] for i in indices]
+            batches = packing.micro_batches(some, shape, reference_logp=column)
+            metrics, norm, _ = harness.update(batches, len(some))
+            losses.append(metrics["loss/total"])
+            norms.append(norm)
+            micro_batches.append(len(batches))
+        held_out = logp(run["held_out_after"]["rows"])
+    return Trajectory(
+        losses=np.array(losses),
+        norms=np.array(norms),
+        logp=np.stack(logps),
+        held_out_logp=held_out,
+        micro_batches=micro_batches,
+    )
