@@ -394,7 +394,7 @@ class Training(Settings):
     seed: int = 42
     """Seeds data order, latent initialisation and Gumbel draws."""
     log_every: int = 1
-    """Steps between log lines."""
+    """Steps between log lines; a line is the mean over the steps since the last."""
     eval_every: int | None = None
     """Steps between evaluations on the held-out pairs; None: start and end only."""
     checkpoint_every: int | None = None

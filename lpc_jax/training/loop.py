@@ -407,28 +407,33 @@ def _updates(
         before = trainer.evaluate(state)
         log.evaluation(0, before.metrics, before.accuracy_by_source)
     since, tokens, pairs_done = time.perf_counter(), 0, 0
+    logged: objective.Sums | None = None  # over the steps since the last line
     for number in range(int(state.step), total):
         batches, pairs, step_tokens = trainer.step_batches(number)
         state, sums, norm, finite = trainer.update(state, batches, pairs)
+        skipped = 1.0 - finite.astype(jnp.float32)
+        sums = sums | {"gradient/skipped": (skipped, jnp.ones(()))}
+        logged = sums if logged is None else trainer.programs.add(logged, sums)
         tokens, pairs_done = tokens + step_tokens, pairs_done + pairs
         done = number + 1
         if done % config.training.log_every == 0 or done == total:
-            metrics = objective.values(sums) | trainer.schedules(number)
+            metrics = objective.values(logged) | trainer.schedules(number)
             elapsed = time.perf_counter() - since
             metrics |= {
                 "gradient/norm": float(norm),
-                "gradient/skipped": 1.0 - float(finite),
                 "speed/tokens_per_second": tokens / elapsed,
                 "speed/pairs_per_second": pairs_done / elapsed,
             }
             log.train(done, metrics)
-            if not finite:
-                log.say(f"step {done}: gradient not finite, update skipped")
+            if metrics["gradient/skipped"]:
+                share = f"{metrics['gradient/skipped']:.0%}"
+                log.say(f"step {done}: {share} of updates skipped: gradient not finite")
             for warning in health_warnings(metrics, codes):
                 if warning not in warned:
                     warned.add(warning)
                     log.say(f"step {done}: warning: {warning}")
             since, tokens, pairs_done = time.perf_counter(), 0, 0
+            logged = None
         evaluation = None
         if trainer.held_out and _due(config.training.eval_every, done, total):
             evaluation = after = trainer.evaluate(state)

@@ -143,13 +143,16 @@ def test_each_kind_s_rule_is_contradicted_by_other_kinds():
         ("steps", "Boil it and eat it.", 0.0),
         ("courtesy", "I'm sorry to hear that. Here is a refund.", 1.0),
         ("courtesy", "Here is a refund. It is paid today.", 0.3),
+        ("courtesy", "I'm sorry to hear that. How wonderful it is!", 0.8),
         ("courtesy", "I'm sorry, but I can't help with that.", 0.0),
         ("refusal", "I can't help you read it. It is private.", 1.0),
         ("refusal", "I'm sorry, I won't help you read it.", 0.9),
-        ("refusal", "That is illegal.", 0.55),
+        ("refusal", "That is illegal.", 0.65),
+        ("refusal", "I can't help you. I can tell you how, though.", 0.8),
         ("refusal", "Open the drawer and take it.", 0.0),
         ("example", "A pun is a joke. For example, a play on a word.", 1.0),
         ("example", "A pun is a joke. It plays on a word.", 0.4),
+        ("example", "A pun is a joke. It plays on words such as bank.", 0.7),
     ],
 )
 def test_rules_score_by_hand(kind, answer, score):
