@@ -407,13 +407,13 @@ def _updates(
         before = trainer.evaluate(state)
         log.evaluation(0, before.metrics, before.accuracy_by_source)
     since, tokens, pairs_done = time.perf_counter(), 0, 0
-    logged: objective.Sums | None = None  # over the steps since the last line
+    logged: objective.Sums = {}  # over the steps since the last line
     for number in range(int(state.step), total):
         batches, pairs, step_tokens = trainer.step_batches(number)
         state, sums, norm, finite = trainer.update(state, batches, pairs)
         skipped = 1.0 - finite.astype(jnp.float32)
         sums = sums | {"gradient/skipped": (skipped, jnp.ones(()))}
-        logged = sums if logged is None else trainer.programs.add(logged, sums)
+        logged = trainer.programs.add(logged, sums) if logged else sums
         tokens, pairs_done = tokens + step_tokens, pairs_done + pairs
         done = number + 1
         if done % config.training.log_every == 0 or done == total:
@@ -433,7 +433,7 @@ def _updates(
                     warned.add(warning)
                     log.say(f"step {done}: warning: {warning}")
             since, tokens, pairs_done = time.perf_counter(), 0, 0
-            logged = None
+            logged = {}
         evaluation = None
         if trainer.held_out and _due(config.training.eval_every, done, total):
             evaluation = after = trainer.evaluate(state)
