@@ -44,6 +44,6 @@ config = Config(
     ),
     packing=Packing(pairs_per_step=8, rows=1, row_length=512),
     optimizer=Optimizer(learning_rate=3e-5),
-    training=Training(epochs=1, log_every=5),
+    training=Training(steps=30, log_every=5),
     run=Run(overwrite=True),  # so that it can be run again
 )
