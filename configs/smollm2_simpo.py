@@ -7,10 +7,10 @@ Run:
     python scripts/train.py --config configs/smollm2_simpo.py \\
         --data.train my_pairs.train.jsonl --data.eval my_pairs.test.jsonl
 
-Expected: what ``docs/results.md`` has; on other pairs, held-out accuracy above the
-start's.
+Expected: what ``docs/results.md`` has; on other pairs, look at the first evaluations
+before trusting these rates.
 
-Hardware: 2 CPU cores and 8 GB; about 8 s per 1,000 tokens and core pair.
+Hardware: 2 CPU cores and 8 GB; 100 to 200 tokens a second.
 """
 
 from lpc_jax.config import (
