@@ -35,7 +35,10 @@ def test_eight_updates_follow_trl(run):
     for number in (0, -1):
         np.testing.assert_allclose(
             # 1e-4 alone holds on jax 0.10; unoptimized 0.12 rounds sums of -127 more.
-            found.logp[number], wanted.logp[number], atol=1e-4, rtol=2e-6
+            found.logp[number],
+            wanted.logp[number],
+            atol=1e-4,
+            rtol=2e-6,
         )
     np.testing.assert_allclose(
         found.held_out_logp, wanted.held_out_logp, atol=2e-4, rtol=1e-5
