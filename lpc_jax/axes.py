@@ -48,10 +48,11 @@ def constrain(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = P(
-        *(
-            divisible(_SPLIT_OVER.get(letter), size, mesh)
-            for letter, size in zip(letters.split(), x.shape, strict=True)
-        )
-    )
+    spec = P(*map(split_over, letters.split(), x.shape))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def split_over(letter: str, size: int) -> tuple[str, ...] | None:
+    """The axes of the mesh that is set over which an array axis is split, if any."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else divisible(_SPLIT_OVER.get(letter), size, mesh)

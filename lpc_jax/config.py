@@ -144,10 +144,12 @@ class Model(Settings):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; masters stay float32. auto: bfloat16 on
     accelerators, float32 on CPU."""
-    attention: Literal["auto", "xla"] = "auto"
-    """Attention backend."""
-    remat: Literal["none", "block"] = "block"
-    """What the backward pass recomputes: nothing, or each decoder block."""
+    attention: Literal["auto", "xla", "blocks"] = "auto"
+    """Attention backend: xla holds a row's scores under a mask, blocks walks them a
+    block at a time and skips what is masked. auto: blocks on CPU, else xla."""
+    remat: Literal["none", "dots", "block"] = "block"
+    """What the backward pass recomputes: nothing, all but matrix products, or each
+    decoder block."""
     score_chunk: int = 128
     """Scored positions of a row that meet the LM head at a time."""
 

@@ -16,9 +16,11 @@ from rich.console import Console
 
 from lpc_jax import config as cfg
 
+INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit status: 0, or 2 for what the user can mend."""
+    """Trains; returns the exit status: 0, 2 for what the user can mend, or 130."""
     try:
         config = cfg.load(argv)
         # JAX is slow to import; --help and a mistyped flag need not wait for it.
@@ -30,6 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # a fault of the program: the traceback is what helps
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted: --resume continues from the latest checkpoint, if there is"
+            " one",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
     return 0
 
 

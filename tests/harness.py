@@ -81,7 +81,7 @@ def load_policy(path: Path, *, remat: str = "none") -> tuple[nnx.GraphDef, Any]:
             lambda: policy.build(
                 architecture,
                 compute_dtype=jnp.dtype("float32"),
-                attention_backend="auto",
+                attention_backend="blocks",
                 remat=remat,
                 latent=None,
                 key=jax.random.key(0),

@@ -273,9 +273,9 @@ def test_a_flag_of_a_wrong_type_is_named(capsys):
         " to float: 'fast' Argument helptext: --optimizer.learning-rate FLOAT Peak"
         f" learning rate of the decoder. (default: 6e-07) For full helptext, see {MORE}"
     )
-    assert flag_refusal(capsys, "--model.attention", "flash") == (
-        "invalid choice 'flash' for argument '--model.attention'."
-        f" Expected one of ('auto', 'xla'). For full helptext, run {MORE}"
+    assert flag_refusal(capsys, "--latent.prior-share", "half") == (
+        "invalid choice 'half' for argument '--latent.prior-share'."
+        f" Expected one of ('linear', 'zero', 'one'). For full helptext, run {MORE}"
     )
 
 
@@ -298,7 +298,7 @@ TYPES = [
     (
         cfg.Model,
         {"path": "x", "attention": "flash"},
-        "model.attention must be 'auto' or 'xla', got 'flash'.",
+        "model.attention must be 'auto' or 'xla' or 'blocks', got 'flash'.",
     ),
     (cfg.Training, {"epochs": 1.5}, "training.epochs must be int, got 1.5."),
     (cfg.Training, {"epochs": True}, "training.epochs must be int, got True."),

@@ -65,7 +65,7 @@ def split_policy(
         return policy.build(
             architecture,
             compute_dtype=jnp.dtype("float32"),
-            attention_backend="auto",
+            attention_backend="blocks",
             remat=remat,
             latent=latent,
             key=key,

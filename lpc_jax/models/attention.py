@@ -5,11 +5,79 @@ Knows nothing of projections or rotary embeddings.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from lpc_jax.types import NO_PAIR, PROMPT
+from lpc_jax import axes
+from lpc_jax.models import block_attention
+
+# xla: scores of whole rows under a mask. blocks: the CPU's, a block at a time.
+BACKENDS = ("xla", "blocks")
+
+
+def choose(backend: str, platform: str) -> str:
+    """The backend that ``model.attention`` means on a platform.
+
+    Args:
+        backend: One of ``BACKENDS``, or ``auto`` for what measured best there.
+        platform: As JAX names it: ``cpu``, ``gpu`` or ``tpu``.
+
+    Raises:
+        ValueError: An unknown backend.
+    """
+    if backend not in ("auto", *BACKENDS):
+        options = " or ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"model.attention must be {options}, got {backend!r}.")
+    if backend != "auto":
+        return backend
+    return "blocks" if platform == "cpu" else "xla"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which key each query may attend to, in the form that the backend reads.
+
+    Attributes:
+        tokens: Positions, pair slots and branches.
+        mask: From ``pair_mask``, for ``xla``.
+        first: From ``block_attention.first_blocks``, for ``blocks``.
+        sliding_window: In positions; None for full attention.
+    """
+
+    tokens: tuple[Int[Array, "R T"], Int[Array, "R T"], Int[Array, "R T"]]
+    mask: Bool[Array, "R T T"] | None
+    first: Int[Array, "R blocks"] | None
+    sliding_window: int | None = dataclasses.field(metadata={"static": True})
+
+
+def layout(
+    positions: Int[Array, "R T"],
+    pair: Int[Array, "R T"],
+    branch: Int[Array, "R T"],
+    *,
+    sliding_window: int | None,
+    backend: str,
+) -> Layout:
+    """Made once a micro-batch, read by every layer.
+
+    Args:
+        positions: Position in the sequence that each token would have had alone.
+        pair: Pair slot, ``NO_PAIR`` on padding, which sees and is seen by nothing.
+        branch: Prompt, chosen, rejected or padding.
+        sliding_window: In positions; None for full attention.
+        backend: From ``choose``.
+    """
+    tokens = (positions, pair, branch)
+    if backend == "blocks":
+        first = block_attention.first_blocks(pair)
+        return Layout(tokens, None, first, sliding_window)
+    mask = pair_mask(*tokens, sliding_window=sliding_window)
+    return Layout(tokens, mask, None, sliding_window)
 
 
 def pair_mask(
@@ -26,28 +94,20 @@ def pair_mask(
     ``sliding_window`` positions back. Prompt queries thus see the prompt alone.
 
     Args:
-        positions: Position in the sequence that each token would have had alone.
-        pair: Pair slot, ``NO_PAIR`` on padding, which sees and is seen by nothing.
-        branch: Prompt, chosen, rejected or padding.
+        positions: As in ``layout``; likewise the others.
+        pair: Pair slots.
+        branch: Branches.
         sliding_window: In positions; None for full attention.
     """
-    distance = positions[:, :, None] - positions[:, None, :]
-    same_pair = (pair[:, :, None] == pair[:, None, :]) & (pair != NO_PAIR)[:, None, :]
-    key_branch = branch[:, None, :]
-    visible = (key_branch == PROMPT) | (key_branch == branch[:, :, None])
-    mask = same_pair & visible & (distance >= 0)
-    if sliding_window is not None:
-        mask &= distance < sliding_window
-    return mask
+    tokens = (positions, pair, branch)
+    return block_attention.visible(*tokens, *tokens, sliding_window=sliding_window)
 
 
 def attend(
     query: Float[Array, "R T N H"],
     key: Float[Array, "R T K H"],
     value: Float[Array, "R T K H"],
-    mask: Bool[Array, "R T T"],
-    *,
-    backend: str,
+    layout: Layout,
 ) -> Float[Array, "R T N H"]:
     """Softmax attention with scores scaled by 1 / sqrt(H) and summed in fp32.
 
@@ -55,16 +115,30 @@ def attend(
         query: Rotated queries; query head n reads key head ``n // (N / K)``.
         key: Rotated keys.
         value: Values.
-        mask: From ``pair_mask``. A query that sees no key gets a finite, unused
-            output.
-        backend: ``xla``, or ``auto``, which chooses among the backends there are:
-            so far that is ``xla`` on every device.
-
-    Raises:
-        ValueError: An unknown backend.
+        layout: From ``layout``. A query that sees no key gets a finite, unused output.
     """
-    if backend not in ("auto", "xla"):
-        raise ValueError(f"model.attention must be 'auto' or 'xla', got {backend!r}.")
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=jnp.expand_dims(mask, 1), implementation="xla"
-    )
+    if layout.first is None:
+        assert layout.mask is not None
+        mask = jnp.expand_dims(layout.mask, 1)
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, implementation="xla"
+        )
+
+    def run(query, key, value, tokens, first):
+        return block_attention.attend(
+            query, key, value, tokens, first, layout.sliding_window
+        )
+
+    arguments = (query, key, value, layout.tokens, layout.first)
+    rows = axes.split_over("R", query.shape[0])
+    kv_heads = axes.split_over("K", key.shape[2])
+    if rows is None and kv_heads is None:
+        return run(*arguments)
+    # Each device walks the blocks of its own rows and heads.
+    heads, of_rows = P(rows, None, kv_heads, None), P(rows, None)
+    return jax.shard_map(
+        run,
+        in_specs=(heads, heads, heads, (of_rows,) * 3, of_rows),
+        out_specs=heads,
+        check_vma=False,
+    )(*arguments)

@@ -11,14 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import attention
+from lpc_jax.models import attention, block_attention
 from lpc_jax.models.architectures import Architecture
 
 # Standard deviation of random weights, as Llama's and Mistral's configs have it.
 INITIAL_SCALE = 0.02
+
+# The name under which remat policies know results of ``project``.
+_PRODUCT = "product"
+_DOTS = jax.checkpoint_policies.save_only_these_names(_PRODUCT, block_attention.KEPT)
+# What the backward pass finds kept of a block: its input alone, or also the results of
+# matrix products (there or moved to the host's memory) but for attention's scores.
+REMAT_POLICIES = {
+    "block": None,
+    "dots": _DOTS,
+}
 
 
 def rope_frequencies(architecture: Architecture) -> np.ndarray:
@@ -75,33 +86,70 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(INITIAL_SCALE * jax.random.normal(rngs.params(), shape))
 
 
+def project(
+    x: Float[Array, "R T X"], weight: Float[Array, "X *out"]
+) -> Float[Array, "R T *out"]:
+    """x @ weight in the dtype of ``x``; the weight's gradient is summed in its own."""
+    out = weight.shape[1:]
+    return _project(x, weight.reshape(weight.shape[0], -1)).reshape(*x.shape[:2], *out)
+
+
+@jax.custom_vjp
+def _project(
+    x: Float[Array, "R T X"], weight: Float[Array, "X Y"]
+) -> Float[Array, "R T Y"]:
+    return jnp.einsum("RTX,XY->RTY", x, weight.astype(x.dtype))
+
+
+def _project_forward(x, weight):
+    return checkpoint_name(_project(x, weight), _PRODUCT), (x, weight)
+
+
+def _project_backward(residuals, gradient):
+    # Barriers: where remat recomputes x, the CPU would do so element by element in the
+    # order of a transposed copy, ten times slower than row by row.
+    x, weight = jax.lax.optimization_barrier(residuals)
+    gradient = jax.lax.optimization_barrier(gradient)
+    d_x = jnp.einsum("RTY,XY->RTX", gradient, weight.astype(x.dtype))
+    # JAX's own rule has the operands the other way round, for which the CPU's matrix
+    # product first copies the wider of the two.
+    d_weight = jnp.einsum(
+        "RTX,RTY->XY", x, gradient, preferred_element_type=weight.dtype
+    )
+    return d_x, d_weight
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, architecture: Architecture, *, backend: str, rngs: nnx.Rngs):
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
         width, head_width = architecture.width, architecture.head_width
         heads, kv_heads = architecture.query_heads, architecture.kv_heads
         self.query = _normal(rngs, (width, heads, head_width))
         self.key = _normal(rngs, (width, kv_heads, head_width))
         self.value = _normal(rngs, (width, kv_heads, head_width))
         self.output = _normal(rngs, (heads, head_width, width))
-        self.backend = backend
 
     def __call__(
         self,
         x: Float[Array, "R T D"],
         angles: Float[Array, "R T half_H"],
-        mask: Bool[Array, "R T T"],
+        layout: attention.Layout,
     ) -> Float[Array, "R T D"]:
         """One attention layer over rows of pairs."""
-        query = jnp.einsum("RTD,DNH->RTNH", x, self.query.astype(x.dtype))
-        key = jnp.einsum("RTD,DKH->RTKH", x, self.key.astype(x.dtype))
-        value = jnp.einsum("RTD,DKH->RTKH", x, self.value.astype(x.dtype))
+        query = project(x, self.query[...])
+        key = project(x, self.key[...])
+        value = project(x, self.value[...])
         query = axes.constrain(rotate(query, angles), "R T N H")
         key = axes.constrain(rotate(key, angles), "R T K H")
-        mixed = attention.attend(query, key, value, mask, backend=self.backend)
+        mixed = attention.attend(query, key, value, layout)
         mixed = axes.constrain(mixed, "R T N H")
-        return jnp.einsum("RTNH,NHD->RTD", mixed, self.output.astype(x.dtype))
+        heads, head_width, width = self.output.shape
+        output = self.output.reshape(heads * head_width, width)
+        return project(mixed.reshape(*mixed.shape[:2], -1), output)
 
 
 class Mlp(nnx.Module):
@@ -115,19 +163,18 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
         """down(silu(gate x) * up x)."""
-        gate = jnp.einsum("RTD,DF->RTF", x, self.gate.astype(x.dtype))
-        up = jnp.einsum("RTD,DF->RTF", x, self.up.astype(x.dtype))
+        gate, up = project(x, self.gate[...]), project(x, self.up[...])
         inner = axes.constrain(jax.nn.silu(gate) * up, "R T F")
-        return jnp.einsum("RTF,FD->RTD", inner, self.down.astype(x.dtype))
+        return project(inner, self.down[...])
 
 
 class Block(nnx.Module):
     """Attention, then MLP, each on a normed copy and added to the stream."""
 
-    def __init__(self, architecture: Architecture, *, backend: str, rngs: nnx.Rngs):
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
         epsilon = architecture.norm_epsilon
         self.attention_norm = RmsNorm(architecture.width, epsilon)
-        self.attention = Attention(architecture, backend=backend, rngs=rngs)
+        self.attention = Attention(architecture, rngs=rngs)
         self.mlp_norm = RmsNorm(architecture.width, epsilon)
         self.mlp = Mlp(architecture, rngs=rngs)
 
@@ -135,10 +182,10 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "R T D"],
         angles: Float[Array, "R T half_H"],
-        mask: Bool[Array, "R T T"],
+        layout: attention.Layout,
     ) -> Float[Array, "R T D"]:
         """The stream after this block."""
-        x = x + self.attention(self.attention_norm(x), angles, mask)
+        x = x + self.attention(self.attention_norm(x), angles, layout)
         x = x + self.mlp(self.mlp_norm(x))
         return axes.constrain(x, "R T D")
 
@@ -161,12 +208,13 @@ class Decoder(nnx.Module):
     ):
         self.architecture = architecture
         self.compute_dtype = compute_dtype
+        self.attention_backend = attention_backend
         self.remat = remat
         vocabulary, width = architecture.vocabulary, architecture.width
         self.embedding = _normal(rngs, (vocabulary, width))
 
         def block(key: Array) -> Block:
-            return Block(architecture, backend=attention_backend, rngs=nnx.Rngs(key))
+            return Block(architecture, rngs=nnx.Rngs(key))
 
         keys = jax.random.split(rngs.params(), architecture.layers)
         graph, _ = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0))))
@@ -196,8 +244,12 @@ class Decoder(nnx.Module):
             pair: Pair slots, for the mask.
             branch: Branches, for the mask.
         """
-        mask = attention.pair_mask(
-            positions, pair, branch, sliding_window=self.architecture.sliding_window
+        layout = attention.layout(
+            positions,
+            pair,
+            branch,
+            sliding_window=self.architecture.sliding_window,
+            backend=self.attention_backend,
         )
         angles = positions[..., None] * rope_frequencies(self.architecture)
         x = self.embedding.astype(self.compute_dtype)[tokens]
@@ -205,9 +257,11 @@ class Decoder(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
 
         def run_block(x: Array, layer: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x, angles, mask), None
+            return nnx.merge(graph, layer)(x, angles, layout), None
 
-        if self.remat == "block":
-            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        if self.remat != "none":
+            run_block = jax.checkpoint(
+                run_block, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
+            )
         x, _ = jax.lax.scan(run_block, x, stacked)
         return self.final_norm(x)

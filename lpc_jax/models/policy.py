@@ -51,7 +51,7 @@ def build(
     Args:
         architecture: The decoder's.
         compute_dtype: Of matrix products.
-        attention_backend: As ``model.attention``.
+        attention_backend: From ``attention.choose``.
         remat: As ``model.remat``.
         latent: ``num_codes``, ``hidden_width`` (None is D) and ``codebook_scale`` of
             the latent head, or None.

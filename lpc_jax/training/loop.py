@@ -117,7 +117,7 @@ def _manifest(
         "settings": flat_settings(config),
         "weights_digest": start.weights_digest,
         "reference_digest": reference_digest,
-        "data_digest": pairs.digest(),
+        **pairs.digests(),
         "train_pairs": len(pairs.train),
         "held_out_pairs": len(pairs.held_out),
         "devices": [device.device_kind for device in jax.devices()],
@@ -135,7 +135,7 @@ def _require_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
             for name, value in manifest["settings"].items()
             if not name.startswith(FREE_ON_RESUME)
         }
-        digests = ("weights_digest", "reference_digest", "data_digest")
+        digests = {name for name in manifest if name.endswith("_digest")}
         return kept | {name: manifest[name] for name in digests}
 
     # Through JSON, as the saved one went: tuples are lists on both sides.
@@ -227,7 +227,8 @@ class Trainer:
             f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
             f" ({latent / 1e6:.2f} M latent), compute {start.compute_dtype.name}\n"
             f"mesh: {self.mesh.size} x {jax.devices()[0].device_kind}, {axes};"
-            f" attention: xla; remat: {config.model.remat}\n"
+            f" attention: {setup.attention_backend(config)}; remat:"
+            f" {config.model.remat}\n"
             f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
             f" {shape.rows} rows x {shape.row_length} tokens,"
             f" {shape.scored} scored a row; {self.total_steps} steps\n"

@@ -24,7 +24,7 @@ from lpc_jax import objective, sharding
 from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Report
-from lpc_jax.models import policy, weights
+from lpc_jax.models import attention, policy, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.training import reference
 from lpc_jax.types import Batch
@@ -42,12 +42,13 @@ class Pairs:
     held_out_report: Report | None
     shape: packing.RowShape
 
-    def digest(self) -> str:
-        """SHA-256 over the training pairs' token ids, in order."""
-        content = hashlib.sha256()
-        for pair in self.train:
-            content.update(reference.pair_key(pair))
-        return content.hexdigest()
+    def digests(self) -> dict[str, str]:
+        """SHA-256 over the token ids of each set's pairs, in order."""
+        sets = {"data_digest": self.train, "held_out_digest": self.held_out}
+        return {
+            name: hashlib.sha256(b"".join(map(reference.pair_key, pairs))).hexdigest()
+            for name, pairs in sets.items()
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,11 @@ def compute_dtype(config: cfg.Config) -> jnp.dtype:
     if config.model.compute_dtype != "auto":
         return jnp.dtype(config.model.compute_dtype)
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def attention_backend(config: cfg.Config) -> str:
+    """The backend that runs here."""
+    return attention.choose(config.model.attention, jax.default_backend())
 
 
 def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:
@@ -142,7 +148,7 @@ def _abstract(
         return policy.build(
             architecture,
             compute_dtype=compute_dtype(config),
-            attention_backend=config.model.attention,
+            attention_backend=attention_backend(config),
             remat=config.model.remat,
             latent=settings,
             key=key,

@@ -1,9 +1,15 @@
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lpc_jax.models import attention
+from lpc_jax import sharding
+from lpc_jax.models import attention, block_attention
 from tests import tiny
+
+# Each longer than a block, so that pairs start inside blocks and span several.
+ROW_LENGTH = 3 * block_attention.BLOCK + 8
 
 
 def test_mask_follows_the_rule_token_by_token():
@@ -27,25 +33,135 @@ def test_mask_follows_the_rule_token_by_token():
                 assert mask[r, q, k] == expected, (r, q, k)
 
 
-def test_attend_equals_float64_softmax():
+@pytest.mark.parametrize("backend", attention.BACKENDS)
+def test_attend_equals_float64_softmax(backend):
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=(1, 5, heads, 4)) for heads in (4, 2, 2))
-    mask = np.tril(np.ones((1, 5, 5), bool))
-    found = attention.attend(
-        *(jnp.float32(x) for x in (query, key, value)),
-        jnp.asarray(mask),
-        backend="auto",
+    zeros = jnp.zeros((1, 5), int)
+    layout = attention.layout(
+        jnp.arange(5)[None], zeros, zeros, sliding_window=None, backend=backend
     )
+    found = attention.attend(*(jnp.float32(x) for x in (query, key, value)), layout)
     for head in range(4):
         scores = query[0, :, head] @ key[0, :, head // 2].T / np.sqrt(4)
-        weights = np.where(mask[0], np.exp(scores), 0.0)
+        weights = np.where(np.tril(np.ones((5, 5), bool)), np.exp(scores), 0.0)
         weights /= weights.sum(-1, keepdims=True)
         expected = weights @ value[0, :, head // 2]
         np.testing.assert_allclose(found[0, :, head], expected, atol=1e-5)
 
 
+def _rows(longest: int, *, rows: int = 2, count: int = 96):
+    """A batch of long rows, random heads for it, and where a query sees anything."""
+    batch = tiny.batches(
+        tiny.pairs(count, longest=longest),
+        rows=rows,
+        row_length=ROW_LENGTH,
+        pairs_per_row=16,
+    )[0]
+    rng = np.random.default_rng(1)
+    heads = [
+        jnp.asarray(rng.normal(size=(rows, ROW_LENGTH, count, 8)), jnp.float32)
+        for count in (4, 2, 2)
+    ]
+    return batch, heads, (batch.pair != -1)[..., None, None]
+
+
+def _mix(batch, heads, used, *, backend, sliding_window):
+    layout = attention.layout(
+        batch.positions,
+        batch.pair,
+        batch.branch,
+        sliding_window=sliding_window,
+        backend=backend,
+    )
+    return jnp.where(used, attention.attend(*heads, layout), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("longest", "sliding_window"), [(8, None), (8, 5), (60, None), (60, 5)]
+)
+def test_blocks_equal_a_masked_row_in_value_and_gradient(longest, sliding_window):
+    batch, heads, used = _rows(longest)
+    weights = jnp.cos(jnp.arange(heads[0].size)).reshape(heads[0].shape)
+
+    def run(backend):
+        def total(heads):
+            mixed = _mix(
+                batch, heads, used, backend=backend, sliding_window=sliding_window
+            )
+            return jnp.sum(weights * mixed), mixed
+
+        gradients, mixed = jax.jit(jax.grad(total, has_aux=True))(heads)
+        return mixed, gradients
+
+    (mixed, gradients), expected = run("blocks"), run("xla")
+    assert int(batch.pair.max()) > (8 if longest == 8 else 0)  # many pairs, or few
+    chex.assert_trees_all_close((mixed, gradients), expected, atol=2e-5)
+
+
+def test_blocks_start_where_the_earliest_pair_of_a_block_does():
+    batch, _, _ = _rows(60)
+    first = np.asarray(block_attention.first_blocks(batch.pair))
+    for row, pair in enumerate(np.asarray(batch.pair)):
+        for block, start in enumerate(first[row]):
+            span = pair[block * block_attention.BLOCK :][: block_attention.BLOCK]
+            starts = [np.argmax(pair == p) for p in span if p != -1]
+            expected = min(starts, default=block * block_attention.BLOCK)
+            assert start == expected // block_attention.BLOCK
+
+
+def test_padding_mixes_nothing():
+    batch, heads, used = _rows(8, count=20)
+    layout = attention.layout(
+        batch.positions,
+        batch.pair,
+        batch.branch,
+        sliding_window=None,
+        backend="blocks",
+    )
+    mixed = attention.attend(*heads, layout)
+    assert bool(jnp.any(~used))
+    np.testing.assert_array_equal(jnp.where(used, 0.0, mixed), 0.0)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (2, 4)])
+def test_each_device_walks_its_own_rows_and_heads(mesh):
+    batch, heads, used = _rows(60, rows=8)
+    expected = _mix(batch, heads, used, backend="xla", sliding_window=None)
+    devices = sharding.make_mesh(
+        data=1, fsdp=mesh[0], tensor=mesh[1], devices=jax.devices()
+    )
+    with jax.set_mesh(devices):
+        run = jax.jit(
+            lambda heads: _mix(
+                batch, heads, used, backend="blocks", sliding_window=None
+            )
+        )
+        found = run(heads)
+        text = run.lower(heads).as_text()
+    # 2 key heads are split over 2 devices, and stay whole over 4.
+    rows, kv_heads = 8 // mesh[0], 1 if mesh[1] == 2 else 2
+    assert f"tensor<{rows}x{ROW_LENGTH}x{kv_heads}x8xf32>" in text
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "expected"),
+    [
+        ("auto", "cpu", "blocks"),
+        ("auto", "gpu", "xla"),
+        ("auto", "tpu", "xla"),
+        ("xla", "cpu", "xla"),
+        ("blocks", "gpu", "blocks"),
+    ],
+)
+def test_auto_is_what_measured_best(backend, platform, expected):
+    assert attention.choose(backend, platform) == expected
+
+
 def test_an_unknown_backend_is_refused():
-    x = jnp.zeros((1, 2, 1, 4))
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
-        attention.attend(x, x, x, jnp.ones((1, 2, 2), bool), backend="flash")
-    assert str(error.value) == "model.attention must be 'auto' or 'xla', got 'flash'."
+        attention.choose("flash", "cpu")
+    assert str(error.value) == (
+        "model.attention must be 'auto' or 'xla' or 'blocks', got 'flash'."
+    )

@@ -339,3 +339,15 @@ def test_a_checkpoint_of_another_config_is_refused_and_kept(command):
     status, said, _ = command("--resume")  # what there is to resume is done
     assert status == 0
     assert "resumed after step 2" in said
+
+
+def test_an_interrupted_run_says_how_to_go_on(command, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    status, _, said = command()
+    assert status == 130
+    assert said == (
+        "interrupted: --resume continues from the latest checkpoint, if there is one\n"
+    )

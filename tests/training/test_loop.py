@@ -88,8 +88,8 @@ def test_the_manifest_holds_settings_digests_and_versions(lpc_dpo):
     assert manifest["settings"]["latent.num_codes"] == 8
     assert manifest["settings"]["optimizer.options"]["b2"] == 0.999
     assert (manifest["train_pairs"], manifest["held_out_pairs"]) == (40, runs.HELD_OUT)
-    for name in ("weights_digest", "reference_digest", "data_digest"):
-        assert len(manifest[name]) == 64
+    for name in ("weights", "reference", "data", "held_out"):
+        assert len(manifest[f"{name}_digest"]) == 64
     assert manifest["reference_digest"] == manifest["weights_digest"]
     assert manifest["versions"]["jax"] == jax.__version__
 
@@ -161,7 +161,7 @@ def test_schedules_are_logged_as_they_are_applied(lpc_dpo):
 def test_the_run_says_what_it_works_on_and_ends_with_a_table(lpc_dpo):
     for line in (
         "pairs: 40 read, 40 kept, 0 dropped",
-        "mesh: 1 x cpu, data=1 fsdp=1 tensor=1; attention: xla; remat: block",
+        "mesh: 1 x cpu, data=1 fsdp=1 tensor=1; attention: blocks; remat: block",
         "loss = -log sigmoid(0.1 * (r_w - r_l)) + 0.05 KL(q||p)",
         "reference: 53 pairs scored, 0 found in",
         "step 6/6  loss ",
@@ -391,14 +391,16 @@ def digests(config: cfg.Config) -> dict[str, str]:
     return json.loads(manifest.read_text())
 
 
-def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch):
-    rows = runs.pairs()
+@pytest.mark.parametrize("changed_set", ["data", "held_out"])
+def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch, changed_set):
+    path = crashed.data.train if changed_set == "data" else crashed.data.eval
+    rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     rows[7]["chosen"][0]["content"] += " Indeed."
     read = setup.examples.read
     changed = runs.write_pairs(tmp_path / "pairs.jsonl", rows)
 
-    def edited(path: str, **settings: Any) -> Any:
-        return read(str(changed) if path == str(runs.PAIRS) else path, **settings)
+    def edited(read_path: str, **settings: Any) -> Any:
+        return read(str(changed) if read_path == path else read_path, **settings)
 
     monkeypatch.setattr(setup.examples, "read", edited)
     message = refusal(resumed(crashed))
@@ -407,8 +409,9 @@ def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch):
         "a resumed run must have the settings, weights and data that it was started"
         " with; these differ:"
     )
-    old = digests(crashed)["data_digest"]
-    assert digest.startswith(f"  data_digest: checkpoint '{old}', now '")
+    name = f"{changed_set}_digest"
+    old = digests(crashed)[name]
+    assert digest.startswith(f"  {name}: checkpoint '{old}', now '")
     assert tail == "Drop what overrides them, or start a new run with another --name."
 
 

@@ -205,6 +205,8 @@ def test_auto_is_float32_on_a_cpu(folder):
 def test_remat_recomputes_blocks_and_changes_no_number(folder, base):
     made = config(folder, latent=lpc(), model={"remat": "none"})
     assert first_update(made) == pytest.approx(base, rel=1e-5, abs=1e-6)
+    dots = config(folder, latent=lpc(), model={"remat": "dots"})
+    assert first_update(dots) == pytest.approx(base, rel=1e-5, abs=1e-6)
     block = config(folder, latent=lpc())
     assert blocks_recomputed(block) > blocks_recomputed(made)
 
