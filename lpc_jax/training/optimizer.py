@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,13 @@ DECAY_TABLE: dict[str, bool] = {
     r"decoder/blocks/attention/(query|key|value|output)": True,
     r"decoder/blocks/mlp/(gate|up|down)": True,
     r"latent/codebook": False,
+    r"latent/(prior|posterior)_mlp/input_(mean|spread)": False,
     r"latent/(prior|posterior)_mlp/(hidden|output)_kernel": True,
     r"latent/(prior|posterior)_mlp/(hidden|output)_bias": False,
 }
+
+# Parameters that no update changes.
+_FIXED = re.compile(r"latent/.*/input_(mean|spread)")
 
 # What optax's optimizers call weight decay, and where it applies.
 _DECAY_OPTIONS = ("weight_decay", "weight_decay_rate")
@@ -127,6 +132,11 @@ def peaks(config: cfg.Config) -> dict[str, float]:
     return rates
 
 
+def _group(path: Any) -> str:
+    name = sharding.path_name(path)
+    return "fixed" if _FIXED.fullmatch(name) else name.split("/")[0]
+
+
 def build(
     config: cfg.Config, params: Any, total_steps: int
 ) -> optax.GradientTransformation:
@@ -145,11 +155,8 @@ def build(
         group: _named(optimizer, schedule(optimizer, peak, total_steps), params)
         for group, peak in peaks(config).items()
     }
-    labels = {
-        group: jax.tree.map(lambda _, group=group: group, params[group])
-        for group in params
-    }
-    by_group = optax.multi_transform({**groups}, labels)
+    labels = jax.tree_util.tree_map_with_path(lambda path, _: _group(path), params)
+    by_group = optax.multi_transform({**groups, "fixed": optax.set_to_zero()}, labels)
     if optimizer.clip_norm is None:
         return by_group
     return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), by_group)

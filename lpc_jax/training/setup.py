@@ -7,6 +7,7 @@ nothing of updates.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lpc_jax import config as cfg
@@ -25,9 +26,14 @@ from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Report
 from lpc_jax.models import attention, policy, weights
+from lpc_jax.models import latent as latent_models
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.training import reference
 from lpc_jax.types import Batch
+
+# Pairs from which the latent's inputs are standardised: enough for a coordinate's
+# spread to within a tenth, few enough to take seconds.
+STANDARDIZATION_PAIRS = 64
 
 Say = Callable[[str], None]
 
@@ -177,6 +183,50 @@ def load_start(
     return Start(
         architecture, graph, shapes, shardings, params, digest, compute_dtype(config)
     )
+
+
+def standardize_latent(
+    config: cfg.Config, start: Start, pairs: Pairs, mesh: Mesh
+) -> dict[str, Any]:
+    """The start's parameters, with the latent's inputs standardised on some pairs."""
+    if "latent" not in start.params:
+        return start.params
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def read(params: dict[str, Any], batch: Batch) -> list[Array]:
+        hidden = nnx.merge(start.graph, params).hidden(batch)
+        ends = (batch.prompt_end, batch.chosen_end, batch.rejected_end)
+        return [policy.read_at(hidden, end) for end in ends]
+
+    some = packing.step_indices(
+        len(pairs.train),
+        step=0,
+        pairs_per_step=STANDARDIZATION_PAIRS,
+        seed=config.training.seed,
+    )
+    states: list[list[np.ndarray]] = []
+    for batch in packing.micro_batches(
+        [pairs.train[i] for i in some], pairs.shape, reference_logp=None
+    ):
+        placed = sharding.place_batch(batch, mesh)
+        found = jax.device_get(read(start.params, placed))
+        states.append([np.asarray(x, np.float32)[batch.pair_mask] for x in found])
+    moments = latent_models.standardization(
+        *map(np.concatenate, zip(*states, strict=True))
+    )
+    placed_moments = {
+        mlp: {
+            name: jax.device_put(value, start.shardings["latent"][mlp][name])
+            for name, value in values.items()
+        }
+        for mlp, values in moments.items()
+    }
+    return start.params | {
+        "latent": {
+            name: part | placed_moments[name] if name in placed_moments else part
+            for name, part in start.params["latent"].items()
+        }
+    }
 
 
 def _load_decoder(

@@ -12,27 +12,58 @@ HEAD = LatentHead(
 RNG = np.random.default_rng(0)
 
 
+def _moved(mlp: dict, mean: np.ndarray, spread: np.ndarray) -> dict:
+    return mlp | {"input_mean": jnp.float32(mean), "input_spread": jnp.float32(spread)}
+
+
 def test_prior_equals_float64_mlp():
-    x = RNG.normal(size=(3, 8))
-    mlp = HEAD.prior_mlp
-    weights = [
-        np.asarray(p[...], np.float64)
-        for p in (
-            mlp.hidden_kernel,
-            mlp.hidden_bias,
-            mlp.output_kernel,
-            mlp.output_bias,
-        )
-    ]
-    normed = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
-    inner = normed @ weights[0] / np.sqrt(8) + weights[1]
-    outer = inner / (1 + np.exp(-inner)) @ weights[2] / np.sqrt(16) + weights[3]
-    np.testing.assert_allclose(HEAD.prior(jnp.float32(x)), outer, atol=1e-5)
+    x, mean = RNG.normal(size=(3, 8)), RNG.normal(size=8)
+    spread = RNG.uniform(0.5, 2.0, size=8)
+    graph, state = nnx.split(HEAD)
+    params = nnx.to_pure_dict(state)
+    params["prior_mlp"] = mlp = _moved(params["prior_mlp"], mean, spread)
+    weights = {k: np.asarray(v, np.float64) for k, v in mlp.items()}
+    standard = (x - weights["input_mean"]) / weights["input_spread"]
+    inner = standard @ weights["hidden_kernel"] / np.sqrt(8) + weights["hidden_bias"]
+    outer = inner / (1 + np.exp(-inner)) @ weights["output_kernel"] / np.sqrt(16)
+    found = nnx.merge(graph, params).prior(jnp.float32(x))
+    np.testing.assert_allclose(found, outer + weights["output_bias"], atol=1e-5)
 
 
-def test_beliefs_do_not_depend_on_the_size_of_hidden_states():
-    x = jnp.float32(RNG.normal(size=(3, 8)))
-    np.testing.assert_allclose(HEAD.prior(x), HEAD.prior(50.0 * x), atol=1e-4)
+def test_standardized_inputs_have_mean_0_and_spread_1():
+    prompt, chosen, rejected = RNG.normal(3.0, [[[2.0]], [[5.0]], [[0.5]]], (3, 50, 8))
+    found = latent.standardization(prompt, chosen, rejected)
+    prior, posterior = found["prior_mlp"], found["posterior_mlp"]
+    standard = (prompt - prior["input_mean"]) / prior["input_spread"]
+    np.testing.assert_allclose(standard.mean(0), 0.0, atol=1e-6)
+    np.testing.assert_allclose(standard.std(0), 1.0, atol=1e-3)
+    # Both answers share theirs: nothing but their states tells them apart.
+    answers = np.concatenate([chosen, rejected])
+    for half in np.split(posterior["input_mean"], 2):
+        np.testing.assert_allclose(half, answers.mean(0), rtol=1e-5)
+    for half in np.split(posterior["input_spread"], 2):
+        np.testing.assert_allclose(half, answers.std(0), rtol=1e-3)
+
+
+def test_a_coordinate_that_never_varies_is_not_blown_up():
+    states = np.ones((4, 8), np.float32)
+    found = latent.standardization(states, states, states)
+    np.testing.assert_allclose(found["prior_mlp"]["input_spread"], 0.01, rtol=1e-5)
+
+
+def test_inputs_stay_standardised_as_they_were():
+    graph, state = nnx.split(HEAD)
+
+    def total(params):
+        head = nnx.merge(graph, params)
+        x = jnp.ones((2, 8))
+        return jnp.sum(head.prior(x) ** 2) + jnp.sum(head.posterior(x, x) ** 2)
+
+    gradient = nnx.to_pure_dict(jax.grad(total)(state))
+    for mlp in ("prior_mlp", "posterior_mlp"):
+        assert np.any(gradient[mlp]["hidden_kernel"])
+        for name in ("input_mean", "input_spread"):
+            np.testing.assert_array_equal(gradient[mlp][name], 0.0)
 
 
 def test_posterior_tells_the_chosen_answer_from_the_rejected():

@@ -20,6 +20,7 @@ from lpc_jax import checkpoint, objective, sharding
 from lpc_jax import config as cfg
 from lpc_jax.training import loop, setup
 from tests import runs, tiny
+from tests.harness import logits
 
 # Where the effect of each setting is tested: a test of this file, or another file that
 # speaks of the field.
@@ -231,6 +232,39 @@ def test_score_chunks_change_no_number(folder, base, chunk):
 
 
 # --- latent and loss ------------------------------------------------------------------
+
+
+def test_the_latent_s_inputs_are_standardised_on_the_data(folder, monkeypatch):
+    monkeypatch.setattr(setup, "STANDARDIZATION_PAIRS", 7)
+    with prepared(config(folder, latent=lpc())) as trainer:
+        count = len(trainer.pairs.train)
+        order = np.random.default_rng([trainer.config.training.seed, 0])
+        some = [trainer.pairs.train[i] for i in order.permutation(count)[:7]]
+        graph, params = trainer.start.graph, trainer.start.params
+        # Second source: each sequence by itself, as one prompt.
+        states = []
+        for pair in some:
+            answers = [
+                np.concatenate([pair.prompt, a]) for a in (pair.chosen, pair.rejected)
+            ]
+            states.append(
+                [
+                    np.asarray(logits(graph, params, ids[None])[0][0, -1])
+                    for ids in (pair.prompt, *answers)
+                ]
+            )
+        prompt, chosen, rejected = np.asarray(states).swapaxes(0, 1)
+        found = jax.device_get(trainer.initial_state().params["latent"])
+    prior, posterior = found["prior_mlp"], found["posterior_mlp"]
+    np.testing.assert_allclose(prior["input_mean"], prompt.mean(0), atol=1e-4)
+    np.testing.assert_allclose(prior["input_spread"], prompt.std(0), rtol=0.02)
+    answers = np.concatenate([chosen, rejected])
+    np.testing.assert_allclose(
+        posterior["input_mean"], np.tile(answers.mean(0), 2), atol=1e-4
+    )
+    np.testing.assert_allclose(
+        posterior["input_spread"], np.tile(answers.std(0), 2), rtol=0.02
+    )
 
 
 def test_sizes_of_the_latent(folder):
