@@ -180,6 +180,12 @@ def follow(
         latent=None,
         optimizer=cfg.Optimizer(
             learning_rate=settings["learning_rate"],
+            options={
+                "b1": settings["adam_beta1"],
+                "b2": settings["adam_beta2"],
+                "eps": settings["adam_epsilon"],
+                "weight_decay": settings["weight_decay"],
+            },
             schedule="constant",
             warmup_fraction=0.0,
             clip_norm=settings["max_grad_norm"],

@@ -21,7 +21,8 @@ class Evaluation:
     """What a policy says of a set of pairs.
 
     Attributes:
-        metrics: Means over the set, by metric path.
+        metrics: Means over the set, by metric path; ``code/source_nmi``, with a latent
+            and several sources, is how far the prior's largest code tells the source.
         accuracy_by_source: Share of pairs with chosen reward strictly above rejected.
         usage_by_source: Mean prior probability of each code, or empty without a
             latent.
@@ -69,8 +70,14 @@ def evaluate(
     by_source: dict[str, list[int]] = {}
     for pair_id in sorted(margins):
         by_source.setdefault(sources[pair_id], []).append(pair_id)
+    metrics = objective.values(totals)
+    if priors and len(by_source) > 1:
+        metrics["code/source_nmi"] = normalized_mutual_information(
+            [int(np.argmax(priors[i])) for i in sorted(margins)],
+            [sources[i] for i in sorted(margins)],
+        )
     return Evaluation(
-        metrics=objective.values(totals),
+        metrics=metrics,
         accuracy_by_source={
             source: float(np.mean([margins[i] > 0 for i in ids]))
             for source, ids in sorted(by_source.items())
@@ -82,3 +89,32 @@ def evaluate(
         },
         margins=margins,
     )
+
+
+def normalized_mutual_information(
+    codes: Sequence[int], sources: Sequence[str]
+) -> float:
+    """I(code; source) / sqrt(H(code) H(source)) (Strehl & Ghosh 2002, eq. 3).
+
+    Args:
+        codes: One code a pair.
+        sources: The pairs' sources.
+
+    Returns:
+        From 0 (a code says nothing of the source) to 1 (each tells the other); 0 where
+        either never varies.
+    """
+    _, code = np.unique(codes, return_inverse=True)
+    _, source = np.unique(sources, return_inverse=True)
+    joint = np.zeros((code.max() + 1, source.max() + 1))
+    np.add.at(joint, (code, source), 1 / len(code))
+
+    def entropy(shares: Float[np.ndarray, "_"]) -> float:
+        used = shares[shares > 0]
+        return -float(np.sum(used * np.log(used)))
+
+    of_code, of_source = entropy(joint.sum(axis=1)), entropy(joint.sum(axis=0))
+    if of_code * of_source == 0:
+        return 0.0
+    information = of_code + of_source - entropy(joint.ravel())
+    return information / float(np.sqrt(of_code * of_source))

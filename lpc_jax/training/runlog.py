@@ -56,6 +56,7 @@ _TABLE = (
     ("reward/margin", "reward margin"),
     ("loss/preference", "preference loss"),
     ("latent/kl", "KL(posterior || prior)"),
+    ("code/source_nmi", "NMI of code and source"),
 )
 
 _CODES_SHOWN = 3

@@ -98,3 +98,29 @@ def test_without_codes_there_is_no_usage():
     )
     assert found.usage_by_source == {}
     assert found.metrics.keys() == {"reward/accuracy"}
+
+
+def test_codes_that_follow_the_source_are_told_from_those_that_do_not(found):
+    # Even ids, of source 0, have codes 0 2 1 0 2 1; odd ones 1 0 2 1 0.
+    joint = np.asarray([[2, 2, 2], [2, 2, 1]]) / 11
+    independent = np.outer(joint.sum(axis=1), joint.sum(axis=0))
+    information = np.sum(joint * np.log(joint / independent))
+    entropies = [-np.sum(p * np.log(p)) for p in (joint.sum(axis=0), joint.sum(axis=1))]
+    expected = information / np.sqrt(np.prod(entropies))
+    assert found.metrics["code/source_nmi"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("codes", "sources", "expected"),
+    [
+        ([5, 5, 2, 2], ["a", "a", "b", "b"], 1.0),
+        ([5, 2, 5, 2], ["a", "a", "b", "b"], 0.0),
+        ([5, 5, 5, 5], ["a", "a", "b", "b"], 0.0),
+        ([5, 2, 5, 2], ["a", "a", "a", "a"], 0.0),
+        # Four codes tell two sources: ln 2 / sqrt(ln 4 ln 2).
+        ([0, 1, 2, 3], ["a", "a", "b", "b"], 1 / np.sqrt(2)),
+    ],
+)
+def test_mutual_information_by_hand(codes, sources, expected):
+    found = preference.normalized_mutual_information(codes, sources)
+    assert found == pytest.approx(expected, abs=1e-12)

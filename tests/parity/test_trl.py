@@ -12,7 +12,7 @@ from tests.harness import TRL_LOSSES, follow, recorded
 pytestmark = pytest.mark.parity
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# Fixed, since eight updates magnify rounding more for some models than for others.
+# Fixed, so that a failure comes again.
 SEED = 20_261_123
 
 
@@ -40,10 +40,7 @@ def test_eight_updates_follow_trl_from_a_fresh_model(name, folder, trl_script):
     assert found.losses[0] == pytest.approx(wanted.losses[0], rel=1e-5)
     np.testing.assert_allclose(found.losses, wanted.losses, rtol=1e-3)
     np.testing.assert_allclose(found.norms, wanted.norms, rtol=1e-3)
-    for number in (0, -1):
-        np.testing.assert_allclose(
-            found.logp[number], wanted.logp[number], atol=1e-4, rtol=0
-        )
+    np.testing.assert_allclose(found.logp, wanted.logp, atol=1e-4, rtol=0)
 
 
 def test_our_token_ids_are_trl_s(folder, trl_script):
