@@ -107,7 +107,11 @@ def _answer_logp(
     if vector is not None:
         scored = scored + read_at(vector, batch.score_slot // 2).astype(scored.dtype)
     token_logp = sequence.token_logp(
-        scored, policy.decoder.head_weight, batch.score_token, chunk=chunk
+        scored,
+        policy.decoder.head_weight,
+        batch.score_token,
+        batch.score_mask,
+        chunk=chunk,
     )
     slots = batch.pair_mask.shape[1]
     logp = sequence.sum_by_answer(

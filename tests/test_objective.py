@@ -440,3 +440,34 @@ def test_draws_depend_on_the_pair_and_not_on_its_row():
     other = prior_weights({"rows": 4, "row_length": 96, "pairs_per_row": 8})
     np.testing.assert_allclose(one, other, atol=1e-5)
     assert np.abs(one - latent_models.one_code(jnp.asarray(one))).max() > 1e-3
+
+
+def test_loss_and_gradient_hold_less_than_one_tensor_of_logits():
+    """At Llama 3's vocabulary, against fp32 logits of the answers, padded and apart."""
+    architecture = tiny.changed(vocabulary=128_256)
+    some = tiny.pairs(4, longest=60)
+    (batch,) = tiny.batches(some, rows=1, row_length=512)
+    graph, params = tiny.split_policy(architecture)
+    config = tiny.config()
+
+    def total(params):
+        scores = objective.score_training(
+            nnx.merge(graph, params),
+            batch,
+            latent=config.latent,
+            key=jax.random.key(0),
+            progress=jnp.asarray(0.5),
+            chunk=64,
+        )
+        value, _, _ = objective.terms(config.loss, config.latent, scores, batch)
+        return value
+
+    compiled = jax.jit(jax.value_and_grad(total)).lower(params).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    longest = max(
+        len(pair.prompt) + len(answer)
+        for pair in some
+        for answer in (pair.chosen, pair.rejected)
+    )
+    logits = 2 * len(some) * longest * architecture.vocabulary * 4
+    assert temporary < logits / 3  # measured: 0.22

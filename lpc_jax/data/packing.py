@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED, Batch
 
-# Room for scored positions beyond the data's average share of a row.
-_SCORED_SLACK = 1.1
+# Room for scored positions beyond the data's average share of a row: enough not to keep
+# pairs out of a row. Chunks that stay empty cost no pass through the LM head.
+_SCORED_SLACK = 1.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,9 @@ def row_shape(
 ) -> RowShape:
     """The smallest shape that packs these pairs well.
 
-    Scored positions cost a pass through the LM head each, so a row holds as many as
-    the data's own share of scored tokens asks for, and no fewer than the longest pair
-    needs; the packer fills rows within both limits.
+    A row has room for more scored positions than the data's own share of scored tokens
+    asks for, and for no fewer than the longest pair needs; the packer fills rows within
+    both limits.
 
     Args:
         lengths: Of every pair of the run.

@@ -7,8 +7,6 @@ pass computes each chunk again.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
@@ -20,45 +18,98 @@ def token_logp(
     hidden: Float[Array, "R S D"],
     head: Float[Array, "V D"],
     tokens: Int[Array, "R S"],
+    mask: Bool[Array, "R S"],
     *,
     chunk: int,
 ) -> Float[Array, "R S"]:
-    """log softmax(head @ hidden)[token] at every position, in fp32.
+    """log softmax(head @ hidden)[token] at every scored position, in fp32.
 
     Args:
         hidden: Last hidden states (plus z) in the compute dtype; gradient flows.
         head: The LM head; cast to the dtype of ``hidden`` chunk by chunk, so that
             its gradient is summed in its own precision.
         tokens: The token to score at each position.
+        mask: False where a position is padding. Chunks after the last scored position
+            of the longest row are not computed, forward or backward.
         chunk: Positions of a row scored at a time.
 
     Returns:
-        Log-probabilities in nats.
+        Log-probabilities in nats; 0 in chunks that were not computed.
     """
-    rows, positions, width = hidden.shape
+    positions = tokens.shape[1]
     chunk = min(chunk, positions)
-    padding = -positions % chunk
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    tokens = jnp.pad(tokens, ((0, 0), (0, padding)))
-    in_chunks = hidden.reshape(rows, -1, chunk, width).swapaxes(0, 1)
-    tokens_in_chunks = tokens.reshape(rows, -1, chunk).swapaxes(0, 1)
+    last = jnp.max(jnp.where(mask, jnp.arange(1, positions + 1), 0))
+    chunks = -(-last // chunk)
+    scores = _scan(_in_chunks(hidden, chunk), head, _in_chunks(tokens, chunk), chunks)
+    return scores.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, :positions]
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def score(inputs: tuple[Array, Array]) -> Array:
-        chunk_hidden, chunk_tokens = inputs
-        logits = jnp.einsum(
-            "RSD,VD->RSV",
-            chunk_hidden,
-            head.astype(chunk_hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        logits = axes.constrain(logits, "R S V")
+
+def _in_chunks(x: Num[Array, "R S ..."], chunk: int) -> Num[Array, "chunks R Q ..."]:
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, -x.shape[1] % chunk)
+    x = jnp.pad(x, padding)
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _logits(
+    hidden: Float[Array, "R Q D"], head: Float[Array, "V D"]
+) -> Float[Array, "R Q V"]:
+    logits = jnp.einsum(
+        "RQD,VD->RQV",
+        hidden,
+        head.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return axes.constrain(logits, "R S V")
+
+
+# By hand, since JAX differentiates no loop whose length the data decides.
+@jax.custom_vjp
+def _scan(
+    hidden: Float[Array, "chunks R Q D"],
+    head: Float[Array, "V D"],
+    tokens: Int[Array, "chunks R Q"],
+    chunks: Int[Array, ""],
+) -> Float[Array, "chunks R Q"]:
+    return _scan_forward(hidden, head, tokens, chunks)[0]
+
+
+def _scan_forward(hidden, head, tokens, chunks):
+    def score(i, carry):
+        scores, normalisers = carry
+        logits = _logits(hidden[i], head)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, chunk_tokens[..., None], axis=-1)
-        return picked[..., 0] - normaliser
+        picked = jnp.take_along_axis(logits, tokens[i][..., None], axis=-1)[..., 0]
+        return scores.at[i].set(picked - normaliser), normalisers.at[i].set(normaliser)
 
-    scores = jax.lax.map(score, (in_chunks, tokens_in_chunks))
-    return scores.swapaxes(0, 1).reshape(rows, -1)[:, :positions]
+    zeros = jnp.zeros(tokens.shape, jnp.float32)
+    scores, normalisers = jax.lax.fori_loop(0, chunks, score, (zeros, zeros))
+    return scores, (hidden, head, tokens, chunks, normalisers)
+
+
+def _scan_backward(residuals, gradient):
+    hidden, head, tokens, chunks, normalisers = residuals
+
+    def unscore(i, carry):
+        d_hidden, d_head = carry
+        logits = _logits(hidden[i], head)
+        # d log p(token) = one-hot(token) - p.
+        d_logits = jax.nn.one_hot(tokens[i], head.shape[0]) - jnp.exp(
+            logits - normalisers[i][..., None]
+        )
+        d_logits = (d_logits * gradient[i][..., None]).astype(hidden.dtype)
+        of_hidden = jnp.einsum("RQV,VD->RQD", d_logits, head.astype(hidden.dtype))
+        of_head = jnp.einsum(
+            "RQV,RQD->VD", d_logits, hidden[i], preferred_element_type=head.dtype
+        )
+        return d_hidden.at[i].set(of_hidden), d_head + of_head
+
+    zeros = jnp.zeros_like(hidden), jnp.zeros_like(head)
+    d_hidden, d_head = jax.lax.fori_loop(0, chunks, unscore, zeros)
+    return d_hidden, d_head, None, None
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
 
 
 def sum_by_answer(

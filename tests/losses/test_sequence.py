@@ -9,6 +9,7 @@ RNG = np.random.default_rng(0)
 HIDDEN = RNG.normal(size=(2, 11, 8))
 HEAD = RNG.normal(size=(23, 8))
 TOKENS = RNG.integers(0, 23, size=(2, 11))
+ALL = jnp.ones((2, 11), bool)
 
 
 def float64_logp():
@@ -20,7 +21,7 @@ def float64_logp():
 @pytest.mark.parametrize("chunk", [1, 4, 11, 64])
 def test_token_logp_equals_float64_log_softmax_for_any_chunk(chunk):
     found = sequence.token_logp(
-        jnp.float32(HIDDEN), jnp.float32(HEAD), jnp.asarray(TOKENS), chunk=chunk
+        jnp.float32(HIDDEN), jnp.float32(HEAD), jnp.asarray(TOKENS), ALL, chunk=chunk
     )
     np.testing.assert_allclose(found, float64_logp(), rtol=1e-5, atol=1e-5)
 
@@ -29,7 +30,7 @@ def test_gradients_of_chunks_equal_the_unchunked_ones():
     weights = jnp.float32(RNG.normal(size=(2, 11)))
 
     def total(hidden, head, chunk):
-        logp = sequence.token_logp(hidden, head, jnp.asarray(TOKENS), chunk=chunk)
+        logp = sequence.token_logp(hidden, head, jnp.asarray(TOKENS), ALL, chunk=chunk)
         return jnp.sum(weights * logp)
 
     def plain(hidden, head):
@@ -45,6 +46,29 @@ def test_gradients_of_chunks_equal_the_unchunked_ones():
     )
 
 
+@pytest.mark.parametrize(("scored", "computed"), [(0, 0), (1, 4), (4, 4), (5, 8)])
+def test_chunks_without_a_scored_position_are_not_computed(scored, computed):
+    """NaN where nothing may be read: it would show in values and gradients."""
+    hidden = jnp.float32(HIDDEN).at[:, computed:].set(jnp.nan)
+    mask = jnp.zeros((2, 11), bool).at[1, :scored].set(True)
+
+    def total(hidden, head):
+        logp = sequence.token_logp(hidden, head, jnp.asarray(TOKENS), mask, chunk=4)
+        return jnp.sum(jnp.where(mask, logp, 0.0)), logp
+
+    gradients, logp = jax.grad(total, (0, 1), has_aux=True)(hidden, jnp.float32(HEAD))
+    np.testing.assert_allclose(logp[:, computed:], 0.0)
+    np.testing.assert_allclose(
+        logp[:, :computed], float64_logp()[:, :computed], atol=1e-5
+    )
+    probabilities = np.exp(HIDDEN @ HEAD.T)
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    d_logits = (np.eye(23)[TOKENS] - probabilities) * np.asarray(mask)[..., None]
+    expected = (d_logits @ HEAD, np.einsum("RSV,RSD->VD", d_logits, HIDDEN))
+    for found, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_logits_of_all_positions_are_never_held():
     rows, positions, vocabulary = 2, 256, 512
     hidden = jnp.zeros((rows, positions, 8))
@@ -52,7 +76,8 @@ def test_logits_of_all_positions_are_never_held():
     tokens = jnp.zeros((rows, positions), jnp.int32)
 
     def total(hidden, head):
-        return sequence.token_logp(hidden, head, tokens, chunk=16).sum()
+        mask = jnp.ones_like(tokens, bool)
+        return sequence.token_logp(hidden, head, tokens, mask, chunk=16).sum()
 
     lowered = jax.jit(jax.grad(total, (0, 1))).lower(hidden, head)
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
