@@ -40,11 +40,15 @@ def token_logp(
     chunk = min(chunk, positions)
     last = jnp.max(jnp.where(mask, jnp.arange(1, positions + 1), 0))
     chunks = -(-last // chunk)
-    scores = _scan(_in_chunks(hidden, chunk), head, _in_chunks(tokens, chunk), chunks)
+    scores = _score_chunks(
+        _in_chunks(hidden, chunk), head, _in_chunks(tokens, chunk), chunks
+    )
     return scores.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, :positions]
 
 
-def _in_chunks(x: Num[Array, "R S ..."], chunk: int) -> Num[Array, "chunks R Q ..."]:
+def _in_chunks(
+    x: Num[Array, "R S ..."], chunk: int
+) -> Num[Array, "chunks R chunk ..."]:
     padding = [(0, 0)] * x.ndim
     padding[1] = (0, -x.shape[1] % chunk)
     x = jnp.pad(x, padding)
@@ -52,8 +56,8 @@ def _in_chunks(x: Num[Array, "R S ..."], chunk: int) -> Num[Array, "chunks R Q .
 
 
 def _logits(
-    hidden: Float[Array, "R Q D"], head: Float[Array, "V D"]
-) -> Float[Array, "R Q V"]:
+    hidden: Float[Array, "R chunk D"], head: Float[Array, "V D"]
+) -> Float[Array, "R chunk V"]:
     logits = jnp.einsum(
         "RQD,VD->RQV",
         hidden,
@@ -65,16 +69,16 @@ def _logits(
 
 # By hand, since JAX differentiates no loop whose length the data decides.
 @jax.custom_vjp
-def _scan(
-    hidden: Float[Array, "chunks R Q D"],
+def _score_chunks(
+    hidden: Float[Array, "chunks R chunk D"],
     head: Float[Array, "V D"],
-    tokens: Int[Array, "chunks R Q"],
+    tokens: Int[Array, "chunks R chunk"],
     chunks: Int[Array, ""],
-) -> Float[Array, "chunks R Q"]:
-    return _scan_forward(hidden, head, tokens, chunks)[0]
+) -> Float[Array, "chunks R chunk"]:
+    return _score_forward(hidden, head, tokens, chunks)[0]
 
 
-def _scan_forward(hidden, head, tokens, chunks):
+def _score_forward(hidden, head, tokens, chunks):
     def score(i, carry):
         scores, normalisers = carry
         logits = _logits(hidden[i], head)
@@ -87,10 +91,10 @@ def _scan_forward(hidden, head, tokens, chunks):
     return scores, (hidden, head, tokens, chunks, normalisers)
 
 
-def _scan_backward(residuals, gradient):
+def _score_backward(residuals, gradient):
     hidden, head, tokens, chunks, normalisers = residuals
 
-    def unscore(i, carry):
+    def differentiate(i, carry):
         d_hidden, d_head = carry
         logits = _logits(hidden[i], head)
         # d log p(token) = one-hot(token) - p.
@@ -105,11 +109,11 @@ def _scan_backward(residuals, gradient):
         return d_hidden.at[i].set(of_hidden), d_head + of_head
 
     zeros = jnp.zeros_like(hidden), jnp.zeros_like(head)
-    d_hidden, d_head = jax.lax.fori_loop(0, chunks, unscore, zeros)
+    d_hidden, d_head = jax.lax.fori_loop(0, chunks, differentiate, zeros)
     return d_hidden, d_head, None, None
 
 
-_scan.defvjp(_scan_forward, _scan_backward)
+_score_chunks.defvjp(_score_forward, _score_backward)
 
 
 def sum_by_answer(

@@ -31,15 +31,15 @@ _UNSEEN = -1e30
 
 
 def visible(
-    query_positions: Int[Array, "*R Q"],
-    query_pair: Int[Array, "*R Q"],
-    query_branch: Int[Array, "*R Q"],
+    query_positions: Int[Array, "*R queries"],
+    query_pair: Int[Array, "*R queries"],
+    query_branch: Int[Array, "*R queries"],
     key_positions: Int[Array, "*R T"],
     key_pair: Int[Array, "*R T"],
     key_branch: Int[Array, "*R T"],
     *,
     sliding_window: int | None,
-) -> Bool[Array, "*R Q T"]:
+) -> Bool[Array, "*R queries T"]:
     """Which key (last axis) each query may attend to: the rule of ``types.Batch``."""
     distance = query_positions[..., :, None] - key_positions[..., None, :]
     same_pair = query_pair[..., :, None] == key_pair[..., None, :]
@@ -91,7 +91,7 @@ def attend(
     return _forward(query, key, value, layout, first, sliding_window)[0]
 
 
-def _to_blocks(x: Float[Array, "T K G H"]) -> Float[Array, "blocks K GB H"]:
+def _to_blocks(x: Float[Array, "T K group H"]) -> Float[Array, "blocks K queries H"]:
     """Cut into blocks; the queries that share a key head lie side by side."""
     length, kv_heads, group, width = x.shape
     x = jnp.pad(x, ((0, -length % BLOCK), (0, 0), (0, 0), (0, 0)))
@@ -100,8 +100,8 @@ def _to_blocks(x: Float[Array, "T K G H"]) -> Float[Array, "blocks K GB H"]:
 
 
 def _from_blocks(
-    x: Float[Array, "blocks K GB H"], length: int
-) -> Float[Array, "T K G H"]:
+    x: Float[Array, "blocks K queries H"], length: int
+) -> Float[Array, "T K group H"]:
     blocks, kv_heads, _, width = x.shape
     x = x.reshape(blocks, kv_heads, -1, BLOCK, width).transpose(0, 3, 1, 2, 4)
     return x.reshape(blocks * BLOCK, kv_heads, -1, width)[:length]
@@ -116,7 +116,9 @@ class _Row:
         self.length, self.group = length, heads // kv_heads
         self.scale = 1 / math.sqrt(width)
         self.query = self.cut(query) * self.scale
-        self.key, self.value = (_to_blocks(x[:, :, None]) for x in (key, value))
+        self.key, self.value = (
+            _to_blocks(x[:, :, None].astype(jnp.float32)) for x in (key, value)
+        )
         fill = (0, NO_PAIR, PROMPT)
         self.layout = [
             jnp.pad(x, (0, -length % BLOCK), constant_values=f).reshape(-1, BLOCK)
@@ -124,11 +126,11 @@ class _Row:
         ]
         self.first, self.sliding_window = first, sliding_window
 
-    def cut(self, x: Float[Array, "T N H"]) -> Float[Array, "blocks K GB H"]:
+    def cut(self, x: Float[Array, "T N H"]) -> Float[Array, "blocks K queries H"]:
         grouped = x.reshape(self.length, -1, self.group, x.shape[-1])
         return _to_blocks(grouped.astype(jnp.float32))
 
-    def join(self, x: Float[Array, "blocks K GB H"]) -> Float[Array, "T N H"]:
+    def join(self, x: Float[Array, "blocks K queries H"]) -> Float[Array, "T N H"]:
         return _from_blocks(x, self.length).reshape(self.length, -1, x.shape[-1])
 
     def scores(self, i: Array, j: Array) -> tuple[Array, Array]:

@@ -23,12 +23,13 @@ INITIAL_SCALE = 0.02
 
 # The name under which remat policies know results of ``project``.
 _PRODUCT = "product"
-_DOTS = jax.checkpoint_policies.save_only_these_names(_PRODUCT, block_attention.KEPT)
 # What the backward pass finds kept of a block: its input alone, or also the results of
-# matrix products (there or moved to the host's memory) but for attention's scores.
+# matrix products but for attention's scores.
 REMAT_POLICIES = {
     "block": None,
-    "dots": _DOTS,
+    "dots": jax.checkpoint_policies.save_only_these_names(
+        _PRODUCT, block_attention.KEPT
+    ),
 }
 
 
@@ -87,7 +88,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
 
 
 def project(
-    x: Float[Array, "R T X"], weight: Float[Array, "X *out"]
+    x: Float[Array, "R T inputs"], weight: Float[Array, "inputs *out"]
 ) -> Float[Array, "R T *out"]:
     """x @ weight in the dtype of ``x``; the weight's gradient is summed in its own."""
     out = weight.shape[1:]

@@ -135,7 +135,7 @@ def _require_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
             for name, value in manifest["settings"].items()
             if not name.startswith(FREE_ON_RESUME)
         }
-        digests = {name for name in manifest if name.endswith("_digest")}
+        digests = [name for name in manifest if name.endswith("_digest")]
         return kept | {name: manifest[name] for name in digests}
 
     # Through JSON, as the saved one went: tuples are lists on both sides.
