@@ -16,7 +16,8 @@ HAS := $(VENV)/.has
 
 # Huge pages for large allocations save a tenth of the time where glibc has them.
 quickstart: $(HAS)-quickstart
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python scripts/train.py --config configs/quickstart.py $(ARGS)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
+	    $(BIN)/python scripts/train.py --config configs/quickstart.py $(ARGS)
 
 test: $(HAS)-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)

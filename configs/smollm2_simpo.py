@@ -10,7 +10,7 @@ Run:
 Expected: what ``docs/results.md`` has; on other pairs, look at the first evaluations
 before trusting these rates.
 
-Hardware: 2 CPU cores and 8 GB; 100 to 200 tokens a second.
+Hardware: 2 CPU cores and 8 GB; 60 to 120 tokens a second measured.
 """
 
 from lpc_jax.config import (
