@@ -341,12 +341,23 @@ class Packing(Settings):
     rows: int = 8
     """Rows per micro-batch over all devices; a multiple of data x fsdp."""
     row_length: int = 2048
-    """Tokens per row; a pair takes prompt + chosen + rejected of one row."""
+    """Most tokens per row; a pair takes prompt + chosen + rejected of one row."""
+    length_choices: int = 1
+    """A micro-batch's rows may be 1, 2, ... of so many equal parts of row_length long:
+    less padding where a step is few micro-batches, and as many programs to compile."""
     pairs_per_row: int = 16
     """Most pairs in one row."""
 
     def _check(self) -> None:
-        self._require_positive("pairs_per_step", "rows", "row_length", "pairs_per_row")
+        self._require_positive(
+            "pairs_per_step", "rows", "row_length", "length_choices", "pairs_per_row"
+        )
+        self._require(
+            self.row_length % self.length_choices == 0,
+            "length_choices",
+            f"must divide packing.row_length = {self.row_length}",
+            "",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,19 +22,24 @@ _SCORED_SLACK = 1.3
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """The one static shape of every micro-batch of a run.
+    """The few static shapes of a run's micro-batches.
 
     Attributes:
         rows: R.
-        row_length: T, in tokens.
+        row_lengths: Choices of T, in tokens, ascending.
         pair_slots: P.
-        scored: S, scored positions in a row.
+        scored: S, scored positions in a row of the greatest length; a shorter row has
+            no more of them than tokens.
     """
 
     rows: int
-    row_length: int
+    row_lengths: tuple[int, ...]
     pair_slots: int
     scored: int
+
+    def holding(self, tokens: int) -> int:
+        """The smallest row length that holds so many tokens."""
+        return next(length for length in self.row_lengths if length >= tokens)
 
 
 def pair_lengths(pairs: Sequence[TokenizedPair]) -> Int[np.ndarray, "B 3"]:
@@ -48,10 +53,11 @@ def row_shape(
     *,
     rows: int,
     row_length: int,
+    length_choices: int,
     pairs_per_row: int,
     score_chunk: int,
 ) -> RowShape:
-    """The smallest shape that packs these pairs well.
+    """The smallest shapes that pack these pairs well.
 
     A row has room for more scored positions than the data's own share of scored tokens
     asks for, and for no fewer than the longest pair needs; the packer fills rows within
@@ -60,7 +66,8 @@ def row_shape(
     Args:
         lengths: Of every pair of the run.
         rows: Rows in a micro-batch.
-        row_length: Tokens in a row.
+        row_length: Most tokens in a row.
+        length_choices: Rows may be so many equal parts of it long; divides it.
         pairs_per_row: Most pairs in a row.
         score_chunk: Scored positions are rounded up to a multiple of it.
 
@@ -80,19 +87,50 @@ def row_shape(
     typical = row_length * scored.sum() / totals.sum() * _SCORED_SLACK
     wanted = max(int(scored.max()), int(typical))
     wanted += -wanted % score_chunk
-    return RowShape(rows, row_length, pairs_per_row, min(wanted, row_length))
+    part = row_length // length_choices
+    row_lengths = tuple(range(part, row_length + 1, part))
+    return RowShape(rows, row_lengths, pairs_per_row, min(wanted, row_length))
 
 
-def plan_rows(lengths: Int[np.ndarray, "B 3"], shape: RowShape) -> list[list[int]]:
-    """First-fit decreasing: which pairs share which row.
+def plan_micro_batches(
+    lengths: Int[np.ndarray, "B 3"], shape: RowShape
+) -> list[tuple[int, list[list[int]]]]:
+    """Which pairs share which row, and which rows a micro-batch of which length.
+
+    Rows are filled up to each of the lengths that there are, those that fit a shorter
+    one are then cut to it, and the plan with the fewest tokens is taken.
 
     Args:
         lengths: Of the pairs to place.
         shape: The limits of a row.
 
     Returns:
-        Indices into ``lengths``, row by row; every pair exactly once.
+        A row length and at most R rows for each micro-batch; a row is a list of
+        indices into ``lengths``, every pair exactly once.
     """
+    totals = lengths.sum(axis=1)
+    longest = int(totals.max(initial=0))
+    plans = []
+    for most in reversed(shape.row_lengths):
+        if most < longest:
+            break
+        filled = [
+            (shape.holding(int(totals[row].sum())), row)
+            for row in _fill_rows(lengths, shape, most)
+        ]
+        filled.sort(key=lambda held: -held[0])  # stable: one length keeps the order
+        groups = [
+            filled[first : first + shape.rows]
+            for first in range(0, len(filled), shape.rows)
+        ]
+        plans.append([(group[0][0], [row for _, row in group]) for group in groups])
+    return min(plans, key=lambda plan: sum(length for length, _ in plan))
+
+
+def _fill_rows(
+    lengths: Int[np.ndarray, "B 3"], shape: RowShape, row_length: int
+) -> list[list[int]]:
+    """First-fit decreasing: indices into ``lengths``, row by row."""
     totals, scored = lengths.sum(axis=1), lengths[:, 1:].sum(axis=1)
     plan: list[list[int]] = []
     room: list[list[int]] = []  # tokens, scored positions and slots left in each row
@@ -103,7 +141,7 @@ def plan_rows(lengths: Int[np.ndarray, "B 3"], shape: RowShape) -> list[list[int
                 break
         else:
             row = []
-            left = [shape.row_length, shape.scored, shape.pair_slots]
+            left = [row_length, shape.scored, shape.pair_slots]
             plan.append(row)
             room.append(left)
         row.append(int(index))
@@ -111,11 +149,11 @@ def plan_rows(lengths: Int[np.ndarray, "B 3"], shape: RowShape) -> list[list[int
     return plan
 
 
-def _empty_batch(shape: RowShape, *, with_reference: bool) -> Batch:
+def _empty_batch(shape: RowShape, length: int, *, with_reference: bool) -> Batch:
     def zeros(*axes: int) -> np.ndarray:
         return np.zeros((shape.rows, *axes), np.int32)
 
-    length, scored, slots = shape.row_length, shape.scored, shape.pair_slots
+    scored, slots = min(shape.scored, length), shape.pair_slots
     return Batch(
         tokens=zeros(length),
         positions=zeros(length),
@@ -177,11 +215,11 @@ def micro_batches(
     *,
     reference_logp: Float[np.ndarray, "B 2"] | None,
 ) -> list[Batch]:
-    """All pairs, packed into as many micro-batches of one shape as they need.
+    """All pairs, packed into as many micro-batches as they need.
 
     Args:
         pairs: The pairs of a step, or of an evaluation set.
-        shape: The shape of every micro-batch.
+        shape: The shapes that a micro-batch may have.
         reference_logp: Summed log-probabilities of each pair's chosen and rejected
             answer under the reference, in the order of ``pairs``.
 
@@ -189,11 +227,10 @@ def micro_batches(
         Batches of NumPy arrays that hold each pair once; the last one's unused rows
         are padding.
     """
-    plan = plan_rows(pair_lengths(pairs), shape)
     batches = []
-    for first in range(0, len(plan), shape.rows):
-        batch = _empty_batch(shape, with_reference=reference_logp is not None)
-        for row, indices in enumerate(plan[first : first + shape.rows]):
+    for length, rows in plan_micro_batches(pair_lengths(pairs), shape):
+        batch = _empty_batch(shape, length, with_reference=reference_logp is not None)
+        for row, indices in enumerate(rows):
             start = scored = 0
             for slot, index in enumerate(indices):
                 start, scored = _write_pair(

@@ -230,7 +230,7 @@ class Trainer:
             f" attention: {setup.attention_backend(config)}; remat:"
             f" {config.model.remat}\n"
             f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
-            f" {shape.rows} rows x {shape.row_length} tokens,"
+            f" {shape.rows} rows x {' or '.join(map(str, shape.row_lengths))} tokens,"
             f" {shape.scored} scored a row; {self.total_steps} steps\n"
             f"{objective.formula(config.loss, config.latent)}"
         )

@@ -132,6 +132,7 @@ def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:
         packing.pair_lengths([*train, *held_out]),
         rows=packed.rows,
         row_length=packed.row_length,
+        length_choices=packed.length_choices,
         pairs_per_row=packed.pairs_per_row,
         score_chunk=config.model.score_chunk,
     )
@@ -241,6 +242,30 @@ def _load_decoder(
     )
 
 
+def reference_scorer(
+    config: cfg.Config, architecture: Architecture, mesh: Mesh
+) -> Callable[[dict[str, Any], Batch], Float[np.ndarray, "R P 2"]]:
+    """A function from a plain policy's parameters and a micro-batch to log-probs."""
+    _, graph, _ = _abstract(config, architecture, None)
+
+    @jax.jit
+    def score(params: dict[str, Any], batch: Batch) -> Array:
+        scores = objective.score_inference(
+            nnx.merge(graph, params),
+            batch,
+            latent=None,
+            key=jax.random.key(0),
+            chunk=config.model.score_chunk,
+        )
+        return scores.logp
+
+    def score_placed(params: dict[str, Any], batch: Batch) -> np.ndarray:
+        placed = sharding.place_batch(batch, mesh)
+        return np.asarray(jax.device_get(score(params, placed)))
+
+    return score_placed
+
+
 def reference_column(
     config: cfg.Config,
     start: Start,
@@ -269,22 +294,10 @@ def reference_column(
         _, _, shapes = _abstract(config, architecture, None)
         shardings = sharding.parameter_shardings(shapes, mesh)
         decoder = _load_decoder(path, architecture, shardings["decoder"])
-    _, graph, _ = _abstract(config, architecture, None)
-
-    @jax.jit
-    def score(params: dict[str, Any], batch: Batch) -> Array:
-        scores = objective.score_inference(
-            nnx.merge(graph, params),
-            batch,
-            latent=None,
-            key=jax.random.key(0),
-            chunk=config.model.score_chunk,
-        )
-        return scores.logp
+    score = reference_scorer(config, architecture, mesh)
 
     def score_batch(batch: Batch) -> np.ndarray:
-        placed = sharding.place_batch(batch, mesh)
-        return np.asarray(jax.device_get(score({"decoder": decoder}, placed)))
+        return score({"decoder": decoder}, batch)
 
     cache = reference.ReferenceCache(
         Path(config.reference.cache),

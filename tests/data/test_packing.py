@@ -13,7 +13,7 @@ def pair(prompt, chosen, rejected, pair_id=0):
 
 
 def test_one_pair_by_hand():
-    shape = packing.RowShape(rows=1, row_length=8, pair_slots=2, scored=4)
+    shape = packing.RowShape(rows=1, row_lengths=(8,), pair_slots=2, scored=4)
     (batch,) = packing.micro_batches(
         [pair([5, 6], [7, 8], [9], pair_id=3)],
         shape,
@@ -39,23 +39,51 @@ def test_one_pair_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_pair_is_packed_once_within_the_limits(seed):
+@pytest.mark.parametrize("choices", [1, 3])
+def test_every_pair_is_packed_once_within_the_limits(seed, choices):
     some = tiny.pairs(50, seed=seed)
     lengths = packing.pair_lengths(some)
     shape = packing.row_shape(
-        lengths, rows=3, row_length=48, pairs_per_row=4, score_chunk=8
+        lengths,
+        rows=3,
+        row_length=48,
+        length_choices=choices,
+        pairs_per_row=4,
+        score_chunk=8,
     )
-    plan = packing.plan_rows(lengths, shape)
-    assert sorted(index for row in plan for index in row) == list(range(50))
-    for row in plan:
-        assert lengths[row].sum() <= shape.row_length
-        assert lengths[row][:, 1:].sum() <= shape.scored
-        assert len(row) <= shape.pair_slots
+    plan = packing.plan_micro_batches(lengths, shape)
+    rows = [row for _, group in plan for row in group]
+    assert sorted(index for row in rows for index in row) == list(range(50))
+    for row_length, group in plan:
+        assert row_length in shape.row_lengths
+        assert len(group) <= 3
+        for row in group:
+            assert lengths[row].sum() <= row_length
+            assert lengths[row][:, 1:].sum() <= shape.scored
+            assert len(row) <= shape.pair_slots
     batches = packing.micro_batches(some, shape, reference_logp=None)
     ids = np.concatenate([b.pair_id[b.pair_mask] for b in batches])
     assert sorted(ids) == list(range(50))
     assert sum(int((b.branch != PADDING).sum()) for b in batches) == lengths.sum()
     assert sum(int(b.score_mask.sum()) for b in batches) == lengths[:, 1:].sum()
+
+
+def test_a_step_takes_the_row_lengths_that_waste_least():
+    # Four steps of one row each, by hand: (prompt, chosen, rejected) tokens.
+    steps = {
+        ((2, 8, 8), (2, 7, 7)): [24, 16],  # 18 and 16 tokens don't share a row
+        ((2, 7, 7), (2, 2, 2)): [24],
+        ((2, 3, 3),): [8],
+        ((1, 5, 6), (1, 5, 6), (1, 2, 3)): [24, 8],  # not 16 and 24
+    }
+    every = np.asarray([pair for some in steps for pair in some])
+    shape = packing.row_shape(
+        every, rows=1, row_length=24, length_choices=3, pairs_per_row=3, score_chunk=8
+    )
+    assert shape.row_lengths == (8, 16, 24)
+    for some, wanted in steps.items():
+        plan = packing.plan_micro_batches(np.asarray(some), shape)
+        assert [length for length, _ in plan] == wanted
 
 
 def test_a_pair_longer_than_the_row_is_refused():
@@ -65,7 +93,14 @@ def test_a_pair_longer_than_the_row_is_refused():
         " and 2 rejected tokens. Raise packing.row_length or lower data.max_length."
     )
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
-        packing.row_shape(lengths, rows=1, row_length=8, pairs_per_row=1, score_chunk=4)
+        packing.row_shape(
+            lengths,
+            rows=1,
+            row_length=8,
+            length_choices=1,
+            pairs_per_row=1,
+            score_chunk=4,
+        )
     assert str(error.value) == message
 
 

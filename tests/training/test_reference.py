@@ -21,7 +21,7 @@ from lpc_jax.training import reference
 from lpc_jax.types import Batch
 from tests import runs, tiny
 
-SHAPE = packing.RowShape(rows=2, row_length=48, pair_slots=4, scored=32)
+SHAPE = packing.RowShape(rows=2, row_lengths=(48,), pair_slots=4, scored=32)
 DIGEST = "0123456789abcdef" * 4
 
 

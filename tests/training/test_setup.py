@@ -64,6 +64,7 @@ TESTED_IN = {
     "packing.pairs_per_step": "test_how_many_steps_a_run_has",
     "packing.rows": "test_the_shape_of_a_micro_batch",
     "packing.row_length": "test_the_shape_of_a_micro_batch",
+    "packing.length_choices": "test_shorter_rows_do_the_same_update",
     "packing.pairs_per_row": "test_the_shape_of_a_micro_batch",
     "optimizer.name": "tests/training/test_optimizer.py",
     "optimizer.options": "tests/training/test_optimizer.py",
@@ -379,11 +380,18 @@ def test_how_many_steps_a_run_has(folder, changes, steps):
         assert sum(sizes) == 40 * changes["training"].get("epochs", 1)
 
 
+def test_shorter_rows_do_the_same_update(folder, base):
+    packing = {"row_length": 160, "length_choices": 4}
+    made = config(folder, latent=lpc(), packing=packing)
+    assert read(made).shape.row_lengths == (40, 80, 120, 160)
+    assert first_update(made) == pytest.approx(base, rel=1e-4, abs=1e-5)
+
+
 def test_the_shape_of_a_micro_batch(folder, base):
     packing = {"rows": 3, "row_length": 200, "pairs_per_row": 2}
     made = config(folder, latent=lpc(), packing=packing)
     shape = read(made).shape
-    assert (shape.rows, shape.row_length, shape.pair_slots) == (3, 200, 2)
+    assert (shape.rows, shape.row_lengths, shape.pair_slots) == (3, (200,), 2)
     assert first_update(made) == pytest.approx(base, rel=1e-4, abs=1e-5)
 
 

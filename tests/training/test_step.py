@@ -77,7 +77,7 @@ def test_losses_are_the_same_on_any_mesh(devices, tensor, on_one_device):
 def test_nothing_compiles_after_the_first_step_whatever_its_pairs():
     graph, params = tiny.split_policy()
     harness = Harness(graph, params, tiny.config(), steps=4)
-    shape = packing.RowShape(rows=2, row_length=48, pair_slots=4, scored=32)
+    shape = packing.RowShape(rows=2, row_lengths=(48,), pair_slots=4, scored=32)
     compiled = []
 
     def listen(event, _, **__):
