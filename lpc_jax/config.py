@@ -147,14 +147,42 @@ class Model(Settings):
     attention: Literal["auto", "xla", "blocks"] = "auto"
     """Attention backend: xla holds a row's scores under a mask, blocks walks them a
     block at a time and skips what is masked. auto: blocks on CPU, else xla."""
-    remat: Literal["none", "dots", "block"] = "block"
-    """What the backward pass recomputes: nothing, all but matrix products, or each
-    decoder block."""
+    remat: Literal["none", "dots", "offload", "block"] = "block"
+    """What the backward pass recomputes: nothing; all but matrix products; likewise,
+    their results waiting in the host's memory; or each decoder block."""
     score_chunk: int = 128
     """Scored positions of a row that meet the LM head at a time."""
 
     def _check(self) -> None:
         self._require_positive("score_chunk")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapters(Settings):
+    """Low-rank adapters (Hu et al. 2021): the decoder is frozen, they are trained.
+
+    The decoder's matrices are kept in the compute dtype. The latent is trained in full.
+    """
+
+    section: typing.ClassVar[str] = "adapters."
+
+    rank: int = 16
+    """Inner width r of each adapter."""
+    alpha: float = 32.0
+    """An adapter's product is scaled by alpha / rank."""
+    targets: tuple[
+        Literal["query", "key", "value", "output", "gate", "up", "down"], ...
+    ] = ("query", "key", "value", "output", "gate", "up", "down")
+    """The matrices of each block that get one."""
+
+    def _check(self) -> None:
+        self._require_positive("rank", "alpha")
+        self._require(
+            len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
+            "targets",
+            "must name at least one matrix, each once",
+            "Use adapters=None for full fine-tuning.",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -378,7 +406,7 @@ class Optimizer(Settings):
     )
     """Its keyword arguments. weight_decay spares norms, biases and the codebook."""
     learning_rate: float = 5e-7
-    """Peak learning rate of the decoder."""
+    """Peak learning rate of the decoder, or of its adapters."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After warmup: down to 0 by a half cosine or a line, or level."""
     warmup_fraction: float = 0.1
@@ -472,6 +500,13 @@ class Run(Settings):
     """Continue from the latest checkpoint in the run folder."""
     overwrite: bool = False
     """Replace a run folder that already holds a run."""
+    profile: int | None = None
+    """Write a trace of so many updates, after the first two, to the run folder."""
+    compilation_cache: str | None = ".cache/compiled"
+    """Folder of compiled programs, found again by the next run; None: none kept."""
+
+    def _check(self) -> None:
+        self._require_positive("profile")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -483,6 +518,7 @@ class Config(Settings):
     model: Model
     loss: Dpo | Ipo | Simpo
     data: Data
+    adapters: Adapters | None = None
     latent: Latent | None = dataclasses.field(default_factory=Latent)
     packing: Packing = dataclasses.field(default_factory=Packing)
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
@@ -559,7 +595,8 @@ def load(argv: Sequence[str] | None = None) -> Config:
 
     ``--config FILE`` names the file; every other flag overrides one field, as in
     ``--optimizer.learning-rate 3e-7``. ``--help`` lists them all, ``--resume`` is
-    short for ``--run.resume``, and ``--latent None`` runs the plain algorithm.
+    short for ``--run.resume``, ``--profile N`` for ``--run.profile N``, and ``--latent
+    None`` runs the plain algorithm.
 
     Raises:
         ValueError: No config named, or a value that its setting refuses.
@@ -569,6 +606,7 @@ def load(argv: Sequence[str] | None = None) -> Config:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config", nargs="?")
     own.add_argument("--resume", action="store_true")
+    own.add_argument("--profile")
     own.add_argument("--latent", nargs="?", default="as in the file")
     short, overrides = own.parse_known_args(argv)
     if short.config is None:
@@ -586,6 +624,8 @@ def load(argv: Sequence[str] | None = None) -> Config:
         )
     if short.resume:
         overrides.append("--run.resume")
+    if short.profile is not None:
+        overrides += ["--run.profile", short.profile]
     return tyro.cli(
         Config,
         default=config,

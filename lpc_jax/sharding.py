@@ -28,6 +28,14 @@ PARAMETER_TABLE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
     r"decoder/blocks/attention/output": (None, _T, None, _F),  # L N H D
     r"decoder/blocks/mlp/(gate|up)": (None, _F, _T),  # L D F
     r"decoder/blocks/mlp/down": (None, _T, _F),  # L F D
+    r"adapters/attention/(query|key|value)/a": (None, _F, None),  # L D r
+    r"adapters/attention/(query|key|value)/b": (None, None, _T, None),  # L r N H
+    r"adapters/attention/output/a": (None, _T, None, None),  # L N H r
+    r"adapters/attention/output/b": (None, None, _F),  # L r D
+    r"adapters/mlp/(gate|up)/a": (None, _F, None),  # L D r
+    r"adapters/mlp/(gate|up)/b": (None, None, _T),  # L r F
+    r"adapters/mlp/down/a": (None, _T, None),  # L F r
+    r"adapters/mlp/down/b": (None, None, _F),  # L r D
     r"latent/codebook": (None, _F),  # C D
     r"latent/(prior|posterior)_mlp/input_(mean|spread)": (None,),
     r"latent/(prior|posterior)_mlp/hidden_kernel": (_F, None),
@@ -151,7 +159,18 @@ def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(find, tree)
 
 
+def _batch_rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     """The micro-batch on the mesh, rows split over data and fsdp."""
-    rows = NamedSharding(mesh, P(("data", "fsdp")))
-    return jax.device_put(batch, rows)
+    return jax.device_put(batch, _batch_rows(mesh))
+
+
+def abstract_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """Shapes and shardings of ``place_batch``'s result, to compile programs with."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_batch_rows(mesh)),
+        batch,
+    )

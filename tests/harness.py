@@ -59,7 +59,7 @@ class Harness:
         for batch in batches:
             placed = sharding.place_batch(batch, self.mesh)
             term = self.programs.gradients(
-                self.state.params, placed, self.state.key, self.state.step
+                self.state.params, {}, placed, self.state.key, self.state.step
             )
             total = term if total is None else self.programs.add(total, term)
         gradients, sums = total
@@ -74,7 +74,7 @@ def load_policy(path: Path, *, remat: str = "none") -> tuple[nnx.GraphDef, Any]:
     architecture = weights.read_architecture(path)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     decoder = weights.load(
-        path, architecture, dtype=jnp.float32, sharding_of=lambda _: here
+        path, architecture, dtype_of=lambda _: jnp.float32, sharding_of=lambda _: here
     )
     graph, _ = nnx.split(
         nnx.eval_shape(
@@ -83,6 +83,7 @@ def load_policy(path: Path, *, remat: str = "none") -> tuple[nnx.GraphDef, Any]:
                 compute_dtype=jnp.dtype("float32"),
                 attention_backend="blocks",
                 remat=remat,
+                adapters=None,
                 latent=None,
                 key=jax.random.key(0),
             )

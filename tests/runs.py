@@ -56,7 +56,7 @@ def config(folder: Path, **changes: Any) -> cfg.Config:
         "optimizer": cfg.Optimizer(learning_rate=3e-3),
         "training": cfg.Training(steps=6, checkpoint_every=3),
         "reference": cfg.Reference(cache=str(folder / "reference")),
-        "run": cfg.Run(folder=str(folder / "runs")),
+        "run": cfg.Run(folder=str(folder / "runs"), compilation_cache=None),
     }
     for name, change in changes.items():
         if isinstance(change, dict):

@@ -89,6 +89,18 @@ def test_baseline_is_its_twin_but_for_name_and_latent(name):
     assert dataclasses.replace(baseline, name=twin.name, latent=twin.latent) == twin
 
 
+@pytest.mark.parametrize("name", ["llama3_simpo", "mistral_7b_dpo"])
+def test_adapters_of_a_config_change_nothing_but_what_they_must(name):
+    full, low_rank = load(name), load(f"{name}_lora")
+    assert low_rank.adapters == cfg.Adapters(rank=16, alpha=16.0)
+    packing = dataclasses.replace(low_rank.packing, rows=full.packing.rows)
+    rate = full.optimizer.learning_rate
+    optimizer = dataclasses.replace(low_rank.optimizer, learning_rate=rate)
+    assert full == dataclasses.replace(
+        low_rank, name=name, adapters=None, packing=packing, optimizer=optimizer
+    )
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_settings_are_the_published_ones(model, loss):

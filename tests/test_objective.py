@@ -248,7 +248,7 @@ def test_unscored_positions_do_not_change_the_loss():
         return objective.terms(config.loss, config.latent, scores, batch)[0]
 
     np.testing.assert_array_equal(
-        total(model), total(Disturbed(model.decoder, model.latent))
+        total(model), total(Disturbed(model.decoder, None, model.latent))
     )
 
 

@@ -56,6 +56,7 @@ def split_policy(
     architecture: Architecture = ARCHITECTURE,
     latent: dict[str, Any] | None = LATENT,
     *,
+    adapters: dict[str, Any] | None = None,
     seed: int = 0,
     remat: str = "block",
 ) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -67,6 +68,7 @@ def split_policy(
             compute_dtype=jnp.dtype("float32"),
             attention_backend="blocks",
             remat=remat,
+            adapters=adapters,
             latent=latent,
             key=key,
         )

@@ -149,7 +149,9 @@ def _fill_rows(
     return plan
 
 
-def _empty_batch(shape: RowShape, length: int, *, with_reference: bool) -> Batch:
+def empty_batch(shape: RowShape, length: int, *, with_reference: bool) -> Batch:
+    """A micro-batch of padding alone, its rows of one of the shape's lengths."""
+
     def zeros(*axes: int) -> np.ndarray:
         return np.zeros((shape.rows, *axes), np.int32)
 
@@ -229,7 +231,7 @@ def micro_batches(
     """
     batches = []
     for length, rows in plan_micro_batches(pair_lengths(pairs), shape):
-        batch = _empty_batch(shape, length, with_reference=reference_logp is not None)
+        batch = empty_batch(shape, length, with_reference=reference_logp is not None)
         for row, indices in enumerate(rows):
             start = scored = 0
             for slot, index in enumerate(indices):

@@ -75,10 +75,10 @@ def _score_chunks(
     tokens: Int[Array, "chunks R chunk"],
     chunks: Int[Array, ""],
 ) -> Float[Array, "chunks R chunk"]:
-    return _score_forward(hidden, head, tokens, chunks)[0]
+    return _scores_and_normalisers(hidden, head, tokens, chunks)[0]
 
 
-def _score_forward(hidden, head, tokens, chunks):
+def _scores_and_normalisers(hidden, head, tokens, chunks):
     def score(i, carry):
         scores, normalisers = carry
         logits = _logits(hidden[i], head)
@@ -87,12 +87,20 @@ def _score_forward(hidden, head, tokens, chunks):
         return scores.at[i].set(picked - normaliser), normalisers.at[i].set(normaliser)
 
     zeros = jnp.zeros(tokens.shape, jnp.float32)
-    scores, normalisers = jax.lax.fori_loop(0, chunks, score, (zeros, zeros))
-    return scores, (hidden, head, tokens, chunks, normalisers)
+    return jax.lax.fori_loop(0, chunks, score, (zeros, zeros))
+
+
+def _score_forward(hidden, head, tokens, chunks):
+    arguments = (hidden.value, head.value, tokens.value, chunks.value)
+    scores, normalisers = _scores_and_normalisers(*arguments)
+    # An empty tuple where the head's gradient is asked for: known to the compiler, so
+    # that a frozen head costs neither the product nor an array of its size.
+    asked = () if head.perturbed else None
+    return scores, (*arguments, normalisers, asked)
 
 
 def _score_backward(residuals, gradient):
-    hidden, head, tokens, chunks, normalisers = residuals
+    hidden, head, tokens, chunks, normalisers, asked = residuals
 
     def differentiate(i, carry):
         d_hidden, d_head = carry
@@ -103,17 +111,20 @@ def _score_backward(residuals, gradient):
         )
         d_logits = (d_logits * gradient[i][..., None]).astype(hidden.dtype)
         of_hidden = jnp.einsum("RQV,VD->RQD", d_logits, head.astype(hidden.dtype))
+        d_hidden = d_hidden.at[i].set(of_hidden)
+        if d_head is None:
+            return d_hidden, None
         of_head = jnp.einsum(
             "RQV,RQD->VD", d_logits, hidden[i], preferred_element_type=head.dtype
         )
-        return d_hidden.at[i].set(of_hidden), d_head + of_head
+        return d_hidden, d_head + of_head
 
-    zeros = jnp.zeros_like(hidden), jnp.zeros_like(head)
+    zeros = jnp.zeros_like(hidden), None if asked is None else jnp.zeros_like(head)
     d_hidden, d_head = jax.lax.fori_loop(0, chunks, differentiate, zeros)
     return d_hidden, d_head, None, None
 
 
-_score_chunks.defvjp(_score_forward, _score_backward)
+_score_chunks.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
 
 
 def sum_by_answer(

@@ -11,24 +11,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import attention, block_attention
+from lpc_jax.models import attention, block_attention, projection
+from lpc_jax.models.adapters import Adapters, PartAdapters, adapted
 from lpc_jax.models.architectures import Architecture
 
 # Standard deviation of random weights, as Llama's and Mistral's configs have it.
 INITIAL_SCALE = 0.02
 
-# The name under which remat policies know results of ``project``.
-_PRODUCT = "product"
-# What the backward pass finds kept of a block: its input alone, or also the results of
-# matrix products but for attention's scores.
+# What the backward pass needs of a block beside its input: results of matrix products
+# but for attention's scores.
+_KEPT = (projection.PRODUCT, block_attention.KEPT)
+# What it finds kept of a block: its input alone, or these too, on the device or, as
+# they are needed much later, in the host's memory.
 REMAT_POLICIES = {
     "block": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(
-        _PRODUCT, block_attention.KEPT
+    "dots": jax.checkpoint_policies.save_only_these_names(*_KEPT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(_KEPT),
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
 }
 
@@ -87,42 +92,6 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(INITIAL_SCALE * jax.random.normal(rngs.params(), shape))
 
 
-def project(
-    x: Float[Array, "R T inputs"], weight: Float[Array, "inputs *out"]
-) -> Float[Array, "R T *out"]:
-    """x @ weight in the dtype of ``x``; the weight's gradient is summed in its own."""
-    out = weight.shape[1:]
-    return _project(x, weight.reshape(weight.shape[0], -1)).reshape(*x.shape[:2], *out)
-
-
-@jax.custom_vjp
-def _project(
-    x: Float[Array, "R T X"], weight: Float[Array, "X Y"]
-) -> Float[Array, "R T Y"]:
-    return jnp.einsum("RTX,XY->RTY", x, weight.astype(x.dtype))
-
-
-def _project_forward(x, weight):
-    return checkpoint_name(_project(x, weight), _PRODUCT), (x, weight)
-
-
-def _project_backward(residuals, gradient):
-    # Barriers: where remat recomputes x, the CPU would do so element by element in the
-    # order of a transposed copy, ten times slower than row by row.
-    x, weight = jax.lax.optimization_barrier(residuals)
-    gradient = jax.lax.optimization_barrier(gradient)
-    d_x = jnp.einsum("RTY,XY->RTX", gradient, weight.astype(x.dtype))
-    # JAX's own rule has the operands the other way round, for which the CPU's matrix
-    # product first copies the wider of the two.
-    d_weight = jnp.einsum(
-        "RTX,RTY->XY", x, gradient, preferred_element_type=weight.dtype
-    )
-    return d_x, d_weight
-
-
-_project.defvjp(_project_forward, _project_backward)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
@@ -139,18 +108,20 @@ class Attention(nnx.Module):
         x: Float[Array, "R T D"],
         angles: Float[Array, "R T half_H"],
         layout: attention.Layout,
+        adapters: PartAdapters | None,
     ) -> Float[Array, "R T D"]:
         """One attention layer over rows of pairs."""
-        query = project(x, self.query[...])
-        key = project(x, self.key[...])
-        value = project(x, self.value[...])
+        query = adapted(x, self.query[...], adapters, "query")
+        key = adapted(x, self.key[...], adapters, "key")
+        value = adapted(x, self.value[...], adapters, "value")
         query = axes.constrain(rotate(query, angles), "R T N H")
         key = axes.constrain(rotate(key, angles), "R T K H")
         mixed = attention.attend(query, key, value, layout)
         mixed = axes.constrain(mixed, "R T N H")
         heads, head_width, width = self.output.shape
         output = self.output.reshape(heads * head_width, width)
-        return project(mixed.reshape(*mixed.shape[:2], -1), output)
+        mixed = mixed.reshape(*mixed.shape[:2], -1)
+        return adapted(mixed, output, adapters, "output")
 
 
 class Mlp(nnx.Module):
@@ -162,11 +133,14 @@ class Mlp(nnx.Module):
         self.up = _normal(rngs, (width, mlp_width))
         self.down = _normal(rngs, (mlp_width, width))
 
-    def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
+    def __call__(
+        self, x: Float[Array, "R T D"], adapters: PartAdapters | None
+    ) -> Float[Array, "R T D"]:
         """down(silu(gate x) * up x)."""
-        gate, up = project(x, self.gate[...]), project(x, self.up[...])
+        gate = adapted(x, self.gate[...], adapters, "gate")
+        up = adapted(x, self.up[...], adapters, "up")
         inner = axes.constrain(jax.nn.silu(gate) * up, "R T F")
-        return project(inner, self.down[...])
+        return adapted(inner, self.down[...], adapters, "down")
 
 
 class Block(nnx.Module):
@@ -184,10 +158,13 @@ class Block(nnx.Module):
         x: Float[Array, "R T D"],
         angles: Float[Array, "R T half_H"],
         layout: attention.Layout,
+        adapters: Adapters | None,
     ) -> Float[Array, "R T D"]:
-        """The stream after this block."""
-        x = x + self.attention(self.attention_norm(x), angles, layout)
-        x = x + self.mlp(self.mlp_norm(x))
+        """The stream after this block, whose adapters may be None."""
+        of_attention: PartAdapters | None = getattr(adapters, "attention", None)
+        of_mlp: PartAdapters | None = getattr(adapters, "mlp", None)
+        x = x + self.attention(self.attention_norm(x), angles, layout, of_attention)
+        x = x + self.mlp(self.mlp_norm(x), of_mlp)
         return axes.constrain(x, "R T D")
 
 
@@ -236,6 +213,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "R T"],
         pair: Int[Array, "R T"],
         branch: Int[Array, "R T"],
+        adapters: Adapters | None = None,
     ) -> Float[Array, "R T D"]:
         """Hidden states h of LPC's equations, in the compute dtype.
 
@@ -244,6 +222,7 @@ class Decoder(nnx.Module):
             positions: Rotary positions.
             pair: Pair slots, for the mask.
             branch: Branches, for the mask.
+            adapters: Added to the blocks' products; None: the decoder alone.
         """
         layout = attention.layout(
             positions,
@@ -255,10 +234,12 @@ class Decoder(nnx.Module):
         angles = positions[..., None] * rope_frequencies(self.architecture)
         x = self.embedding.astype(self.compute_dtype)[tokens]
         x = axes.constrain(x, "R T D")
-        graph, stacked = nnx.split(self.blocks)
+        # None, as a module without parameters, has an empty state.
+        graph, stacked = nnx.split((self.blocks, adapters))
 
         def run_block(x: Array, layer: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x, angles, layout), None
+            block, its_adapters = nnx.merge(graph, layer)
+            return block(x, angles, layout, its_adapters), None
 
         if self.remat != "none":
             run_block = jax.checkpoint(

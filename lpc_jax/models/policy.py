@@ -1,4 +1,4 @@
-"""The policy: a decoder, and a latent over it or none.
+"""The policy: a decoder, adapters in it or none, and a latent over it or none.
 
 Knows nothing of losses or schedules.
 """
@@ -12,22 +12,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lpc_jax.models.adapters import Adapters
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.decoder import Decoder
 from lpc_jax.models.latent import LatentHead
 from lpc_jax.types import Batch
 
+# Folded into a policy's key to seed its adapters.
+_ADAPTERS = 1
+
 
 class Policy(nnx.Module):
     """pi_theta(y | x, z) = softmax(head (h + z)), eq. 10; z = 0 without a latent."""
 
-    def __init__(self, decoder: Decoder, latent: LatentHead | None):
+    def __init__(
+        self, decoder: Decoder, adapters: Adapters | None, latent: LatentHead | None
+    ):
         self.decoder = decoder
+        self.adapters = adapters
         self.latent = latent
 
     def hidden(self, batch: Batch) -> Float[Array, "R T D"]:
         """One decoder pass over rows of whole pairs."""
-        return self.decoder(batch.tokens, batch.positions, batch.pair, batch.branch)
+        return self.decoder(
+            batch.tokens, batch.positions, batch.pair, batch.branch, self.adapters
+        )
 
 
 def read_at(
@@ -43,6 +52,7 @@ def build(
     compute_dtype: jnp.dtype,
     attention_backend: str,
     remat: str,
+    adapters: dict[str, Any] | None,
     latent: dict[str, Any] | None,
     key: Array,
 ) -> Policy:
@@ -53,9 +63,10 @@ def build(
         compute_dtype: Of matrix products.
         attention_backend: From ``attention.choose``.
         remat: As ``model.remat``.
+        adapters: ``targets``, ``rank`` and ``alpha`` of the adapters, or None.
         latent: ``num_codes``, ``hidden_width`` (None is D) and ``codebook_scale`` of
             the latent head, or None.
-        key: Seeds the weights; the latent's do not depend on the decoder's.
+        key: Seeds the weights; none of the three parts' depend on another's.
     """
     decoder_key, latent_key = jax.random.split(key)
     decoder = Decoder(
@@ -65,13 +76,16 @@ def build(
         remat=remat,
         rngs=nnx.Rngs(decoder_key),
     )
-    if latent is None:
-        return Policy(decoder, None)
-    head = LatentHead(
-        width=architecture.width,
-        hidden_width=latent["hidden_width"] or architecture.width,
-        num_codes=latent["num_codes"],
-        codebook_scale=latent["codebook_scale"],
-        rngs=nnx.Rngs(latent_key),
-    )
-    return Policy(decoder, head)
+    low_rank = head = None
+    if adapters is not None:
+        adapter_key = jax.random.fold_in(key, _ADAPTERS)
+        low_rank = Adapters(architecture, **adapters, rngs=nnx.Rngs(adapter_key))
+    if latent is not None:
+        head = LatentHead(
+            width=architecture.width,
+            hidden_width=latent["hidden_width"] or architecture.width,
+            num_codes=latent["num_codes"],
+            codebook_scale=latent["codebook_scale"],
+            rngs=nnx.Rngs(latent_key),
+        )
+    return Policy(decoder, low_rank, head)

@@ -347,7 +347,7 @@ def load(
     path: Path,
     architecture: Architecture,
     *,
-    dtype: DTypeLike,
+    dtype_of: Callable[[str], DTypeLike],
     sharding_of: Callable[[str], jax.sharding.Sharding],
 ) -> dict[str, Any]:
     """The decoder's parameters, leaf by leaf, each part on its device.
@@ -357,8 +357,9 @@ def load(
     Args:
         path: From ``find``.
         architecture: From ``read_architecture``.
-        dtype: Of the leaves, whatever the file's.
-        sharding_of: From a leaf's path, such as ``blocks/attention/query``.
+        dtype_of: From a leaf's path, such as ``blocks/attention/query``, whatever the
+            file's.
+        sharding_of: From a leaf's path.
 
     Returns:
         Nested dict; leaves of blocks are stacked on a leading L axis.
@@ -368,13 +369,11 @@ def load(
             shape; all three lists are in the message.
     """
     keys, tensors = _open(path, architecture)
-    dtype = np.dtype(dtype)
-    return _nested(
-        {
-            key.path: _leaf(key, tensors, architecture, dtype, sharding_of(key.path))
-            for key in keys
-        }
-    )
+    leaves = {}
+    for key in keys:
+        dtype, placed = np.dtype(dtype_of(key.path)), sharding_of(key.path)
+        leaves[key.path] = _leaf(key, tensors, architecture, dtype, placed)
+    return _nested(leaves)
 
 
 def digest(path: Path) -> str:

@@ -27,8 +27,8 @@ from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.evaluation import preference
 from lpc_jax.models import weights
+from lpc_jax.training import memory, setup, step
 from lpc_jax.training import optimizer as optimizers
-from lpc_jax.training import setup, step
 from lpc_jax.training.runlog import METRICS_FILE, RunLog, require_trackers
 from lpc_jax.types import Batch, TrainState
 
@@ -43,6 +43,9 @@ FREE_ON_RESUME = (
     "training.eval_every",
     "training.checkpoint_every",
 )
+
+# Updates before a trace begins.
+_UNPROFILED = 2
 
 # A codebook counts as unused below this KL (nats) with usage this near uniform, or
 # with one code this near to taking all.
@@ -208,6 +211,7 @@ class Trainer:
         self.programs = step.build(
             config, start.graph, self.layout, self.optimizer, self.total_steps
         )
+        self.trained = optimizers.trained_part(config)
         self.rates = {
             group: optimizers.schedule(config.optimizer, peak, self.total_steps)
             for group, peak in optimizers.peaks(config).items()
@@ -218,14 +222,20 @@ class Trainer:
 
     def _describe(self) -> None:
         config, start, shape = self.config, self.start, self.pairs.shape
-        count = sum(leaf.size for leaf in jax.tree.leaves(start.params))
-        latent = sum(
-            leaf.size for leaf in jax.tree.leaves(start.params.get("latent", {}))
+        count, trained, latent = (
+            sum(leaf.size for leaf in jax.tree.leaves(tree))
+            for tree in (
+                start.params | start.frozen,
+                start.params,
+                start.params.get("latent", {}),
+            )
         )
+        share = "" if trained == count else f", {trained / 1e6:.2f} M trained"
         axes = " ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
         self._say(
             f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
-            f" ({latent / 1e6:.2f} M latent), compute {start.compute_dtype.name}\n"
+            f" ({latent / 1e6:.2f} M latent{share}), compute"
+            f" {start.compute_dtype.name}\n"
             f"mesh: {self.mesh.size} x {jax.devices()[0].device_kind}, {axes};"
             f" attention: {setup.attention_backend(config)}; remat:"
             f" {config.model.remat}\n"
@@ -234,6 +244,42 @@ class Trainer:
             f" {shape.scored} scored a row; {self.total_steps} steps\n"
             f"{objective.formula(config.loss, config.latent)}"
         )
+
+    def compile(self) -> None:
+        """Compiles all programs of the run and says what memory they will take."""
+        config, shape, mesh = self.config, self.pairs.shape, self.mesh
+        state = self.abstract_state()
+        frozen = jax.tree.map(_abstract_like, self.start.frozen)
+        compiled: dict[str, Any] = {}
+        for length in shape.row_lengths:
+            batch = sharding.abstract_batch(
+                packing.empty_batch(
+                    shape, length, with_reference=self.reference is not None
+                ),
+                mesh,
+            )
+            compiled[f"gradients {length}"] = self.programs.gradients.lower(
+                state.params, frozen, batch, state.key, state.step
+            ).compile()
+            if self.held_out:
+                compiled[f"evaluate {length}"] = self.programs.evaluate.lower(
+                    state.params, frozen, batch, state.key
+                ).compile()
+        pairs = jnp.asarray(config.packing.pairs_per_step, jnp.int32)
+        compiled["update"] = self.programs.update.lower(
+            state, state.params, pairs
+        ).compile()
+        tokens = float(packing.pair_lengths(self.pairs.train).sum(axis=1).mean())
+        in_a_step = min(config.packing.pairs_per_step, len(self.pairs.train)) * tokens
+        prediction = memory.predict(
+            compiled,
+            params=state.params,
+            frozen=frozen,
+            opt_state=state.opt_state,
+            several_micro_batches=in_a_step > shape.rows * max(shape.row_lengths),
+        )
+        for line in memory.lines(prediction, _remedies(config, mesh)):
+            self._say(line)
 
     def initial_state(self) -> TrainState:
         """The state before the first update."""
@@ -266,7 +312,7 @@ class Trainer:
         )
 
     def step_batches(self, number: int) -> tuple[list[Batch], int, int]:
-        """Micro-batches of a step, its pairs and its real tokens."""
+        """Micro-batches of a step on the mesh, its pairs and its real tokens."""
         indices = packing.step_indices(
             len(self.pairs.train),
             step=number,
@@ -275,7 +321,8 @@ class Trainer:
         )
         chosen = [self.pairs.train[i] for i in indices]
         column = None if self.reference is None else self.reference[indices]
-        batches = packing.micro_batches(chosen, self.pairs.shape, reference_logp=column)
+        packed = packing.micro_batches(chosen, self.pairs.shape, reference_logp=column)
+        batches = [sharding.place_batch(batch, self.mesh) for batch in packed]
         return batches, len(chosen), int(packing.pair_lengths(chosen).sum())
 
     def update(
@@ -285,10 +332,7 @@ class Trainer:
         total = None
         for batch in batches:
             term = self.programs.gradients(
-                state.params,
-                sharding.place_batch(batch, self.mesh),
-                state.key,
-                state.step,
+                state.params, self.start.frozen, batch, state.key, state.step
             )
             total = term if total is None else self.programs.add(total, term)
         assert total is not None, "a step has at least one pair"
@@ -303,7 +347,10 @@ class Trainer:
         key = jax.random.fold_in(state.key, state.step)
         return preference.evaluate(
             lambda batch: self.programs.evaluate(
-                state.params, sharding.place_batch(batch, self.mesh), key
+                state.params,
+                self.start.frozen,
+                sharding.place_batch(batch, self.mesh),
+                key,
             ),
             self.held_out,
             sources={pair.id: pair.source for pair in self.pairs.held_out},
@@ -312,7 +359,9 @@ class Trainer:
     def schedules(self, number: int) -> dict[str, float]:
         """What the schedules give the update of this number, counted from 0."""
         found = {
-            "schedule/learning_rate": float(np.asarray(self.rates["decoder"](number)))
+            "schedule/learning_rate": float(
+                np.asarray(self.rates[self.trained](number))
+            )
         }
         latent = self.config.latent
         if latent is not None:
@@ -326,6 +375,33 @@ class Trainer:
                 "schedule/temperature": float(objective.temperature(latent, progress)),
             }
         return found
+
+
+def _abstract_like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _profiled(config: cfg.Config, first: int) -> range:
+    """The updates that are traced: not the first two, which are like no other."""
+    begin = first + _UNPROFILED
+    return range(begin, begin + (config.run.profile or 0))
+
+
+def _remedies(config: cfg.Config, mesh: Mesh) -> list[str]:
+    """What of this config could be changed for less memory, most useful first."""
+    found = []
+    if config.model.remat != "block":
+        found.append("Set model.remat to block.")
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.packing.rows > ways:
+        found.append(
+            f"Lower packing.rows to {ways} (the result does not depend on it)."
+        )
+    if mesh.shape["data"] > 1:
+        found.append("Give mesh.data's devices to mesh.fsdp, which splits parameters.")
+    if config.adapters is None:
+        found.append("Train adapters=Adapters() over a frozen decoder.")
+    return [*found, "Use more devices, or lower packing.row_length."]
 
 
 def _due(every: int | None, done: int, total: int) -> bool:
@@ -361,6 +437,9 @@ def train(config: cfg.Config, console: Console) -> Result:
     )
     sharding.require_rows_divide(config.packing.rows, mesh)
     require_trackers(config.run.trackers)
+    if config.run.compilation_cache is not None:
+        cache = str(Path(config.run.compilation_cache).resolve())
+        jax.config.update("jax_compilation_cache_dir", cache)
     folder = require_free_folder(config)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, folder, mesh, console)
@@ -378,6 +457,7 @@ def _run(trainer: Trainer) -> Result:
         else:
             _require_resumable(kept.meta(resume_from), trainer.manifest)
             state = kept.restore(resume_from, trainer.abstract_state())
+        trainer.compile()
         kept.require_space(state)  # now, and not when the first hours are done
         (folder / "config.py").write_text(cfg.source(config))
         (folder / "manifest.json").write_text(json.dumps(trainer.manifest, indent=1))
@@ -412,14 +492,26 @@ def _updates(
         log.evaluation(0, before.metrics, before.accuracy_by_source)
     since, tokens, pairs_done = time.perf_counter(), 0, 0
     logged: objective.Sums = {}  # over the steps since the last line
-    for number in range(int(state.step), total):
-        batches, pairs, step_tokens = trainer.step_batches(number)
+    first = int(state.step)
+    profiled = _profiled(config, first)
+    following = trainer.step_batches(first) if first < total else None
+    for number in range(first, total):
+        assert following is not None, "prepared in the step before"
+        batches, pairs, step_tokens = following
+        if profiled and number == profiled.start:
+            jax.profiler.start_trace(str(trainer.folder / "profile"))
         state, sums, norm, finite = trainer.update(state, batches, pairs)
+        # While the devices work; what is logged below waits for them.
+        following = trainer.step_batches(number + 1) if number + 1 < total else None
         skipped = 1.0 - finite.astype(jnp.float32)
         sums = sums | {"gradient/skipped": (skipped, jnp.ones(()))}
         logged = trainer.programs.add(logged, sums) if logged else sums
         tokens, pairs_done = tokens + step_tokens, pairs_done + pairs
         done = number + 1
+        if number in profiled and done in (profiled.stop, total):
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            log.say(f"step {done}: trace in {trainer.folder / 'profile'}")
         if done % config.training.log_every == 0 or done == total:
             metrics = objective.values(logged) | trainer.schedules(number)
             elapsed = time.perf_counter() - since

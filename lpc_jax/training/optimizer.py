@@ -1,7 +1,7 @@
 """The optimizer: one optax transformation per group, one schedule shape for both.
 
-The decoder and the latent each have their own peak learning rate: with one rate for
-everything the codes are never used. Knows nothing of losses or data.
+The decoder (or its adapters) and the latent each have their own peak learning rate:
+with one rate for everything the codes are never used. Knows nothing of losses or data.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ DECAY_TABLE: dict[str, bool] = {
     r"decoder/blocks/(attention|mlp)_norm/scale": False,
     r"decoder/blocks/attention/(query|key|value|output)": True,
     r"decoder/blocks/mlp/(gate|up|down)": True,
+    r"adapters/(attention|mlp)/(query|key|value|output|gate|up|down)/(a|b)": True,
     r"latent/codebook": False,
     r"latent/(prior|posterior)_mlp/input_(mean|spread)": False,
     r"latent/(prior|posterior)_mlp/(hidden|output)_kernel": True,
@@ -124,9 +125,14 @@ def _known() -> dict[str, set[str]]:
     }
 
 
+def trained_part(config: cfg.Config) -> str:
+    """What of the policy the decoder's optimizer moves: the decoder or its adapters."""
+    return "decoder" if config.adapters is None else "adapters"
+
+
 def peaks(config: cfg.Config) -> dict[str, float]:
-    """Peak learning rate of each group of parameters."""
-    rates = {"decoder": config.optimizer.learning_rate}
+    """Peak learning rate of each group of trained parameters."""
+    rates = {trained_part(config): config.optimizer.learning_rate}
     if config.latent is not None:
         rates["latent"] = config.latent.learning_rate
     return rates
@@ -144,7 +150,7 @@ def build(
 
     Args:
         config: Names optimizer, options, schedule and both peaks.
-        params: The parameters or their shapes, for masks and groups.
+        params: The trained parameters or their shapes, for masks and groups.
         total_steps: Updates in the run.
 
     Raises:

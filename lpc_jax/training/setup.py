@@ -64,9 +64,11 @@ class Start:
     Attributes:
         architecture: The decoder's.
         graph: The policy without its parameters.
-        shapes: Of the parameters.
-        shardings: Of the parameters.
-        params: fp32 masters: the decoder from its files, the latent from the seed.
+        shapes: Of the parameters that are trained.
+        shardings: Of the parameters that are trained.
+        params: fp32 masters of what is trained: the decoder from its files or adapters
+            from the seed, and the latent from the seed.
+        frozen: The decoder under adapters, matrices in the compute dtype; else empty.
         weights_digest: Of the files.
         compute_dtype: Of matrix products.
     """
@@ -76,6 +78,7 @@ class Start:
     shapes: dict[str, Any]
     shardings: dict[str, Any]
     params: dict[str, Any]
+    frozen: dict[str, Any]
     weights_digest: str
     compute_dtype: jnp.dtype
 
@@ -140,16 +143,24 @@ def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:
 
 
 def _abstract(
-    config: cfg.Config, architecture: Architecture, latent: cfg.Latent | None
+    config: cfg.Config, architecture: Architecture, *, plain: bool
 ) -> tuple[Callable[[Array], policy.Policy], nnx.GraphDef[policy.Policy], Any]:
-    """How to build a policy, its graph, and its parameters' shapes."""
-    settings = None
-    if latent is not None:
-        settings = {
-            "num_codes": latent.num_codes,
-            "hidden_width": latent.hidden_width,
-            "codebook_scale": latent.codebook_scale,
+    """How to build a policy, its graph, and its parameters' shapes.
+
+    Args:
+        config: Names dtype, attention, remat, adapters and latent.
+        architecture: The decoder's.
+        plain: The decoder alone, as a reference is.
+    """
+    latent = adapters = None
+    if config.latent is not None and not plain:
+        latent = {
+            "num_codes": config.latent.num_codes,
+            "hidden_width": config.latent.hidden_width,
+            "codebook_scale": config.latent.codebook_scale,
         }
+    if config.adapters is not None and not plain:
+        adapters = dataclasses.asdict(config.adapters)
 
     def make(key: Array) -> policy.Policy:
         return policy.build(
@@ -157,7 +168,8 @@ def _abstract(
             compute_dtype=compute_dtype(config),
             attention_backend=attention_backend(config),
             remat=config.model.remat,
-            latent=settings,
+            adapters=adapters,
+            latent=latent,
             key=key,
         )
 
@@ -168,22 +180,45 @@ def _abstract(
 def load_start(
     config: cfg.Config, model_path: Path, architecture: Architecture, mesh: Mesh
 ) -> Start:
-    """Loads the decoder straight onto the mesh and seeds the latent beside it."""
-    make, graph, shapes = _abstract(config, architecture, config.latent)
+    """Loads the decoder straight onto the mesh and seeds the other parts beside it."""
+    make, graph, shapes = _abstract(config, architecture, plain=False)
     shardings = sharding.parameter_shardings(shapes, mesh)
-    params = {"decoder": _load_decoder(model_path, architecture, shardings["decoder"])}
-    if config.latent is not None:
+    seeded = [part for part in shapes if part != "decoder"]
+
+    def make_seeded(key: Array) -> Any:
+        made = nnx.to_pure_dict(nnx.split(make(key))[1])
+        return {part: made[part] for part in seeded}
+
+    params: dict[str, Any] = {}
+    if seeded:
+        placed = {part: shardings[part] for part in seeded}
         key = jax.random.key(config.training.seed)
-
-        def make_latent(key: Array) -> Any:
-            return nnx.to_pure_dict(nnx.split(make(key))[1])["latent"]
-
-        seeded = jax.jit(make_latent, out_shardings=shardings["latent"])
-        params["latent"] = seeded(key)
-    digest = weights.digest(model_path)
+        params = jax.jit(make_seeded, out_shardings=placed)(key)
+    decoder = {
+        "decoder": _load_decoder(config, model_path, architecture, shardings["decoder"])
+    }
+    if "adapters" in params:
+        _require_no_addition(params["adapters"])
+    frozen = {} if config.adapters is None else decoder
+    params = params if frozen else decoder | params
     return Start(
-        architecture, graph, shapes, shardings, params, digest, compute_dtype(config)
+        architecture,
+        graph,
+        {part: shapes[part] for part in params},
+        {part: shardings[part] for part in params},
+        params,
+        frozen,
+        weights.digest(model_path),
+        compute_dtype(config),
     )
+
+
+def _require_no_addition(adapters: dict[str, Any]) -> None:
+    """Before the first update adapters must add exactly zero to the frozen decoder."""
+    paths = jax.tree_util.tree_flatten_with_path(adapters)[0]
+    factors = [leaf for path, leaf in paths if sharding.path_name(path).endswith("/b")]
+    if not factors or any(bool(jnp.any(leaf != 0)) for leaf in factors):
+        raise RuntimeError("new adapters change the decoder: a fault of lpc_jax")
 
 
 def standardize_latent(
@@ -210,7 +245,7 @@ def standardize_latent(
         [pairs.train[i] for i in some], pairs.shape, reference_logp=None
     ):
         placed = sharding.place_batch(batch, mesh)
-        found = jax.device_get(read(start.params, placed))
+        found = jax.device_get(read(start.params | start.frozen, placed))
         states.append([np.asarray(x, np.float32)[batch.pair_mask] for x in found])
     moments = latent_models.standardization(
         *map(np.concatenate, zip(*states, strict=True))
@@ -231,14 +266,23 @@ def standardize_latent(
 
 
 def _load_decoder(
-    model_path: Path, architecture: Architecture, shardings: dict[str, Any]
+    config: cfg.Config,
+    model_path: Path,
+    architecture: Architecture,
+    shardings: dict[str, Any],
 ) -> dict[str, Any]:
+    """fp32 masters; matrices in the compute dtype where adapters leave them frozen."""
+
+    def dtype_of(path: str) -> jnp.dtype:
+        frozen = config.adapters is not None and not path.endswith("norm/scale")
+        return compute_dtype(config) if frozen else jnp.dtype("float32")
+
     by_path = {
         sharding.path_name(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]
     }
     return weights.load(
-        model_path, architecture, dtype=jnp.float32, sharding_of=by_path.__getitem__
+        model_path, architecture, dtype_of=dtype_of, sharding_of=by_path.__getitem__
     )
 
 
@@ -246,7 +290,7 @@ def reference_scorer(
     config: cfg.Config, architecture: Architecture, mesh: Mesh
 ) -> Callable[[dict[str, Any], Batch], Float[np.ndarray, "R P 2"]]:
     """A function from a plain policy's parameters and a micro-batch to log-probs."""
-    _, graph, _ = _abstract(config, architecture, None)
+    _, graph, _ = _abstract(config, architecture, plain=True)
 
     @jax.jit
     def score(params: dict[str, Any], batch: Batch) -> Array:
@@ -279,7 +323,7 @@ def reference_column(
         The columns of training and held-out pairs, and the reference's digest.
     """
     architecture, digest = start.architecture, start.weights_digest
-    decoder = start.params["decoder"]
+    decoder = (start.params | start.frozen)["decoder"]
     if config.reference.path is not None:
         path = weights.find(
             config.reference.path, setting="reference.path", revision=None
@@ -291,9 +335,9 @@ def reference_column(
                 f" {start.architecture.vocabulary} expected, got"
                 f" {architecture.vocabulary}. Choose a reference of the same family."
             )
-        _, _, shapes = _abstract(config, architecture, None)
+        _, _, shapes = _abstract(config, architecture, plain=True)
         shardings = sharding.parameter_shardings(shapes, mesh)
-        decoder = _load_decoder(path, architecture, shardings["decoder"])
+        decoder = _load_decoder(config, path, architecture, shardings["decoder"])
     score = reference_scorer(config, architecture, mesh)
 
     def score_batch(batch: Batch) -> np.ndarray:

@@ -33,13 +33,16 @@ class Programs:
     """The compiled parts of training.
 
     Attributes:
-        gradients: (params, batch, key, step) -> gradients summed over pairs, metric
-            sums.
+        gradients: (params, frozen, batch, key, step) -> gradients of the params,
+            summed over pairs, and metric sums.
         add: (tree, tree) -> their sum; the first is donated.
         update: (state, gradients, pairs) -> state, gradient norm, whether the update
             was finite. The state is donated. A non-finite update changes
             nothing but the step number.
-        evaluate: (params, batch, key) -> metric sums and what each pair slot got.
+        evaluate: (params, frozen, batch, key) -> metric sums and what each pair slot
+            got.
+
+    ``params`` are those that are trained, ``frozen`` the rest of the policy's.
     """
 
     gradients: Callable[..., tuple[Params, objective.Sums]]
@@ -68,9 +71,9 @@ def build(
     replicated = layout.step
 
     def loss_sum(
-        params: Params, batch: Batch, key: Array, step: Int[Array, ""]
+        params: Params, frozen: Params, batch: Batch, key: Array, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], objective.Sums]:
-        policy = nnx.merge(graph, params)
+        policy = nnx.merge(graph, params | frozen)
         scores = objective.score_training(
             policy,
             batch,
@@ -84,9 +87,9 @@ def build(
 
     @functools.partial(jax.jit, out_shardings=(layout.params, replicated))
     def gradients(
-        params: Params, batch: Batch, key: Array, step: Int[Array, ""]
+        params: Params, frozen: Params, batch: Batch, key: Array, step: Int[Array, ""]
     ) -> tuple[Params, objective.Sums]:
-        return jax.grad(loss_sum, has_aux=True)(params, batch, key, step)
+        return jax.grad(loss_sum, has_aux=True)(params, frozen, batch, key, step)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(total: Any, term: Any) -> Any:
@@ -120,9 +123,9 @@ def build(
 
     @functools.partial(jax.jit, out_shardings=replicated)
     def evaluate(
-        params: Params, batch: Batch, key: Array
+        params: Params, frozen: Params, batch: Batch, key: Array
     ) -> tuple[objective.Sums, dict[str, Array]]:
-        policy = nnx.merge(graph, params)
+        policy = nnx.merge(graph, params | frozen)
         scores = objective.score_inference(
             policy, batch, latent=config.latent, key=key, chunk=chunk
         )

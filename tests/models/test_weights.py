@@ -172,7 +172,9 @@ def on_one_device(path: str) -> jax.sharding.Sharding:
 
 
 def load(path: Path, architecture: Architecture, *, dtype=np.float32):
-    return weights.load(path, architecture, dtype=dtype, sharding_of=on_one_device)
+    return weights.load(
+        path, architecture, dtype_of=lambda _: dtype, sharding_of=on_one_device
+    )
 
 
 def message_of(action, *arguments) -> str:
@@ -373,7 +375,9 @@ def test_each_device_is_given_its_shard_alone_and_each_tensor_read_once(
         return read(tensor)
 
     monkeypatch.setattr(room.Tensor, "read", counted)
-    params = weights.load(path, TINY, dtype=np.float32, sharding_of=sharding_of)
+    params = weights.load(
+        path, TINY, dtype_of=lambda _: np.float32, sharding_of=sharding_of
+    )
     assert len(reads) == len(tensors)
     assert set(reads.values()) == {1}
     assert_holds(params, tensors)
@@ -404,7 +408,9 @@ def test_layers_spread_over_devices_are_read_by_their_own_device(tmp_path):
         spec = PartitionSpec("layer") if "blocks" in path else PartitionSpec()
         return NamedSharding(mesh, spec)
 
-    params = weights.load(folder, TINY, dtype=np.float32, sharding_of=sharding_of)
+    params = weights.load(
+        folder, TINY, dtype_of=lambda _: np.float32, sharding_of=sharding_of
+    )
     gate = params["blocks"]["mlp"]["gate"]
     assert {shard.data.shape for shard in gate.addressable_shards} == {(1, D, F)}
     assert_holds(params, tensors)
@@ -683,7 +689,7 @@ def test_sharded_parameters_are_saved_whole_and_in_bfloat16(tmp_path):
     params = weights.load(
         source,
         TINY,
-        dtype=np.float32,
+        dtype_of=lambda _: np.float32,
         sharding_of=lambda path: NamedSharding(
             mesh,
             PartitionSpec(None, "fsdp") if "blocks" in path else PartitionSpec("fsdp"),
@@ -781,7 +787,9 @@ from lpc_jax.models import weights
 path = Path(sys.argv[1])
 one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 read = weights.read_architecture(path)
-params = weights.load(path, read, dtype="float32", sharding_of=lambda _: one)
+params = weights.load(
+    path, read, dtype_of=lambda _: "float32", sharding_of=lambda _: one
+)
 assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

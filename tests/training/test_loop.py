@@ -32,6 +32,10 @@ VARIANTS = {
             final_temperature=0.5,
         ),
     },
+    "LPC-DPO with adapters": {
+        "adapters": cfg.Adapters(rank=8, alpha=16.0),
+        "optimizer": {"learning_rate": 2e-2},
+    },
 }
 
 
@@ -197,6 +201,29 @@ def test_without_codes_the_same_path_logs_no_code(straight):
             assert set(ours) == left
     assert plain.result.state.params.keys() == {"decoder"}
     assert "no latent" in plain.said
+
+
+def test_adapters_and_latent_are_trained_over_a_frozen_decoder(straight, folder):
+    config = runs.config(
+        folder,
+        name="adapters without codes",
+        adapters=cfg.Adapters(rank=2),
+        latent=None,
+        training={"steps": 2},
+        optimizer={"warmup_fraction": 0.0},
+    )
+    run, beside = runs.train(config), straight["LPC-DPO with adapters"]
+    assert beside.result.state.params.keys() == {"adapters", "latent"}
+    # The reference was scored by full runs: the frozen decoder is the same weights.
+    assert "reference: 0 pairs scored, 53 found in" in run.said
+    first, second = run.lines("train")
+    assert first["loss/preference"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(second["loss/preference"] - math.log(2)) > 1e-3  # other pairs, moved
+    # r (inputs + outputs) of each matrix, by hand: D = N H = 32, K H = 16, F = 72.
+    by_hand = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 72)) * 2
+    leaves = jax.tree.leaves(run.result.state.params["adapters"])
+    assert sum(leaf.size for leaf in leaves) == by_hand
+    assert "M latent, 0.00 M trained" in run.said
 
 
 def test_the_first_dpo_loss_is_ln_2(straight, folder):
@@ -546,7 +573,125 @@ def test_eight_devices_give_the_run_of_one(lpc_dpo, folder, mesh):
             assert ours["reward/accuracy"] == theirs["reward/accuracy"]
 
 
-def test_nothing_compiles_once_all_programs_ran_once(folder, monkeypatch):
+def test_the_host_waits_for_the_devices_only_where_something_is_logged(
+    folder, monkeypatch
+):
+    array = type(jax.numpy.ones(()))
+    read: list[int] = []
+    done: list[int] = []
+
+    def watch(method: str) -> None:
+        of = getattr(array, method)
+
+        def counting(self, *arguments, **named):
+            read.append(len(done))
+            return of(self, *arguments, **named)
+
+        monkeypatch.setattr(array, method, counting)
+
+    for method in ("__float__", "__int__", "__bool__", "__array__"):
+        watch(method)
+    get = jax.device_get
+
+    def counting_get(tree):
+        read.append(len(done))
+        return get(tree)
+
+    monkeypatch.setattr(jax, "device_get", counting_get)
+    update = loop.Trainer.update
+
+    def counted(self, *arguments):
+        done.append(len(done))
+        return update(self, *arguments)
+
+    monkeypatch.setattr(loop.Trainer, "update", counted)
+    config = runs.config(
+        folder,
+        name="waits",
+        latent=None,
+        training={"steps": 6, "log_every": 3, "checkpoint_every": None},
+    )
+    runs.train(config)
+    # Between updates 1 to 3 and 4 to 6 nothing was read; after 3 and 6 the log was.
+    assert {1, 2, 4, 5}.isdisjoint(read)
+    assert {3, 6} <= set(read)
+
+
+def test_the_next_batch_is_made_before_the_log_waits_for_this_one(folder, monkeypatch):
+    order: list[str] = []
+
+    def watch(owner: type, name: str) -> None:
+        of = getattr(owner, name)
+
+        def noted(self, *arguments):
+            order.append(name)
+            return of(self, *arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    watch(loop.Trainer, "step_batches")
+    watch(loop.Trainer, "update")
+    watch(runlog.RunLog, "train")
+    runs.train(runs.config(folder, name="ahead", training={"steps": 3}))
+    ahead = ["update", "step_batches", "train"]
+    assert order == ["step_batches", *ahead, *ahead, "update", "train"]
+
+
+def test_parameters_and_optimizer_state_are_donated(folder, monkeypatch):
+    before = []
+    update = loop.Trainer.update
+
+    def kept(self, state, *arguments):
+        before.append(state)
+        return update(self, state, *arguments)
+
+    monkeypatch.setattr(loop.Trainer, "update", kept)
+    runs.train(runs.config(folder, name="donated", training={"steps": 2}))
+    for state in before:
+        leaves = jax.tree.leaves((state.params, state.opt_state))
+        assert all(leaf.is_deleted() for leaf in leaves)
+
+
+def test_a_profile_of_so_many_updates_lies_in_the_run_folder(folder):
+    config = runs.config(
+        folder, name="profiled", training={"steps": 4}, run={"profile": 1}
+    )
+    run = runs.train(config)
+    assert list((run.folder / "profile").rglob("*.xplane.pb"))
+    assert f"step 3: trace in {run.folder / 'profile'}" in run.said
+
+
+def test_a_second_run_finds_compiled_programs(folder, tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    hits: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.monitoring.register_event_listener(listen)
+    try:
+        for name in ("compiled", "found again"):
+            cache = str(tmp_path / "cache")
+            config = runs.config(
+                folder,
+                name=name,
+                training={"steps": 1},
+                run={"compilation_cache": cache},
+            )
+            hits.clear()
+            jax.clear_caches()
+            runs.train(config)
+        assert hits
+    finally:
+        jax.monitoring.clear_event_listeners()
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+def test_nothing_compiles_once_all_programs_are_compiled_ahead(folder, monkeypatch):
     """From the second step on, but for the first checkpoint, not one compilation."""
     compiled: list[str] = []
     at: dict[tuple[str, int], int] = {}

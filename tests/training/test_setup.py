@@ -33,6 +33,9 @@ TESTED_IN = {
     "model.attention": "tests/models/test_attention.py",
     "model.remat": "test_remat_recomputes_blocks_and_changes_no_number",
     "model.score_chunk": "test_score_chunks_change_no_number",
+    "adapters.rank": "tests/models/test_adapters.py",
+    "adapters.alpha": "tests/models/test_adapters.py",
+    "adapters.targets": "tests/models/test_adapters.py",
     "latent.num_codes": "test_sizes_of_the_latent",
     "latent.hidden_width": "test_sizes_of_the_latent",
     "latent.kl_weight": "tests/test_objective.py",
@@ -88,6 +91,8 @@ TESTED_IN = {
     "run.project": "tests/training/test_runlog.py",
     "run.resume": "tests/training/test_loop.py",
     "run.overwrite": "tests/training/test_loop.py",
+    "run.profile": "tests/training/test_loop.py",
+    "run.compilation_cache": "tests/training/test_loop.py",
 }
 
 

@@ -145,7 +145,7 @@ def test_activations_are_split_over_rows_and_heads():
     with jax.set_mesh(harness.mesh):
         placed = sharding.place_batch(batch, harness.mesh)
         lowered = harness.programs.gradients.lower(
-            harness.state.params, placed, harness.state.key, harness.state.step
+            harness.state.params, {}, placed, harness.state.key, harness.state.step
         )
     text = lowered.as_text()
     assert placed.tokens.sharding.spec == P(("data", "fsdp"))

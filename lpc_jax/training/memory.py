@@ -1,0 +1,135 @@
+"""What a run will need of each device's memory, known before its first update.
+
+From the compiler's own account of each program and the sizes of what stays between
+them. Knows nothing of losses, models or data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# A predicted peak above this share of the memory there is will hardly fit: the
+# allocator's gaps, the compiler's own needs and, on a CPU, Python take the rest.
+_SAFE_SHARE = 0.92
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """Bytes on the fullest device.
+
+    Attributes:
+        parameters: fp32 masters of what is trained.
+        frozen: The decoder under adapters.
+        optimizer: What optax keeps.
+        gradients: One sum of gradients; two where a step has several micro-batches.
+        temporary: The most that any program needs besides.
+        peak: The most at any time.
+        capacity: What the device has, or None if it does not say.
+    """
+
+    parameters: int
+    frozen: int
+    optimizer: int
+    gradients: int
+    temporary: int
+    peak: int
+    capacity: int | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves the margin that runs need."""
+        return self.capacity is None or self.peak <= _SAFE_SHARE * self.capacity
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Size of the arrays' parts on one device.
+
+    Args:
+        tree: Arrays, or shapes with shardings.
+    """
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _capacity() -> int | None:
+    """Memory of the first device; on a CPU the machine's."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def predict(
+    compiled: Mapping[str, Any],
+    *,
+    params: Any,
+    frozen: Any,
+    opt_state: Any,
+    several_micro_batches: bool,
+) -> Prediction:
+    """The memory of a run whose programs are compiled.
+
+    Args:
+        compiled: ``gradients``, ``update`` and others by name, from
+            ``jitted.lower(...).compile()``.
+        params: Shapes with shardings of the trained parameters.
+        frozen: Likewise, of the rest.
+        opt_state: Likewise, of the optimizer's state.
+        several_micro_batches: Whether a step sums gradients over several.
+    """
+    held = bytes_per_device(params), bytes_per_device(frozen)
+    optimizer = bytes_per_device(opt_state)
+    one_sum = held[0]
+    gradients = one_sum * (2 if several_micro_batches else 1)
+    temporary, peak = 0, 0
+    for name, program in compiled.items():
+        use = program.memory_analysis()
+        needed = use.temp_size_in_bytes
+        if name.startswith("gradients"):
+            needed += gradients
+        elif name == "update":  # parameters and optimizer state in place
+            needed += one_sum + use.output_size_in_bytes - use.alias_size_in_bytes
+        else:
+            needed += use.output_size_in_bytes
+        temporary = max(temporary, use.temp_size_in_bytes)
+        peak = max(peak, sum(held) + optimizer + needed)
+    return Prediction(
+        held[0], held[1], optimizer, gradients, temporary, peak, _capacity()
+    )
+
+
+def lines(prediction: Prediction, remedies: list[str]) -> list[str]:
+    """What to tell a person; with the remedies where it will hardly fit.
+
+    Args:
+        prediction: From ``predict``.
+        remedies: What would lower the peak, in the words of the settings.
+    """
+    p = prediction
+    parts = {
+        "parameters": p.parameters,
+        "frozen decoder": p.frozen,
+        "optimizer": p.optimizer,
+        "gradients": p.gradients,
+        "temporary": p.temporary,
+    }
+    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    has = "" if p.capacity is None else f" of {_size(p.capacity)}"
+    found = [f"memory: predicted peak {_size(p.peak)}{has} a device ({listed})"]
+    if not p.fits:
+        found.append(f"warning: this will hardly fit. {' '.join(remedies)}")
+    return found
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

