@@ -202,8 +202,8 @@ class _OurRun:
             empty = packing.empty_batch(self.shape, length, with_reference=True)
             if self.online:
                 self.score_batch(self.reference, empty)
-            term = self.gradients_of_batch(empty)
-            jax.block_until_ready(self.programs.add(term, term))
+            terms = [self.gradients_of_batch(empty) for _ in range(2)]
+            jax.block_until_ready(self.programs.add(*terms))
 
     def gradients_of_batch(self, batch: Batch) -> Any:
         """Gradients and metric sums of a micro-batch."""

@@ -115,13 +115,14 @@ def _score_backward(residuals, gradient):
         if d_head is None:
             return d_hidden, None
         of_head = jnp.einsum(
-            "RQV,RQD->VD", d_logits, hidden[i], preferred_element_type=head.dtype
+            "RQD,RQV->DV", hidden[i], d_logits, preferred_element_type=head.dtype
         )
         return d_hidden, d_head + of_head
 
-    zeros = jnp.zeros_like(hidden), None if asked is None else jnp.zeros_like(head)
+    zeros = jnp.zeros_like(hidden), None if asked is None else jnp.zeros_like(head.T)
+    # The head's gradient is summed as [D, V]: the CPU's product is twice as fast so.
     d_hidden, d_head = jax.lax.fori_loop(0, chunks, differentiate, zeros)
-    return d_hidden, d_head, None, None
+    return d_hidden, None if d_head is None else d_head.T, None, None
 
 
 _score_chunks.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
