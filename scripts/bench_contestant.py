@@ -54,7 +54,8 @@ class Spec:
         variants: Of ours, each of ``plain`` and ``latent`` (packed and prompt-shared),
             ``shared`` (a row a pair), ``padded`` (a row an answer); several are run
             in turn, step by step.
-        settings: The contestant's own: ``row_length``, ``remat``; TRL's arguments.
+        settings: The contestant's own: ``remat``, ``row_length``, ``length_choices``;
+            for TRL its arguments, and ``recompute`` whatever its name is there.
         started: ``time.time()`` when the process was started.
     """
 
@@ -374,6 +375,11 @@ def trl(spec: Spec) -> Result:
             self.first = self.first or time.time() - spec.started
             self.ends.append(time.perf_counter())
 
+    settings = dict(spec.settings)
+    if "recompute" in settings:  # transformers has renamed it
+        fields = {field.name for field in dataclasses.fields(DPOConfig)}
+        names = {"activation_checkpointing", "gradient_checkpointing"} & fields
+        settings |= dict.fromkeys(names, settings.pop("recompute"))
     Pretokenized.found = []
     clock = Clock()
     model = AutoModelForCausalLM.from_pretrained(spec.model, dtype=torch.float32)
@@ -397,7 +403,7 @@ def trl(spec: Spec) -> Result:
             save_strategy="no",
             report_to=[],
             precompute_ref_log_probs=spec.reference == "cached",
-            **spec.settings,
+            **settings,
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(spec.model),

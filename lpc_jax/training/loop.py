@@ -1,15 +1,13 @@
 """The training loop: log, evaluate, checkpoint, resume.
 
-Knows nothing of losses or models beyond the programs of ``step.py``.
+Knows nothing of how an update is made.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
-import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,19 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
 from lpc_jax import checkpoint, objective, sharding
 from lpc_jax import config as cfg
-from lpc_jax.data import packing
 from lpc_jax.evaluation import preference
-from lpc_jax.models import weights
-from lpc_jax.training import memory, setup, step
-from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training.runlog import METRICS_FILE, RunLog, require_trackers
-from lpc_jax.types import Batch, TrainState
+from lpc_jax.training.trainer import Trainer
+from lpc_jax.types import TrainState
 
 BEST_METRIC = "reward/accuracy"
 
@@ -93,42 +86,6 @@ def _make_folder(config: cfg.Config, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def flat_settings(config: cfg.Config) -> dict[str, Any]:
-    """Every setting by its dotted name, as JSON can hold it."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if dataclasses.is_dataclass(value):
-            flat[f"{prefix}type"] = type(value).__name__
-            for field in dataclasses.fields(value):
-                inner = getattr(value, field.name)
-                name = f"{prefix}{field.name}"
-                is_section = dataclasses.is_dataclass(inner)
-                walk(f"{name}." if is_section else name, inner)
-        else:
-            flat[prefix] = list(value) if isinstance(value, tuple) else value
-
-    walk("", config)
-    return flat
-
-
-def _manifest(
-    config: cfg.Config, start: setup.Start, pairs: setup.Pairs, reference_digest: str
-) -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
-    return {
-        "settings": flat_settings(config),
-        "weights_digest": start.weights_digest,
-        "reference_digest": reference_digest,
-        **pairs.digests(),
-        "train_pairs": len(pairs.train),
-        "held_out_pairs": len(pairs.held_out),
-        "devices": [device.device_kind for device in jax.devices()],
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
 def _require_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses to continue under other settings, weights or data."""
 
@@ -169,239 +126,10 @@ def health_warnings(metrics: dict[str, float], num_codes: int | None) -> list[st
     return found
 
 
-class Trainer:
-    """One run: what it works on, and how far it is."""
-
-    def __init__(
-        self, config: cfg.Config, folder: Path, mesh: Mesh, console: Console
-    ) -> None:
-        """Prepares everything that comes before the first update."""
-        self.config, self.folder, self.mesh = config, folder, mesh
-        self.console = console
-        say = self._say
-        model_path = weights.find(
-            config.model.path, setting="model.path", revision=config.model.revision
-        )
-        architecture = weights.read_architecture(model_path)
-        self.pairs = pairs = setup.read_pairs(config, model_path)
-        for line in pairs.train_report.lines():
-            say(line)
-        self.total_steps = config.training.steps or (
-            config.training.epochs
-            * packing.steps_per_epoch(
-                len(pairs.train), pairs_per_step=config.packing.pairs_per_step
-            )
-        )
-        self.start = start = setup.load_start(config, model_path, architecture, mesh)
-        self._describe()
-        self.reference: np.ndarray | None = None
-        held_out_reference, reference_digest = None, ""
-        if objective.needs_reference(config.loss):
-            self.reference, held_out_reference, reference_digest = (
-                setup.reference_column(config, start, pairs, mesh, say)
-            )
-        self.manifest = _manifest(config, start, pairs, reference_digest)
-        self.held_out = packing.micro_batches(
-            pairs.held_out, pairs.shape, reference_logp=held_out_reference
-        )
-        self.optimizer = optimizers.build(config, start.shapes, self.total_steps)
-        self.layout = step.state_shardings(
-            start.shapes, start.shardings, self.optimizer, mesh
-        )
-        self.programs = step.build(
-            config, start.graph, self.layout, self.optimizer, self.total_steps
-        )
-        self.trained = optimizers.trained_part(config)
-        self.rates = {
-            group: optimizers.schedule(config.optimizer, peak, self.total_steps)
-            for group, peak in optimizers.peaks(config).items()
-        }
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def _describe(self) -> None:
-        config, start, shape = self.config, self.start, self.pairs.shape
-        count, trained, latent = (
-            sum(leaf.size for leaf in jax.tree.leaves(tree))
-            for tree in (
-                start.params | start.frozen,
-                start.params,
-                start.params.get("latent", {}),
-            )
-        )
-        share = "" if trained == count else f", {trained / 1e6:.2f} M trained"
-        axes = " ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        self._say(
-            f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
-            f" ({latent / 1e6:.2f} M latent{share}), compute"
-            f" {start.compute_dtype.name}\n"
-            f"mesh: {self.mesh.size} x {jax.devices()[0].device_kind}, {axes};"
-            f" attention: {setup.attention_backend(config)}; remat:"
-            f" {config.model.remat}\n"
-            f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
-            f" {shape.rows} rows x {' or '.join(map(str, shape.row_lengths))} tokens,"
-            f" {shape.scored} scored a row; {self.total_steps} steps\n"
-            f"{objective.formula(config.loss, config.latent)}"
-        )
-
-    def compile(self) -> None:
-        """Compiles all programs of the run and says what memory they will take."""
-        config, shape, mesh = self.config, self.pairs.shape, self.mesh
-        state = self.abstract_state()
-        frozen = jax.tree.map(_abstract_like, self.start.frozen)
-        compiled: dict[str, Any] = {}
-        for length in shape.row_lengths:
-            batch = sharding.abstract_batch(
-                packing.empty_batch(
-                    shape, length, with_reference=self.reference is not None
-                ),
-                mesh,
-            )
-            compiled[f"gradients {length}"] = self.programs.gradients.lower(
-                state.params, frozen, batch, state.key, state.step
-            ).compile()
-            if self.held_out:
-                compiled[f"evaluate {length}"] = self.programs.evaluate.lower(
-                    state.params, frozen, batch, state.key
-                ).compile()
-        pairs = jnp.asarray(config.packing.pairs_per_step, jnp.int32)
-        compiled["update"] = self.programs.update.lower(
-            state, state.params, pairs
-        ).compile()
-        tokens = float(packing.pair_lengths(self.pairs.train).sum(axis=1).mean())
-        in_a_step = min(config.packing.pairs_per_step, len(self.pairs.train)) * tokens
-        prediction = memory.predict(
-            compiled,
-            params=state.params,
-            frozen=frozen,
-            opt_state=state.opt_state,
-            several_micro_batches=in_a_step > shape.rows * max(shape.row_lengths),
-        )
-        for line in memory.lines(prediction, _remedies(config, mesh)):
-            self._say(line)
-
-    def initial_state(self) -> TrainState:
-        """The state before the first update."""
-        key = jax.random.key(self.config.training.seed)
-        params = setup.standardize_latent(
-            self.config, self.start, self.pairs, self.mesh
-        )
-        return step.initial_state(params, self.optimizer, key, self.layout)
-
-    def abstract_state(self) -> Any:
-        """Shapes and shardings of the state, for restoring."""
-        shapes = jax.eval_shape(
-            lambda: TrainState(
-                jnp.asarray(0, jnp.int32),
-                jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.start.shapes),
-                self.optimizer.init(
-                    jax.tree.map(
-                        lambda s: jnp.zeros(s.shape, s.dtype), self.start.shapes
-                    )
-                ),
-                jax.random.key(0),
-            )
-        )
-        return jax.tree.map(
-            lambda shape, placed: jax.ShapeDtypeStruct(
-                shape.shape, shape.dtype, sharding=placed
-            ),
-            shapes,
-            self.layout,
-        )
-
-    def step_batches(self, number: int) -> tuple[list[Batch], int, int]:
-        """Micro-batches of a step on the mesh, its pairs and its real tokens."""
-        indices = packing.step_indices(
-            len(self.pairs.train),
-            step=number,
-            pairs_per_step=self.config.packing.pairs_per_step,
-            seed=self.config.training.seed,
-        )
-        chosen = [self.pairs.train[i] for i in indices]
-        column = None if self.reference is None else self.reference[indices]
-        packed = packing.micro_batches(chosen, self.pairs.shape, reference_logp=column)
-        batches = [sharding.place_batch(batch, self.mesh) for batch in packed]
-        return batches, len(chosen), int(packing.pair_lengths(chosen).sum())
-
-    def update(
-        self, state: TrainState, batches: list[Batch], pairs: int
-    ) -> tuple[TrainState, objective.Sums, jax.Array, jax.Array]:
-        """One update over exactly the given pairs."""
-        total = None
-        for batch in batches:
-            term = self.programs.gradients(
-                state.params, self.start.frozen, batch, state.key, state.step
-            )
-            total = term if total is None else self.programs.add(total, term)
-        assert total is not None, "a step has at least one pair"
-        gradients, sums = total
-        state, norm, finite = self.programs.update(
-            state, gradients, jnp.asarray(pairs, jnp.int32)
-        )
-        return state, sums, norm, finite
-
-    def evaluate(self, state: TrainState) -> preference.Evaluation:
-        """All held-out pairs, once, z from the prior."""
-        key = jax.random.fold_in(state.key, state.step)
-        return preference.evaluate(
-            lambda batch: self.programs.evaluate(
-                state.params,
-                self.start.frozen,
-                sharding.place_batch(batch, self.mesh),
-                key,
-            ),
-            self.held_out,
-            sources={pair.id: pair.source for pair in self.pairs.held_out},
-        )
-
-    def schedules(self, number: int) -> dict[str, float]:
-        """What the schedules give the update of this number, counted from 0."""
-        found = {
-            "schedule/learning_rate": float(
-                np.asarray(self.rates[self.trained](number))
-            )
-        }
-        latent = self.config.latent
-        if latent is not None:
-            progress = jnp.asarray(number / max(self.total_steps - 1, 1))
-            share = objective.prior_share(latent.prior_share, progress)
-            found |= {
-                "schedule/latent_learning_rate": float(
-                    np.asarray(self.rates["latent"](number))
-                ),
-                "schedule/g": float(share),
-                "schedule/temperature": float(objective.temperature(latent, progress)),
-            }
-        return found
-
-
-def _abstract_like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
 def _profiled(config: cfg.Config, first: int) -> range:
     """The updates that are traced: not the first two, which are like no other."""
     begin = first + _UNPROFILED
     return range(begin, begin + (config.run.profile or 0))
-
-
-def _remedies(config: cfg.Config, mesh: Mesh) -> list[str]:
-    """What of this config could be changed for less memory, most useful first."""
-    found = []
-    if config.model.remat != "block":
-        found.append("Set model.remat to block.")
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.packing.rows > ways:
-        found.append(
-            f"Lower packing.rows to {ways} (the result does not depend on it)."
-        )
-    if mesh.shape["data"] > 1:
-        found.append("Give mesh.data's devices to mesh.fsdp, which splits parameters.")
-    if config.adapters is None:
-        found.append("Train adapters=Adapters() over a frozen decoder.")
-    return [*found, "Use more devices, or lower packing.row_length."]
 
 
 def _due(every: int | None, done: int, total: int) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lpc_jax import config as cfg
+from lpc_jax.data import packing
 from lpc_jax.training import loop, runlog, setup
 from tests import runs
 
@@ -341,9 +342,9 @@ def test_resuming_continues_bit_by_bit(straight, folder, variant, monkeypatch):
     config = dataclasses.replace(whole.config, name=f"{variant} resumed")
     interrupted(config, monkeypatch)
     read = []
-    indices = loop.packing.step_indices
+    indices = packing.step_indices
     monkeypatch.setattr(
-        loop.packing,
+        packing,
         "step_indices",
         lambda *args, **settings: (
             read.append(settings["step"]) or indices(*args, **settings)

@@ -1,0 +1,109 @@
+"""The prediction of memory, by hand and beside what the compiler says."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lpc_jax.training import memory
+from tests import runs
+
+GB = 10**9
+
+
+def program(*, temporary, output=0, alias=0):
+    use = types.SimpleNamespace(
+        temp_size_in_bytes=temporary,
+        output_size_in_bytes=output,
+        alias_size_in_bytes=alias,
+    )
+    return types.SimpleNamespace(memory_analysis=lambda: use)
+
+
+def floats(gigabytes):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct((gigabytes * GB // 4,), jnp.float32, sharding=here)
+
+
+def predict(compiled, *, several=False):
+    return memory.predict(
+        compiled,
+        params=[floats(2)],
+        frozen=[floats(1)],
+        opt_state=[floats(4)],
+        several_micro_batches=several,
+    )
+
+
+@pytest.mark.parametrize(
+    ("compiled", "several", "peak"),
+    [
+        # 2 + 1 + 4 held; gradients of 2 and 3 temporary.
+        ({"gradients 8": program(temporary=3 * GB)}, False, 12),
+        # The sum so far beside a micro-batch's own.
+        ({"gradients 8": program(temporary=3 * GB)}, True, 14),
+        # The widest of several shapes.
+        (
+            {
+                "gradients 8": program(temporary=GB),
+                "gradients 16": program(temporary=5 * GB),
+            },
+            False,
+            14,
+        ),
+        # In place, but for half a GB.
+        (
+            {"update": program(temporary=GB, output=6 * GB + GB // 2, alias=6 * GB)},
+            False,
+            10.5,
+        ),
+        ({"evaluate 8": program(temporary=GB, output=GB)}, False, 9),
+    ],
+)
+def test_the_peak_is_of_the_hungriest_moment(compiled, several, peak):
+    assert predict(compiled, several=several).peak == peak * GB
+
+
+def test_a_device_holds_its_part_alone():
+    mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[:4])
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    tree = [
+        jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=split),
+        jax.ShapeDtypeStruct((5,), jnp.bfloat16, sharding=whole),
+        jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole),
+    ]
+    assert memory.bytes_per_device(tree) == 2 * 3 * 4 + 5 * 2
+
+
+def test_where_it_will_hardly_fit_it_says_what_to_change():
+    found = predict({"gradients 8": program(temporary=3 * GB)})
+    tight = dataclasses.replace(found, capacity=13 * GB)
+    assert memory.lines(tight, ["Do this.", "Or that."]) == [
+        "memory: predicted peak 12.00 GB of 13.00 GB a device (parameters 2.00 GB,"
+        " frozen decoder 1.00 GB, optimizer 4.00 GB, gradients 2.00 GB, temporary"
+        " 3.00 GB)",
+        "warning: this will hardly fit. Do this. Or that.",
+    ]
+    roomy = dataclasses.replace(found, capacity=14 * GB)
+    assert len(memory.lines(roomy, ["Do this."])) == 1
+    unknown = dataclasses.replace(found, capacity=None)
+    assert memory.lines(unknown, []) == [
+        "memory: predicted peak 12.00 GB a device (parameters 2.00 GB, frozen decoder"
+        " 1.00 GB, optimizer 4.00 GB, gradients 2.00 GB, temporary 3.00 GB)"
+    ]
+
+
+def test_a_run_says_its_prediction_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_capacity", lambda: 1)
+    changes = {"model": {"remat": "dots"}, "training": {"steps": 1}}
+    said = " ".join(runs.train(runs.config(tmp_path, **changes)).said.split())
+    assert said.index("memory: predicted peak") < said.index("step 1/1")
+    assert (
+        "warning: this will hardly fit. Set model.remat to block. Lower packing.rows"
+        " to 1 (the result does not depend on it)."
+        " Train adapters=Adapters() over a frozen decoder. Use more devices, or lower"
+        " packing.row_length." in said
+    )
