@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from lpc_jax import axes, sharding
 from lpc_jax import config as cfg
+from lpc_jax.models.adapters import TARGETS
 from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training import step
 from tests import tiny
@@ -33,7 +34,8 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def shapes() -> Any:
-    _, params = tiny.split_policy()
+    adapters = {"targets": tuple(TARGETS), "rank": 4, "alpha": 4.0}
+    _, params = tiny.split_policy(adapters=adapters)
     return jax.eval_shape(lambda: params)
 
 
@@ -76,7 +78,7 @@ def test_a_parameter_that_the_table_does_not_know_stops_the_start(shapes):
 
 # --- where parameters lie -------------------------------------------------------------
 
-# By hand from tests/tiny.py: V 97, D 32, L 2, N 4, K 2, H 8, F 48, C 6; the latent's
+# By hand from tests/tiny.py: V 97, D 32, L 2, N 4, K 2, H 8, F 48, C 6, r 4; latent
 # hidden width is D, its prior reads h_x [D] and its posterior [h_w; h_l] [2 D]. Per
 # parameter: its shape, then a shard of it on fsdp 8, on fsdp 4 x tensor 2, and on
 # fsdp 2 x tensor 4, where 2 key heads and 97 tokens do not divide and stay whole.
@@ -113,6 +115,40 @@ SHARDS = {
     "decoder/blocks/mlp/gate": ((2, 32, 48), (2, 4, 48), (2, 8, 24), (2, 16, 12)),
     "decoder/blocks/mlp/up": ((2, 32, 48), (2, 4, 48), (2, 8, 24), (2, 16, 12)),
     "decoder/blocks/mlp/down": ((2, 48, 32), (2, 48, 4), (2, 24, 8), (2, 12, 16)),
+    "adapters/attention/query/a": ((2, 32, 4), (2, 4, 4), (2, 8, 4), (2, 16, 4)),
+    "adapters/attention/key/a": ((2, 32, 4), (2, 4, 4), (2, 8, 4), (2, 16, 4)),
+    "adapters/attention/value/a": ((2, 32, 4), (2, 4, 4), (2, 8, 4), (2, 16, 4)),
+    "adapters/attention/query/b": (
+        (2, 4, 4, 8),
+        (2, 4, 4, 8),
+        (2, 4, 2, 8),
+        (2, 4, 1, 8),
+    ),
+    "adapters/attention/key/b": (
+        (2, 4, 2, 8),
+        (2, 4, 2, 8),
+        (2, 4, 1, 8),
+        (2, 4, 2, 8),
+    ),
+    "adapters/attention/value/b": (
+        (2, 4, 2, 8),
+        (2, 4, 2, 8),
+        (2, 4, 1, 8),
+        (2, 4, 2, 8),
+    ),
+    "adapters/attention/output/a": (
+        (2, 4, 8, 4),
+        (2, 4, 8, 4),
+        (2, 2, 8, 4),
+        (2, 1, 8, 4),
+    ),
+    "adapters/attention/output/b": ((2, 4, 32), (2, 4, 4), (2, 4, 8), (2, 4, 16)),
+    "adapters/mlp/gate/a": ((2, 32, 4), (2, 4, 4), (2, 8, 4), (2, 16, 4)),
+    "adapters/mlp/gate/b": ((2, 4, 48), (2, 4, 48), (2, 4, 24), (2, 4, 12)),
+    "adapters/mlp/up/a": ((2, 32, 4), (2, 4, 4), (2, 8, 4), (2, 16, 4)),
+    "adapters/mlp/up/b": ((2, 4, 48), (2, 4, 48), (2, 4, 24), (2, 4, 12)),
+    "adapters/mlp/down/a": ((2, 48, 4), (2, 48, 4), (2, 24, 4), (2, 12, 4)),
+    "adapters/mlp/down/b": ((2, 4, 32), (2, 4, 4), (2, 4, 8), (2, 4, 16)),
     "latent/codebook": ((6, 32), (6, 4), (6, 8), (6, 16)),
     "latent/prior_mlp/input_mean": ((32,), (32,), (32,), (32,)),
     "latent/prior_mlp/input_spread": ((32,), (32,), (32,), (32,)),

@@ -212,8 +212,9 @@ def test_auto_is_float32_on_a_cpu(folder):
 def test_remat_recomputes_blocks_and_changes_no_number(folder, base):
     made = config(folder, latent=lpc(), model={"remat": "none"})
     assert first_update(made) == pytest.approx(base, rel=1e-5, abs=1e-6)
-    dots = config(folder, latent=lpc(), model={"remat": "dots"})
-    assert first_update(dots) == pytest.approx(base, rel=1e-5, abs=1e-6)
+    for remat in ("dots", "offload"):
+        other = config(folder, latent=lpc(), model={"remat": remat})
+        assert first_update(other) == pytest.approx(base, rel=1e-5, abs=1e-6)
     block = config(folder, latent=lpc())
     assert blocks_recomputed(block) > blocks_recomputed(made)
 
@@ -224,7 +225,7 @@ def blocks_recomputed(made: cfg.Config) -> int:
         state = trainer.initial_state()
         batch = sharding.place_batch(trainer.step_batches(0)[0][0], trainer.mesh)
         program = jax.make_jaxpr(trainer.programs.gradients)(
-            state.params, batch, state.key, state.step
+            state.params, {}, batch, state.key, state.step
         )
     text = str(program)
     return text.count("checkpoint[") + text.count("remat2[")
