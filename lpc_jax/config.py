@@ -144,10 +144,9 @@ class Model(Settings):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; masters stay float32. auto: bfloat16 on
     accelerators, float32 on CPU."""
-    attention: Literal["auto", "xla", "blocks", "tokamax"] = "auto"
+    attention: Literal["auto", "xla", "blocks"] = "auto"
     """Attention backend: xla holds a row's scores under a mask, blocks walks them a
-    block at a time and skips what is masked, tokamax (extra tokamax) is a GPU kernel
-    that does so too. auto: blocks on CPU, else xla."""
+    block at a time and skips what is masked. auto: blocks on CPU, else xla."""
     remat: Literal["none", "dots", "offload", "block"] = "block"
     """What the backward pass recomputes: nothing; all but matrix products; likewise,
     their results waiting in the host's memory; or each decoder block."""

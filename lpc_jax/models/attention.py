@@ -6,7 +6,6 @@ Knows nothing of projections or rotary embeddings.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import block_attention, interval_attention
+from lpc_jax.models import block_attention
 
-# xla: scores of whole rows under a mask. blocks: the CPU's, a block at a time. tokamax:
-# a GPU's kernels, over intervals of keys.
-BACKENDS = ("xla", "blocks", "tokamax")
+# xla: scores of whole rows under a mask. blocks: the CPU's, a block at a time.
+BACKENDS = ("xla", "blocks")
 
 
 def choose(backend: str, platform: str) -> str:
@@ -48,29 +46,13 @@ class Layout:
         tokens: Positions, pair slots and branches.
         mask: From ``pair_mask``, for ``xla``.
         first: From ``block_attention.first_blocks``, for ``blocks``.
-        key_range: From ``interval_attention.key_range``, for ``tokamax``.
-        order: From ``interval_attention.order``: the layers work in this order of a
-            row's tokens; None for the row's own.
         sliding_window: In positions; None for full attention.
     """
 
     tokens: tuple[Int[Array, "R T"], Int[Array, "R T"], Int[Array, "R T"]]
     mask: Bool[Array, "R T T"] | None
     first: Int[Array, "R blocks"] | None
-    key_range: tuple[Int[Array, "R T"], Int[Array, "R T"]] | None
-    order: Int[Array, "R T"] | None
     sliding_window: int | None = dataclasses.field(metadata={"static": True})
-
-    def arrange(self, x: Int[Array, "R T"]) -> Int[Array, "R T"]:
-        """A row's tokens, positions, ... as the layers take them."""
-        return x if self.order is None else jnp.take_along_axis(x, self.order, axis=1)
-
-    def restore(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
-        """What the layers made, in the row's own order."""
-        if self.order is None:
-            return x
-        back = jnp.argsort(self.order, axis=1)
-        return jnp.take_along_axis(x, back[..., None], axis=1)
 
 
 def layout(
@@ -89,32 +71,13 @@ def layout(
         branch: Prompt, chosen, rejected or padding.
         sliding_window: In positions; None for full attention.
         backend: From ``choose``.
-
-    Raises:
-        ValueError: ``tokamax`` with a window shorter than a row: the keys of a
-            rejected token are then no interval.
     """
     tokens = (positions, pair, branch)
     if backend == "blocks":
         first = block_attention.first_blocks(pair)
-        return Layout(tokens, None, first, None, None, sliding_window)
-    if backend == "tokamax":
-        length = positions.shape[1]
-        if sliding_window is not None and sliding_window < length:
-            raise ValueError(
-                "model.attention='tokamax' needs rows of at most the model's sliding"
-                f" window, {sliding_window} tokens, got rows of {length}. Choose"
-                " model.attention='xla', or a shorter packing.row_length."
-            )
-        order = interval_attention.order(*tokens)
-        key_range = interval_attention.key_range(
-            jnp.take_along_axis(positions, order, axis=1),
-            jnp.take_along_axis(pair, order, axis=1),
-            jnp.take_along_axis(branch, order, axis=1),
-        )
-        return Layout(tokens, None, None, key_range, order, sliding_window)
+        return Layout(tokens, None, first, sliding_window)
     mask = pair_mask(*tokens, sliding_window=sliding_window)
-    return Layout(tokens, mask, None, None, None, sliding_window)
+    return Layout(tokens, mask, None, sliding_window)
 
 
 def pair_mask(
@@ -154,42 +117,28 @@ def attend(
         value: Values.
         layout: From ``layout``. A query that sees no key gets a finite, unused output.
     """
-    if layout.mask is not None:
+    if layout.first is None:
+        assert layout.mask is not None
         mask = jnp.expand_dims(layout.mask, 1)
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, implementation="xla"
         )
-    if layout.key_range is not None:
-        return _on_each_device(
-            interval_attention.attend, query, key, value, layout.key_range
-        )
-    assert layout.first is not None
 
-    def walk(query, key, value, positions, pair, branch, first) -> Array:
-        tokens = (positions, pair, branch)
+    def run(query, key, value, tokens, first):
         return block_attention.attend(
             query, key, value, tokens, first, layout.sliding_window
         )
 
-    return _on_each_device(walk, query, key, value, (*layout.tokens, layout.first))
-
-
-def _on_each_device(
-    run: Callable[..., Array],
-    query: Array,
-    key: Array,
-    value: Array,
-    by_row: tuple[Array, ...],
-) -> Array:
-    """Each device works on its own rows and heads."""
+    arguments = (query, key, value, layout.tokens, layout.first)
     rows = axes.split_over("R", query.shape[0])
     kv_heads = axes.split_over("K", key.shape[2])
     if rows is None and kv_heads is None:
-        return run(query, key, value, *by_row)
+        return run(*arguments)
+    # Each device walks the blocks of its own rows and heads.
     heads, of_rows = P(rows, None, kv_heads, None), P(rows, None)
     return jax.shard_map(
         run,
-        in_specs=(heads, heads, heads, *(of_rows for _ in by_row)),
+        in_specs=(heads, heads, heads, (of_rows,) * 3, of_rows),
         out_specs=heads,
         check_vma=False,
-    )(query, key, value, *by_row)
+    )(*arguments)

@@ -231,7 +231,6 @@ class Decoder(nnx.Module):
             sliding_window=self.architecture.sliding_window,
             backend=self.attention_backend,
         )
-        tokens, positions = layout.arrange(tokens), layout.arrange(positions)
         angles = positions[..., None] * rope_frequencies(self.architecture)
         x = self.embedding.astype(self.compute_dtype)[tokens]
         x = axes.constrain(x, "R T D")
@@ -247,4 +246,4 @@ class Decoder(nnx.Module):
                 run_block, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
             )
         x, _ = jax.lax.scan(run_block, x, stacked)
-        return layout.restore(self.final_norm(x))
+        return self.final_norm(x)

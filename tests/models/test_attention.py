@@ -3,11 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from lpc_jax import sharding
-from lpc_jax.models import attention, block_attention, interval_attention
-from lpc_jax.types import NO_PAIR
+from lpc_jax.models import attention, block_attention
 from tests import tiny
 
 # Each longer than a block, so that pairs start inside blocks and span several.
@@ -35,66 +33,7 @@ def test_mask_follows_the_rule_token_by_token():
                 assert mask[r, q, k] == expected, (r, q, k)
 
 
-@pytest.mark.parametrize("longest", [3, 12])
-def test_in_storage_order_every_query_s_keys_are_one_interval(longest):
-    (batch, *_) = tiny.batches(tiny.pairs(12, longest=longest), rows=3)
-    tokens = (batch.positions, batch.pair, batch.branch)
-    order = interval_attention.order(*tokens)
-    stored = [jnp.take_along_axis(x, order, axis=1) for x in tokens]
-    first, stop = interval_attention.key_range(*stored)
-    here = np.arange(batch.pair.shape[1])
-    inside = (here >= first[..., None]) & (here < stop[..., None])
-    mask = np.array(attention.pair_mask(*stored, sliding_window=None))
-    # A padding query sees itself, so that its softmax is of something.
-    mask |= np.eye(len(here), dtype=bool) & (stored[1] == NO_PAIR)[..., None]
-    assert mask.sum() > 3 * len(here)
-    np.testing.assert_array_equal(inside, mask)
-
-
-def test_layers_work_in_storage_order_and_give_back_the_row_s(monkeypatch):
-    graph, params = tiny.split_policy(latent=None)
-    batch = tiny.batches(tiny.pairs(8))[0]
-
-    def hidden(backend):
-        model = nnx.merge(graph, params)
-        model.decoder.attention_backend = backend
-        return jnp.where(batch.pair[..., None] == NO_PAIR, 0.0, model.hidden(batch))
-
-    def masked(query, key, value, first, stop):
-        """What the kernel is asked to do, by JAX's own function."""
-        here = jnp.arange(query.shape[1])
-        mask = (here >= first[..., None]) & (here < stop[..., None])
-        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
-
-    monkeypatch.setattr(interval_attention, "attend", masked)
-    np.testing.assert_allclose(hidden("tokamax"), hidden("xla"), atol=2e-5, rtol=0)
-
-
-def test_tokamax_equals_a_masked_row_in_value_and_gradient():
-    pytest.importorskip("tokamax", reason="the tokamax extra is not installed")
-    batch = tiny.batches(tiny.pairs(8))[0]
-    graph, params = tiny.split_policy(latent=None)
-
-    def run(backend):
-        def total(params):
-            model = nnx.merge(graph, params)
-            model.decoder.attention_backend = backend
-            hidden = model.hidden(batch)
-            return jnp.sum(jnp.where(batch.pair[..., None] == NO_PAIR, 0.0, hidden**2))
-
-        return jax.jit(jax.value_and_grad(total))(params)
-
-    chex.assert_trees_all_close(run("tokamax"), run("xla"), rtol=2e-4, atol=2e-5)
-
-
-def test_a_window_shorter_than_a_row_is_refused_by_tokamax():
-    zeros = jnp.zeros((1, 8), int)
-    with pytest.raises(ValueError, match="rows of at most the model's sliding window"):
-        attention.layout(zeros, zeros, zeros, sliding_window=7, backend="tokamax")
-    attention.layout(zeros, zeros, zeros, sliding_window=8, backend="tokamax")
-
-
-@pytest.mark.parametrize("backend", ["xla", "blocks"])
+@pytest.mark.parametrize("backend", attention.BACKENDS)
 def test_attend_equals_float64_softmax(backend):
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=(1, 5, heads, 4)) for heads in (4, 2, 2))
@@ -224,5 +163,5 @@ def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
         attention.choose("flash", "cpu")
     assert str(error.value) == (
-        "model.attention must be 'auto' or 'xla' or 'blocks' or 'tokamax', got 'flash'."
+        "model.attention must be 'auto' or 'xla' or 'blocks', got 'flash'."
     )
