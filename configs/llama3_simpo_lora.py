@@ -14,9 +14,8 @@ Settings: rank and alpha 16 on all seven matrices, as the alignment-handbook's D
 adapters have them (recipes/zephyr-7b-beta/dpo/config_qlora.yaml; its dropout of 0.05 is
 left out). Learning rate ours: ten times that of full fine-tuning, as theirs is.
 
-Hardware: the frozen decoder takes 16 GB in bfloat16, adapters with Adam 0.5 GB. For a
-device of 95 GB the compiler's account is in docs/performance.md. The run prints its own
-prediction before the first update.
+Hardware: the frozen decoder takes 16 GB in bfloat16, adapters with Adam 0.5 GB. The run
+prints its own prediction before the first update.
 """
 
 from lpc_jax.config import (

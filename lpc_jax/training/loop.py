@@ -239,6 +239,11 @@ def _updates(
     logged: objective.Sums = {}  # over the steps since the last line
     first = int(state.step)
     profiled = _profiled(config, first)
+    if profiled and profiled.start >= total:
+        log.say(
+            f"run.profile: nothing is traced, since {_UNPROFILED} updates go before a"
+            f" trace and the run has {total - first} left"
+        )
     following = trainer.step_batches(first) if first < total else None
     for number in range(first, total):
         assert following is not None, "prepared in the step before"

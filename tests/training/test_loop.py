@@ -662,6 +662,17 @@ def test_a_profile_of_so_many_updates_lies_in_the_run_folder(folder):
     assert f"step 3: trace in {run.folder / 'profile'}" in run.said
 
 
+def test_a_run_too_short_for_a_profile_says_so(folder):
+    config = runs.config(
+        folder, name="short", training={"steps": 2}, run={"profile": 1}
+    )
+    said = " ".join(runs.train(config).said.split())
+    assert (
+        "run.profile: nothing is traced, since 2 updates go before a trace and the run"
+        " has 2 left" in said
+    )
+
+
 def test_a_second_run_finds_compiled_programs(folder, tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
