@@ -249,7 +249,10 @@ def test_help_lists_every_field_with_default_and_meaning(capsys):
         for name in names:
             assert f"--{name.replace('_', '-')}" in shown
     words = " ".join(re.sub(r"[│|\s]+", " ", shown).split())
-    assert "Peak learning rate of the decoder, or of its adapters." in words
+    assert (
+        "Peak learning rate of the decoder, or of its adapters. (default: 6e-07)"
+        in words
+    )
 
 
 def test_adapters_of_a_config_have_flags(capsys):
