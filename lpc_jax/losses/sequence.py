@@ -120,7 +120,7 @@ def _score_backward(residuals, gradient):
         return d_hidden, d_head + of_head
 
     zeros = jnp.zeros_like(hidden), None if asked is None else jnp.zeros_like(head.T)
-    # The head's gradient is summed as [D, V]: the CPU's product is twice as fast so.
+    # Summed as [D, V], for which the CPU's product is up to twice as fast.
     d_hidden, d_head = jax.lax.fori_loop(0, chunks, differentiate, zeros)
     return d_hidden, None if d_head is None else d_head.T, None, None
 
