@@ -297,39 +297,40 @@ def _report(
         per_step = np.reshape(
             [sum(map(len, row.values())) for row in rows], (-1, PAIRS_PER_STEP)
         ).sum(axis=1)
+        several = len(entry.variants) > 1
         for variant in entry.variants:
             seconds = _median(results, variant)
-            ratios = [
-                f"{_median(found[other], found_variant) / seconds:.2f} ({other})"
-                for other in entry.compared_with
-                if other in found
-                for found_variant in found[other][0]["seconds"]
-            ]
-            if len(entry.variants) > 1:
+            if several:
                 ratios = [_in_turn(results, variant, entry.variants[0])]
-            several = len(entry.variants) > 1
+            else:
+                ratios = [
+                    f"{_median(found[other.name], other.variants[0]) / seconds:.2f}"
+                    f" ({other.name})"
+                    for other in entries
+                    if other.name in entry.compared_with
+                ]
             table.add_row(
                 f"{entry.name}: {variant}" if several else entry.name,
                 f"{seconds:.2f}",
                 f"{np.median(per_step) / seconds:.0f}",
-                "" if several else f"{_best(results, 'peak_bytes') / 1e9:.2f}",
-                "" if several else f"{_best(results, 'first_step'):.1f}",
+                "" if several else f"{_middle(results, 'peak_bytes') / 1e9:.2f}",
+                "" if several else f"{_middle(results, 'first_step'):.1f}",
                 ", ".join(ratios),
             )
     console.print(table)
     for entry in entries:
-        for other in entry.compared_with:
-            if other in found:
-                ours = np.array(found[entry.name][0]["losses"][entry.variants[0]])
-                (theirs,) = found[other][0]["losses"].values()
-                apart = np.max(np.abs(ours / np.array(theirs) - 1))
-                console.print(
-                    f"losses of {entry.name} and {other}: at most {apart:.1e} apart",
-                    highlight=False,
-                )
+        for other in entry.compared_with:  # of the same group
+            (ours,) = found[entry.name][0]["losses"].values()
+            (theirs,) = found[other][0]["losses"].values()
+            apart = np.max(np.abs(np.array(ours) / np.array(theirs) - 1))
+            console.print(
+                f"losses of {entry.name} and {other}: at most {apart:.1e} apart",
+                highlight=False,
+            )
 
 
-def _best(results: list[dict[str, Any]], name: str) -> float:
+def _middle(results: list[dict[str, Any]], name: str) -> float:
+    """Median over processes."""
     return float(np.median([result[name] for result in results]))
 
 

@@ -96,7 +96,13 @@ class Result:
 
 
 def _peak_on_host() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """This process's own; ru_maxrss starts at what the one that started it had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        (peak,) = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+        return int(peak) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def _peak_of_jax() -> tuple[int, str]:
@@ -146,22 +152,20 @@ class _OurRun:
         from lpc_jax.training import setup, step
 
         self.variant, self.mesh, self.online = variant, mesh, spec.reference == "online"
-        self.config = config = _our_config(spec, variant)
+        config = _our_config(spec, variant)
         self.pairs = _our_pairs(spec)
         every = [pair for some in self.pairs for pair in some]
         lengths = packing.pair_lengths(every)
-        alone = variant == "shared"
         self.shape = packing.row_shape(
             lengths,
             rows=1,
             row_length=spec.settings["row_length"],
             length_choices=spec.settings["length_choices"],
-            pairs_per_row=1 if alone else spec.pairs_per_step,
+            pairs_per_row=1 if variant == "shared" else spec.pairs_per_step,
             score_chunk=config.model.score_chunk,
         )
         path = Path(spec.model)
         start = setup.load_start(config, path, weights.read_architecture(path), mesh)
-        self.graph = start.graph
         optimizer = optimizers.build(config, start.shapes, len(self.pairs))
         layout = step.state_shardings(start.shapes, start.shardings, optimizer, mesh)
         self.programs = step.build(
@@ -177,7 +181,7 @@ class _OurRun:
         key = jax.random.key(0)
         self.state = step.initial_state(start.params, optimizer, key, layout)
         if variant == "padded":
-            self.padded_gradients = _padded_gradients(self.graph, config)
+            self.padded_gradients = _padded_gradients(start.graph, config)
         self.warm_up()
 
     def score(self, some: list[TokenizedPair]) -> np.ndarray:
@@ -203,15 +207,14 @@ class _OurRun:
             empty = packing.empty_batch(self.shape, length, with_reference=True)
             if self.online:
                 self.score_batch(self.reference, empty)
-            terms = [self.gradients_of_batch(empty) for _ in range(2)]
-            jax.block_until_ready(self.programs.add(*terms))
+            jax.block_until_ready(self.summed_gradients([empty, empty]))
 
-    def gradients_of_batch(self, batch: Batch) -> Any:
-        """Gradients and metric sums of a micro-batch."""
+    def summed_gradients(self, batches: list[Batch]) -> Any:
+        """Gradients and metric sums over micro-batches."""
         from lpc_jax import sharding
 
-        state, placed = self.state, sharding.place_batch(batch, self.mesh)
-        return self.programs.gradients(state.params, {}, placed, state.key, state.step)
+        placed = [sharding.place_batch(batch, self.mesh) for batch in batches]
+        return self.programs.summed_gradients(self.state, {}, placed)
 
     def gradients(self, some: list[TokenizedPair]) -> tuple[Any, Any]:
         """Gradients and the loss, both summed over pairs."""
@@ -225,12 +228,9 @@ class _OurRun:
             length = self.shape.holding(longest)
             rows = _padded_rows(some, length)
             return self.padded_gradients(self.state.params, rows, column)
-        total = None
-        for batch in packing.micro_batches(some, self.shape, reference_logp=column):
-            term = self.gradients_of_batch(batch)
-            total = term if total is None else self.programs.add(total, term)
-        assert total is not None, "a step has pairs"
-        return total[0], total[1]["loss/preference"][0]
+        batches = packing.micro_batches(some, self.shape, reference_logp=column)
+        gradients, sums = self.summed_gradients(batches)
+        return gradients, sums["loss/preference"][0]
 
     def step(self, number: int) -> float:
         """One update; returns its mean loss when all is done."""

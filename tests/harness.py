@@ -55,14 +55,8 @@ class Harness:
             self.state = step.initial_state(placed, optimizer, key, layout)
 
     def update(self, batches, pairs):
-        total = None
-        for batch in batches:
-            placed = sharding.place_batch(batch, self.mesh)
-            term = self.programs.gradients(
-                self.state.params, {}, placed, self.state.key, self.state.step
-            )
-            total = term if total is None else self.programs.add(total, term)
-        gradients, sums = total
+        placed = [sharding.place_batch(batch, self.mesh) for batch in batches]
+        gradients, sums = self.programs.summed_gradients(self.state, {}, placed)
         self.state, norm, finite = self.programs.update(
             self.state, gradients, jnp.asarray(pairs)
         )

@@ -78,6 +78,10 @@ class LowRank(nnx.Module):
 class PartAdapters(nnx.Module):
     """Adapters of one part of a block, by target; others are absent."""
 
+    def __init__(self, adapters: dict[str, LowRank]):
+        for target, adapter in adapters.items():
+            setattr(self, target, adapter)
+
 
 def adapted(
     x: Float[Array, "R T inputs"],
@@ -91,8 +95,8 @@ def adapted(
     return product if adapter is None else product + adapter(x)
 
 
-class Adapters(nnx.Module):
-    """Adapters of every block, leaves stacked on a leading L axis as the blocks' are.
+class BlockAdapters(nnx.Module):
+    """Adapters of one block.
 
     Args of the constructor:
         architecture: The decoder's.
@@ -112,23 +116,17 @@ class Adapters(nnx.Module):
     ):
         axes = _axes(architecture)
 
-        def part(name: str, rngs: nnx.Rngs) -> PartAdapters:
-            adapters = PartAdapters()
-            for target, its_part in TARGETS.items():
-                if target in targets and its_part == name:
-                    low_rank = LowRank(*axes[target], rank=rank, alpha=alpha, rngs=rngs)
-                    setattr(adapters, target, low_rank)
-            return adapters
+        def part(name: str) -> PartAdapters:
+            chosen = [t for t, part in TARGETS.items() if t in targets and part == name]
+            return PartAdapters(
+                {
+                    target: LowRank(*axes[target], rank=rank, alpha=alpha, rngs=rngs)
+                    for target in chosen
+                }
+            )
 
-        for name in dict.fromkeys(TARGETS.values()):
-            keys = jax.random.split(rngs.params(), architecture.layers)
-
-            def draw(key: Array, name: str = name) -> Any:
-                return nnx.split(part(name, nnx.Rngs(key)))[1]
-
-            example = nnx.eval_shape(lambda name=name: part(name, nnx.Rngs(0)))
-            graph, _ = nnx.split(example)
-            setattr(self, name, nnx.merge(graph, jax.vmap(draw)(keys)))
+        self.attention = part("attention")
+        self.mlp = part("mlp")
 
 
 def merge(
@@ -138,7 +136,7 @@ def merge(
 
     Args:
         decoder: Parameters of a ``Decoder``, blocks stacked on L.
-        adapters: Parameters of an ``Adapters``.
+        adapters: Parameters of a policy's adapters, stacked on L.
         scale: alpha / r.
 
     Returns:

@@ -6,6 +6,8 @@ Knows nothing of pairs beyond the mask's meaning, nor of latents, heads or losse
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,13 @@ from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
 from lpc_jax.models import attention, block_attention, projection
-from lpc_jax.models.adapters import Adapters, PartAdapters, adapted
+from lpc_jax.models.adapters import BlockAdapters, PartAdapters, adapted
 from lpc_jax.models.architectures import Architecture
 
 # Standard deviation of random weights, as Llama's and Mistral's configs have it.
 INITIAL_SCALE = 0.02
+
+Module = TypeVar("Module", bound=nnx.Module)
 
 # What the backward pass needs of a block beside its input: results of matrix products
 # but for attention's scores.
@@ -158,14 +162,29 @@ class Block(nnx.Module):
         x: Float[Array, "R T D"],
         angles: Float[Array, "R T half_H"],
         layout: attention.Layout,
-        adapters: Adapters | None,
+        adapters: BlockAdapters | None,
     ) -> Float[Array, "R T D"]:
         """The stream after this block, whose adapters may be None."""
-        of_attention: PartAdapters | None = getattr(adapters, "attention", None)
-        of_mlp: PartAdapters | None = getattr(adapters, "mlp", None)
+        of_attention = None if adapters is None else adapters.attention
+        of_mlp = None if adapters is None else adapters.mlp
         x = x + self.attention(self.attention_norm(x), angles, layout, of_attention)
         x = x + self.mlp(self.mlp_norm(x), of_mlp)
         return axes.constrain(x, "R T D")
+
+
+def stacked(make: Callable[[nnx.Rngs], Module], *, layers: int, key: Array) -> Module:
+    """Modules of all layers as one, each leaf with a leading L axis.
+
+    Args:
+        make: One layer's, from its own randomness.
+        layers: L.
+        key: Split over the layers.
+    """
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    states = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(
+        jax.random.split(key, layers)
+    )
+    return nnx.merge(graph, states)
 
 
 class Decoder(nnx.Module):
@@ -191,13 +210,11 @@ class Decoder(nnx.Module):
         vocabulary, width = architecture.vocabulary, architecture.width
         self.embedding = _normal(rngs, (vocabulary, width))
 
-        def block(key: Array) -> Block:
-            return Block(architecture, rngs=nnx.Rngs(key))
-
-        keys = jax.random.split(rngs.params(), architecture.layers)
-        graph, _ = nnx.split(nnx.eval_shape(lambda: block(jax.random.key(0))))
-        states = jax.vmap(lambda key: nnx.split(block(key))[1])(keys)
-        self.blocks = nnx.merge(graph, states)
+        self.blocks = stacked(
+            lambda rngs: Block(architecture, rngs=rngs),
+            layers=architecture.layers,
+            key=rngs.params(),
+        )
         self.final_norm = RmsNorm(width, architecture.norm_epsilon)
         if not architecture.tied:
             self.head = _normal(rngs, (vocabulary, width))
@@ -213,7 +230,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "R T"],
         pair: Int[Array, "R T"],
         branch: Int[Array, "R T"],
-        adapters: Adapters | None = None,
+        adapters: BlockAdapters | None = None,
     ) -> Float[Array, "R T D"]:
         """Hidden states h of LPC's equations, in the compute dtype.
 
@@ -222,7 +239,8 @@ class Decoder(nnx.Module):
             positions: Rotary positions.
             pair: Pair slots, for the mask.
             branch: Branches, for the mask.
-            adapters: Added to the blocks' products; None: the decoder alone.
+            adapters: Added to the blocks' products, ``stacked``; None: the decoder
+                alone.
         """
         layout = attention.layout(
             positions,

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lpc_jax.models.adapters import Adapters
+from lpc_jax.models.adapters import BlockAdapters
 from lpc_jax.models.architectures import Architecture
-from lpc_jax.models.decoder import Decoder
+from lpc_jax.models.decoder import Decoder, stacked
 from lpc_jax.models.latent import LatentHead
 from lpc_jax.types import Batch
 
@@ -26,7 +26,10 @@ class Policy(nnx.Module):
     """pi_theta(y | x, z) = softmax(head (h + z)), eq. 10; z = 0 without a latent."""
 
     def __init__(
-        self, decoder: Decoder, adapters: Adapters | None, latent: LatentHead | None
+        self,
+        decoder: Decoder,
+        adapters: BlockAdapters | None,
+        latent: LatentHead | None,
     ):
         self.decoder = decoder
         self.adapters = adapters
@@ -79,7 +82,11 @@ def build(
     low_rank = head = None
     if adapters is not None:
         adapter_key = jax.random.fold_in(key, _ADAPTERS)
-        low_rank = Adapters(architecture, **adapters, rngs=nnx.Rngs(adapter_key))
+        low_rank = stacked(
+            lambda rngs: BlockAdapters(architecture, **adapters, rngs=rngs),
+            layers=architecture.layers,
+            key=adapter_key,
+        )
     if latent is not None:
         head = LatentHead(
             width=architecture.width,

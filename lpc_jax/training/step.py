@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -49,6 +49,23 @@ class Programs:
     add: Callable[[Any, Any], Any]
     update: Callable[..., tuple[TrainState, Array, Array]]
     evaluate: Callable[..., tuple[objective.Sums, dict[str, Array]]]
+
+    def summed_gradients(
+        self, state: TrainState, frozen: Params, batches: Iterable[Batch]
+    ) -> tuple[Params, objective.Sums]:
+        """``gradients`` of all micro-batches of a step, added up.
+
+        Args:
+            state: Before the update.
+            frozen: What of the policy is not trained.
+            batches: At least one, on the mesh.
+        """
+        total = None
+        for batch in batches:
+            term = self.gradients(state.params, frozen, batch, state.key, state.step)
+            total = term if total is None else self.add(total, term)
+        assert total is not None, "a step has at least one pair"
+        return total
 
 
 def build(

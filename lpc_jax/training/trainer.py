@@ -223,14 +223,9 @@ class Trainer:
         self, state: TrainState, batches: list[Batch], pairs: int
     ) -> tuple[TrainState, objective.Sums, jax.Array, jax.Array]:
         """One update over exactly the given pairs."""
-        total = None
-        for batch in batches:
-            term = self.programs.gradients(
-                state.params, self.start.frozen, batch, state.key, state.step
-            )
-            total = term if total is None else self.programs.add(total, term)
-        assert total is not None, "a step has at least one pair"
-        gradients, sums = total
+        gradients, sums = self.programs.summed_gradients(
+            state, self.start.frozen, batches
+        )
         state, norm, finite = self.programs.update(
             state, gradients, jnp.asarray(pairs, jnp.int32)
         )
