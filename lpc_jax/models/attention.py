@@ -45,13 +45,13 @@ class Layout:
     Attributes:
         tokens: Positions, pair slots and branches.
         mask: From ``pair_mask``, for ``xla``.
-        first: From ``block_attention.first_blocks``, for ``blocks``.
+        seen: From ``block_attention.seen_blocks``, for ``blocks``.
         sliding_window: In positions; None for full attention.
     """
 
     tokens: tuple[Int[Array, "R T"], Int[Array, "R T"], Int[Array, "R T"]]
     mask: Bool[Array, "R T T"] | None
-    first: Int[Array, "R blocks"] | None
+    seen: block_attention.SeenBlocks | None
     sliding_window: int | None = dataclasses.field(metadata={"static": True})
 
 
@@ -74,8 +74,8 @@ def layout(
     """
     tokens = (positions, pair, branch)
     if backend == "blocks":
-        first = block_attention.first_blocks(pair)
-        return Layout(tokens, None, first, sliding_window)
+        seen = block_attention.seen_blocks(*tokens, sliding_window=sliding_window)
+        return Layout(tokens, None, seen, sliding_window)
     mask = pair_mask(*tokens, sliding_window=sliding_window)
     return Layout(tokens, mask, None, sliding_window)
 
@@ -117,28 +117,28 @@ def attend(
         value: Values.
         layout: From ``layout``. A query that sees no key gets a finite, unused output.
     """
-    if layout.first is None:
+    if layout.seen is None:
         assert layout.mask is not None
         mask = jnp.expand_dims(layout.mask, 1)
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, implementation="xla"
         )
 
-    def run(query, key, value, tokens, first):
+    def run(query, key, value, tokens, seen):
         return block_attention.attend(
-            query, key, value, tokens, first, layout.sliding_window
+            query, key, value, tokens, seen, layout.sliding_window
         )
 
-    arguments = (query, key, value, layout.tokens, layout.first)
+    arguments = (query, key, value, layout.tokens, layout.seen)
     rows = axes.split_over("R", query.shape[0])
     kv_heads = axes.split_over("K", key.shape[2])
     if rows is None and kv_heads is None:
         return run(*arguments)
     # Each device walks the blocks of its own rows and heads.
-    heads, of_rows = P(rows, None, kv_heads, None), P(rows, None)
+    heads = P(rows, None, kv_heads, None)
     return jax.shard_map(
         run,
-        in_specs=(heads, heads, heads, (of_rows,) * 3, of_rows),
+        in_specs=(heads, heads, heads, P(rows), P(rows)),
         out_specs=heads,
         check_vma=False,
     )(*arguments)

@@ -1,16 +1,18 @@
 """Attention a block of keys at a time, skipping blocks that no query may see.
 
 The CPU's backend. Scores of a whole row are never held: each block of queries walks
-the blocks from its earliest pair's start to itself, with a running softmax (Milakov &
-Gimelshein 2018; Dao et al. 2022), and the backward pass computes each block again. A
-row of many pairs thus costs little more than its pairs alone. Knows nothing of
-projections, meshes or rotary embeddings.
+the blocks of keys that it sees any of, with a running softmax (Milakov & Gimelshein
+2018; Dao et al. 2022), and the backward pass computes each block again. Other pairs of
+a row, and the chosen answer under a rejected one's queries, thus cost nothing. Knows
+nothing of projections, meshes or rotary embeddings.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from lpc_jax.types import NO_PAIR, PROMPT
+
+Carry = TypeVar("Carry")
 
 # Queries and keys in a block. Of 32, 64 and 128 the best or near it for rows of 512 to
 # 2048 tokens, whether of short or of long pairs (docs/performance.md).
@@ -28,6 +32,9 @@ KEPT = "attention"
 
 # Below any score; finite, so that a query that sees no key has no NaN.
 _UNSEEN = -1e30
+
+# Positions, pairs and branches of tokens that fill up a block.
+_FILL = (0, NO_PAIR, PROMPT)
 
 
 def visible(
@@ -53,17 +60,47 @@ def visible(
     return seen if sliding_window is None else seen & (distance < sliding_window)
 
 
-def first_blocks(pair: Int[Array, "R T"]) -> Int[Array, "R blocks"]:
-    """Block in which the earliest pair of each block starts.
+class SeenBlocks(NamedTuple):
+    """Which blocks of keys each block of queries sees any of.
 
-    Pairs are whole and contiguous in a row, so no query of a block sees a key before.
+    Attributes:
+        index: For a block of queries, the blocks of keys that it sees, in their order;
+            after them the others.
+        count: How many it sees.
     """
-    length = pair.shape[1]
-    pair = jnp.pad(pair, ((0, 0), (0, -length % BLOCK)), constant_values=NO_PAIR)
-    index = jnp.arange(pair.shape[1])
-    starts = (pair != jnp.roll(pair, 1, axis=1)) | (index == 0) | (pair == NO_PAIR)
-    start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-    return start[:, ::BLOCK] // BLOCK
+
+    index: Int[Array, "*R blocks blocks"]
+    count: Int[Array, "*R blocks"]
+
+
+def seen_blocks(
+    positions: Int[Array, "R T"],
+    pair: Int[Array, "R T"],
+    branch: Int[Array, "R T"],
+    *,
+    sliding_window: int | None,
+) -> SeenBlocks:
+    """By the rule of ``visible``, made once for all layers."""
+    tokens = [
+        _padded(x, fill)
+        for x, fill in zip((positions, pair, branch), _FILL, strict=True)
+    ]
+    rows = len(tokens[0])
+    blocks = [x.reshape(rows, -1, BLOCK).swapaxes(0, 1) for x in tokens]
+
+    def sees(queries: list[Int[Array, "R BLOCK"]]) -> Bool[Array, "R blocks"]:
+        seen = visible(*queries, *tokens, sliding_window=sliding_window)
+        return seen.reshape(rows, BLOCK, -1, BLOCK).any(axis=(1, 3))
+
+    seen = jax.lax.map(sees, blocks).swapaxes(0, 1)
+    return SeenBlocks(jnp.argsort(~seen, axis=-1, stable=True), seen.sum(axis=-1))
+
+
+def _padded(x: Int[Array, "*R T"], fill: int) -> Int[Array, "*R padded_T"]:
+    """To whole blocks."""
+    padding = [(0, 0)] * x.ndim
+    padding[-1] = (0, -x.shape[-1] % BLOCK)
+    return jnp.pad(x, padding, constant_values=fill)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -72,7 +109,7 @@ def attend(
     key: Float[Array, "R T K H"],
     value: Float[Array, "R T K H"],
     layout: tuple[Int[Array, "R T"], Int[Array, "R T"], Int[Array, "R T"]],
-    first: Int[Array, "R blocks"],
+    seen: SeenBlocks,
     sliding_window: int | None,
 ) -> Float[Array, "R T N H"]:
     """Softmax attention in fp32 over the keys that ``visible`` allows.
@@ -82,13 +119,13 @@ def attend(
         key: Rotated keys.
         value: Values.
         layout: Positions, pair slots and branches of a row's tokens.
-        first: From ``first_blocks``.
+        seen: From ``seen_blocks``.
         sliding_window: In positions; None for full attention.
 
     Returns:
         Mixed values; 0 for a query that sees no key.
     """
-    return _forward(query, key, value, layout, first, sliding_window)[0]
+    return _forward(query, key, value, layout, seen, sliding_window)[0]
 
 
 def _to_blocks(x: Float[Array, "T K group H"]) -> Float[Array, "blocks K queries H"]:
@@ -110,7 +147,7 @@ def _from_blocks(
 class _Row:
     """One row in blocks: its scores and what may be seen, a block pair at a time."""
 
-    def __init__(self, query, key, value, layout, first, sliding_window):
+    def __init__(self, query, key, value, layout, seen, sliding_window):
         length, heads, width = query.shape
         kv_heads = key.shape[1]
         self.length, self.group = length, heads // kv_heads
@@ -119,12 +156,11 @@ class _Row:
         self.key, self.value = (
             _to_blocks(x[:, :, None].astype(jnp.float32)) for x in (key, value)
         )
-        fill = (0, NO_PAIR, PROMPT)
         self.layout = [
-            jnp.pad(x, (0, -length % BLOCK), constant_values=f).reshape(-1, BLOCK)
-            for x, f in zip(layout, fill, strict=True)
+            _padded(x, fill).reshape(-1, BLOCK)
+            for x, fill in zip(layout, _FILL, strict=True)
         ]
-        self.first, self.sliding_window = first, sliding_window
+        self.seen, self.sliding_window = seen, sliding_window
 
     def cut(self, x: Float[Array, "T N H"]) -> Float[Array, "blocks K queries H"]:
         grouped = x.reshape(self.length, -1, self.group, x.shape[-1])
@@ -132,6 +168,16 @@ class _Row:
 
     def join(self, x: Float[Array, "blocks K queries H"]) -> Float[Array, "T N H"]:
         return _from_blocks(x, self.length).reshape(self.length, -1, x.shape[-1])
+
+    def walk(
+        self, i: Array, step: Callable[[Array, Carry], Carry], start: Carry
+    ) -> Carry:
+        """``step(j, carry)`` over the blocks of keys that query block i sees."""
+
+        def turn(n: Array, carry: Carry) -> Carry:
+            return step(self.seen.index[i, n], carry)
+
+        return jax.lax.fori_loop(0, self.seen.count[i], turn, start)
 
     def scores(self, i: Array, j: Array) -> tuple[Array, Array]:
         """Scores of query block i on key block j, and which of them are allowed."""
@@ -141,8 +187,8 @@ class _Row:
         return jnp.einsum("KQH,KTH->KQT", self.query[i], self.key[j]), seen
 
 
-def _forward_row(query, key, value, layout, first, *, sliding_window):
-    row = _Row(query, key, value, layout, first, sliding_window)
+def _forward_row(query, key, value, layout, seen, *, sliding_window):
+    row = _Row(query, key, value, layout, seen, sliding_window)
     blocks, kv_heads, queries, width = row.query.shape
 
     def walk(i: Array) -> tuple[Array, Array]:
@@ -164,7 +210,7 @@ def _forward_row(query, key, value, layout, first, *, sliding_window):
             jnp.full((kv_heads, queries, 1), _UNSEEN / 2),
             jnp.zeros((kv_heads, queries, 1)),
         )
-        mixed, largest, total = jax.lax.fori_loop(first[i], i + 1, step, start)
+        mixed, largest, total = row.walk(i, step, start)
         total = jnp.where(total > 0, total, 1.0)
         return mixed / total, largest + jnp.log(total)
 
@@ -172,20 +218,20 @@ def _forward_row(query, key, value, layout, first, *, sliding_window):
     return row.join(mixed).astype(query.dtype), normaliser
 
 
-def _forward(query, key, value, layout, first, sliding_window):
+def _forward(query, key, value, layout, seen, sliding_window):
     run = functools.partial(_forward_row, sliding_window=sliding_window)
     mixed, normaliser = jax.lax.map(
-        lambda row: run(*row), (query, key, value, layout, first)
+        lambda row: run(*row), (query, key, value, layout, seen)
     )
     mixed = checkpoint_name(mixed, KEPT)
     normaliser = checkpoint_name(normaliser, KEPT)
-    return mixed, (query, key, value, layout, first, mixed, normaliser)
+    return mixed, (query, key, value, layout, seen, mixed, normaliser)
 
 
 def _backward_row(
-    query, key, value, layout, first, mixed, normaliser, gradient, *, sliding_window
+    query, key, value, layout, seen, mixed, normaliser, gradient, *, sliding_window
 ):
-    row = _Row(query, key, value, layout, first, sliding_window)
+    row = _Row(query, key, value, layout, seen, sliding_window)
     d_mixed = row.cut(gradient)
     # sum_k weight_k d_weight_k of each query: softmax's own term.
     inner = jnp.sum(d_mixed * row.cut(mixed), axis=-1, keepdims=True)
@@ -203,7 +249,7 @@ def _backward_row(
             return d_query, d_key, d_value
 
         start = (jnp.zeros_like(row.query[0]), *carry)
-        d_query, d_key, d_value = jax.lax.fori_loop(first[i], i + 1, step, start)
+        d_query, d_key, d_value = row.walk(i, step, start)
         return (d_key, d_value), d_query * row.scale
 
     start = (jnp.zeros_like(row.key), jnp.zeros_like(row.value))

@@ -42,8 +42,10 @@ def _project_backward(residuals, gradient):
     d_x = jnp.einsum("RTY,XY->RTX", gradient, weight.astype(x.dtype))
     # JAX's own rule has the operands the other way round, for which the CPU's matrix
     # product first copies the wider of the two.
+    # Rows and positions as one axis: contracting two makes XLA copy x, transposed.
+    flat_x, flat_gradient = (y.reshape(-1, y.shape[-1]) for y in (x, gradient))
     d_weight = jnp.einsum(
-        "RTX,RTY->XY", x, gradient, preferred_element_type=weight.dtype
+        "TX,TY->XY", flat_x, flat_gradient, preferred_element_type=weight.dtype
     )
     return d_x, d_weight
 

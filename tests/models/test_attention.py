@@ -99,15 +99,22 @@ def test_blocks_equal_a_masked_row_in_value_and_gradient(longest, sliding_window
     chex.assert_trees_all_close((mixed, gradients), expected, atol=2e-5)
 
 
-def test_blocks_start_where_the_earliest_pair_of_a_block_does():
+@pytest.mark.parametrize("sliding_window", [None, 5])
+def test_blocks_that_are_walked_are_those_seen_under_the_mask(sliding_window):
     batch, _, _ = _rows(60)
-    first = np.asarray(block_attention.first_blocks(batch.pair))
-    for row, pair in enumerate(np.asarray(batch.pair)):
-        for block, start in enumerate(first[row]):
-            span = pair[block * block_attention.BLOCK :][: block_attention.BLOCK]
-            starts = [np.argmax(pair == p) for p in span if p != -1]
-            expected = min(starts, default=block * block_attention.BLOCK)
-            assert start == expected // block_attention.BLOCK
+    tokens = (batch.positions, batch.pair, batch.branch)
+    found = block_attention.seen_blocks(*tokens, sliding_window=sliding_window)
+    mask = np.asarray(attention.pair_mask(*tokens, sliding_window=sliding_window))
+    blocks = -(-ROW_LENGTH // block_attention.BLOCK)
+    skipped_below_the_diagonal = 0
+    for row, i in np.ndindex(len(mask), blocks):
+        here = slice(i * block_attention.BLOCK, (i + 1) * block_attention.BLOCK)
+        keys = np.flatnonzero(mask[row, here].any(axis=0))
+        expected = sorted(set(keys // block_attention.BLOCK))
+        count = int(found.count[row, i])
+        assert found.index[row, i, :count].tolist() == expected
+        skipped_below_the_diagonal += i + 1 - count
+    assert skipped_below_the_diagonal > 0
 
 
 def test_padding_mixes_nothing():
