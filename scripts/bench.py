@@ -8,8 +8,11 @@ Each contestant runs in a process of its own (scripts/bench_contestant.py), in t
 for some rounds: the same weights, token ids and steps; fp32 on a CPU, products in bf16
 on an accelerator. What is printed are medians over all steps but each process's first,
 ratios of them, and how far the losses are apart, since a faster step that computes
-something else is no step. The numbers are also kept as JSON. A run takes most of an
-hour on two cores.
+something else is no step. MFU is the work that a step's loss asks for, whoever does it:
+6 FLOP a weight of the blocks and real token (prompts once), 6 a weight of the head and
+answer token, 2 more for an online reference; nothing for attention's scores or for what
+is computed again; over what the device's fastest matrix product could have done in the
+time. The numbers are also kept as JSON. A run takes most of an hour on two cores.
 """
 
 from __future__ import annotations
@@ -62,6 +65,17 @@ SMALL = Architecture(
     context_length=2048,
 )
 SMALL_PART = 64
+
+# What every contestant's specification has, or would have.
+NOTHING = {
+    "model": "",
+    "pairs": "",
+    "pairs_per_step": PAIRS_PER_STEP,
+    "max_length": MAX_LENGTH,
+    "reference": "",
+    "variants": [],
+    "settings": {},
+}
 
 OURS = {"remat": "dots", "row_length": 1024, "length_choices": 4}
 OURS_SMALL = {"remat": "none", "row_length": 768, "length_choices": 1}
@@ -168,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     entries = [e for e in ENTRIES if asked.only in (None, e.group)]
     console = Console()
+    # What is prepared here needs no accelerator, and would keep its memory.
+    jax.config.update("jax_platforms", "cpu")
     try:
         inputs = {
             "smollm2": _smollm2(folder, asked.pairs, asked.steps),
@@ -177,13 +193,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in entries}
+    peaks = []
     for number in range(asked.rounds):
+        peaks.append(_contest({"contestant": "peak"}, folder))
         for entry in entries[:: -1 if number % 2 else 1]:
             console.print(f"round {number + 1}: {entry.name}", highlight=False)
             inputs_of = inputs["small" if entry.group == "tunix" else "smollm2"]
             found[entry.name].append(_run(entry, *inputs_of, folder))
             (folder / "results.json").write_text(json.dumps(found, indent=1))
-    _report(console, entries, found, inputs)
+    _report(console, entries, found, inputs, float(np.median(peaks)))
     return 0
 
 
@@ -252,26 +270,30 @@ def _write_ids(file: Path, rows: Sequence[Sequence[np.ndarray]]) -> Path:
 
 
 def _run(entry: Entry, model: Path, pairs: Path, folder: Path) -> dict[str, Any]:
-    spec = {
-        "contestant": entry.contestant,
-        "model": str(model),
-        "pairs": str(pairs),
-        "pairs_per_step": PAIRS_PER_STEP,
-        "max_length": MAX_LENGTH,
-        "reference": entry.reference,
-        "variants": list(entry.variants),
-        "settings": entry.settings,
-        "started": time.time(),
-    }
+    return _contest(
+        {
+            "contestant": entry.contestant,
+            "model": str(model),
+            "pairs": str(pairs),
+            "reference": entry.reference,
+            "variants": list(entry.variants),
+            "settings": entry.settings,
+        },
+        folder,
+    )
+
+
+def _contest(spec: dict[str, Any], folder: Path) -> Any:
+    """What a process of its own prints."""
     file = folder / "spec.json"
-    file.write_text(json.dumps(spec))
+    file.write_text(json.dumps(NOTHING | spec | {"started": time.time()}))
     command = [sys.executable, str(HERE / "bench_contestant.py"), str(file)]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, env=environment, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{entry.name} failed with status {done.returncode}")
+        raise RuntimeError(f"{spec} failed with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -286,17 +308,23 @@ def _report(
     entries: list[Entry],
     found: dict[str, list[dict[str, Any]]],
     inputs: dict[str, tuple[Path, Path]],
+    peak: float,
 ) -> None:
     device = next(iter(found.values()))[0]["device"]
-    console.print(f"device: {device}; {os.cpu_count()} cores", highlight=False)
-    table = Table("", "s a step", "real tokens/s", "peak GB", "s to first step", "x")
+    console.print(
+        f"device: {device}; {os.cpu_count()} cores; peak {peak / 1e12:.3f} TFLOP/s",
+        highlight=False,
+    )
+    table = Table(
+        "", "s a step", "real tokens/s", "MFU", "peak GB", "s to first step", "x"
+    )
     for entry in entries:
         results = found[entry.name]
-        _, pairs = inputs["small" if entry.group == "tunix" else "smollm2"]
-        rows = json.loads(pairs.read_text())[PAIRS_PER_STEP:]
-        per_step = np.reshape(
-            [sum(map(len, row.values())) for row in rows], (-1, PAIRS_PER_STEP)
-        ).sum(axis=1)
+        model, pairs = inputs["small" if entry.group == "tunix" else "smollm2"]
+        tokens = _tokens(json.loads(pairs.read_text())[PAIRS_PER_STEP:])
+        work = useful_flop(
+            weights.read_architecture(model), tokens, online=entry.reference == "online"
+        )
         several = len(entry.variants) > 1
         for variant in entry.variants:
             seconds = _median(results, variant)
@@ -312,7 +340,8 @@ def _report(
             table.add_row(
                 f"{entry.name}: {variant}" if several else entry.name,
                 f"{seconds:.2f}",
-                f"{np.median(per_step) / seconds:.0f}",
+                f"{np.median(tokens.sum(axis=1)) / seconds:.0f}",
+                f"{np.median(work) / seconds / peak:.0%}",
                 "" if several else f"{_middle(results, 'peak_bytes') / 1e9:.2f}",
                 "" if several else f"{_middle(results, 'first_step'):.1f}",
                 ", ".join(ratios),
@@ -327,6 +356,29 @@ def _report(
                 f"losses of {entry.name} and {other}: at most {apart:.1e} apart",
                 highlight=False,
             )
+
+
+def _tokens(rows: list[dict[str, list[int]]]) -> np.ndarray:
+    """Of prompts and of answers, in each step."""
+    counts = [(len(r["prompt"]), len(r["chosen"]) + len(r["rejected"])) for r in rows]
+    return np.reshape(counts, (-1, PAIRS_PER_STEP, 2)).sum(axis=1)
+
+
+def useful_flop(
+    architecture: Architecture, tokens: np.ndarray, *, online: bool
+) -> np.ndarray:
+    """What steps ask for at least, as this file's docstring counts it.
+
+    Args:
+        architecture: Of the model.
+        tokens: Of prompts and of answers, in each step.
+        online: Whether a reference is scored in the step.
+    """
+    head = architecture.vocabulary * architecture.width
+    embeddings = head * (1 if architecture.tied else 2)
+    blocks = architecture.parameter_count() - embeddings
+    per_weight = 8 if online else 6
+    return per_weight * (tokens.sum(axis=1) * blocks + tokens[:, 1] * head)
 
 
 def _middle(results: list[dict[str, Any]], name: str) -> float:

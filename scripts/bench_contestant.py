@@ -43,7 +43,7 @@ class Spec:
     """What a contestant is asked to do.
 
     Attributes:
-        contestant: ``ours``, ``trl`` or ``tunix``.
+        contestant: ``ours``, ``trl`` or ``tunix``; or ``peak``, for the device's own.
         model: A Hugging Face folder.
         pairs: A JSON file: rows of ``prompt``, ``chosen``, ``rejected`` ids, in the
             order of the steps.
@@ -204,10 +204,13 @@ class _OurRun:
                 jax.block_until_ready(self.gradients(some))
             return
         for length in self.shape.row_lengths:
-            empty = packing.empty_batch(self.shape, length, with_reference=True)
+            with_column, without = (
+                packing.empty_batch(self.shape, length, with_reference=reference)
+                for reference in (True, False)
+            )
             if self.online:
-                self.score_batch(self.reference, empty)
-            jax.block_until_ready(self.summed_gradients([empty, empty]))
+                self.score_batch(self.reference, without)
+            jax.block_until_ready(self.summed_gradients([with_column, with_column]))
 
     def summed_gradients(self, batches: list[Batch]) -> Any:
         """Gradients and metric sums over micro-batches."""
@@ -479,6 +482,30 @@ def tunix(spec: Spec) -> Result:
     return Result({"tunix": seconds}, {"tunix": Trainer.found}, first, peak, device)
 
 
+# A product of square matrices large enough to reach the device's peak.
+PEAK_WIDTH = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+PEAK_PRODUCTS = 10
+
+
+def peak() -> float:
+    """Most FLOP a second of a matrix product, in the precision that steps use."""
+    import jax
+    import jax.numpy as jnp
+
+    platform = jax.devices()[0].platform
+    width = PEAK_WIDTH[platform]
+    dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
+    x = jnp.ones((width, width), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(x, x))
+    seconds = []
+    for _ in range(PEAK_PRODUCTS):
+        begun = time.perf_counter()
+        jax.block_until_ready(product(x, x))
+        seconds.append(time.perf_counter() - begun)
+    return 2 * width**3 / min(seconds)
+
+
 def _tunix_model(spec: Spec, llama: Any) -> Any:
     """Tunix's Llama with the folder's weights.
 
@@ -530,6 +557,9 @@ def _tunix_model(spec: Spec, llama: Any) -> Any:
 def main() -> None:
     """Runs what the file named on the command line asks for."""
     spec = Spec(**json.loads(Path(sys.argv[1]).read_text()))
+    if spec.contestant == "peak":
+        print(json.dumps(peak()))
+        return
     contestants = {"ours": ours, "trl": trl, "tunix": tunix}
     print(json.dumps(dataclasses.asdict(contestants[spec.contestant](spec))))
 

@@ -321,7 +321,7 @@ TYPES = [
     (
         cfg.Model,
         {"path": "x", "attention": "flash"},
-        "model.attention must be 'auto' or 'xla' or 'blocks', got 'flash'.",
+        "model.attention must be 'auto' or 'xla' or 'blocks' or 'splash', got 'flash'.",
     ),
     (cfg.Training, {"epochs": 1.5}, "training.epochs must be int, got 1.5."),
     (cfg.Training, {"epochs": True}, "training.epochs must be int, got True."),

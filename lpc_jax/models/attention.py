@@ -6,6 +6,9 @@ Knows nothing of projections or rotary embeddings.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +16,38 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import block_attention
+from lpc_jax.models import block_attention, splash
 
-# xla: scores of whole rows under a mask. blocks: the CPU's, a block at a time.
-BACKENDS = ("xla", "blocks")
+# xla: scores of whole rows under a mask. blocks: the CPU's, a block at a time. splash:
+# the TPU's kernel.
+BACKENDS = ("xla", "blocks", "splash")
 
 
-def choose(backend: str, platform: str) -> str:
+def choose(backend: str, platform: str, *, row_unit: int) -> str:
     """The backend that ``model.attention`` means on a platform.
 
     Args:
-        backend: One of ``BACKENDS``, or ``auto`` for what measured best there.
+        backend: One of ``BACKENDS``, or ``auto`` for what suits the platform.
         platform: As JAX names it: ``cpu``, ``gpu`` or ``tpu``.
+        row_unit: Of which every row length is a multiple.
 
     Raises:
-        ValueError: An unknown backend.
+        ValueError: An unknown backend, or one that cannot run there.
     """
     if backend not in ("auto", *BACKENDS):
         options = " or ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"model.attention must be {options}, got {backend!r}.")
+    whole = row_unit % splash.UNIT == 0
+    if backend == "splash" and not (platform == "tpu" and whole):
+        raise ValueError(
+            "model.attention='splash' needs a TPU and row lengths (packing.row_length"
+            f" over packing.length_choices) that are multiples of {splash.UNIT}, got a"
+            f" {platform} and multiples of {row_unit}. Use 'auto'."
+        )
     if backend != "auto":
         return backend
+    if platform == "tpu" and whole:
+        return "splash"
     return "blocks" if platform == "cpu" else "xla"
 
 
@@ -44,14 +58,16 @@ class Layout:
 
     Attributes:
         tokens: Positions, pair slots and branches.
-        mask: From ``pair_mask``, for ``xla``.
+        mask: From ``pair_mask``, for ``xla`` and ``splash``.
         seen: From ``block_attention.seen_blocks``, for ``blocks``.
+        backend: From ``choose``.
         sliding_window: In positions; None for full attention.
     """
 
     tokens: tuple[Int[Array, "R T"], Int[Array, "R T"], Int[Array, "R T"]]
     mask: Bool[Array, "R T T"] | None
     seen: block_attention.SeenBlocks | None
+    backend: str = dataclasses.field(metadata={"static": True})
     sliding_window: int | None = dataclasses.field(metadata={"static": True})
 
 
@@ -75,9 +91,9 @@ def layout(
     tokens = (positions, pair, branch)
     if backend == "blocks":
         seen = block_attention.seen_blocks(*tokens, sliding_window=sliding_window)
-        return Layout(tokens, None, seen, sliding_window)
+        return Layout(tokens, None, seen, backend, sliding_window)
     mask = pair_mask(*tokens, sliding_window=sliding_window)
-    return Layout(tokens, mask, None, sliding_window)
+    return Layout(tokens, mask, None, backend, sliding_window)
 
 
 def pair_mask(
@@ -117,28 +133,30 @@ def attend(
         value: Values.
         layout: From ``layout``. A query that sees no key gets a finite, unused output.
     """
-    if layout.seen is None:
+    if layout.backend == "xla":
         assert layout.mask is not None
         mask = jnp.expand_dims(layout.mask, 1)
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, implementation="xla"
         )
 
-    def run(query, key, value, tokens, seen):
-        return block_attention.attend(
-            query, key, value, tokens, seen, layout.sliding_window
+    if layout.backend == "splash":
+        run: Callable[..., Array] = splash.attend
+        of_rows: tuple[Any, ...] = (layout.mask,)
+    else:
+        run = functools.partial(
+            block_attention.attend, sliding_window=layout.sliding_window
         )
-
-    arguments = (query, key, value, layout.tokens, layout.seen)
+        of_rows = (layout.tokens, layout.seen)
     rows = axes.split_over("R", query.shape[0])
     kv_heads = axes.split_over("K", key.shape[2])
     if rows is None and kv_heads is None:
-        return run(*arguments)
-    # Each device walks the blocks of its own rows and heads.
+        return run(query, key, value, *of_rows)
+    # Each device runs over its own rows and heads.
     heads = P(rows, None, kv_heads, None)
     return jax.shard_map(
         run,
-        in_specs=(heads, heads, heads, P(rows), P(rows)),
+        in_specs=(heads, heads, heads, *(P(rows) for _ in of_rows)),
         out_specs=heads,
         check_vma=False,
-    )(*arguments)
+    )(query, key, value, *of_rows)

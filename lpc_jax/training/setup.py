@@ -92,7 +92,11 @@ def compute_dtype(config: cfg.Config) -> jnp.dtype:
 
 def attention_backend(config: cfg.Config) -> str:
     """The backend that runs here."""
-    return attention.choose(config.model.attention, jax.default_backend())
+    return attention.choose(
+        config.model.attention,
+        jax.default_backend(),
+        row_unit=config.packing.row_length // config.packing.length_choices,
+    )
 
 
 def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:

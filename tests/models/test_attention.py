@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lpc_jax import sharding
-from lpc_jax.models import attention, block_attention
+from lpc_jax.models import attention, block_attention, splash
 from tests import tiny
 
 # Each longer than a block, so that pairs start inside blocks and span several.
@@ -33,7 +33,7 @@ def test_mask_follows_the_rule_token_by_token():
                 assert mask[r, q, k] == expected, (r, q, k)
 
 
-@pytest.mark.parametrize("backend", attention.BACKENDS)
+@pytest.mark.parametrize("backend", ["xla", "blocks"])
 def test_attend_equals_float64_softmax(backend):
     rng = np.random.default_rng(0)
     query, key, value = (rng.normal(size=(1, 5, heads, 4)) for heads in (4, 2, 2))
@@ -152,23 +152,65 @@ def test_each_device_walks_its_own_rows_and_heads(mesh):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("sliding_window", [None, 20])
+def test_the_tpu_kernel_equals_a_masked_row_in_value_and_gradient(sliding_window):
+    length, heads, kv_heads, width = 3 * splash.UNIT, 4, 2, 8
+    batch = tiny.batches(
+        tiny.pairs(24, longest=60), rows=2, row_length=length, pairs_per_row=16
+    )[0]
+    tokens = (batch.positions, batch.pair, batch.branch)
+    layout = attention.layout(*tokens, sliding_window=sliding_window, backend="xla")
+    draw = np.random.default_rng(1).normal
+    inputs = [
+        jnp.asarray(draw(size=(2, length, count, width)), jnp.float32)
+        for count in (heads, kv_heads, kv_heads)
+    ]
+    used = (batch.pair != -1)[..., None, None]
+    assert bool(jnp.any(~used))
+    weights = jnp.cos(jnp.arange(inputs[0].size)).reshape(inputs[0].shape)
+
+    def of(attend):
+        def total(inputs):
+            mixed = jnp.where(used, attend(*inputs), 0.0)
+            return jnp.sum(weights * mixed), mixed
+
+        return jax.jit(jax.grad(total, has_aux=True))(inputs)
+
+    found = of(lambda *heads: splash.attend(*heads, layout.mask, interpret=True))
+    expected = of(lambda *heads: attention.attend(*heads, layout))
+    chex.assert_trees_all_close(found, expected, atol=2e-5)
+
+
 @pytest.mark.parametrize(
-    ("backend", "platform", "expected"),
+    ("backend", "platform", "row_unit", "expected"),
     [
-        ("auto", "cpu", "blocks"),
-        ("auto", "gpu", "xla"),
-        ("auto", "tpu", "xla"),
-        ("xla", "cpu", "xla"),
-        ("blocks", "gpu", "blocks"),
+        ("auto", "cpu", 256, "blocks"),
+        ("auto", "gpu", 256, "xla"),
+        ("auto", "tpu", 256, "splash"),
+        ("auto", "tpu", 200, "xla"),
+        ("xla", "cpu", 256, "xla"),
+        ("blocks", "gpu", 256, "blocks"),
+        ("splash", "tpu", 256, "splash"),
     ],
 )
-def test_auto_is_what_measured_best(backend, platform, expected):
-    assert attention.choose(backend, platform) == expected
+def test_auto_is_what_suits_the_platform(backend, platform, row_unit, expected):
+    assert attention.choose(backend, platform, row_unit=row_unit) == expected
+
+
+@pytest.mark.parametrize(("platform", "row_unit"), [("cpu", 256), ("tpu", 200)])
+def test_the_tpu_kernel_is_refused_where_it_cannot_run(platform, row_unit):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
+        attention.choose("splash", platform, row_unit=row_unit)
+    assert str(error.value) == (
+        "model.attention='splash' needs a TPU and row lengths (packing.row_length over"
+        f" packing.length_choices) that are multiples of 128, got a {platform} and"
+        f" multiples of {row_unit}. Use 'auto'."
+    )
 
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
-        attention.choose("flash", "cpu")
+        attention.choose("flash", "cpu", row_unit=256)
     assert str(error.value) == (
-        "model.attention must be 'auto' or 'xla' or 'blocks', got 'flash'."
+        "model.attention must be 'auto' or 'xla' or 'blocks' or 'splash', got 'flash'."
     )

@@ -70,6 +70,16 @@ def test_the_small_model_is_as_large_as_tunix_was_timed_on():
     assert bench.SMALL.parameter_count() == pytest.approx(19.3e6, rel=0.005)
 
 
+def test_useful_work_is_6_flop_a_weight_and_token_and_2_more_for_a_reference():
+    rows = [{"prompt": [1], "chosen": [2, 3], "rejected": [4]}] * bench.PAIRS_PER_STEP
+    tokens = bench._tokens(rows)
+    small = bench.SMALL
+    of_a_block = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 688 + 2 * 256
+    by_hand = 16 * (4 * of_a_block + 256) + 12 * 32_000 * 256
+    assert bench.useful_flop(small, tokens, online=False).tolist() == [6 * by_hand]
+    assert bench.useful_flop(small, tokens, online=True).tolist() == [8 * by_hand]
+
+
 def test_medians_leave_each_process_s_first_step_out():
     found = [
         {"seconds": {"plain": [90.0, 2.0, 4.0], "latent": [90.0, 3.0, 4.0]}},
