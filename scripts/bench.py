@@ -66,17 +66,6 @@ SMALL = Architecture(
 )
 SMALL_PART = 64
 
-# What every contestant's specification has, or would have.
-NOTHING = {
-    "model": "",
-    "pairs": "",
-    "pairs_per_step": PAIRS_PER_STEP,
-    "max_length": MAX_LENGTH,
-    "reference": "",
-    "variants": [],
-    "settings": {},
-}
-
 OURS = {"remat": "dots", "row_length": 1024, "length_choices": 4}
 OURS_SMALL = {"remat": "none", "row_length": 768, "length_choices": 1}
 
@@ -195,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in entries}
     peaks = []
     for number in range(asked.rounds):
-        peaks.append(_contest({"contestant": "peak"}, folder))
+        peaks.append(_contest("peak"))
         for entry in entries[:: -1 if number % 2 else 1]:
             console.print(f"round {number + 1}: {entry.name}", highlight=False)
             inputs_of = inputs["small" if entry.group == "tunix" else "smollm2"]
@@ -270,30 +259,33 @@ def _write_ids(file: Path, rows: Sequence[Sequence[np.ndarray]]) -> Path:
 
 
 def _run(entry: Entry, model: Path, pairs: Path, folder: Path) -> dict[str, Any]:
-    return _contest(
-        {
-            "contestant": entry.contestant,
-            "model": str(model),
-            "pairs": str(pairs),
-            "reference": entry.reference,
-            "variants": list(entry.variants),
-            "settings": entry.settings,
-        },
-        folder,
-    )
-
-
-def _contest(spec: dict[str, Any], folder: Path) -> Any:
-    """What a process of its own prints."""
+    spec = {
+        "contestant": entry.contestant,
+        "model": str(model),
+        "pairs": str(pairs),
+        "pairs_per_step": PAIRS_PER_STEP,
+        "max_length": MAX_LENGTH,
+        "reference": entry.reference,
+        "variants": list(entry.variants),
+        "settings": entry.settings,
+        "started": time.time(),
+    }
     file = folder / "spec.json"
-    file.write_text(json.dumps(NOTHING | spec | {"started": time.time()}))
-    command = [sys.executable, str(HERE / "bench_contestant.py"), str(file)]
+    file.write_text(json.dumps(spec))
+    return _contest(str(file))
+
+
+def _contest(argument: str) -> Any:
+    """What bench_contestant.py prints, in a process of its own."""
+    command = [sys.executable, str(HERE / "bench_contestant.py"), argument]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, env=environment, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{spec} failed with status {done.returncode}")
+        raise RuntimeError(
+            f"bench_contestant.py {argument} failed with status {done.returncode}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 

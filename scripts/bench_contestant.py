@@ -1,6 +1,7 @@
 """One contestant of scripts/bench.py in a process of its own; bench.py starts it.
 
 python scripts/bench_contestant.py SPEC.json
+python scripts/bench_contestant.py peak    # FLOP a second of the largest products
 
 Takes the same weights, token ids and steps as the other contestants, in the same
 precision, and prints one line of JSON: seconds of each step, seconds from the start of
@@ -43,7 +44,7 @@ class Spec:
     """What a contestant is asked to do.
 
     Attributes:
-        contestant: ``ours``, ``trl`` or ``tunix``; or ``peak``, for the device's own.
+        contestant: ``ours``, ``trl`` or ``tunix``.
         model: A Hugging Face folder.
         pairs: A JSON file: rows of ``prompt``, ``chosen``, ``rejected`` ids, in the
             order of the steps.
@@ -555,11 +556,11 @@ def _tunix_model(spec: Spec, llama: Any) -> Any:
 
 
 def main() -> None:
-    """Runs what the file named on the command line asks for."""
-    spec = Spec(**json.loads(Path(sys.argv[1]).read_text()))
-    if spec.contestant == "peak":
+    """Runs what the command line asks for."""
+    if sys.argv[1] == "peak":
         print(json.dumps(peak()))
         return
+    spec = Spec(**json.loads(Path(sys.argv[1]).read_text()))
     contestants = {"ours": ours, "trl": trl, "tunix": tunix}
     print(json.dumps(dataclasses.asdict(contestants[spec.contestant](spec))))
 

@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float
 
 from lpc_jax.models.block_attention import KEPT
 
-# A row is a whole number of the kernel's smallest blocks; its largest that divide the
-# row are taken.
+# The kernel's smallest block, of which a row is a whole number. The largest block that
+# divides the row is taken.
 UNIT = kernel.NUM_LANES
 _BLOCKS = (512, 384, 256, 128)
 
@@ -35,7 +35,8 @@ def attend(
     """Softmax attention with scores scaled by 1 / sqrt(H) and summed in fp32.
 
     Args:
-        query: Rotated queries; query head n reads key head ``n // (N / K)``.
+        query: Rotated queries; query head n reads key head ``n // (N / K)``. T is a
+            multiple of ``UNIT``, as ``attention.choose`` has seen to.
         key: Rotated keys.
         value: Values.
         mask: Which key (last axis) each query sees. One that sees none sees itself.
