@@ -54,5 +54,16 @@ def constrain(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
 
 def split_over(letter: str, size: int) -> tuple[str, ...] | None:
     """The axes of the mesh that is set over which an array axis is split, if any."""
+    return _split(_SPLIT_OVER.get(letter), size)
+
+
+def fsdp_over(size: int) -> tuple[str, ...] | None:
+    """Likewise, of a parameter's axis that is split over ``fsdp``."""
+    return _split(("fsdp",), size)
+
+
+def _split(axes: tuple[str, ...] | None, size: int) -> tuple[str, ...] | None:
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else divisible(_SPLIT_OVER.get(letter), size, mesh)
+    if mesh.empty or axes is None or all(mesh.shape[axis] == 1 for axis in axes):
+        return None
+    return divisible(axes, size, mesh)

@@ -147,12 +147,13 @@ class Model(Settings):
     attention: Literal["auto", "xla", "blocks", "splash"] = "auto"
     """Attention backend: xla holds a row's scores under a mask; blocks walks them a
     block at a time and skips what is masked, as does splash, a kernel for TPUs. auto:
-    blocks on CPU, splash on TPU if 128 divides the row lengths, else xla."""
+    blocks on CPU, splash on TPU if 128 divides the row length, else xla."""
     remat: Literal["none", "dots", "offload", "block"] = "block"
     """What the backward pass recomputes: nothing; all but matrix products; likewise,
     their results waiting in the host's memory; or each decoder block."""
-    score_chunk: int = 128
-    """Scored positions of a row that meet the LM head at a time."""
+    score_chunk: int | None = None
+    """Scored positions of a row that meet the LM head at a time; those that are all
+    padding are left out. None: 128 on CPU, 512 on accelerators."""
 
     def _check(self) -> None:
         self._require_positive("score_chunk")
@@ -371,21 +372,16 @@ class Packing(Settings):
     """Rows per micro-batch over all devices; a multiple of data x fsdp."""
     row_length: int = 2048
     """Most tokens per row; a pair takes prompt + chosen + rejected of one row."""
-    length_choices: int = 1
-    """A micro-batch's rows may be 1, 2, ... of so many equal parts of row_length long:
-    less padding where a step is few micro-batches, and as many programs to compile."""
+    length_choices: int = 4
+    """Row lengths that a micro-batch can have, at most: those up to row_length with
+    which the run's first steps waste little. More of them mean less padding, most so
+    where a step is few micro-batches, and as many programs to compile."""
     pairs_per_row: int = 16
     """Most pairs in one row."""
 
     def _check(self) -> None:
         self._require_positive(
             "pairs_per_step", "rows", "row_length", "length_choices", "pairs_per_row"
-        )
-        self._require(
-            self.row_length % self.length_choices == 0,
-            "length_choices",
-            f"must divide packing.row_length = {self.row_length}",
-            "",
         )
 
 

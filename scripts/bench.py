@@ -35,7 +35,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lpc_jax.data import chat, examples, tokenizer
+from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.models import policy, weights
 from lpc_jax.models.architectures import Architecture
 
@@ -66,8 +66,11 @@ SMALL = Architecture(
 )
 SMALL_PART = 64
 
-OURS = {"remat": "dots", "row_length": 1024, "length_choices": 4}
-OURS_SMALL = {"remat": "none", "row_length": 768, "length_choices": 1}
+# Chosen on all pairs, of which the steps that are timed are a few.
+ROW_LENGTH, LENGTH_CHOICES, ROW_UNIT = 1024, 8, 64
+
+OURS = {"remat": "dots", "score_chunk": None}
+OURS_SMALL = {"remat": "none", "score_chunk": 512}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,14 +191,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         for entry in entries[:: -1 if number % 2 else 1]:
             console.print(f"round {number + 1}: {entry.name}", highlight=False)
             inputs_of = inputs["small" if entry.group == "tunix" else "smollm2"]
-            found[entry.name].append(_run(entry, *inputs_of, folder))
+            found[entry.name].append(_run(entry, inputs_of, folder))
             (folder / "results.json").write_text(json.dumps(found, indent=1))
     _report(console, entries, found, inputs, float(np.median(peaks)))
     return 0
 
 
-def _smollm2(folder: Path, pairs: str, steps: int) -> tuple[Path, Path]:
-    """SmolLM2 as a Hugging Face folder, and the ids of its steps."""
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A Hugging Face folder, a file with the ids of its steps, and our row lengths."""
+
+    model: Path
+    pairs: Path
+    row_lengths: tuple[int, ...]
+
+
+def _smollm2(folder: Path, pairs: str, steps: int) -> Inputs:
+    """SmolLM2 and real pairs."""
     source = weights.find(SMOLLM2, setting="the bench's model", revision=None)
     loaded = tokenizer.load(source, chat_template=None)
     read, drops = examples.read(pairs, setting="--pairs", split="train", limit=None)
@@ -225,13 +237,29 @@ def _smollm2(folder: Path, pairs: str, steps: int) -> tuple[Path, Path]:
         loaded.save_pretrained(model)
     order = np.random.default_rng(SEED).permutation(len(tokenized))
     chosen = [tokenized[i] for i in order[: steps * PAIRS_PER_STEP]]
-    return model, _write_ids(
+    ids = _write_ids(
         folder / "pairs.json",
         [(pair.prompt, pair.chosen, pair.rejected) for pair in chosen],
     )
+    lengths = packing.pair_lengths(tokenized)
+    shape = packing.row_shape(
+        lengths,
+        rows=1,
+        row_length=ROW_LENGTH,
+        pairs_per_row=PAIRS_PER_STEP,
+        score_chunk=ROW_UNIT,
+    )
+    shape = packing.choose_row_lengths(
+        shape,
+        lengths,
+        [order[i : i + PAIRS_PER_STEP] for i in range(0, len(order), PAIRS_PER_STEP)],
+        choices=LENGTH_CHOICES,
+        unit=ROW_UNIT,
+    )
+    return Inputs(model, ids, shape.row_lengths)
 
 
-def _small(folder: Path, steps: int) -> tuple[Path, Path]:
+def _small(folder: Path, steps: int) -> Inputs:
     """The small random model, and random pairs of one length."""
     model = folder / "small"
     if not model.exists():
@@ -248,7 +276,8 @@ def _small(folder: Path, steps: int) -> tuple[Path, Path]:
         weights.save(model, params, SMALL, dtype=jnp.float32, shard_bytes=1 << 40)
     draw = np.random.default_rng(SEED).integers
     rows = draw(0, SMALL.vocabulary, (steps * PAIRS_PER_STEP, 3, SMALL_PART))
-    return model, _write_ids(folder / "small_pairs.json", list(rows))
+    ids = _write_ids(folder / "small_pairs.json", list(rows))
+    return Inputs(model, ids, (PAIRS_PER_STEP * 3 * SMALL_PART,))
 
 
 def _write_ids(file: Path, rows: Sequence[Sequence[np.ndarray]]) -> Path:
@@ -258,16 +287,19 @@ def _write_ids(file: Path, rows: Sequence[Sequence[np.ndarray]]) -> Path:
     return file
 
 
-def _run(entry: Entry, model: Path, pairs: Path, folder: Path) -> dict[str, Any]:
+def _run(entry: Entry, inputs: Inputs, folder: Path) -> dict[str, Any]:
+    settings = entry.settings
+    if entry.contestant == "ours":
+        settings = settings | {"row_lengths": inputs.row_lengths}
     spec = {
         "contestant": entry.contestant,
-        "model": str(model),
-        "pairs": str(pairs),
+        "model": str(inputs.model),
+        "pairs": str(inputs.pairs),
         "pairs_per_step": PAIRS_PER_STEP,
         "max_length": MAX_LENGTH,
         "reference": entry.reference,
         "variants": list(entry.variants),
-        "settings": entry.settings,
+        "settings": settings,
         "started": time.time(),
     }
     file = folder / "spec.json"
@@ -299,7 +331,7 @@ def _report(
     console: Console,
     entries: list[Entry],
     found: dict[str, list[dict[str, Any]]],
-    inputs: dict[str, tuple[Path, Path]],
+    inputs: dict[str, Inputs],
     peak: float,
 ) -> None:
     device = next(iter(found.values()))[0]["device"]
@@ -312,10 +344,12 @@ def _report(
     )
     for entry in entries:
         results = found[entry.name]
-        model, pairs = inputs["small" if entry.group == "tunix" else "smollm2"]
-        tokens = _tokens(json.loads(pairs.read_text())[PAIRS_PER_STEP:])
+        given = inputs["small" if entry.group == "tunix" else "smollm2"]
+        tokens = _tokens(json.loads(given.pairs.read_text())[PAIRS_PER_STEP:])
         work = useful_flop(
-            weights.read_architecture(model), tokens, online=entry.reference == "online"
+            weights.read_architecture(given.model),
+            tokens,
+            online=entry.reference == "online",
         )
         several = len(entry.variants) > 1
         for variant in entry.variants:

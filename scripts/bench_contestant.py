@@ -55,7 +55,7 @@ class Spec:
         variants: Of ours, each of ``plain`` and ``latent`` (packed and prompt-shared),
             ``shared`` (a row a pair), ``padded`` (a row an answer); several are run
             in turn, step by step.
-        settings: The contestant's own: ``remat``, ``row_length``, ``length_choices``;
+        settings: The contestant's own: ``remat``, ``score_chunk``, ``row_lengths``;
             for TRL its arguments, and ``recompute`` whatever its name is there.
         started: ``time.time()`` when the process was started.
     """
@@ -160,10 +160,12 @@ class _OurRun:
         self.shape = packing.row_shape(
             lengths,
             rows=1,
-            row_length=spec.settings["row_length"],
-            length_choices=spec.settings["length_choices"],
+            row_length=max(spec.settings["row_lengths"]),
             pairs_per_row=1 if variant == "shared" else spec.pairs_per_step,
-            score_chunk=config.model.score_chunk,
+            score_chunk=setup.score_chunk(config),
+        )
+        self.shape = dataclasses.replace(
+            self.shape, row_lengths=tuple(spec.settings["row_lengths"])
         )
         path = Path(spec.model)
         start = setup.load_start(config, path, weights.read_architecture(path), mesh)
@@ -255,7 +257,11 @@ class _OurRun:
 def _our_config(spec: Spec, variant: str) -> cfg.Config:
     return cfg.Config(
         name="bench",
-        model=cfg.Model(path=spec.model, remat=spec.settings["remat"]),
+        model=cfg.Model(
+            path=spec.model,
+            remat=spec.settings["remat"],
+            score_chunk=spec.settings["score_chunk"],
+        ),
         loss=cfg.Dpo(beta=BETA),
         latent=cfg.Latent() if variant == "latent" else None,
         data=cfg.Data(train=spec.pairs),
@@ -304,6 +310,7 @@ def _padded_gradients(graph: Any, config: cfg.Config) -> Callable[..., Any]:
     from flax import nnx
 
     from lpc_jax.losses import preference, sequence
+    from lpc_jax.training import setup
 
     def loss(params: Any, rows: tuple[Any, Any], column: Any) -> Any:
         tokens, scored = rows
@@ -316,7 +323,7 @@ def _padded_gradients(graph: Any, config: cfg.Config) -> Callable[..., Any]:
             policy.decoder.head_weight,
             tokens[:, 1:],
             scored[:, 1:],
-            chunk=config.model.score_chunk,
+            chunk=setup.score_chunk(config),
         )
         sums = jnp.sum(jnp.where(scored[:, 1:], logp, 0.0), axis=1)
         chosen, rejected = jnp.split(sums, 2)

@@ -194,7 +194,6 @@ def follow(
         packing.pair_lengths(every),
         rows=1 if accumulated else 4,
         row_length=160,
-        length_choices=1,
         pairs_per_row=4,
         score_chunk=_SCORE_CHUNK,
     )

@@ -51,7 +51,11 @@ def config(folder: Path, **changes: Any) -> cfg.Config:
             max_prompt_length=64,
         ),
         "packing": cfg.Packing(
-            pairs_per_step=12, rows=2, row_length=160, pairs_per_row=8
+            pairs_per_step=12,
+            rows=2,
+            row_length=160,
+            length_choices=1,  # each is some programs to compile
+            pairs_per_row=8,
         ),
         "optimizer": cfg.Optimizer(learning_rate=3e-3),
         "training": cfg.Training(steps=6, checkpoint_every=3),

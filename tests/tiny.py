@@ -113,7 +113,6 @@ def batches(
         packing.pair_lengths(some),
         rows=rows,
         row_length=row_length,
-        length_choices=1,
         pairs_per_row=pairs_per_row,
         score_chunk=8,
     )

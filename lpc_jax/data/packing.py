@@ -53,11 +53,10 @@ def row_shape(
     *,
     rows: int,
     row_length: int,
-    length_choices: int,
     pairs_per_row: int,
     score_chunk: int,
 ) -> RowShape:
-    """The smallest shapes that pack these pairs well.
+    """The smallest shape, of one row length, that packs these pairs well.
 
     A row has room for more scored positions than the data's own share of scored tokens
     asks for, and for no fewer than the longest pair needs; the packer fills rows within
@@ -67,7 +66,6 @@ def row_shape(
         lengths: Of every pair of the run.
         rows: Rows in a micro-batch.
         row_length: Most tokens in a row.
-        length_choices: Rows may be so many equal parts of it long; divides it.
         pairs_per_row: Most pairs in a row.
         score_chunk: Scored positions are rounded up to a multiple of it.
 
@@ -87,9 +85,74 @@ def row_shape(
     typical = row_length * scored.sum() / totals.sum() * _SCORED_SLACK
     wanted = max(int(scored.max()), int(typical))
     wanted += -wanted % score_chunk
-    part = row_length // length_choices
-    row_lengths = tuple(range(part, row_length + 1, part))
-    return RowShape(rows, row_lengths, pairs_per_row, min(wanted, row_length))
+    return RowShape(rows, (row_length,), pairs_per_row, min(wanted, row_length))
+
+
+def choose_row_lengths(
+    shape: RowShape,
+    lengths: Int[np.ndarray, "B 3"],
+    steps: Sequence[Int[np.ndarray, "_"]],
+    *,
+    choices: int,
+    unit: int,
+) -> RowShape:
+    """The shape with row lengths of which these steps waste little.
+
+    To the length that there is others are added one by one, each time the one with
+    which the steps take the fewest tokens; those that no step takes go again.
+
+    Args:
+        shape: Of one row length.
+        lengths: Of every pair of the run, all of which must fit.
+        steps: Indices into ``lengths`` of the pairs of some of the run's steps.
+        choices: Most row lengths to choose.
+        unit: They are multiples of it, as is the shape's.
+    """
+    (row_length,) = shape.row_lengths
+    shorter = range(unit, row_length, unit)
+    # What micro-batches need, by the length that their rows are filled up to.
+    needs = {
+        most: [_needs(lengths[step], shape, most) for step in steps]
+        for most in (*shorter, row_length)
+    }
+
+    def tokens(chosen: list[int]) -> float:
+        sizes = np.asarray(sorted(chosen))
+        plans = [
+            [
+                np.inf if need is None else sizes[np.searchsorted(sizes, need)].sum()
+                for need in needs[most]
+            ]
+            for most in chosen
+        ]
+        return float(np.min(plans, axis=0).sum())
+
+    chosen = [row_length]
+    while len(chosen) < choices:
+        added = min(shorter, key=lambda length: tokens([*chosen, length]))
+        if tokens([*chosen, added]) == tokens(chosen):
+            break
+        chosen.append(added)
+    longest = int(lengths.sum(axis=1).max())
+    for length in sorted(chosen):
+        rest = [other for other in chosen if other != length]
+        if max(rest, default=0) >= longest and tokens(rest) <= tokens(chosen):
+            chosen = rest
+    return dataclasses.replace(shape, row_lengths=tuple(sorted(chosen)))
+
+
+def _needs(
+    lengths: Int[np.ndarray, "B 3"], shape: RowShape, row_length: int
+) -> Int[np.ndarray, "micro_batches"] | None:
+    """Tokens of each micro-batch's fullest row, rows filled up to a length.
+
+    None if some pair is longer.
+    """
+    totals = lengths.sum(axis=1)
+    if totals.max(initial=0) > row_length:
+        return None
+    filled = [totals[row].sum() for row in _fill_rows(lengths, shape, row_length)]
+    return np.sort(filled)[::-1][:: shape.rows]
 
 
 def plan_micro_batches(

@@ -1,17 +1,33 @@
 """Hidden states to log-probabilities of tokens, and of whole answers.
 
 Knows nothing of decoders or losses. No array of scored positions x vocabulary is
-ever held for a whole row: positions meet the head a chunk at a time, and the backward
-pass computes each chunk again.
+ever held: a chunk of positions meets a tile of the head's rows at a time, with a
+running log-sum-exp, and the backward pass computes each of these products again. On a
+mesh every device scores its own rows against its own part of the vocabulary; a tile of
+the head is gathered over ``fsdp`` when its turn comes, and its gradient summed and
+scattered then.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from lpc_jax import axes
+
+# Rows of the head in a tile: the gradient of so many stays in a CPU's cache while
+# positions are added to it (docs/performance.md).
+TILE = 4096
+
+# Below any logit; finite, so that nothing seen yet has no NaN.
+_UNSEEN = -1e30
 
 
 def token_logp(
@@ -26,11 +42,11 @@ def token_logp(
 
     Args:
         hidden: Last hidden states (plus z) in the compute dtype; gradient flows.
-        head: The LM head; cast to the dtype of ``hidden`` chunk by chunk, so that
+        head: The LM head; cast to the dtype of ``hidden`` tile by tile, so that
             its gradient is summed in its own precision.
         tokens: The token to score at each position.
         mask: False where a position is padding. Chunks after the last scored position
-            of the longest row are not computed, forward or backward.
+            of a device's longest row are not computed, forward or backward.
         chunk: Positions of a row scored at a time.
 
     Returns:
@@ -38,60 +54,186 @@ def token_logp(
     """
     positions = tokens.shape[1]
     chunk = min(chunk, positions)
-    last = jnp.max(jnp.where(mask, jnp.arange(1, positions + 1), 0))
-    chunks = -(-last // chunk)
-    scores = _score_chunks(
-        _in_chunks(hidden, chunk), head, _in_chunks(tokens, chunk), chunks
-    )
-    return scores.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, :positions]
+    hidden, tokens, mask = (_in_chunks(x, chunk) for x in (hidden, tokens, mask))
+    scores = _score(hidden, head, tokens, mask)
+    return scores.swapaxes(0, 1).reshape(tokens.shape[1], -1)[:, :positions]
 
 
 def _in_chunks(
-    x: Num[Array, "R S ..."], chunk: int
-) -> Num[Array, "chunks R chunk ..."]:
+    x: Num[Array, "R S ..."] | Bool[Array, "R S"], chunk: int
+) -> Num[Array, "chunks R chunk ..."] | Bool[Array, "chunks R chunk"]:
     padding = [(0, 0)] * x.ndim
     padding[1] = (0, -x.shape[1] % chunk)
     x = jnp.pad(x, padding)
     return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _logits(
-    hidden: Float[Array, "R chunk D"], head: Float[Array, "V D"]
-) -> Float[Array, "R chunk V"]:
-    logits = jnp.einsum(
-        "RQD,VD->RQV",
-        hidden,
-        head.astype(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return axes.constrain(logits, "R S V")
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """The mesh axes over which rows, the vocabulary and the head's width lie."""
+
+    rows: tuple[str, ...] | None
+    vocabulary: tuple[str, ...] | None
+    width: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, tokens: Array, head: Array) -> _Split:
+        return cls(
+            axes.split_over("R", tokens.shape[1]),
+            axes.split_over("V", head.shape[0]),
+            axes.fsdp_over(head.shape[1]),
+        )
+
+    def run(self, function: Callable[..., Any], specs: Any, out_specs: Any) -> Any:
+        """The function as each device runs it on its part; alone, on everything."""
+        local = functools.partial(function, split=self)
+        if self == _Split(None, None, None):
+            return local
+        return jax.shard_map(
+            local, in_specs=specs, out_specs=out_specs, check_vma=False
+        )
+
+    @property
+    def head(self) -> P:
+        return P(self.vocabulary, self.width)
+
+    @property
+    def chunks(self) -> P:
+        return P(None, self.rows)
+
+    def first_token(self, vocabulary: int) -> Int[Array, ""] | int:
+        """The token of this device's first row of the head."""
+        if self.vocabulary is None:
+            return 0
+        return jax.lax.axis_index(self.vocabulary) * vocabulary
+
+    def gather(self, tile: Float[Array, "tile part"]) -> Float[Array, "tile D"]:
+        if self.width is None:
+            return tile
+        return jax.lax.all_gather(tile, self.width, axis=1, tiled=True)
+
+    def scatter_sum(self, tile: Float[Array, "tile D"]) -> Float[Array, "tile part"]:
+        """A tile's gradient summed over all rows, of which each keeps its part."""
+        others = tuple(a for a in self.rows or () if a not in (self.width or ()))
+        if others:
+            tile = jax.lax.psum(tile, others)
+        if self.width is None:
+            return tile
+        if self.rows is None or not set(self.width) <= set(self.rows):
+            # Rows are not split over these axes: every device has the whole sum.
+            part = tile.shape[1] // jax.lax.axis_size(self.width)
+            start = jax.lax.axis_index(self.width) * part
+            return jax.lax.dynamic_slice_in_dim(tile, start, part, axis=1)
+        return jax.lax.psum_scatter(tile, self.width, scatter_dimension=1, tiled=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Some rows of the head, and where they are.
+
+    Attributes:
+        weight: The rows.
+        start: The first one's place in the device's part of the head.
+        repeated: How many of the first were in the tile before already; only the last
+            tile of a vocabulary that is no multiple of its size has any.
+    """
+
+    weight: Float[Array, "tile D"]
+    start: Int[Array, ""]
+    repeated: Int[Array, ""] | None
+
+    def logits(self, hidden: Float[Array, "R chunk D"]) -> Float[Array, "R chunk tile"]:
+        found = jnp.einsum(
+            "RQD,VD->RQV", hidden, self.weight, preferred_element_type=jnp.float32
+        )
+        if self.repeated is None:
+            return found
+        return jnp.where(jnp.arange(found.shape[-1]) < self.repeated, _UNSEEN, found)
+
+    def places(self, tokens: Int[Array, "R chunk"]) -> Int[Array, "R chunk"]:
+        """Of tokens among the tile's rows; -1 for one that is not in it."""
+        place = tokens - self.start
+        first = 0 if self.repeated is None else self.repeated
+        within = (place >= first) & (place < self.weight.shape[0])
+        return jnp.where(within, place, -1)
+
+
+def _tiles(vocabulary: int) -> tuple[int, int]:
+    """How many tiles, and rows in each."""
+    count = -(-vocabulary // TILE)
+    return count, -(-vocabulary // count)
+
+
+def _tile(head: Array, i: Array, dtype: Any, split: _Split) -> _Tile:
+    vocabulary = head.shape[0]
+    _, size = _tiles(vocabulary)
+    start = jnp.minimum(i * size, vocabulary - size)
+    weight = jax.lax.dynamic_slice_in_dim(head, start, size).astype(dtype)
+    repeated = i * size - start if vocabulary % size else None
+    return _Tile(split.gather(weight), start, repeated)
+
+
+def _chunks_to_score(mask: Bool[Array, "chunks R chunk"]) -> Int[Array, ""]:
+    scored = jnp.any(mask, axis=(1, 2))
+    return jnp.max(jnp.where(scored, jnp.arange(1, scored.shape[0] + 1), 0))
 
 
 # By hand, since JAX differentiates no loop whose length the data decides.
 @jax.custom_vjp
-def _score_chunks(
+def _score(
     hidden: Float[Array, "chunks R chunk D"],
     head: Float[Array, "V D"],
     tokens: Int[Array, "chunks R chunk"],
-    chunks: Int[Array, ""],
+    mask: Bool[Array, "chunks R chunk"],
 ) -> Float[Array, "chunks R chunk"]:
-    return _scores_and_normalisers(hidden, head, tokens, chunks)[0]
+    return _scores_and_normalisers(hidden, head, tokens, mask)[0]
 
 
-def _scores_and_normalisers(hidden, head, tokens, chunks):
-    def score(i, carry):
-        scores, normalisers = carry
-        logits = _logits(hidden[i], head)
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, tokens[i][..., None], axis=-1)[..., 0]
-        return scores.at[i].set(picked - normaliser), normalisers.at[i].set(normaliser)
+def _scores_and_normalisers(hidden, head, tokens, mask):
+    split = _Split.of(tokens, head)
+    chunks = split.chunks
+    run = split.run(_score_part, (chunks, split.head, chunks, chunks), (chunks, chunks))
+    return run(hidden, head, tokens, mask)
+
+
+def _score_part(hidden, head, tokens, mask, *, split):
+    """Scores and normalisers of one device's rows."""
+    tokens = tokens - split.first_token(head.shape[0])
+    chunks = _chunks_to_score(mask)
+
+    def meet_tile(i, carry):
+        tile = _tile(head, i, hidden.dtype, split)
+
+        def meet_chunk(j, carry):
+            largest, total, picked = (x[j] for x in carry)
+            logits = tile.logits(hidden[j])
+            place = tile.places(tokens[j])
+            logit = jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
+            new_largest = jnp.maximum(largest, logits.max(axis=-1))
+            new_total = total * jnp.exp(largest - new_largest) + jnp.sum(
+                jnp.exp(logits - new_largest[..., None]), axis=-1
+            )
+            new = (new_largest, new_total, jnp.where(place < 0, picked, logit))
+            return tuple(x.at[j].set(y) for x, y in zip(carry, new, strict=True))
+
+        return jax.lax.fori_loop(0, chunks, meet_chunk, carry)
 
     zeros = jnp.zeros(tokens.shape, jnp.float32)
-    return jax.lax.fori_loop(0, chunks, score, (zeros, zeros))
+    count, _ = _tiles(head.shape[0])
+    largest, total, picked = jax.lax.fori_loop(
+        0, count, meet_tile, (zeros + _UNSEEN, zeros, zeros)
+    )
+    if split.vocabulary is not None:
+        own, largest = largest, jax.lax.pmax(largest, split.vocabulary)
+        total = jax.lax.psum(total * jnp.exp(own - largest), split.vocabulary)
+        picked = jax.lax.psum(picked, split.vocabulary)
+    computed = (jnp.arange(tokens.shape[0]) < chunks)[:, None, None]
+    normaliser = jnp.where(computed, largest + jnp.log(total), 0.0)
+    return picked - normaliser, normaliser
 
 
-def _score_forward(hidden, head, tokens, chunks):
-    arguments = (hidden.value, head.value, tokens.value, chunks.value)
+def _score_forward(hidden, head, tokens, mask):
+    arguments = (hidden.value, head.value, tokens.value, mask.value)
     scores, normalisers = _scores_and_normalisers(*arguments)
     # An empty tuple where the head's gradient is asked for: known to the compiler, so
     # that a frozen head costs neither the product nor an array of its size.
@@ -100,32 +242,75 @@ def _score_forward(hidden, head, tokens, chunks):
 
 
 def _score_backward(residuals, gradient):
-    hidden, head, tokens, chunks, normalisers, asked = residuals
+    hidden, head, tokens, mask, normalisers, asked = residuals
+    split = _Split.of(tokens, head)
+    chunks, of_head = split.chunks, None if asked is None else split.head
+    run = split.run(
+        functools.partial(_differentiate_part, head_asked=asked is not None),
+        (chunks, split.head, *4 * (chunks,)),
+        (chunks, of_head),
+    )
+    d_hidden, d_head = run(hidden, head, tokens, mask, normalisers, gradient)
+    return d_hidden, d_head, None, None
 
-    def differentiate(i, carry):
+
+def _differentiate_part(
+    hidden, head, tokens, mask, normalisers, gradient, *, split, head_asked
+):
+    """Gradients of one device's rows and of its part of the head."""
+    tokens = tokens - split.first_token(head.shape[0])
+    chunks = _chunks_to_score(mask)
+
+    def meet_tile(i, carry):
         d_hidden, d_head = carry
-        logits = _logits(hidden[i], head)
-        # d log p(token) = one-hot(token) - p.
-        d_logits = jax.nn.one_hot(tokens[i], head.shape[0]) - jnp.exp(
-            logits - normalisers[i][..., None]
-        )
-        d_logits = (d_logits * gradient[i][..., None]).astype(hidden.dtype)
-        of_hidden = jnp.einsum("RQV,VD->RQD", d_logits, head.astype(hidden.dtype))
-        d_hidden = d_hidden.at[i].set(of_hidden)
+        tile = _tile(head, i, hidden.dtype, split)
+
+        def meet_chunk(j, carry):
+            d_hidden, d_weight = carry
+            logits = tile.logits(hidden[j])
+            # d log p(token) = one-hot(token) - p.
+            d_logits = jax.nn.one_hot(
+                tile.places(tokens[j]), logits.shape[-1]
+            ) - jnp.exp(logits - normalisers[j][..., None])
+            d_logits = (d_logits * gradient[j][..., None]).astype(hidden.dtype)
+            of_hidden = jnp.einsum(
+                "RQV,VD->RQD",
+                d_logits,
+                tile.weight,
+                preferred_element_type=jnp.float32,
+            )
+            d_hidden = d_hidden.at[j].add(of_hidden)
+            if d_weight is None:
+                return d_hidden, None
+            flat = (x.reshape(-1, x.shape[-1]) for x in (d_logits, hidden[j]))
+            of_weight = jnp.einsum(
+                "QV,QD->VD", *flat, preferred_element_type=d_weight.dtype
+            )
+            return d_hidden, d_weight + of_weight
+
+        start = jnp.zeros(tile.weight.shape, head.dtype) if head_asked else None
+        d_hidden, d_weight = jax.lax.fori_loop(0, chunks, meet_chunk, (d_hidden, start))
         if d_head is None:
             return d_hidden, None
-        of_head = jnp.einsum(
-            "RQD,RQV->DV", hidden[i], d_logits, preferred_element_type=head.dtype
+        d_weight = split.scatter_sum(d_weight)
+        # Added: the last tile may repeat rows of the one before, with zeros.
+        before = jax.lax.dynamic_slice_in_dim(d_head, tile.start, len(d_weight))
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(
+            d_head, before + d_weight, tile.start, axis=0
         )
-        return d_hidden, d_head + of_head
 
-    zeros = jnp.zeros_like(hidden), None if asked is None else jnp.zeros_like(head.T)
-    # Summed as [D, V], for which the CPU's product is up to twice as fast.
-    d_hidden, d_head = jax.lax.fori_loop(0, chunks, differentiate, zeros)
-    return d_hidden, None if d_head is None else d_head.T, None, None
+    zeros = (
+        jnp.zeros(hidden.shape, jnp.float32),
+        jnp.zeros_like(head) if head_asked else None,
+    )
+    count, _ = _tiles(head.shape[0])
+    d_hidden, d_head = jax.lax.fori_loop(0, count, meet_tile, zeros)
+    if split.vocabulary is not None:
+        d_hidden = jax.lax.psum(d_hidden, split.vocabulary)
+    return d_hidden.astype(hidden.dtype), d_head
 
 
-_score_chunks.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
+_score.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
 
 
 def sum_by_answer(

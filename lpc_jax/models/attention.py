@@ -40,9 +40,9 @@ def choose(backend: str, platform: str, *, row_unit: int) -> str:
     whole = row_unit % splash.UNIT == 0
     if backend == "splash" and not (platform == "tpu" and whole):
         raise ValueError(
-            "model.attention='splash' needs a TPU and row lengths (packing.row_length"
-            f" over packing.length_choices) that are multiples of {splash.UNIT}, got a"
-            f" {platform} and multiples of {row_unit}. Use 'auto'."
+            "model.attention='splash' needs a TPU and a packing.row_length that is a"
+            f" multiple of {splash.UNIT}, got a {platform} and multiples of {row_unit}."
+            " Use 'auto'."
         )
     if backend != "auto":
         return backend

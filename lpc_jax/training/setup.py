@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ from lpc_jax.types import Batch
 # Pairs from which the latent's inputs are standardised: enough for a coordinate's
 # spread to within a tenth, few enough to take seconds.
 STANDARDIZATION_PAIRS = 64
+
+# Row lengths are multiples of the blocks that attention walks: 64 on CPU, 128 in
+# kernels. They are chosen on the run's first steps of so many pairs.
+_CPU_ROW_UNIT, _ROW_UNIT = 64, 128
+_PLANNED_PAIRS = 2048
 
 Say = Callable[[str], None]
 
@@ -90,12 +96,23 @@ def compute_dtype(config: cfg.Config) -> jnp.dtype:
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
+def score_chunk(config: cfg.Config) -> int:
+    """Scored positions of a row that meet the LM head at a time."""
+    if config.model.score_chunk is not None:
+        return config.model.score_chunk
+    return 128 if jax.default_backend() == "cpu" else 512
+
+
+def row_unit(config: cfg.Config) -> int:
+    """What every row length is a multiple of, so that attention's blocks are full."""
+    wanted = _CPU_ROW_UNIT if jax.default_backend() == "cpu" else _ROW_UNIT
+    return math.gcd(config.packing.row_length, wanted)
+
+
 def attention_backend(config: cfg.Config) -> str:
     """The backend that runs here."""
     return attention.choose(
-        config.model.attention,
-        jax.default_backend(),
-        row_unit=config.packing.row_length // config.packing.length_choices,
+        config.model.attention, jax.default_backend(), row_unit=row_unit(config)
     )
 
 
@@ -135,15 +152,42 @@ def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:
         held_out, held_out_report = read(
             data.eval, "data.eval", data.eval_split, data.eval_limit
         )
+    lengths = packing.pair_lengths([*train, *held_out])
     shape = packing.row_shape(
-        packing.pair_lengths([*train, *held_out]),
+        lengths,
         rows=packed.rows,
         row_length=packed.row_length,
-        length_choices=packed.length_choices,
         pairs_per_row=packed.pairs_per_row,
-        score_chunk=config.model.score_chunk,
+        score_chunk=score_chunk(config),
     )
+    if packed.length_choices > 1:
+        planned = -(-_PLANNED_PAIRS // packed.pairs_per_step)
+        shape = packing.choose_row_lengths(
+            shape,
+            lengths,
+            [
+                packing.step_indices(
+                    len(train),
+                    step=number,
+                    pairs_per_step=packed.pairs_per_step,
+                    seed=config.training.seed,
+                )
+                for number in range(min(planned, total_steps(config, train)))
+            ],
+            choices=packed.length_choices,
+            unit=row_unit(config),
+        )
     return Pairs(train, held_out, train_report, held_out_report, shape)
+
+
+def total_steps(config: cfg.Config, train: Sequence[TokenizedPair]) -> int:
+    """Updates in the run."""
+    return config.training.steps or (
+        config.training.epochs
+        * packing.steps_per_epoch(
+            len(train), pairs_per_step=config.packing.pairs_per_step
+        )
+    )
 
 
 def _abstract(
@@ -303,7 +347,7 @@ def reference_scorer(
             batch,
             latent=None,
             key=jax.random.key(0),
-            chunk=config.model.score_chunk,
+            chunk=score_chunk(config),
         )
         return scores.logp
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from lpc_jax import config as cfg
 from lpc_jax import objective, sharding
 from lpc_jax.models.policy import Policy
+from lpc_jax.training import setup
 from lpc_jax.types import Batch, TrainState
 
 Params = dict[str, Any]
@@ -84,7 +85,7 @@ def build(
         optimizer: From ``optimizer.build``.
         total_steps: Updates in the run, for g and tau.
     """
-    chunk = config.model.score_chunk
+    chunk = setup.score_chunk(config)
     replicated = layout.step
 
     def loss_sum(

@@ -80,12 +80,7 @@ class Trainer:
         self.pairs = pairs = setup.read_pairs(config, model_path)
         for line in pairs.train_report.lines():
             say(line)
-        self.total_steps = config.training.steps or (
-            config.training.epochs
-            * packing.steps_per_epoch(
-                len(pairs.train), pairs_per_step=config.packing.pairs_per_step
-            )
-        )
+        self.total_steps = setup.total_steps(config, pairs.train)
         self.start = start = setup.load_start(config, model_path, architecture, mesh)
         self._describe()
         self.reference: np.ndarray | None = None

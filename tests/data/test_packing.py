@@ -1,7 +1,10 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
-from lpc_jax.data import packing
+from lpc_jax import config as cfg
+from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED
 from tests import tiny
@@ -47,10 +50,12 @@ def test_every_pair_is_packed_once_within_the_limits(seed, choices):
         lengths,
         rows=3,
         row_length=48,
-        length_choices=choices,
         pairs_per_row=4,
         score_chunk=8,
     )
+    steps = np.split(np.arange(50), 5)
+    shape = packing.choose_row_lengths(shape, lengths, steps, choices=choices, unit=4)
+    assert len(shape.row_lengths) <= choices
     plan = packing.plan_micro_batches(lengths, shape)
     rows = [row for _, group in plan for row in group]
     assert sorted(index for row in rows for index in row) == list(range(50))
@@ -76,14 +81,98 @@ def test_a_step_takes_the_row_lengths_that_waste_least():
         ((2, 3, 3),): [8],
         ((1, 5, 6), (1, 5, 6), (1, 2, 3)): [24, 8],  # not 16 and 24
     }
-    every = np.asarray([pair for some in steps for pair in some])
-    shape = packing.row_shape(
-        every, rows=1, row_length=24, length_choices=3, pairs_per_row=3, score_chunk=8
-    )
-    assert shape.row_lengths == (8, 16, 24)
+    shape = packing.RowShape(rows=1, row_lengths=(8, 16, 24), pair_slots=3, scored=24)
     for some, wanted in steps.items():
         plan = packing.plan_micro_batches(np.asarray(some), shape)
         assert [length for length, _ in plan] == wanted
+
+
+def tokens(shape, lengths, steps):
+    """Of all micro-batches of these steps, padding included."""
+    plans = [packing.plan_micro_batches(lengths[step], shape) for step in steps]
+    return sum(shape.rows * length for plan in plans for length, _ in plan)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("pairs_per_step", [3, 10])
+def test_no_other_second_row_length_wastes_less(rows, pairs_per_step):
+    lengths = packing.pair_lengths(tiny.pairs(60, seed=1))
+    steps = [np.arange(i, i + pairs_per_step) for i in range(0, 60, pairs_per_step)]
+    one = packing.row_shape(
+        lengths, rows=rows, row_length=64, pairs_per_row=8, score_chunk=8
+    )
+    two = packing.choose_row_lengths(one, lengths, steps, choices=2, unit=4)
+    by_trial = [
+        dataclasses.replace(one, row_lengths=(length, 64)) for length in range(4, 64, 4)
+    ]
+    fewest = min(tokens(shape, lengths, steps) for shape in by_trial)
+    assert tokens(two, lengths, steps) == fewest < tokens(one, lengths, steps)
+
+
+def test_a_row_length_that_no_step_takes_is_not_kept():
+    lengths = np.array([[2, 3, 3], [2, 5, 5]])  # 8 and 12 tokens
+    shape = packing.RowShape(rows=1, row_lengths=(32,), pair_slots=1, scored=32)
+    steps = [np.array([0, 1])]
+    for choices, wanted in {1: (32,), 2: (12,), 3: (8, 12), 9: (8, 12)}.items():
+        found = packing.choose_row_lengths(
+            shape, lengths, steps, choices=choices, unit=4
+        )
+        assert found.row_lengths == wanted
+
+
+def test_the_longest_pair_fits_even_if_no_planned_step_has_it():
+    lengths = np.array([[2, 3, 3], [2, 3, 3], [4, 8, 8]])
+    shape = packing.RowShape(rows=1, row_lengths=(32,), pair_slots=1, scored=32)
+    found = packing.choose_row_lengths(
+        shape, lengths, [np.array([0, 1])], choices=2, unit=4
+    )
+    assert found.row_lengths == (8, 32)
+    plan = packing.plan_micro_batches(lengths, found)
+    assert [length for length, _ in plan] == [32, 8, 8]
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("row_length", [1024, 2048])
+@pytest.mark.parametrize(
+    "name",
+    ["alpacaeval_preferences.train", "alpacaeval_similar_length.train", "hh_harmless"],
+)
+def test_packing_of_real_pairs_wastes_at_most_a_twentieth(
+    smollm2, shared_data, name, row_length
+):
+    """128 pairs a step, at the default number of row lengths."""
+    settings = cfg.Packing()
+    path = shared_data / f"{name}.jsonl.gz"
+    found, drops = examples.read(str(path), setting="", split="train", limit=1280)
+    tokenized, _ = chat.tokenize(
+        found,
+        tokenizer.load(smollm2, chat_template=None),
+        drops=drops,
+        max_length=512,
+        max_prompt_length=256,
+        row_length=1024,
+        truncation="drop",
+        prefix_mismatch="cut",
+    )
+    lengths = packing.pair_lengths(tokenized)
+    steps = [
+        packing.step_indices(len(lengths), step=step, pairs_per_step=128, seed=0)
+        for step in range(len(lengths) // 128)
+    ]
+    shape = packing.row_shape(
+        lengths,
+        rows=1,
+        row_length=row_length,
+        pairs_per_row=settings.pairs_per_row,
+        score_chunk=128,
+    )
+    shape = packing.choose_row_lengths(
+        shape, lengths, steps[:4], choices=settings.length_choices, unit=64
+    )
+    real = sum(int(lengths[step].sum()) for step in steps)
+    waste = 1 - real / tokens(shape, lengths, steps)
+    assert len(shape.row_lengths) <= 4
+    assert waste < 0.05
 
 
 def test_a_pair_longer_than_the_row_is_refused():
@@ -97,7 +186,6 @@ def test_a_pair_longer_than_the_row_is_refused():
             lengths,
             rows=1,
             row_length=8,
-            length_choices=1,
             pairs_per_row=1,
             score_chunk=4,
         )

@@ -1,8 +1,13 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from lpc_jax import axes
 from lpc_jax.losses import sequence
 
 RNG = np.random.default_rng(0)
@@ -18,6 +23,13 @@ def float64_logp():
     return np.take_along_axis(logits, TOKENS[..., None], -1)[..., 0] - normaliser
 
 
+@pytest.fixture(params=[4096, 23, 12, 5, 1])
+def tile(request, monkeypatch):
+    """Of 23 tokens: one tile, tiles that repeat some of the one before, single rows."""
+    monkeypatch.setattr(sequence, "TILE", request.param)
+
+
+@pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("chunk", [1, 4, 11, 64])
 def test_token_logp_equals_float64_log_softmax_for_any_chunk(chunk):
     found = sequence.token_logp(
@@ -26,6 +38,7 @@ def test_token_logp_equals_float64_log_softmax_for_any_chunk(chunk):
     np.testing.assert_allclose(found, float64_logp(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("tile")
 def test_gradients_of_chunks_equal_the_unchunked_ones():
     weights = jnp.float32(RNG.normal(size=(2, 11)))
 
@@ -69,7 +82,8 @@ def test_chunks_without_a_scored_position_are_not_computed(scored, computed):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def test_logits_of_all_positions_are_never_held():
+def test_logits_of_all_positions_are_never_held(monkeypatch):
+    monkeypatch.setattr(sequence, "TILE", 128)
     rows, positions, vocabulary = 2, 256, 512
     hidden = jnp.zeros((rows, positions, 8))
     head = jnp.zeros((vocabulary, 8))
@@ -81,7 +95,8 @@ def test_logits_of_all_positions_are_never_held():
 
     lowered = jax.jit(jax.grad(total, (0, 1))).lower(hidden, head)
     temporary = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert temporary < rows * positions * vocabulary * 4 / 2
+    # A few arrays of a chunk x a tile, and gradients.
+    assert temporary < rows * positions * vocabulary * 4 / 8
 
 
 def test_sum_by_answer_ignores_padding_and_keeps_answers_apart():
@@ -97,3 +112,89 @@ def test_padding_may_hold_anything():
     slot, mask = jnp.array([[0, 0]]), jnp.array([[True, False]])
     found = sequence.sum_by_answer(values, slot, mask, pair_slots=1)
     np.testing.assert_array_equal(found, [[[1.0, 0.0]]])
+
+
+# --- on a mesh ------------------------------------------------------------------------
+
+ROWS, POSITIONS, VOCABULARY, WIDTH = 4, 11, 64, 8
+# (data, fsdp, tensor); 3 splits neither rows, vocabulary nor width.
+MESHES = [(2, 2, 2), (1, 4, 1), (1, 1, 4), (4, 1, 2), (1, 8, 1), (1, 1, 3)]
+
+
+def on_mesh(data, fsdp, tensor):
+    devices = np.asarray(jax.devices()[: data * fsdp * tensor])
+    return jax.sharding.Mesh(
+        devices.reshape(data, fsdp, tensor),
+        axes.MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+
+
+def mesh_case():
+    """Inputs, and log-probabilities with their gradients by float64 NumPy."""
+    rng = np.random.default_rng(1)
+    hidden = rng.normal(size=(ROWS, POSITIONS, WIDTH))
+    head = rng.normal(size=(VOCABULARY, WIDTH))
+    tokens = rng.integers(0, VOCABULARY, size=(ROWS, POSITIONS))
+    # Rows of unlike lengths, one empty: devices skip chunks of their own.
+    mask = np.arange(POSITIONS) < np.array([[11], [5], [2], [0]])
+    weights = rng.normal(size=(ROWS, POSITIONS)) * mask
+    logits = hidden @ head.T
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    d_logits = (np.eye(VOCABULARY)[tokens] - np.exp(logp)) * weights[..., None]
+    picked = np.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+    gradients = d_logits @ head, np.einsum("RSV,RSD->VD", d_logits, hidden)
+    return (hidden, head, tokens, mask, weights), picked, gradients
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("size", [4096, 5])
+def test_a_split_head_and_rows_give_the_same_values_and_gradients(
+    shape, size, monkeypatch
+):
+    monkeypatch.setattr(sequence, "TILE", size)
+    (hidden, head, tokens, mask, weights), picked, expected = mesh_case()
+
+    def total(hidden, head):
+        logp = sequence.token_logp(
+            hidden, head, jnp.asarray(tokens), jnp.asarray(mask), chunk=4
+        )
+        return jnp.sum(jnp.float32(weights) * logp), logp
+
+    with jax.set_mesh(on_mesh(*shape)):
+        inputs = jnp.float32(hidden), jnp.float32(head)
+        find = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+        (_, logp), gradients = find(*inputs)
+    np.testing.assert_allclose(logp[mask], picked[mask], atol=1e-5)
+    for found, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_devices_exchange_tiles_of_the_head_and_never_all_of_it(monkeypatch):
+    """fsdp gathers one tile's columns at a time and scatters its gradient likewise."""
+    monkeypatch.setattr(sequence, "TILE", 16)
+    mesh = on_mesh(1, 2, 2)
+    (hidden, head, tokens, mask, _), _, _ = mesh_case()
+
+    def total(hidden, head):
+        logp = sequence.token_logp(
+            hidden, head, jnp.asarray(tokens), jnp.asarray(mask), chunk=4
+        )
+        return jnp.sum(logp)
+
+    of_rows = NamedSharding(mesh, P("fsdp"))
+    of_head = NamedSharding(mesh, P("tensor", "fsdp"))
+    with jax.set_mesh(mesh):
+        find = jax.jit(jax.grad(total, (0, 1)), out_shardings=(of_rows, of_head))
+        shapes = (
+            jax.ShapeDtypeStruct(hidden.shape, jnp.float32, sharding=of_rows),
+            jax.ShapeDtypeStruct(head.shape, jnp.float32, sharding=of_head),
+        )
+        compiled = find.lower(*shapes).compile().as_text()
+    moved = re.findall(
+        r"= f32\[([\d,]*)\]\S* (all-gather|reduce-scatter|all-reduce)\(", compiled
+    )
+    whole = f"{VOCABULARY // 2},{WIDTH}"
+    assert ("16,8", "all-gather") in moved
+    assert ("16,4", "reduce-scatter") in moved
+    assert whole not in {shape for shape, _ in moved}

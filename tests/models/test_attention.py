@@ -202,9 +202,8 @@ def test_the_tpu_kernel_is_refused_where_it_cannot_run(platform, row_unit):
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
         attention.choose("splash", platform, row_unit=row_unit)
     assert str(error.value) == (
-        "model.attention='splash' needs a TPU and row lengths (packing.row_length over"
-        f" packing.length_choices) that are multiples of 128, got a {platform} and"
-        f" multiples of {row_unit}. Use 'auto'."
+        "model.attention='splash' needs a TPU and a packing.row_length that is a"
+        f" multiple of 128, got a {platform} and multiples of {row_unit}. Use 'auto'."
     )
 
 

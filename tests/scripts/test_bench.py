@@ -35,7 +35,11 @@ def spec(folder, **changes):
         "max_length": 32,
         "reference": "cached",
         "variants": list(VARIANTS),
-        "settings": {"remat": "dots", "row_length": 64, "length_choices": 2},
+        "settings": {
+            "remat": "dots",
+            "score_chunk": None,
+            "row_lengths": (32, 64),
+        },
         "started": time.time(),
     }
     return bench_contestant.Spec(**settings | changes)
