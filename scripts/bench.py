@@ -70,7 +70,7 @@ SMALL_PART = 64
 ROW_LENGTH, LENGTH_CHOICES, ROW_UNIT = 1024, 8, 64
 
 OURS = {"remat": "dots", "score_chunk": None}
-OURS_SMALL = {"remat": "none", "score_chunk": 512}
+OURS_SMALL = {"remat": "none", "score_chunk": 512}  # of answers, as many as a row has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rounds", type=int, default=2, help="processes per contestant"
     )
     parser.add_argument("--steps", type=int, default=5, help="steps per process")
+    parser.add_argument("--attention", default="auto", help="our attention backend")
     parser.add_argument("--folder", default="runs/bench", help="where results are kept")
     asked = parser.parse_args(argv)
     folder = Path(asked.folder)
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for entry in entries[:: -1 if number % 2 else 1]:
             console.print(f"round {number + 1}: {entry.name}", highlight=False)
             inputs_of = inputs["small" if entry.group == "tunix" else "smollm2"]
-            found[entry.name].append(_run(entry, inputs_of, folder))
+            found[entry.name].append(_run(entry, inputs_of, folder, asked.attention))
             (folder / "results.json").write_text(json.dumps(found, indent=1))
     _report(console, entries, found, inputs, float(np.median(peaks)))
     return 0
@@ -287,10 +288,13 @@ def _write_ids(file: Path, rows: Sequence[Sequence[np.ndarray]]) -> Path:
     return file
 
 
-def _run(entry: Entry, inputs: Inputs, folder: Path) -> dict[str, Any]:
+def _run(entry: Entry, inputs: Inputs, folder: Path, attention: str) -> dict[str, Any]:
     settings = entry.settings
     if entry.contestant == "ours":
-        settings = settings | {"row_lengths": inputs.row_lengths}
+        settings = settings | {
+            "attention": attention,
+            "row_lengths": inputs.row_lengths,
+        }
     spec = {
         "contestant": entry.contestant,
         "model": str(inputs.model),

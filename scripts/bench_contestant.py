@@ -55,8 +55,9 @@ class Spec:
         variants: Of ours, each of ``plain`` and ``latent`` (packed and prompt-shared),
             ``shared`` (a row a pair), ``padded`` (a row an answer); several are run
             in turn, step by step.
-        settings: The contestant's own: ``remat``, ``score_chunk``, ``row_lengths``;
-            for TRL its arguments, and ``recompute`` whatever its name is there.
+        settings: The contestant's own: ``attention``, ``remat``, ``score_chunk``,
+            ``row_lengths``; for TRL its arguments, and ``recompute`` whatever its name
+            is there.
         started: ``time.time()`` when the process was started.
     """
 
@@ -259,6 +260,7 @@ def _our_config(spec: Spec, variant: str) -> cfg.Config:
         name="bench",
         model=cfg.Model(
             path=spec.model,
+            attention=spec.settings["attention"],
             remat=spec.settings["remat"],
             score_chunk=spec.settings["score_chunk"],
         ),

@@ -321,7 +321,8 @@ TYPES = [
     (
         cfg.Model,
         {"path": "x", "attention": "flash"},
-        "model.attention must be 'auto' or 'xla' or 'blocks' or 'splash', got 'flash'.",
+        "model.attention must be 'auto' or 'xla' or 'blocks' or 'splash' or 'cudnn',"
+        " got 'flash'.",
     ),
     (cfg.Training, {"epochs": 1.5}, "training.epochs must be int, got 1.5."),
     (cfg.Training, {"epochs": True}, "training.epochs must be int, got True."),

@@ -19,8 +19,8 @@ from lpc_jax import axes
 from lpc_jax.models import block_attention, splash
 
 # xla: scores of whole rows under a mask. blocks: the CPU's, a block at a time. splash:
-# the TPU's kernel.
-BACKENDS = ("xla", "blocks", "splash")
+# the TPU's kernel. cudnn: a GPU's, which adds the mask to scores that it never holds.
+BACKENDS = ("xla", "blocks", "splash", "cudnn")
 
 
 def choose(backend: str, platform: str, *, row_unit: int) -> str:
@@ -44,6 +44,10 @@ def choose(backend: str, platform: str, *, row_unit: int) -> str:
             f" multiple of {splash.UNIT}, got a {platform} and multiples of {row_unit}."
             " Use 'auto'."
         )
+    if backend == "cudnn" and platform != "gpu":
+        raise ValueError(
+            f"model.attention='cudnn' needs a GPU, got a {platform}. Use 'auto'."
+        )
     if backend != "auto":
         return backend
     if platform == "tpu" and whole:
@@ -58,7 +62,7 @@ class Layout:
 
     Attributes:
         tokens: Positions, pair slots and branches.
-        mask: From ``pair_mask``, for ``xla`` and ``splash``.
+        mask: From ``pair_mask``, for all but ``blocks``.
         seen: From ``block_attention.seen_blocks``, for ``blocks``.
         backend: From ``choose``.
         sliding_window: In positions; None for full attention.
@@ -133,11 +137,11 @@ def attend(
         value: Values.
         layout: From ``layout``. A query that sees no key gets a finite, unused output.
     """
-    if layout.backend == "xla":
+    if layout.backend in ("xla", "cudnn"):
         assert layout.mask is not None
         mask = jnp.expand_dims(layout.mask, 1)
         return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, implementation="xla"
+            query, key, value, mask=mask, implementation=layout.backend
         )
 
     if layout.backend == "splash":

@@ -23,6 +23,7 @@ from rich.console import Console
 from lpc_jax import checkpoint, objective, sharding
 from lpc_jax import config as cfg
 from lpc_jax.evaluation import preference
+from lpc_jax.training import memory
 from lpc_jax.training.runlog import METRICS_FILE, RunLog, require_trackers
 from lpc_jax.training.trainer import Trainer
 from lpc_jax.types import TrainState
@@ -201,6 +202,7 @@ def _run(trainer: Trainer) -> Result:
             state = trainer.initial_state()
         else:
             _require_resumable(kept.meta(resume_from), trainer.manifest)
+            trainer.forget_start()
             state = kept.restore(resume_from, trainer.abstract_state())
         trainer.compile()
         kept.require_space(state)  # now, and not when the first hours are done
@@ -293,5 +295,11 @@ def _updates(
                 metrics=evaluation.metrics if evaluation is not None else None,
             )
     kept.wait()
+    peak = memory.real_peak()
+    if peak is not None and trainer.predicted_peak is not None:
+        log.say(
+            f"memory: {memory.size(peak)} at the peak,"
+            f" {memory.size(trainer.predicted_peak)} predicted"
+        )
     log.finish(before=before, after=after)
     return Result(trainer.folder, before, after, state)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ class Prediction:
         optimizer: What optax keeps.
         gradients: One sum of gradients; two where a step has several micro-batches.
         temporary: The most that any program needs besides.
+        process: On a CPU, what the process holds that is no array: Python, libraries
+            and compiled programs.
         peak: The most at any time.
         capacity: What the device has, or None if it does not say.
     """
@@ -39,6 +42,7 @@ class Prediction:
     optimizer: int
     gradients: int
     temporary: int
+    process: int
     peak: int
     capacity: int | None
 
@@ -67,6 +71,37 @@ def _capacity() -> int | None:
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _status(name: str) -> int | None:
+    """A line of Linux's account of this process, in bytes."""
+    file = Path("/proc/self/status")
+    if not file.exists():
+        return None
+    lines = file.read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
+
+
+def _outside_arrays() -> int:
+    """What this process holds besides JAX's arrays, where those are in its memory."""
+    resident = _status("VmRSS")
+    if jax.default_backend() != "cpu" or resident is None:
+        return 0
+    return max(0, resident - sum(_bytes_here(x) for x in jax.live_arrays()))
+
+
+def _bytes_here(x: jax.Array) -> int:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return 0
+    return sum(shard.data.nbytes for shard in x.addressable_shards)
+
+
+def real_peak() -> int | None:
+    """The most that was in use so far, of the first device; on a CPU of the process."""
+    if jax.default_backend() == "cpu":
+        return _status("VmHWM")
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def predict(
@@ -103,8 +138,16 @@ def predict(
             needed += use.output_size_in_bytes
         temporary = max(temporary, use.temp_size_in_bytes)
         peak = max(peak, sum(held) + optimizer + needed)
+    process = _outside_arrays()
     return Prediction(
-        held[0], held[1], optimizer, gradients, temporary, peak, _capacity()
+        held[0],
+        held[1],
+        optimizer,
+        gradients,
+        temporary,
+        process,
+        process + peak,
+        _capacity(),
     )
 
 
@@ -122,14 +165,16 @@ def lines(prediction: Prediction, remedies: list[str]) -> list[str]:
         "optimizer": p.optimizer,
         "gradients": p.gradients,
         "temporary": p.temporary,
+        "process": p.process,
     }
-    listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
-    has = "" if p.capacity is None else f" of {_size(p.capacity)}"
-    found = [f"memory: predicted peak {_size(p.peak)}{has} a device ({listed})"]
+    listed = ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part)
+    has = "" if p.capacity is None else f" of {size(p.capacity)}"
+    found = [f"memory: predicted peak {size(p.peak)}{has} a device ({listed})"]
     if not p.fits:
         found.append(f"warning: this will hardly fit. {' '.join(remedies)}")
     return found
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes in words."""
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

@@ -101,6 +101,7 @@ class Trainer:
             config, start.graph, self.layout, self.optimizer, self.total_steps
         )
         self.trained = optimizers.trained_part(config)
+        self.predicted_peak: int | None = None
         self.rates = {
             group: optimizers.schedule(config.optimizer, peak, self.total_steps)
             for group, peak in optimizers.peaks(config).items()
@@ -169,6 +170,11 @@ class Trainer:
         )
         for line in memory.lines(prediction, _remedies(config, mesh)):
             self._say(line)
+        self.predicted_peak = prediction.peak
+
+    def forget_start(self) -> None:
+        """Frees the start's parameters, of which a resumed run needs none."""
+        self.start = dataclasses.replace(self.start, params={})
 
     def initial_state(self) -> TrainState:
         """The state before the first update."""

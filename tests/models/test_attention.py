@@ -207,9 +207,37 @@ def test_the_tpu_kernel_is_refused_where_it_cannot_run(platform, row_unit):
     )
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_the_gpu_kernel_is_refused_where_there_is_none(platform):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
+        attention.choose("cudnn", platform, row_unit=256)
+    assert str(error.value) == (
+        f"model.attention='cudnn' needs a GPU, got a {platform}. Use 'auto'."
+    )
+
+
+def test_the_gpu_kernel_is_asked_for_what_the_mask_path_computes(monkeypatch):
+    """The kernel itself runs on GPUs alone."""
+    asked, plain = [], jax.nn.dot_product_attention
+
+    def ask(*heads, mask, implementation):
+        asked.append(implementation)
+        return plain(*heads, mask=mask, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", ask)
+    batch, heads, used = _rows(40)
+    found, expected = (
+        _mix(batch, heads, used, backend=backend, sliding_window=None)
+        for backend in ("cudnn", "xla")
+    )
+    assert asked == ["cudnn", "xla"]
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
         attention.choose("flash", "cpu", row_unit=256)
     assert str(error.value) == (
-        "model.attention must be 'auto' or 'xla' or 'blocks' or 'splash', got 'flash'."
+        "model.attention must be 'auto' or 'xla' or 'blocks' or 'splash' or 'cudnn',"
+        " got 'flash'."
     )

@@ -36,6 +36,7 @@ def spec(folder, **changes):
         "reference": "cached",
         "variants": list(VARIANTS),
         "settings": {
+            "attention": "auto",
             "remat": "dots",
             "score_chunk": None,
             "row_lengths": (32, 64),

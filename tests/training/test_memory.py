@@ -1,7 +1,9 @@
 """The prediction of memory, by hand and beside what the compiler says."""
 
 import dataclasses
+import re
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,11 @@ def program(*, temporary, output=0, alias=0):
 def floats(gigabytes):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct((gigabytes * GB // 4,), jnp.float32, sharding=here)
+
+
+@pytest.fixture(autouse=True)
+def _no_process(monkeypatch):
+    monkeypatch.setattr(memory, "_outside_arrays", lambda: 0)
 
 
 def predict(compiled, *, several=False):
@@ -107,3 +114,30 @@ def test_a_run_says_its_prediction_before_the_first_step(tmp_path, monkeypatch):
         " Train adapters=Adapters() over a frozen decoder. Use more devices, or lower"
         " packing.row_length." in said
     )
+
+
+def test_what_the_process_holds_besides_arrays_counts_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(memory, "_outside_arrays", lambda: GB // 2)
+    found = predict({"gradients 8": program(temporary=3 * GB)})
+    assert found.peak == 12.5 * GB
+    assert "process 0.50 GB" in memory.lines(found, [])[0]
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads Linux's account"
+)
+def test_the_process_alone_is_what_arrays_leave_of_it(monkeypatch):
+    monkeypatch.undo()
+    before = memory._outside_arrays()
+    assert 1e8 < before < 5e9
+    held = jax.block_until_ready(jnp.ones(GB // 4))
+    assert memory._outside_arrays() == pytest.approx(before, abs=1e8)
+    assert memory.real_peak() > held.nbytes
+
+
+def test_a_run_ends_with_its_real_peak_beside_the_prediction(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    said = runs.train(runs.config(tmp_path, training={"steps": 1})).said
+    found = re.search(r"memory: (.*) GB at the peak, (.*) GB predicted", said)
+    assert found is not None
+    assert 0.1 < float(found[2]) < 2 * float(found[1])
