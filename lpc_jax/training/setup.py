@@ -110,10 +110,20 @@ def row_unit(config: cfg.Config) -> int:
 
 
 def attention_backend(config: cfg.Config) -> str:
-    """The backend that runs here."""
-    return attention.choose(
+    """The backend that runs here.
+
+    Raises:
+        ValueError: One that cannot run on this platform or in this precision.
+    """
+    backend = attention.choose(
         config.model.attention, jax.default_backend(), row_unit=row_unit(config)
     )
+    if backend == "cudnn" and compute_dtype(config) == jnp.float32:
+        raise ValueError(
+            "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32."
+            " Use 'auto' for one of the two."
+        )
+    return backend
 
 
 def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -403,6 +405,19 @@ def test_the_shape_of_a_micro_batch(folder, base):
     assert first_update(made) == pytest.approx(base, rel=1e-4, abs=1e-5)
 
 
+def test_the_gpu_kernel_is_refused_in_float32(folder, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    model = {"attention": "cudnn", "compute_dtype": "float32"}
+    with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
+        setup.attention_backend(config(folder, model=model))
+    assert str(error.value) == (
+        "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32. Use"
+        " 'auto' for one of the two."
+    )
+    model["compute_dtype"] = "auto"  # bfloat16 there
+    assert setup.attention_backend(config(folder, model=model)) == "cudnn"
+
+
 # --- training and run -----------------------------------------------------------------
 
 
@@ -419,6 +434,15 @@ def test_the_seed_decides_the_order_and_the_latent(folder):
     assert ids != other_ids
     np.testing.assert_array_equal(codebook, same)
     assert np.abs(codebook - other).max() > 0.1
+
+
+def test_a_resumed_run_frees_the_start_s_parameters(folder):
+    with prepared(config(folder)) as trainer:
+        head = weakref.ref(trainer.start.params["decoder"]["embedding"])
+        trainer.forget_start()
+        gc.collect()
+        assert head() is None
+        trainer.abstract_state()  # what the checkpoint is restored into, still known
 
 
 def test_how_often_a_run_logs_evaluates_and_saves(folder, monkeypatch):
