@@ -2,14 +2,17 @@
 
 A checkpoint is a flat dict from a leaf's path to its array, with a JSON record beside
 it, so that it outlives the classes it was saved from and can be compared with what a
-run expects before any array is read. Knows nothing of what the arrays mean.
+run expects before any array is read. The record holds a checksum of every array: what
+was damaged on disk is told, named and passed over. Knows nothing of what the arrays
+mean.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +22,53 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from lpc_jax import processes
+
 # Beyond the arrays: their metadata, and room for whoever else writes to the disk.
 _MARGIN_SHARE = 0.05
 _MARGIN_BYTES = 16 * 2**20
 
 _STATE, _RECORD = "state", "record"
 
+# The latest, and one to go back to should it be damaged.
+_KEPT = 2
+
+# What Orbax writes into a checkpoint once it is whole, and into each part of it.
+_COMMITTED = "commit_success.txt"
+# Of a checkpoint's files those without which nothing of it can be read.
+_NEEDED = ("_CHECKPOINT_METADATA", f"{_RECORD}/metadata", f"{_STATE}/manifest.ocdbt")
+
+# How damage shows when Orbax reads a checkpoint's record.
+_DAMAGE = (OSError, ValueError, KeyError, RuntimeError)
+
 # How many differing leaves a message lists before it only counts.
 _LISTED = 20
 
 
 class Checkpoints:
-    """The checkpoints in one folder: the best and the latest are kept.
+    """The checkpoints in one folder: the best and the two latest are kept.
 
-    Saving copies the arrays to the host and returns; writing goes on in the
-    background, so the caller may donate them at once. An unfinished checkpoint is
-    never visible, and no older one is deleted before a newer one is complete.
+    All processes of a run make it together and call its methods alike; they share the
+    folder. Saving copies the arrays to the host and returns; writing goes on in the
+    background, so the caller may donate them at once. An unfinished checkpoint is never
+    visible, and no older one is deleted before a newer one is complete.
 
     Args:
         folder: Where they are, or will be.
         best_metric: Name of the metric whose highest value is the best (the later step
             of equals); None keeps only the latest.
+        say: Told, in a sentence, of every damaged checkpoint.
     """
 
-    def __init__(self, folder: Path, *, best_metric: str | None) -> None:
+    def __init__(
+        self, folder: Path, *, best_metric: str | None, say: Callable[[str], None]
+    ) -> None:
         # Orbax wants an absolute path; messages keep the user's own.
-        self._folder, self._best_metric = folder, best_metric
+        self._folder, self._best_metric, self._say = folder, best_metric, say
+        for found in processes.from_main(lambda: _move_broken(folder)):
+            say(found)
         policies: list[preservation_policy.PreservationPolicy] = [
-            preservation_policy.LatestN(1)
+            preservation_policy.LatestN(_KEPT)
         ]
         if best_metric is not None:
             policies.append(
@@ -110,13 +132,17 @@ class Checkpoints:
             )
         leaves = _by_path(state)
         self.require_space(state)
-        record = {
-            "meta": meta,
-            "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},
-        }
         data = {
             path: jax.random.key_data(leaf) if _is_key(leaf) else leaf
             for path, leaf in leaves.items()
+        }
+        sums = jax.device_get(_checksums(data))
+        record = {
+            "meta": meta,
+            "leaves": {
+                path: _describe(leaf) | {"checksum": int(sums[path])}
+                for path, leaf in leaves.items()
+            },
         }
         self._manager.save(
             step,
@@ -138,7 +164,7 @@ class Checkpoints:
         """
         arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed = arrays + int(arrays * _MARGIN_SHARE) + _MARGIN_BYTES
-        free = shutil.disk_usage(self._folder).free
+        free = processes.from_main(lambda: shutil.disk_usage(self._folder).free)
         if free < needed:
             raise ValueError(
                 f"a checkpoint in {self._folder} needs"
@@ -176,10 +202,61 @@ class Checkpoints:
                 f"step must be one of the checkpoints in {self._folder}, got {step}."
                 f" There: {', '.join(map(str, self.steps())) or 'none'}."
             )
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
-        )
-        return restored[_RECORD]
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
+            )
+            record = restored[_RECORD]
+            complete = {"meta", "leaves"} <= record.keys()
+        except _DAMAGE as error:
+            raise DamagedError(f"its record cannot be read: {_first(error)}") from error
+        if not complete:
+            raise DamagedError("its record is not complete")
+        return record
+
+    def restore_latest(
+        self, abstract_state: PyTree, *, accept: Callable[[dict[str, Any]], None]
+    ) -> tuple[int, PyTree] | None:
+        """The latest whole checkpoint's step and state; None where there is none.
+
+        A damaged one is named, moved out of the way to ``checkpoints.damaged`` and
+        passed over for the one before.
+
+        Args:
+            abstract_state: As ``restore`` takes it.
+            accept: Given the checkpoint's ``meta``; raises where the run cannot go on
+                from it.
+
+        Raises:
+            ValueError: As ``accept`` and ``restore`` do.
+            OSError: All were damaged; or, with several processes, which can't read
+                another before they meet again, the latest was.
+        """
+        found = False
+        while (step := self.latest()) is not None:
+            found = True
+            try:
+                accept(self.meta(step))
+                return step, self.restore(step, abstract_state)
+            except DamagedError as error:
+                said = (
+                    f"the checkpoint of step {step} is damaged ({error}): moved to"
+                    f" {_move(self._folder / str(step))}."
+                )
+                if jax.process_count() > 1:  # the others may be waiting inside Orbax
+                    raise OSError(
+                        f"{said} Start again with --resume to continue from the one"
+                        " before it."
+                    ) from error
+                self._say(said)
+                self._manager.reload()
+        if found:
+            raise OSError(
+                f"no checkpoint in {self._folder} is whole; what is left of them is in"
+                f" {_damaged(self._folder)}. Put a good copy back, or start again with"
+                " --resume from the first step."
+            )
+        return None
 
     def restore(self, step: int, abstract_state: PyTree) -> PyTree:
         """The state of a step, bit by bit, laid out as asked for.
@@ -192,6 +269,7 @@ class Checkpoints:
         Raises:
             ValueError: The checkpoint holds other leaves; all differences are listed
                 and no array was read.
+            DamagedError: It cannot be read, or says something else than was saved.
         """
         described: dict[str, dict[str, Any]] = self._record(step)["leaves"]
         expected = _by_path(abstract_state)
@@ -200,9 +278,28 @@ class Checkpoints:
             path: _key_data_shape(leaf) if _is_key(leaf) else leaf
             for path, leaf in expected.items()
         }
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(wanted)})
-        )[_STATE]
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(wanted)}),
+            )[_STATE]
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # so plain is what Orbax raises for cut files
+            raise DamagedError(f"its arrays cannot be read: {_first(error)}") from error
+        # A record of before there were checksums has none.
+        sums = {
+            path: leaf["checksum"]
+            for path, leaf in described.items()
+            if "checksum" in leaf
+        }
+        found = jax.device_get(_checksums({path: restored[path] for path in sums}))
+        changed = [path for path in sums if int(found[path]) != sums[path]]
+        if changed:
+            raise DamagedError(
+                f"its arrays are not those that were saved: {', '.join(changed[:3])}"
+                f"{' and more' if len(changed) > 3 else ''}"
+            )
         leaves = [
             jax.random.wrap_key_data(restored[path], impl=described[path]["impl"])
             if _is_key(leaf)
@@ -269,6 +366,75 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not what was saved."""
+
+
+def _first(error: BaseException) -> str:
+    """The first line of what a library says, at a readable length."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _damaged(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".damaged")
+
+
+def _move(checkpoint: Path) -> Path:
+    """Moves a damaged checkpoint beside the folder of checkpoints; gives where to."""
+    folder = _damaged(checkpoint.parent)
+    folder.mkdir(exist_ok=True)
+    taken = sum(1 for other in folder.glob(f"{checkpoint.name}*"))
+    to = folder / (f"{checkpoint.name}-{taken + 1}" if taken else checkpoint.name)
+    # Another process may have been faster.
+    with contextlib.suppress(FileNotFoundError):
+        checkpoint.rename(to)
+    return to
+
+
+def _move_broken(folder: Path) -> list[str]:
+    """Moves checkpoints away that can be told to be broken by their files' names.
+
+    Those whose saving was killed are none of them: Orbax gives a checkpoint its name
+    once it is whole, and clears away what it had begun.
+    """
+    if not folder.is_dir():
+        return []
+    said = []
+    for checkpoint in sorted(folder.iterdir()):
+        if not checkpoint.name.isdigit():
+            continue
+        needed = [name for name in _NEEDED if not (checkpoint / name).is_file()]
+        if (checkpoint / _RECORD / _COMMITTED).exists():  # this Orbax writes them
+            needed += [_COMMITTED] * (not (checkpoint / _COMMITTED).is_file())
+        if needed:
+            said.append(
+                f"the checkpoint of step {checkpoint.name} is damaged (it has no"
+                f" {' and no '.join(needed)}): moved to {_move(checkpoint)}."
+            )
+    return said
+
+
+@jax.jit
+def _checksums(data: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A number for each array that any changed, lost or moved element changes.
+
+    The sum, modulo 2^32, of its elements' bits, each times an odd number that depends
+    on its place: the same on every mesh, whatever the order of summation.
+    """
+
+    def checksum(x: jax.Array) -> jax.Array:
+        words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        if x.dtype == jnp.bool_:
+            bits = x.astype(jnp.uint32)
+        else:
+            bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
+        for axis in range(x.ndim):
+            bits *= 2 * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + 1
+        return jnp.sum(bits, dtype=jnp.uint32)
+
+    return {path: checksum(leaf) for path, leaf in data.items()}
 
 
 def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -438,10 +439,18 @@ class Training(Settings):
     """Steps between evaluations on the held-out pairs; None: start and end only."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; None: at the end only."""
+    max_skipped: int = 10
+    """Updates skipped in a row, since their gradient was not finite, after which the
+    run stops, at the next log line."""
 
     def _check(self) -> None:
         self._require_positive(
-            "epochs", "steps", "log_every", "eval_every", "checkpoint_every"
+            "epochs",
+            "steps",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "max_skipped",
         )
 
 
@@ -452,7 +461,8 @@ class Mesh(Settings):
     section: typing.ClassVar[str] = "mesh."
 
     data: int = 1
-    """Copies of the parameters, each with its own rows."""
+    """Copies of the parameters, each with its own rows; of several TPU slices a
+    multiple of their number, since no other axis may cross them."""
     fsdp: int = -1
     """Devices over which rows and parameters are split."""
     tensor: int = 1
@@ -467,6 +477,41 @@ class Mesh(Settings):
             "fsdp",
             "must be a number when another axis is -1",
             "At most one axis can take what is left.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distributed(Settings):
+    """Processes that train together; on a TPU pod, under SLURM and Open MPI they find
+    each other, elsewhere the first three say how."""
+
+    section: typing.ClassVar[str] = "distributed."
+
+    coordinator: str | None = None
+    """host:port of process 0, which all others can reach."""
+    processes: int | None = None
+    """How many there are."""
+    process: int | None = None
+    """This one's number, from 0."""
+    start_timeout: int = 300
+    """Seconds to wait at the start until all have come."""
+    heartbeat_timeout: int = 30
+    """Seconds of silence after which a process counts as dead and all others end."""
+
+    def _check(self) -> None:
+        self._require_positive("processes", "start_timeout", "heartbeat_timeout")
+        self._require(
+            self.process is None or 0 <= self.process < (self.processes or math.inf),
+            "process",
+            "must lie between 0 and distributed.processes - 1",
+            "",
+        )
+        self._require(
+            self.coordinator is None
+            or re.fullmatch(r".+:\d+", self.coordinator) is not None,
+            "coordinator",
+            "must be host:port",
+            "",
         )
 
 
@@ -522,6 +567,7 @@ class Config(Settings):
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
     training: Training = dataclasses.field(default_factory=Training)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
     reference: Reference = dataclasses.field(default_factory=Reference)
     run: Run = dataclasses.field(default_factory=Run)
 
@@ -546,6 +592,11 @@ class Config(Settings):
                 "reference.path has no effect on SimPO, which has no reference,"
                 f" expected None, got {self.reference.path!r}. Leave it out."
             )
+
+    def of_all_processes(self) -> Config:
+        """This config without what is of one process alone."""
+        shared = dataclasses.replace(self.distributed, process=None)
+        return dataclasses.replace(self, distributed=shared)
 
 
 def read(path: str) -> Config:

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Shaped
 
 from lpc_jax import axes
 from lpc_jax.types import Batch
@@ -48,7 +50,8 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> M
     """A mesh of all given devices; an axis of -1 takes what the others leave.
 
     Raises:
-        ValueError: The axes don't multiply to the number of devices.
+        ValueError: The axes don't multiply to the number of devices, or another axis
+            than ``data`` would cross slices.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     known = int(np.prod([size for size in sizes.values() if size != -1]))
@@ -64,12 +67,33 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> M
             f"mesh axes data={data} fsdp={fsdp} tensor={tensor} must multiply to the"
             f" {len(devices)} devices present. {remedy}"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
+    return Mesh(
+        _arranged(sizes, devices),
         axes.MESH_AXES,
         axis_types=(AxisType.Auto,) * len(axes.MESH_AXES),
-        devices=devices,
     )
+
+
+def _arranged(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of the mesh's axes, near ones along the inner axes.
+
+    TPU slices, and most nodes of GPUs, are joined by a network that is slow beside what
+    joins the devices within one: ``data``, which moves gradients alone, crosses it.
+    Slices of a TPU would crawl under another axis; nodes of GPUs may have a network
+    that bears it.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    shape = tuple(sizes.values())
+    if slices == 1 or (sizes["data"] % slices and devices[0].platform != "tpu"):
+        return mesh_utils.create_device_mesh(shape, devices)
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh.data must be a multiple of the {slices} slices that the devices are"
+            f" in, got {sizes['data']}. Use mesh.data {slices} and mesh.fsdp -1: only"
+            " data may cross the network between slices."
+        )
+    within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
 
 
 def require_rows_divide(rows: int, mesh: Mesh) -> None:
@@ -164,8 +188,21 @@ def _batch_rows(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The micro-batch on the mesh, rows split over data and fsdp."""
-    return jax.device_put(batch, _batch_rows(mesh))
+    """The micro-batch on the mesh, rows split over data and fsdp.
+
+    Every process gives the whole of it and puts only its own rows on its devices.
+    """
+    return jax.tree.map(lambda x: place(x, _batch_rows(mesh)), batch)
+
+
+def place(
+    value: Shaped[np.ndarray, "..."] | Shaped[Array, "..."], where: NamedSharding
+) -> Shaped[Array, "..."]:
+    """A host's array on the mesh; each process places the parts of its devices."""
+    if where.is_fully_addressable:
+        return jax.device_put(value, where)
+    host = np.asarray(value)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 def abstract_batch(batch: Batch, mesh: Mesh) -> Batch:

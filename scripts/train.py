@@ -7,6 +7,8 @@ python scripts/train.py --config configs/llama3_simpo.py --resume
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,30 +18,66 @@ from rich.console import Console
 
 from lpc_jax import config as cfg
 
+FAULT, REFUSED, LOST = 1, 2, 4
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains; returns the exit status: 0, 2 for what the user can mend, or 130."""
+    """Trains; returns the exit status.
+
+    0: done; 2: something that the user can mend; 3: stopped, since gradients stayed
+    non-finite; 4: another process of the run was lost; 130: interrupted; 143:
+    terminated, and saved before.
+    """
     try:
         config = cfg.load(argv)
-        # JAX is slow to import; --help and a mistyped flag need not wait for it.
-        from lpc_jax.training import loop
+    except ValueError as error:
+        return _refuse(error)
+    # JAX is slow to import; --help and a mistyped flag need not wait for it.
+    from lpc_jax import processes
+    from lpc_jax.training import loop
 
+    who, status = "", 0
+    try:
+        processes.join(os.environ, **dataclasses.asdict(config.distributed))
+        who = processes.name()
         loop.train(config, Console())
+    except loop.StoppedError as stopped:
+        status = stopped.status
+        if processes.is_main():
+            print(stopped, file=sys.stderr)
+    except processes.LostError as lost:
+        print(f"{who}: error: {lost}", file=sys.stderr)
+        processes.end(LOST)
     except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) and not _is_ours(error):
-            raise  # a fault of the program: the traceback is what helps
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        status = _refuse(error, who)
+        processes.end(status)
     except KeyboardInterrupt:
         print(
             "interrupted: --resume continues from the latest checkpoint, if there is"
             " one",
             file=sys.stderr,
         )
+        processes.end(INTERRUPTED)
         return INTERRUPTED
-    return 0
+    except BaseException:
+        if who:
+            traceback.print_exc()
+            processes.end(FAULT)
+        raise
+    processes.leave()
+    return status
+
+
+def _refuse(error: ValueError | OSError, who: str = "") -> int:
+    """Says what is wrong in a line; a fault of the program keeps its traceback."""
+    if isinstance(error, ValueError) and not _is_ours(error):
+        if not who:
+            raise error
+        traceback.print_exc()
+        return FAULT
+    print(f"{who}{': ' if who else ''}error: {error}", file=sys.stderr)
+    return REFUSED
 
 
 def _is_ours(error: ValueError) -> bool:

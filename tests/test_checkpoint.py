@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import resource
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,16 +93,21 @@ def bits(tree: Any) -> list[bytes]:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[checkpoint.Checkpoints]:
-    found = checkpoint.Checkpoints(tmp_path / "checkpoints", best_metric=METRIC)
+    found = checkpoint.Checkpoints(
+        tmp_path / "checkpoints", best_metric=METRIC, say=lambda _: None
+    )
     yield found
     found.close()
 
 
 def save(
-    kept: checkpoint.Checkpoints, step: int, accuracy: float | None = None
+    kept: checkpoint.Checkpoints,
+    step: int,
+    accuracy: float | None = None,
+    width: int = 8,
 ) -> None:
     metrics = None if accuracy is None else {METRIC: accuracy, "loss/total": 1.0}
-    kept.save(step, state(step), meta={"step": step}, metrics=metrics)
+    kept.save(step, state(step, width=width), meta={"step": step}, metrics=metrics)
 
 
 @pytest.mark.parametrize(("saved_on", "restored_on"), [(1, 1), (4, 4), (4, 8), (8, 2)])
@@ -160,28 +166,30 @@ def test_meta_comes_back_as_json(kept: checkpoint.Checkpoints) -> None:
     assert kept.meta(1) == meta
 
 
-def test_best_and_latest_are_kept_also_after_reopening(tmp_path: Path) -> None:
+def test_the_best_and_the_two_latest_are_kept_also_after_reopening(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "checkpoints"
-    kept = checkpoint.Checkpoints(folder, best_metric=METRIC)
+    kept = checkpoint.Checkpoints(folder, best_metric=METRIC, say=lambda _: None)
     assert (kept.latest(), kept.best(), kept.steps()) == (None, None, [])
     for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, float("nan"))]:
         save(kept, step, accuracy)
-    assert (kept.latest(), kept.best(), kept.steps()) == (5, 2, [2, 5])
+    assert (kept.latest(), kept.best(), kept.steps()) == (5, 2, [2, 4, 5])
     kept.close()
 
-    kept = checkpoint.Checkpoints(folder, best_metric=METRIC)
-    assert (kept.latest(), kept.best(), kept.steps()) == (5, 2, [2, 5])
+    kept = checkpoint.Checkpoints(folder, best_metric=METRIC, say=lambda _: None)
+    assert (kept.latest(), kept.best(), kept.steps()) == (5, 2, [2, 4, 5])
     save(kept, 6, 0.95)
-    assert (kept.latest(), kept.best(), kept.steps()) == (6, 6, [6])
+    assert (kept.latest(), kept.best(), kept.steps()) == (6, 6, [5, 6])
     kept.close()
-    assert sorted(path.name for path in folder.iterdir()) == ["6"]
+    assert sorted(path.name for path in folder.iterdir()) == ["5", "6"]
 
 
-def test_without_a_metric_only_the_latest_is_kept(tmp_path: Path) -> None:
-    kept = checkpoint.Checkpoints(tmp_path, best_metric=None)
+def test_without_a_metric_the_two_latest_are_kept(tmp_path: Path) -> None:
+    kept = checkpoint.Checkpoints(tmp_path, best_metric=None, say=lambda _: None)
     for step in (1, 2, 3):
         save(kept, step)
-    assert (kept.latest(), kept.best(), kept.steps()) == (3, None, [3])
+    assert (kept.latest(), kept.best(), kept.steps()) == (3, None, [2, 3])
     kept.close()
 
 
@@ -190,7 +198,7 @@ def test_nothing_is_best_before_the_first_evaluation(
 ) -> None:
     for step, accuracy in [(1, None), (2, None), (3, float("nan"))]:
         save(kept, step, accuracy)
-    assert (kept.latest(), kept.best(), kept.steps()) == (3, None, [3])
+    assert (kept.latest(), kept.best(), kept.steps()) == (3, None, [2, 3])
     assert not caplog.messages
 
 
@@ -251,7 +259,7 @@ def small_files(largest: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("then", ["save", "wait", "close"])
 def test_a_failed_save_surfaces_at_the_next_call(tmp_path: Path, then: str) -> None:
-    kept = checkpoint.Checkpoints(tmp_path, best_metric=METRIC)
+    kept = checkpoint.Checkpoints(tmp_path, best_metric=METRIC, say=lambda _: None)
     save(kept, 1, 0.5)
     save(kept, 2, 0.4)
     kept.wait()
@@ -274,10 +282,10 @@ def test_a_failed_save_surfaces_at_the_next_call(tmp_path: Path, then: str) -> N
     if then != "close":
         assert (kept.latest(), kept.best(), kept.steps()) == (2, 1, [1, 2])
         save(kept, 5, 0.8)
-        assert kept.steps() == [5]
+        assert kept.steps() == [2, 5]
         kept.close()
-    reopened = checkpoint.Checkpoints(tmp_path, best_metric=METRIC)
-    assert reopened.steps() == ([1, 2] if then == "close" else [5])
+    reopened = checkpoint.Checkpoints(tmp_path, best_metric=METRIC, say=lambda _: None)
+    assert reopened.steps() == ([1, 2] if then == "close" else [2, 5])
     reopened.close()
 
 
@@ -303,6 +311,169 @@ def test_a_state_of_another_config_is_refused_with_all_differences(
         "Continue with the config.py in its run folder, or start a new run with"
         " another --name."
     )
+
+
+# --- damage ---------------------------------------------------------------------------
+
+# Of arrays so wide that Orbax puts them into files of their own.
+WIDE = 4096
+
+
+def largest_file(checkpoint: Path) -> Path:
+    """The file that holds the arrays."""
+    files = (checkpoint / "state" / "ocdbt.process_0" / "d").iterdir()
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def truncate(checkpoint: Path) -> None:
+    file = largest_file(checkpoint)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def empty(checkpoint: Path) -> None:
+    os.truncate(largest_file(checkpoint), 0)
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    file = largest_file(checkpoint)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def other_arrays(checkpoint: Path) -> None:
+    """Whole and readable, but of another save."""
+    other = checkpoint.parent / "1" / "state"
+    shutil.rmtree(checkpoint / "state")
+    shutil.copytree(other, checkpoint / "state")
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    def removal(checkpoint: Path) -> None:
+        path = checkpoint / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    removal.__name__ = f"remove {name}"
+    return removal
+
+
+def garble_the_record(checkpoint: Path) -> None:
+    (checkpoint / "record" / "metadata").write_text('{"meta": {"step"')
+
+
+CANNOT_READ = "its arrays cannot be read: "
+DAMAGES = {
+    truncate: CANNOT_READ,
+    empty: CANNOT_READ,
+    flip_a_bit: "its arrays ",  # cannot be read, or are others
+    other_arrays: "its arrays are not those that were saved: params/codes/w",
+    garble_the_record: "its record cannot be read: ",
+    remove("commit_success.txt"): "it has no commit_success.txt",
+    remove("state"): "it has no state/manifest.ocdbt",
+    remove("state/manifest.ocdbt"): "it has no state/manifest.ocdbt",
+    remove("state/ocdbt.process_0"): CANNOT_READ,
+    remove("record"): "it has no record/metadata",
+    remove("_CHECKPOINT_METADATA"): "it has no _CHECKPOINT_METADATA",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_used(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    kept = checkpoint.Checkpoints(folder, best_metric=METRIC, say=lambda _: None)
+    save(kept, 1, 0.5, WIDE)
+    save(kept, 2, 0.9, WIDE)
+    kept.close()
+    damage(folder / "2")
+    said: list[str] = []
+    kept = checkpoint.Checkpoints(folder, best_metric=METRIC, say=said.append)
+    accepted: list[dict[str, Any]] = []
+    wanted = abstract(state(width=WIDE))
+    found = kept.restore_latest(wanted, accept=accepted.append)
+    assert found is not None
+    assert found[0] == 1
+    assert bits(found[1]) == bits(state(1, width=WIDE))
+    assert accepted[-1] == {"step": 1}
+    (message,) = said
+    assert message.startswith(f"the checkpoint of step 2 is damaged ({DAMAGES[damage]}")
+    aside = tmp_path / "checkpoints.damaged" / "2"
+    assert message.endswith(f"): moved to {aside}.")
+    assert aside.is_dir()
+    # The run goes on, and its own step 2 is saved where the damaged one was.
+    save(kept, 2, 0.7, WIDE)
+    assert (kept.latest(), kept.best(), kept.steps()) == (2, 2, [1, 2])
+    assert bits(kept.restore(2, wanted)) == bits(state(2, width=WIDE))
+    kept.close()
+
+
+def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for _ in range(2):
+        kept = checkpoint.Checkpoints(folder, best_metric=None, say=lambda _: None)
+        save(kept, 3)
+        kept.close()
+        remove("state")(folder / "3")
+    checkpoint.Checkpoints(folder, best_metric=None, say=lambda _: None).close()
+    names = sorted(path.name for path in (tmp_path / "checkpoints.damaged").iterdir())
+    assert names == ["3", "3-2"]
+
+
+def test_with_every_checkpoint_damaged_nothing_is_restored_and_nothing_lost(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "checkpoints"
+    kept = checkpoint.Checkpoints(folder, best_metric=None, say=lambda _: None)
+    save(kept, 1, width=WIDE)
+    save(kept, 2, width=WIDE)
+    kept.wait()
+    truncate(folder / "1")
+    truncate(folder / "2")
+    with pytest.raises(OSError, match="no checkpoint in") as error:
+        kept.restore_latest(abstract(state(width=WIDE)), accept=lambda _: None)
+    assert str(error.value) == (
+        f"no checkpoint in {folder} is whole; what is left of them is in"
+        f" {folder}.damaged. Put a good copy back, or start again with --resume from"
+        " the first step."
+    )
+    assert sorted(path.name for path in Path(f"{folder}.damaged").iterdir()) == [
+        "1",
+        "2",
+    ]
+    kept.close()
+
+
+def test_a_checkpoint_of_another_config_is_not_taken_for_damaged(
+    kept: checkpoint.Checkpoints, tmp_path: Path
+) -> None:
+    save(kept, 1, 0.5)
+    with pytest.raises(ValueError, match="must hold the state that this config"):
+        kept.restore_latest(abstract(state(width=6)), accept=lambda _: None)
+    assert kept.steps() == [1]
+    assert not (tmp_path / "checkpoints.damaged").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint32", "bool"])
+def test_a_checksum_is_of_the_bits_and_their_places(dtype: str) -> None:
+    random = np.random.default_rng(0)
+    uniform = 1 + 8 * random.random((4, 6))
+    values = uniform > 4 if dtype == "bool" else uniform.astype(jnp.dtype(dtype))
+
+    def checksum(x: Any) -> int:
+        return int(checkpoint._checksums({"x": jnp.asarray(x)})["x"])
+
+    # By hand: bits as numbers, times odd ones of their places, modulo 2^32.
+    words = values.view(f"u{values.dtype.itemsize}").astype(np.uint64)
+    odd = np.outer(2 * np.arange(4) + 1, 2 * np.arange(6) + 1).astype(np.uint64)
+    assert checksum(values) == int((words * odd).sum()) % 2**32
+    # Whatever the mesh.
+    split = jax.device_put(values, NamedSharding(mesh(4), P("x")))
+    assert checksum(split) == checksum(values)
+    changed = values.copy()
+    changed[2, 3] = not changed[2, 3] if dtype == "bool" else changed[2, 3] + 1
+    assert checksum(changed) != checksum(values)
+    assert checksum(values[::-1]) != checksum(values)
 
 
 def test_settings_that_differ_are_all_named() -> None:

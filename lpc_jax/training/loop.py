@@ -10,21 +10,21 @@ import dataclasses
 import hashlib
 import json
 import platform
-import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
-from lpc_jax import checkpoint, objective, sharding
+from lpc_jax import checkpoint, objective, processes, sharding
 from lpc_jax import config as cfg
 from lpc_jax.evaluation import preference
-from lpc_jax.training import memory
-from lpc_jax.training.runlog import METRICS_FILE, RunLog, require_trackers
+from lpc_jax.training import memory, nonfinite, runfolder
+from lpc_jax.training.runlog import RunLog, require_trackers
 from lpc_jax.training.trainer import Trainer
 from lpc_jax.types import TrainState
 
@@ -34,10 +34,13 @@ BEST_METRIC = "reward/accuracy"
 FREE_ON_RESUME = (
     "run.",
     "mesh.",
+    "distributed.",
+    "hub.",
     "reference.cache",
     "training.log_every",
     "training.eval_every",
     "training.checkpoint_every",
+    "training.max_skipped",
 )
 
 # Updates before a trace begins.
@@ -52,6 +55,22 @@ _COLLAPSED_SHARE = 0.95
 _FALLING_LOGP = -0.5
 
 
+# Exit statuses: as a shell has it, 128 + SIGTERM; and one that nothing else has.
+TERMINATED, NONFINITE = 143, 3
+
+
+class StoppedError(Exception):
+    """A run that ended before its last step, and left what it needs to go on.
+
+    Attributes:
+        status: What the command exits with.
+    """
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What a finished run leaves: its folder and the first and last evaluations."""
@@ -60,33 +79,6 @@ class Result:
     before: preference.Evaluation | None
     after: preference.Evaluation | None
     state: TrainState
-
-
-def require_free_folder(config: cfg.Config) -> Path:
-    """The run's folder, which must be new, resumed or asked to be replaced.
-
-    Raises:
-        ValueError: It holds a run and neither resume nor overwrite was asked for.
-    """
-    folder = Path(config.run.folder) / config.name
-    if _holds_run(folder) and not (config.run.resume or config.run.overwrite):
-        raise ValueError(
-            f"run folder {folder} must be new, got one that holds a run. Continue it"
-            " with --resume, choose another --name, or replace it with"
-            " --run.overwrite."
-        )
-    return folder
-
-
-def _holds_run(folder: Path) -> bool:
-    return (folder / METRICS_FILE).exists()
-
-
-def _make_folder(config: cfg.Config, folder: Path) -> None:
-    """Makes the run's folder; a run to be replaced goes only now, all else checked."""
-    if _holds_run(folder) and not config.run.resume:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _require_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -155,9 +147,11 @@ def _due(every: int | None, done: int, total: int) -> bool:
 
 
 @contextlib.contextmanager
-def _checkpoints(folder: Path, best: bool) -> Iterator[checkpoint.Checkpoints]:
+def _checkpoints(trainer: Trainer) -> Iterator[checkpoint.Checkpoints]:
     kept = checkpoint.Checkpoints(
-        folder / "checkpoints", best_metric=BEST_METRIC if best else None
+        trainer.folder / "checkpoints",
+        best_metric=BEST_METRIC if trainer.held_out else None,
+        say=trainer.say,
     )
     try:
         yield kept
@@ -168,13 +162,21 @@ def _checkpoints(folder: Path, best: bool) -> Iterator[checkpoint.Checkpoints]:
 def train(config: cfg.Config, console: Console) -> Result:
     """Runs what a config asks for and leaves everything in the run folder.
 
+    With several processes, which have joined before, all of them call it alike.
+
     Args:
         config: The run.
-        console: Where to say what happens; plain lines when not a terminal.
+        console: Where to say what happens; plain lines when not a terminal. Only the
+            main process says anything.
 
     Raises:
         ValueError: Something that the user can mend, before any compute.
+        OSError: A disk or a file that fails.
+        StoppedError: The run was asked to end, or gradients stay non-finite.
+        LostError: Another process of the run has ended.
     """
+    if not processes.is_main():
+        console = Console(quiet=True)
     mesh = sharding.make_mesh(
         data=config.mesh.data,
         fsdp=config.mesh.fsdp,
@@ -186,39 +188,58 @@ def train(config: cfg.Config, console: Console) -> Result:
     if config.run.compilation_cache is not None:
         cache = Path(config.run.compilation_cache).resolve() / _instruction_set()
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    folder = require_free_folder(config)
-    with jax.set_mesh(mesh):
+    with (
+        processes.together(),
+        processes.Termination().watched() as termination,
+        runfolder.held(config) as folder,
+        jax.set_mesh(mesh),
+    ):
         trainer = Trainer(config, folder, mesh, console)
-        return _run(trainer)
+        return _run(trainer, termination)
 
 
-def _run(trainer: Trainer) -> Result:
+def _run(trainer: Trainer, termination: processes.Termination) -> Result:
     config, folder = trainer.config, trainer.folder
-    _make_folder(config, folder)
-    evaluates = bool(trainer.held_out)
-    with _checkpoints(folder, evaluates) as kept:
-        resume_from = kept.latest() if config.run.resume else None
-        if resume_from is None:
-            state = trainer.initial_state()
-        else:
-            _require_resumable(kept.meta(resume_from), trainer.manifest)
+    runfolder.make(config, folder)
+    with _checkpoints(trainer) as kept:
+        restored = None
+        if config.run.resume and kept.latest() is not None:
             trainer.forget_start()
-            state = kept.restore(resume_from, trainer.abstract_state())
+            restored = kept.restore_latest(
+                trainer.abstract_state(),
+                accept=lambda saved: _require_resumable(saved, trainer.manifest),
+            )
+        resume_from, state = restored or (None, trainer.initial_state())
         trainer.compile()
         kept.require_space(state)  # now, and not when the first hours are done
-        (folder / "config.py").write_text(cfg.source(config))
-        (folder / "manifest.json").write_text(json.dumps(trainer.manifest, indent=1))
-        with RunLog(
-            folder,
-            name=config.name,
-            project=config.run.project,
-            trackers=config.run.trackers,
-            settings=trainer.manifest["settings"],
-            total_steps=trainer.total_steps,
-            resume_from=resume_from,
-            console=trainer.console,
-        ) as log:
-            return _updates(trainer, kept, log, state, resume_from)
+        if processes.is_main():
+            (folder / "config.py").write_text(cfg.source(config.of_all_processes()))
+            text = json.dumps(trainer.manifest, indent=1)
+            (folder / "manifest.json").write_text(text)
+        with (
+            _log_folder(folder) as log_folder,
+            RunLog(
+                log_folder,
+                name=config.name,
+                project=config.run.project,
+                trackers=config.run.trackers if processes.is_main() else (),
+                settings=trainer.manifest["settings"],
+                total_steps=trainer.total_steps,
+                resume_from=resume_from,
+                console=trainer.console,
+            ) as log,
+        ):
+            return _updates(trainer, kept, log, state, resume_from, termination)
+
+
+@contextlib.contextmanager
+def _log_folder(folder: Path) -> Iterator[Path]:
+    """Where this process logs: the main one for people, others for nobody."""
+    if processes.is_main():
+        yield folder
+    else:
+        with tempfile.TemporaryDirectory() as unread:
+            yield Path(unread)
 
 
 def _updates(
@@ -227,6 +248,7 @@ def _updates(
     log: RunLog,
     state: TrainState,
     resume_from: int | None,
+    termination: processes.Termination,
 ) -> Result:
     config, total = trainer.config, trainer.total_steps
     codes = config.latent.num_codes if config.latent is not None else None
@@ -239,6 +261,8 @@ def _updates(
         log.evaluation(0, before.metrics, before.accuracy_by_source)
     since, tokens, pairs_done = time.perf_counter(), 0, 0
     logged: objective.Sums = {}  # over the steps since the last line
+    finites: list[jax.Array] = []  # likewise, of each
+    skipped_in_a_row = 0
     first = int(state.step)
     profiled = _profiled(config, first)
     if profiled and profiled.start >= total:
@@ -255,8 +279,7 @@ def _updates(
         state, sums, norm, finite = trainer.update(state, batches, pairs)
         # While the devices work; what is logged below waits for them.
         following = trainer.step_batches(number + 1) if number + 1 < total else None
-        skipped = 1.0 - finite.astype(jnp.float32)
-        sums = sums | {"gradient/skipped": (skipped, jnp.ones(()))}
+        finites.append(finite)
         logged = trainer.programs.add(logged, sums) if logged else sums
         tokens, pairs_done = tokens + step_tokens, pairs_done + pairs
         done = number + 1
@@ -267,7 +290,10 @@ def _updates(
         if done % config.training.log_every == 0 or done == total:
             metrics = objective.values(logged) | trainer.schedules(number)
             elapsed = time.perf_counter() - since
+            for one in jax.device_get(finites):
+                skipped_in_a_row = 0 if one else skipped_in_a_row + 1
             metrics |= {
+                "gradient/skipped": 1.0 - float(np.mean(jax.device_get(finites))),
                 "gradient/norm": float(norm),
                 "speed/tokens_per_second": tokens / elapsed,
                 "speed/pairs_per_second": pairs_done / elapsed,
@@ -281,18 +307,32 @@ def _updates(
                     warned.add(warning)
                     log.say(f"step {done}: warning: {warning}")
             since, tokens, pairs_done = time.perf_counter(), 0, 0
-            logged = {}
+            logged, finites = {}, []
+            if skipped_in_a_row >= config.training.max_skipped:
+                kept.wait()
+                raise StoppedError(
+                    nonfinite.report(trainer, state, batches, number, skipped_in_a_row),
+                    NONFINITE,
+                )
         evaluation = None
         if trainer.held_out and _due(config.training.eval_every, done, total):
             evaluation = after = trainer.evaluate(state)
             log.evaluation(done, after.metrics, after.accuracy_by_source)
             since, tokens, pairs_done = time.perf_counter(), 0, 0
-        if _due(config.training.checkpoint_every, done, total):
+        ended = done < total and termination.reached(done)
+        if ended or _due(config.training.checkpoint_every, done, total):
             kept.save(
                 done,
                 state,
                 meta=trainer.manifest,
                 metrics=evaluation.metrics if evaluation is not None else None,
+            )
+        if ended:
+            kept.wait()
+            raise StoppedError(
+                f"terminated after step {done} of {total}, which is saved: --resume"
+                " continues from there.",
+                TERMINATED,
             )
     kept.wait()
     peak = memory.real_peak()

@@ -67,7 +67,7 @@ def bytes_per_device(tree: Any) -> int:
 
 def _capacity() -> int | None:
     """Memory of the first device; on a CPU the machine's."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (device.memory_stats() or {}).get("bytes_limit")
@@ -101,7 +101,7 @@ def real_peak() -> int | None:
     """The most that was in use so far, of the first device; on a CPU of the process."""
     if jax.default_backend() == "cpu":
         return _status("VmHWM")
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def predict(

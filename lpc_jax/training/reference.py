@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from lpc_jax import processes
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.types import Batch
@@ -79,10 +80,11 @@ class ReferenceCache:
     def __init__(self, folder: Path, *, weights_digest: str, compute_dtype: str):
         self.path = folder / f"{weights_digest[:32]}-{compute_dtype}.npz"
         self._known: dict[bytes, np.ndarray] = {}
-        if self.path.exists():
-            self._known = self._read()
+        processes.from_main(self._read)
 
-    def _read(self) -> dict[bytes, np.ndarray]:
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
         try:
             with np.load(self.path) as stored:
                 keys, logp = stored["keys"], stored["logp"]
@@ -91,7 +93,7 @@ class ReferenceCache:
                 f"reference cache {self.path} must be a whole .npz file, got a broken"
                 " or truncated one. Delete the file to score again."
             ) from e
-        return {key.tobytes(): values for key, values in zip(keys, logp, strict=True)}
+        self._known = {k.tobytes(): v for k, v in zip(keys, logp, strict=True)}
 
     def _store(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,27 +125,33 @@ class ReferenceCache:
                 something that is not finite.
         """
         keys = [pair_key(pair) for pair in pairs]
-        kept = [i for i, key in enumerate(keys) if key in self._known]
-        self._check(score, [pairs[i] for i in kept[:CHECKED_PAIRS]], shape)
-        missing = [i for i, key in enumerate(keys) if key not in self._known]
+        unknown = np.full(2, np.nan, np.float32)
+        column = np.stack([self._known.get(key, unknown) for key in keys])
+        # One process's file decides what all of them score together.
+        column = processes.array_from_main(column)
+        missing = np.flatnonzero(np.isnan(column[:, 0])).tolist()
+        kept = np.flatnonzero(~np.isnan(column[:, 0]))[:CHECKED_PAIRS].tolist()
+        self._check(score, [pairs[i] for i in kept], column[kept], shape)
         if missing:
             scored = score_pairs(score, [pairs[i] for i in missing], shape, on_progress)
             _require_finite(scored)
-            for i, logp in zip(missing, scored, strict=True):
-                self._known[keys[i]] = logp
-            self._store()
-        return np.stack([self._known[key] for key in keys]), len(missing)
+            fresh = {keys[i]: logp for i, logp in zip(missing, scored, strict=True)}
+            # By key: a pair that is there twice has one value, now and from the file.
+            column[missing] = [fresh[keys[i]] for i in missing]
+            self._known |= fresh
+            processes.from_main(self._store)
+        return column, len(missing)
 
     def _check(
         self,
         score: ScoreBatch,
         pairs: Sequence[TokenizedPair],
+        kept: Float[np.ndarray, "B 2"],
         shape: packing.RowShape,
     ) -> None:
         if not pairs:
             return
         live = score_pairs(score, pairs, shape, lambda _: None)
-        kept = np.stack([self._known[pair_key(pair)] for pair in pairs])
         tokens = packing.pair_lengths(pairs)[:, 1:]
         off = float(np.max(np.abs(live - kept) / tokens))
         if not off <= CHECK_TOLERANCE:

@@ -310,7 +310,7 @@ def standardize_latent(
     )
     placed_moments = {
         mlp: {
-            name: jax.device_put(value, start.shardings["latent"][mlp][name])
+            name: sharding.place(value, start.shardings["latent"][mlp][name])
             for name, value in values.items()
         }
         for mlp, values in moments.items()
@@ -350,7 +350,8 @@ def reference_scorer(
     """A function from a plain policy's parameters and a micro-batch to log-probs."""
     _, graph, _ = _abstract(config, architecture, plain=True)
 
-    @jax.jit
+    # Whole on every device, so that every process reads all of it.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def score(params: dict[str, Any], batch: Batch) -> Array:
         scores = objective.score_inference(
             nnx.merge(graph, params),

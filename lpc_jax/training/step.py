@@ -181,10 +181,6 @@ def initial_state(
 ) -> TrainState:
     """The state before the first update, its optimizer state laid out on the mesh."""
     opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
-    step: Any = layout.step
-    return TrainState(
-        jax.device_put(jnp.asarray(0, jnp.int32), step),
-        params,
-        opt_state,
-        jax.device_put(key, step),
-    )
+    replicated: Any = (layout.step, layout.key)
+    step, key = jax.jit(lambda k: (jnp.int32(0), k), out_shardings=replicated)(key)
+    return TrainState(step, params, opt_state, key)

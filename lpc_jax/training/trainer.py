@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding
+from lpc_jax import objective, processes, sharding
 from lpc_jax.data import packing
 from lpc_jax.evaluation import preference
 from lpc_jax.models import weights
@@ -51,7 +51,7 @@ def _manifest(
 ) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
     return {
-        "settings": flat_settings(config),
+        "settings": flat_settings(config.of_all_processes()),
         "weights_digest": start.weights_digest,
         "reference_digest": reference_digest,
         **pairs.digests(),
@@ -63,6 +63,15 @@ def _manifest(
     }
 
 
+def _require_one_run(config: cfg.Config, pairs: setup.Pairs) -> None:
+    """Refuses processes that would run something else, before they wait for it."""
+    settings = flat_settings(config.of_all_processes())
+    processes.require_agreement(
+        settings | pairs.digests() | {"jax": jax.__version__},
+        "Start every process with the same command, code and data.",
+    )
+
+
 class Trainer:
     """One run: what it works on, and how far it is."""
 
@@ -72,22 +81,26 @@ class Trainer:
         """Prepares everything that comes before the first update."""
         self.config, self.folder, self.mesh = config, folder, mesh
         self.console = console
-        say = self._say
         model_path = weights.find(
             config.model.path, setting="model.path", revision=config.model.revision
         )
         architecture = weights.read_architecture(model_path)
         self.pairs = pairs = setup.read_pairs(config, model_path)
+        _require_one_run(config, pairs)
         for line in pairs.train_report.lines():
-            say(line)
+            self.say(line)
         self.total_steps = setup.total_steps(config, pairs.train)
         self.start = start = setup.load_start(config, model_path, architecture, mesh)
         self._describe()
+        processes.require_agreement(
+            {"weights": start.weights_digest},
+            "Give every process the same model files.",
+        )
         self.reference: np.ndarray | None = None
         held_out_reference, reference_digest = None, ""
         if objective.needs_reference(config.loss):
             self.reference, held_out_reference, reference_digest = (
-                setup.reference_column(config, start, pairs, mesh, say)
+                setup.reference_column(config, start, pairs, mesh, self.say)
             )
         self.manifest = _manifest(config, start, pairs, reference_digest)
         self.held_out = packing.micro_batches(
@@ -107,7 +120,8 @@ class Trainer:
             for group, peak in optimizers.peaks(config).items()
         }
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A plain line for a person, from the main process."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _describe(self) -> None:
@@ -122,11 +136,11 @@ class Trainer:
         )
         share = "" if trained == count else f", {trained / 1e6:.2f} M trained"
         axes = " ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        self._say(
+        self.say(
             f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
             f" ({latent / 1e6:.2f} M latent{share}), compute"
             f" {start.compute_dtype.name}\n"
-            f"mesh: {self.mesh.size} x {jax.devices()[0].device_kind}, {axes};"
+            f"mesh: {self.mesh.size} x {self.mesh.devices.flat[0].device_kind}, {axes};"
             f" attention: {setup.attention_backend(config)}; remat:"
             f" {config.model.remat}\n"
             f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
@@ -155,7 +169,7 @@ class Trainer:
                 compiled[f"evaluate {length}"] = self.programs.evaluate.lower(
                     state.params, frozen, batch, state.key
                 ).compile()
-        pairs = jnp.asarray(config.packing.pairs_per_step, jnp.int32)
+        pairs = np.int32(config.packing.pairs_per_step)
         compiled["update"] = self.programs.update.lower(
             state, state.params, pairs
         ).compile()
@@ -169,7 +183,7 @@ class Trainer:
             several_micro_batches=in_a_step > shape.rows * max(shape.row_lengths),
         )
         for line in memory.lines(prediction, _remedies(config, mesh)):
-            self._say(line)
+            self.say(line)
         self.predicted_peak = prediction.peak
 
     def forget_start(self) -> None:
@@ -208,17 +222,30 @@ class Trainer:
 
     def step_batches(self, number: int) -> tuple[list[Batch], int, int]:
         """Micro-batches of a step on the mesh, its pairs and its real tokens."""
-        indices = packing.step_indices(
+        indices = self._step_indices(number)
+        chosen = [self.pairs.train[i] for i in indices]
+        packed = self._pack(indices)
+        batches = [sharding.place_batch(batch, self.mesh) for batch in packed]
+        return batches, len(chosen), int(packing.pair_lengths(chosen).sum())
+
+    def step_rows(self, number: int) -> list[Batch]:
+        """A step's micro-batches as the host has them."""
+        return self._pack(self._step_indices(number))
+
+    def _step_indices(self, number: int) -> np.ndarray:
+        return packing.step_indices(
             len(self.pairs.train),
             step=number,
             pairs_per_step=self.config.packing.pairs_per_step,
             seed=self.config.training.seed,
         )
-        chosen = [self.pairs.train[i] for i in indices]
-        column = None if self.reference is None else self.reference[indices]
-        packed = packing.micro_batches(chosen, self.pairs.shape, reference_logp=column)
-        batches = [sharding.place_batch(batch, self.mesh) for batch in packed]
-        return batches, len(chosen), int(packing.pair_lengths(chosen).sum())
+
+    def _pack(self, indices: np.ndarray) -> list[Batch]:
+        return packing.micro_batches(
+            [self.pairs.train[i] for i in indices],
+            self.pairs.shape,
+            reference_logp=None if self.reference is None else self.reference[indices],
+        )
 
     def update(
         self, state: TrainState, batches: list[Batch], pairs: int
@@ -227,9 +254,7 @@ class Trainer:
         gradients, sums = self.programs.summed_gradients(
             state, self.start.frozen, batches
         )
-        state, norm, finite = self.programs.update(
-            state, gradients, jnp.asarray(pairs, jnp.int32)
-        )
+        state, norm, finite = self.programs.update(state, gradients, np.int32(pairs))
         return state, sums, norm, finite
 
     def evaluate(self, state: TrainState) -> preference.Evaluation:

@@ -302,7 +302,7 @@ def test_no_disk_space_is_refused_before_training(command, monkeypatch):
 def test_a_run_folder_that_cannot_be_made_is_refused(command, tmp_path):
     (tmp_path / "file").write_text("")
     said = command.refusal("--run.folder", str(tmp_path / "file"))
-    assert said == f"[Errno 20] Not a directory: '{tmp_path}/file/tiny'"
+    assert said == f"[Errno 17] File exists: '{tmp_path}/file'"
 
 
 def test_a_tracker_that_is_not_installed_is_refused_first(command, monkeypatch):

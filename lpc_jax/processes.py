@@ -1,0 +1,304 @@
+"""Several processes as one run: joining them, agreeing, and ending together.
+
+On JAX's multi-controller runtime: every process runs the same program on its own
+devices. Knows nothing of what they compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+# Seconds that a process which is done waits for the others.
+_LEAVE_TIMEOUT = 60
+
+# Ranks as launchers that JAX has no address from (Open MPI 5 among them) tell them.
+_RANKS = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("SLURM_NTASKS", "SLURM_PROCID"),
+)
+
+
+def launcher(environment: Mapping[str, str], devices: Path = Path("/dev")) -> str:
+    """What started this process as one of several.
+
+    Args:
+        environment: As ``os.environ``.
+        devices: Where the system lists devices, among them a TPU's.
+
+    Returns:
+        ``slurm``, ``ompi``, ``tpu``, ``jax`` (JAX_COORDINATOR_ADDRESS), or nothing
+        where it runs alone, as a SLURM or Open MPI job of one process does.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        return "jax"
+    # A batch script's own body has a rank too, but only a step has a list of nodes.
+    if {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environment.keys():
+        return "slurm" if int(environment.get("SLURM_NTASKS", "1")) > 1 else ""
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "ompi"
+    on_tpu = any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))
+    if environment.get("JAX_PLATFORMS", "tpu").startswith("tpu") and on_tpu:
+        return "tpu" if importlib.util.find_spec("libtpu") is not None else ""
+    return ""
+
+
+def one_process_a_node(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher put a single process on each node.
+
+    It then takes all devices of its node, where JAX would take the first alone.
+    """
+    if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        return environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
+    # Such as 1(x4) or 2(x3),1.
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return re.fullmatch(r"1(\(x\d+\))?", tasks) is not None
+
+
+def join(
+    environment: Mapping[str, str],
+    *,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    start_timeout: int,
+    heartbeat_timeout: int,
+) -> None:
+    """Joins the run's other processes, if there are any; before JAX looks for devices.
+
+    Args:
+        environment: As ``os.environ``; says what the other arguments leave open.
+        coordinator: ``host:port`` of process 0, or None.
+        processes: How many there are, or None.
+        process: This one's number from 0, or None.
+        start_timeout: Seconds to wait for the others.
+        heartbeat_timeout: Seconds of silence after which a process counts as dead,
+            and all others end.
+
+    Raises:
+        ValueError: Something that is needed is not known.
+        OSError: The coordinator did not answer in time.
+    """
+    if jax.distributed.is_initialized():
+        return
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    explicit = any(value is not None for value in given.values())
+    if not explicit and not launcher(environment):
+        return
+    if coordinator is not None:
+        for size, rank in _RANKS:
+            if size in environment and rank in environment:
+                processes = int(environment[size]) if processes is None else processes
+                process = int(environment[rank]) if process is None else process
+    complete = None not in (coordinator, processes, process)
+    if not complete and not launcher(environment):
+        got = ", ".join(f"{name} {value}" for name, value in given.items())
+        raise ValueError(
+            "several processes without a launcher that is known must be told the"
+            f" coordinator, how many they are and which this is, got {got}. Give all:"
+            " --distributed.coordinator HOST:PORT --distributed.processes N"
+            " --distributed.process I"
+        )
+    if coordinator is not None and process not in (None, 0):
+        _await_coordinator(coordinator, start_timeout)
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        # An empty list is every device there is.
+        local_device_ids=[] if one_process_a_node(environment) else None,
+        cluster_detection_method="deactivate" if complete else None,
+        initialization_timeout=start_timeout,
+        heartbeat_timeout_seconds=heartbeat_timeout,
+        shutdown_timeout_seconds=_LEAVE_TIMEOUT,
+    )
+
+
+def _await_coordinator(address: str, timeout: int) -> None:
+    """Returns once process 0 listens; JAX itself would abort without a word of ours."""
+    host, port = address.rsplit(":", 1)
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), 1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise OSError(
+                    f"distributed.coordinator = {address!r} must be where process 0"
+                    f" listens, got no answer in {timeout} s ({error}). Start process 0"
+                    " there, check the address and firewalls, or raise"
+                    " --distributed.start-timeout."
+                ) from error
+            time.sleep(0.2)
+
+
+def leave() -> None:
+    """Waits until every process is done; the last call of a run that ended in all."""
+    jax.distributed.shutdown()
+
+
+def end(status: int) -> None:
+    """Ends this process at once where it is one of several, and so soon all of them.
+
+    As a process ends by itself it would first wait for the others, and they for it.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+class LostError(Exception):
+    """Another process of the run has ended."""
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What fails inside since another process is gone says so.
+
+    Raises:
+        LostError: A computation of several processes failed.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        raise LostError(
+            "what the processes compute together failed, most likely since one of them"
+            f" has ended ({str(error).splitlines()[0][:200]}). See what the others"
+            " said; start all of them again with --resume."
+        ) from error
+
+
+def is_main() -> bool:
+    """Whether this process speaks and writes for all: number 0, or the only one."""
+    return jax.process_index() == 0
+
+
+def name() -> str:
+    """``process 3 of 8``, or nothing where there is one."""
+    if not jax.distributed.is_initialized():
+        return ""
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What ``make`` gives in the main process, in all of them.
+
+    Args:
+        make: Called in the main process alone; gives what JSON can hold.
+
+    Raises:
+        ValueError: The main process's, in all.
+        OSError: Likewise.
+    """
+    if jax.process_count() == 1:
+        return make()
+    outcome: dict[str, Any] = {}
+    own_error: ValueError | OSError | None = None
+    if is_main():
+        try:
+            outcome = {"value": make()}
+        except (ValueError, OSError) as error:
+            own_error = error
+            kind = "ValueError" if isinstance(error, ValueError) else "OSError"
+            outcome = {kind: str(error)}
+    outcome = _broadcast_json(outcome)
+    if own_error is not None:
+        raise own_error
+    for kind in (ValueError, OSError):
+        if kind.__name__ in outcome:
+            raise kind(outcome[kind.__name__])
+    return outcome["value"]
+
+
+def _broadcast_json(value: Any) -> Any:
+    """The main process's value, everywhere."""
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
+    if not is_main():
+        text = np.zeros(length, np.uint8)
+    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+
+
+def array_from_main(array: np.ndarray) -> np.ndarray:
+    """The main process's array; every process gives one of the same shape and dtype."""
+    if jax.process_count() == 1:
+        return array
+    return np.array(multihost_utils.broadcast_one_to_all(array))
+
+
+def require_agreement(values: Mapping[str, Any], remedy: str) -> None:
+    """Refuses to go on unless every process has the same values.
+
+    Args:
+        values: What JSON can hold, by name.
+        remedy: What a person can do about a difference.
+
+    Raises:
+        ValueError: In every process, naming what differs, in which and how.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = json.loads(json.dumps(values))
+    of_main = _broadcast_json(mine)
+    differing = [n for n in {**of_main, **mine} if of_main.get(n) != mine.get(n)]
+    counts = multihost_utils.process_allgather(np.asarray(len(differing), np.int32))
+    wrong = np.flatnonzero(np.asarray(counts).reshape(-1)).tolist()
+    if wrong:
+        details = "".join(
+            f"\n  {n}: {of_main.get(n)!r} in process 0, {mine.get(n)!r} here"
+            for n in differing
+        )
+        raise ValueError(
+            "every process must have the same settings and files, got others in"
+            f" process {', '.join(map(str, wrong))}.{details}\n{remedy}"
+        )
+
+
+class Termination:
+    """Whether the run was asked to end: SIGTERM, as schedulers send before they take
+    a machine away. A context manager; all processes are told at the same step.
+    """
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Termination]:
+        """While it lasts SIGTERM ends nothing by itself."""
+        alone = not jax.distributed.is_initialized()  # else JAX watches for it
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if not (alone and in_main_thread):
+            yield self
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked after every one, in order."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked.is_set()

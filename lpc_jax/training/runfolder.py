@@ -1,0 +1,104 @@
+"""The folder of a run: whose it is while the run lives, and when it may be replaced.
+
+Knows nothing of what a run writes there beyond the file by which a run is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from lpc_jax import config as cfg
+from lpc_jax import processes
+from lpc_jax.training.runlog import METRICS_FILE
+
+
+def _require_free(config: cfg.Config) -> Path:
+    """The run's folder, which must be new, resumed or asked to be replaced."""
+    folder = Path(config.run.folder) / config.name
+    held = processes.from_main(lambda: _holds_run(folder))
+    if held and not (config.run.resume or config.run.overwrite):
+        raise ValueError(
+            f"run folder {folder} must be new, got one that holds a run. Continue it"
+            " with --resume, choose another --name, or replace it with"
+            " --run.overwrite."
+        )
+    return folder
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / METRICS_FILE).exists()
+
+
+def make(config: cfg.Config, folder: Path) -> None:
+    """Makes the run's folder; a run to be replaced goes only now, all else checked."""
+
+    def replace() -> None:
+        if _holds_run(folder) and not config.run.resume:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    processes.from_main(replace)
+
+
+@contextlib.contextmanager
+def held(config: cfg.Config) -> Iterator[Path]:
+    """The run's folder: this run's, and no other's, as long as it lives.
+
+    By a lock of the operating system on a file beside the folder, which ends with the
+    process that holds it, however that ends. The main process holds it for all.
+
+    Raises:
+        ValueError: Another live run holds it, whose process, host and start are named;
+            or it holds an ended run, and neither resume nor overwrite was asked for.
+    """
+    taken: list[int] = []
+    folder = _require_free(config)
+    file = folder.with_name(f".{folder.name}.lock")
+    processes.from_main(lambda: taken.append(_take(file, folder)))
+    try:
+        yield folder
+    finally:
+        for descriptor in taken:
+            file.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _take(file: Path, folder: Path) -> int:
+    """Locks the file; gives its descriptor, with which the lock goes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise ValueError(
+                f"run folder {folder} must be of no other live run, got one in use by"
+                f" {holder}. Wait for it or stop it, or choose another --name."
+            ) from error
+        # The holder before may have removed the file between the two lines above.
+        if file.exists() and os.fstat(descriptor).st_ino == file.stat().st_ino:
+            break
+        os.close(descriptor)
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    holder = {"process": os.getpid(), "host": socket.gethostname(), "since": now}
+    os.truncate(descriptor, 0)
+    os.write(descriptor, json.dumps(holder).encode())
+    return descriptor
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        said = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:  # it has the lock and has not yet written who it is
+        return "another process"
+    return f"process {said['process']} on {said['host']} since {said['since']}"
