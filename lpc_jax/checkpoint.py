@@ -33,6 +33,10 @@ _STATE, _RECORD = "state", "record"
 # The latest, and one to go back to should it be damaged.
 _KEPT = 2
 
+# Where Orbax moves what is no longer kept, at once and whole, for us to delete: a kill
+# amid the deletion leaves no half of a checkpoint behind.
+_REMOVED = "removed"
+
 # What Orbax writes into a checkpoint once it is whole, and into each part of it.
 _COMMITTED = "commit_success.txt"
 # Of a checkpoint's files those without which nothing of it can be read.
@@ -67,6 +71,7 @@ class Checkpoints:
         self._folder, self._best_metric, self._say = folder, best_metric, say
         for found in processes.from_main(lambda: _move_broken(folder)):
             say(found)
+        self._delete_removed()
         policies: list[preservation_policy.PreservationPolicy] = [
             preservation_policy.LatestN(_KEPT)
         ]
@@ -84,6 +89,7 @@ class Checkpoints:
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 best_fn=None if best_metric is None else self._rank,
                 cleanup_tmp_directories=True,  # what a killed run left half-written
+                todelete_subdir=_REMOVED,
             ),
             item_handlers={
                 _STATE: ocp.StandardCheckpointHandler(),
@@ -347,6 +353,7 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
+            self._delete_removed()
         except (OSError, ValueError, RuntimeError) as error:
             # Orbax has struck off the steps that a successful save would have deleted.
             self._manager.reload()
@@ -355,6 +362,10 @@ class Checkpoints:
                 f" {error}. Older checkpoints are intact: mend the cause and continue"
                 " with --resume."
             ) from error
+
+    def _delete_removed(self) -> None:
+        if processes.is_main():
+            shutil.rmtree(self._folder / _REMOVED, ignore_errors=True)
 
     def close(self) -> None:
         """Waits and lets go of the folder.

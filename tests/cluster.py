@@ -125,6 +125,8 @@ def start(
     for number, (own_flags, own_environment) in enumerate(launched):
         environment = os.environ | own_environment
         environment["PYTHONUNBUFFERED"] = "1"
+        # Every program is found again, however fast it was compiled.
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         environment["XLA_FLAGS"] = (
             f"--xla_force_host_platform_device_count={devices}"
             " --xla_backend_optimization_level=0"

@@ -5,6 +5,7 @@ Knows nothing of pairs. Needs no torch: a GGUF's tokenizer is built from its met
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,16 @@ def load(path: Path, *, chat_template: str | None) -> Tokenizer:
             )
         loaded.chat_template = file.read_text(encoding="utf-8")
     return loaded
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """SHA-256, in hex, over all that decides which tokens a conversation becomes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # One in Python alone is known by its vocabulary.
+    rules = sorted(tokenizer.get_vocab()) if backend is None else backend.to_str()
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    content = [rules, tokenizer.chat_template, sorted(named.items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def opens_with_bos(tokenizer: Tokenizer) -> bool:

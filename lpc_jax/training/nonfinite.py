@@ -31,9 +31,9 @@ def report(
 ) -> str:
     """Writes ``nonfinite/`` in the run folder and says what is there.
 
-    ``step-N.json`` has every pair of the step with its source and losses, and which
-    parameters and gradients hold a number that is not finite; ``step-N.npz`` the
-    step's micro-batches as they were scored.
+    ``step-N.json`` has the pairs of every micro-batch whose gradient is not finite,
+    each with its source and its loss alone, and which parameters and gradients hold
+    such a number; ``step-N.npz`` the step's micro-batches as they were packed.
 
     Args:
         trainer: Of the run.
@@ -42,44 +42,33 @@ def report(
         number: The step's, counted from 0.
         in_a_row: Updates skipped up to this one.
     """
-    pairs: list[dict[str, Any]] = []
-    gradients: set[str] = set()
-    sources = {pair.id: pair.source for pair in trainer.pairs.train}
     places = trainer.step_rows(number)
+    gradients: set[str] = set()
+    suspects: list[int] = []
     for packed, batch in zip(places, batches, strict=True):
-        frozen = trainer.start.frozen
-        step = jax.tree.map(lambda x: x - 1, state.step)  # draws are seeded by it
         found, _ = trainer.programs.gradients(
-            state.params, frozen, batch, state.key, step
+            state.params,
+            trainer.start.frozen,
+            batch,
+            state.key,
+            state.step - 1,  # draws are seeded by it
         )
         wrong = _not_finite(found)
         gradients |= set(wrong)
-        _, by_pair = trainer.programs.evaluate(state.params, frozen, batch, state.key)
-        by_pair = jax.device_get(by_pair)
-        for place in zip(*np.nonzero(packed.pair_mask), strict=True):
-            pair_id = int(packed.pair_id[place])
-            loss = float(by_pair["loss"][place])
-            rewards = [float(x) for x in by_pair["rewards"][place]]
-            finite = bool(np.isfinite([loss, *rewards]).all())
-            pairs.append(
-                {
-                    "pair": pair_id,
-                    "source": sources[pair_id],
-                    "finite": finite,
-                    "loss": str(loss),
-                    "rewards": [str(x) for x in rewards],
-                    "in_a_micro_batch_with_a_finite_gradient": not wrong,
-                }
-            )
+        if wrong:
+            suspects += packed.pair_id[packed.pair_mask].tolist()
+    # In a row together one pair's NaN becomes all others', so each is scored alone.
+    pairs = [_scored_alone(trainer, state, pair_id) for pair_id in sorted(suspects)]
+    parameters = _not_finite(state.params | trainer.start.frozen)
     folder = trainer.folder / "nonfinite"
-    contents = {
-        "step": number + 1,
-        "skipped_in_a_row": in_a_row,
-        "parameters_not_finite": _not_finite(state.params | trainer.start.frozen),
-        "gradients_not_finite": sorted(gradients),
-        "pairs": sorted(pairs, key=lambda pair: (pair["finite"], pair["pair"])),
-    }
     if processes.is_main():
+        contents = {
+            "step": number + 1,
+            "skipped_in_a_row": in_a_row,
+            "parameters_not_finite": parameters,
+            "gradients_not_finite": sorted(gradients),
+            "pairs": sorted(pairs, key=lambda pair: pair["finite"]),
+        }
         folder.mkdir(exist_ok=True)
         file = folder / f"step-{number + 1}.json"
         file.write_text(json.dumps(contents, indent=1) + "\n")
@@ -90,20 +79,38 @@ def report(
             if value is not None
         }
         np.savez(file.with_suffix(".npz"), **arrays)
-    suspects = [pair["pair"] for pair in pairs if not pair["finite"]] or [
-        pair["pair"]
-        for pair in pairs
-        if not pair["in_a_micro_batch_with_a_finite_gradient"]
-    ]
-    bad = contents["parameters_not_finite"]
-    parameters = f" Parameters not finite: {_listed(bad)}." if bad else ""
+    named = [p["pair"] for p in pairs if not p["finite"]] or sorted(suspects)
+    also = f" Parameters not finite: {_listed(parameters)}." if parameters else ""
     return (
         f"step {number + 1}: {in_a_row} updates in a row were skipped, since their"
-        f" gradients were not finite; stopped. Pairs: {_listed(sorted(suspects))}."
-        f"{parameters} Look at {folder}; lower optimizer.learning_rate, compute in"
-        " float32, or remove the pairs, and start a new run, or go on from the latest"
-        " checkpoint with --resume."
+        f" gradients were not finite; stopped. Pairs: {_listed(named)}.{also} Look at"
+        f" {folder}; lower optimizer.learning_rate, compute in float32, or remove the"
+        " pairs, and start a new run, or go on from the latest checkpoint with"
+        " --resume."
     )
+
+
+def _scored_alone(trainer: Trainer, state: TrainState, pair_id: int) -> dict[str, Any]:
+    """A pair's loss and rewards, numbers as text since JSON has no NaN."""
+    index = next(i for i, p in enumerate(trainer.pairs.train) if p.id == pair_id)
+    (batch,) = trainer.pack(np.asarray([index]))
+    _, by_pair = trainer.programs.evaluate(
+        state.params,
+        trainer.start.frozen,
+        sharding.place_batch(batch, trainer.mesh),
+        state.key,
+    )
+    by_pair = jax.device_get(by_pair)
+    loss, *rewards = (
+        float(x) for x in (by_pair["loss"][0, 0], *by_pair["rewards"][0, 0])
+    )
+    return {
+        "pair": pair_id,
+        "source": trainer.pairs.train[index].source,
+        "finite": bool(np.isfinite([loss, *rewards]).all()),
+        "loss": str(loss),
+        "rewards": [str(reward) for reward in rewards],
+    }
 
 
 def _not_finite(tree: Any) -> list[str]:

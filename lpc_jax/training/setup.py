@@ -46,18 +46,19 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Training and held-out pairs, and the one shape they are packed into."""
+    """Training and held-out pairs, and the shapes they are packed into."""
 
     train: list[TokenizedPair]
     held_out: list[TokenizedPair]
     train_report: Report
     held_out_report: Report | None
     shape: packing.RowShape
+    tokenizer_digest: str
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 over the token ids of each set's pairs, in order."""
+        """SHA-256 over the token ids of each set's pairs, in order; the tokenizer's."""
         sets = {"data_digest": self.train, "held_out_digest": self.held_out}
-        return {
+        return {"tokenizer_digest": self.tokenizer_digest} | {
             name: hashlib.sha256(b"".join(map(reference.pair_key, pairs))).hexdigest()
             for name, pairs in sets.items()
         }
@@ -187,7 +188,14 @@ def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:
             choices=packed.length_choices,
             unit=row_unit(config),
         )
-    return Pairs(train, held_out, train_report, held_out_report, shape)
+    return Pairs(
+        train,
+        held_out,
+        train_report,
+        held_out_report,
+        shape,
+        tokenizer.digest(tokens),
+    )
 
 
 def total_steps(config: cfg.Config, train: Sequence[TokenizedPair]) -> int:

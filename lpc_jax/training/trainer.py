@@ -224,13 +224,13 @@ class Trainer:
         """Micro-batches of a step on the mesh, its pairs and its real tokens."""
         indices = self._step_indices(number)
         chosen = [self.pairs.train[i] for i in indices]
-        packed = self._pack(indices)
+        packed = self.pack(indices)
         batches = [sharding.place_batch(batch, self.mesh) for batch in packed]
         return batches, len(chosen), int(packing.pair_lengths(chosen).sum())
 
     def step_rows(self, number: int) -> list[Batch]:
         """A step's micro-batches as the host has them."""
-        return self._pack(self._step_indices(number))
+        return self.pack(self._step_indices(number))
 
     def _step_indices(self, number: int) -> np.ndarray:
         return packing.step_indices(
@@ -240,7 +240,8 @@ class Trainer:
             seed=self.config.training.seed,
         )
 
-    def _pack(self, indices: np.ndarray) -> list[Batch]:
+    def pack(self, indices: np.ndarray) -> list[Batch]:
+        """Micro-batches of the training pairs at these places, on the host."""
         return packing.micro_batches(
             [self.pairs.train[i] for i in indices],
             self.pairs.shape,
