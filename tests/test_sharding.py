@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from typing import Any
 
 import jax
@@ -253,6 +254,56 @@ def test_a_batch_is_split_by_rows_over_data_and_fsdp():
     ):
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
         np.testing.assert_array_equal(leaf, whole)
+
+
+# --- slices ---------------------------------------------------------------------------
+
+
+def sliced(slices: int, each: int, platform: str) -> list[Any]:
+    """Devices of several slices, listed across them."""
+    return [
+        types.SimpleNamespace(
+            id=number * slices + within,
+            slice_index=within,
+            process_index=within,
+            platform=platform,
+            device_kind="emulated",
+        )
+        for number in range(each)
+        for within in range(slices)
+    ]
+
+
+def slices_of(sizes: dict[str, int], devices: list[Any]) -> np.ndarray:
+    """The slice of the device at each place of the mesh."""
+    placed = sharding._arranged(sizes, devices)
+    return np.vectorize(lambda device: device.slice_index)(placed)
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor"), [(2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)]
+)
+def test_only_data_crosses_from_slice_to_slice(data, fsdp, tensor):
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    found = slices_of(sizes, sliced(2, 4, "gpu"))
+    for copy in found:  # the devices that hold one copy of the parameters
+        assert len(np.unique(copy)) == 1
+    # Copies of one slice are neighbours: gradients cross the slow network once.
+    np.testing.assert_array_equal(found[:, 0, 0], np.repeat([0, 1], data // 2))
+
+
+def test_a_tpu_mesh_with_another_axis_across_slices_is_refused():
+    sizes = {"data": 1, "fsdp": 8, "tensor": 1}
+    assert refusal(sharding._arranged, sizes, sliced(2, 4, "tpu")) == (
+        "mesh.data must be a multiple of the 2 slices that the devices are in, got 1."
+        " Use mesh.data 2 and mesh.fsdp -1: only data may cross the network between"
+        " slices."
+    )
+
+
+def test_nodes_of_gpus_may_share_any_axis():
+    sizes = {"data": 1, "fsdp": 8, "tensor": 1}
+    assert slices_of(sizes, sliced(2, 4, "gpu")).shape == (1, 8, 1)
 
 
 # --- meshes that cannot be ------------------------------------------------------------
