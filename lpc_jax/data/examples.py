@@ -20,7 +20,6 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 from datasets import exceptions as dataset_errors
-from huggingface_hub import errors as hub_errors
 
 from lpc_jax import sources
 from lpc_jax.data.report import Drops
@@ -69,7 +68,12 @@ class _Dropped(Exception):
 
 
 def read(
-    path: str, *, setting: str, split: str | None, limit: int | None
+    path: str,
+    *,
+    setting: str,
+    split: str | None,
+    limit: int | None,
+    retry: sources.Retry,
 ) -> tuple[list[PreferenceExample], Drops]:
     """Preference pairs of a file or a hub data set.
 
@@ -78,6 +82,7 @@ def read(
         setting: The setting's name in the user's words, for messages.
         split: Split of a hub data set; a file has none.
         limit: Read only this many rows, from the first; None: all.
+        retry: When a download fails.
 
     Returns:
         The pairs in order, and the rows that hold no preference.
@@ -87,7 +92,9 @@ def read(
             no pair is left.
     """
     examples, events = [], []
-    found = itertools.islice(rows(path, setting=setting, split=split), limit)
+    found = itertools.islice(
+        rows(path, setting=setting, split=split, retry=retry), limit
+    )
     for index, (origin, row) in enumerate(found):
         try:
             examples.append(parse(row, origin=origin, index=index))
@@ -103,17 +110,24 @@ def read(
     return examples, drops
 
 
-def rows(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, Any]]:
+def rows(
+    path: str, *, setting: str, split: str | None, retry: sources.Retry
+) -> Iterator[tuple[str, Any]]:
     """Each row of a file or a hub data set with its origin, as ``file:line``.
 
     Args:
         path: As in ``read``.
         setting: The setting's name in the user's words, for messages.
         split: Split of a hub data set.
+        retry: When a download fails.
 
     Raises:
         ValueError: The data cannot be had, or a row is broken.
     """
+    if not sources.exists(path):
+        if path.endswith(SUFFIXES) or not sources.is_hub_id(path):
+            raise ValueError(_missing_file(path, setting))
+        return _hub(path, setting=setting, split=split, retry=retry)
     local = Path(path).expanduser()
     if local.is_file():
         name = local.name
@@ -127,20 +141,19 @@ def rows(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, A
             f"{setting} = {path!r} must end in {', '.join(SUFFIXES)}, got {name!r}."
             " Convert or rename the file."
         )
-    if local.exists() or path.endswith(SUFFIXES) or not sources.is_hub_id(path):
-        raise ValueError(_missing_file(local, path, setting))
-    return _hub(path, setting=setting, split=split)
+    kind = "a folder" if local.is_dir() else "a device or pipe"
+    raise ValueError(
+        f"{setting} = {path!r} is {kind}, expected a file ending in"
+        f" {', '.join(SUFFIXES)}. Name the file inside it."
+    )
 
 
-def _missing_file(local: Path, path: str, setting: str) -> str:
-    if local.is_dir():
-        return (
-            f"{setting} = {path!r} is a folder, expected a file ending in"
-            f" {', '.join(SUFFIXES)}. Name the file inside it."
-        )
-    folder = local.parent
-    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(local.name, names, n=1)
+def _missing_file(path: str, setting: str) -> str:
+    folder, name = Path(path).parent, Path(path).name
+    names = []
+    if sources.exists(str(folder)) and folder.expanduser().is_dir():
+        names = [file.name for file in folder.expanduser().iterdir()]
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"Did you mean {str(folder / near[0])!r}?" if near else "Check the path."
     return (
         f"{setting} = {path!r}: no such file, and not a hub id of the form owner/name."
@@ -208,23 +221,21 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
         ) from e
 
 
-def _hub(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, Any]]:
+def _hub(
+    path: str, *, setting: str, split: str | None, retry: sources.Retry
+) -> Iterator[tuple[str, Any]]:
     try:
-        table = datasets.load_dataset(path, split=split)
-    except (
-        dataset_errors.DatasetNotFoundError,
-        dataset_errors.DataFilesNotFoundError,
-        hub_errors.HfHubHTTPError,
-        hub_errors.OfflineModeIsEnabled,
-        OSError,
-    ) as e:
-        raise ValueError(
-            f"{setting} = {path!r} is not on this machine and could not be downloaded"
-            f" ({type(e).__name__}). Get it with: hf download {path} --repo-type"
-            f" dataset --local-dir FOLDER, then pass --{setting} with a file of it; a"
-            " gated data set also needs its licence accepted and `hf auth login`."
-        ) from e
-    except ValueError as e:
+        table = sources.download(
+            lambda: datasets.load_dataset(path, split=split),
+            path,
+            setting=setting,
+            kind=sources.DATA_SET,
+            retry=retry,
+            failures=(*sources.FAILURES, dataset_errors.DatasetsError),
+        )
+    except sources.DownloadError:
+        raise
+    except (ValueError, RuntimeError) as e:  # the latter: a data set that is a script
         raise ValueError(
             f"{setting} = {path!r} could not be loaded with {setting}_split ="
             f" {split!r}: {e}"

@@ -137,19 +137,26 @@ def _is_gguf(path: Path) -> bool:
     return path.is_file() and path.suffix == _GGUF
 
 
-def find(path: str, *, setting: str, revision: str | None) -> Path:
+def find(
+    path: str, *, setting: str, revision: str | None, retry: sources.Retry
+) -> Path:
     """The folder or GGUF file that a setting names, downloaded if need be.
 
     Args:
         path: A local path, ``package:NAME/FILE`` or a hub model id.
         setting: The setting's name in the user's words, for messages.
         revision: Branch, tag or commit of a hub id.
+        retry: When a download fails.
 
     Raises:
         ValueError: In one line, what is missing and how to get it.
     """
     return sources.resolve(
-        path, setting=setting, revision=revision, patterns=_HUB_PATTERNS
+        path,
+        setting=setting,
+        revision=revision,
+        patterns=_HUB_PATTERNS,
+        retry=retry,
     )
 
 

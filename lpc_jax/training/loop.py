@@ -33,6 +33,7 @@ BEST_METRIC = "reward/accuracy"
 # Settings that a resumed run may change: they alter no update.
 FREE_ON_RESUME = (
     "run.",
+    "hub.",
     "mesh.",
     "reference.cache",
     "training.log_every",

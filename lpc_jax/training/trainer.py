@@ -74,7 +74,10 @@ class Trainer:
         self.console = console
         say = self._say
         model_path = weights.find(
-            config.model.path, setting="model.path", revision=config.model.revision
+            config.model.path,
+            setting="model.path",
+            revision=config.model.revision,
+            retry=setup.retry(config),
         )
         architecture = weights.read_architecture(model_path)
         self.pairs = pairs = setup.read_pairs(config, model_path)

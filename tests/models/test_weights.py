@@ -750,7 +750,7 @@ def test_find_names_the_setting_of_a_path_that_is_not_there(tmp_path):
     absent = str(tmp_path / "absent" / "model")
 
     def find(path):
-        return weights.find(path, setting="model.path", revision=None)
+        return weights.find(path, setting="model.path", revision=None, retry=ONCE)
 
     assert find(str(tmp_path)) == tmp_path
     assert message_of(find, absent) == (
@@ -784,6 +784,7 @@ import sys
 from pathlib import Path
 import jax
 from lpc_jax.models import weights
+from tests.fake_hub import ONCE
 path = Path(sys.argv[1])
 one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 read = weights.read_architecture(path)
