@@ -21,13 +21,24 @@ import pyarrow
 import pyarrow.parquet
 from datasets import exceptions as dataset_errors
 
-from lpc_jax import sources
+from lpc_jax import sources, untrusted
 from lpc_jax.data.report import Drops
 
 Message = dict[str, str]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 NO_SOURCE = "unknown"
+
+# What is read at a time, in bytes. A line is one pair: of English, a million tokens are
+# about 4 MB. A .json file is parsed whole, and then takes several times its size.
+LONGEST_LINE = 64 << 20
+LARGEST_JSON = 1 << 30
+# Text unpacks to some twenty times its packed size at most, and made-up text to a
+# thousand times. Small files may repeat themselves as they like.
+MOST_UNPACKED, UNPACKED_FREELY = 200, 16 << 20
+# A few large texts can stand for any number of rows of a parquet file, so that rows are
+# unpacked by so few.
+_PARQUET_ROWS = 256
 
 EMPTY = "empty answer"
 EQUAL = "chosen equals rejected"
@@ -164,13 +175,22 @@ def _missing_file(path: str, setting: str) -> str:
 def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield (
-                        f"{file.name}:{number}",
-                        _decode(line, f"{file}:{number}"),
+        with file.open("rb") as packed:
+            zipped = file.suffix == ".gz"
+            lines = gzip.GzipFile(fileobj=packed) if zipped else packed
+            unpacked = 0
+            while line := lines.readline(LONGEST_LINE + 1):
+                number, unpacked = number + 1, unpacked + len(line)
+                where = f"{file}:{number}"
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(
+                        f"{where}: expected one pair a line, of at most"
+                        f" {LONGEST_LINE:,} bytes, got a longer line. Write one object"
+                        " a line, or remove it."
                     )
+                _check_ratio(where, unpacked, packed.tell())
+                if line.strip():
+                    yield f"{file.name}:{number}", _decode(line, where)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise ValueError(
             f"{file}:{number + 1}: expected gzip data, got a broken or truncated file"
@@ -178,9 +198,18 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
         ) from e
 
 
+def _check_ratio(where: str, unpacked: int, packed: int) -> None:
+    if unpacked > max(UNPACKED_FREELY, MOST_UNPACKED * packed):
+        raise ValueError(
+            f"{where}: expected text, which unpacks to at most {MOST_UNPACKED} times"
+            f" its size, got {unpacked:,} bytes out of {packed:,}. The file may be made"
+            " to exhaust the memory: unpack it yourself if you trust it."
+        )
+
+
 def _decode(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
+        return untrusted.parse_json(text, repeats=True)
     except json.JSONDecodeError as e:
         raise ValueError(
             # Some of the messages end in "at" themselves.
@@ -193,9 +222,20 @@ def _decode(text: bytes, where: str) -> Any:
             f"{where}: expected UTF-8 text, got byte {text[e.start]:#04x} at {e.start}."
             " Save the file as UTF-8."
         ) from e
+    except ValueError as e:
+        raise ValueError(
+            f"{where}: expected JSON, got a text that is {e}. Mend or remove it."
+        ) from e
 
 
 def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
+    size = file.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(
+            f"{file}: a .json file is read whole and must have at most"
+            f" {LARGEST_JSON:,} bytes, got {size:,}. Write one object a line in a"
+            " .jsonl file, which is read line by line."
+        )
     items = _decode(file.read_bytes(), str(file))
     if not isinstance(items, list):
         raise ValueError(
@@ -207,18 +247,32 @@ def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
+    number = unpacked = 0
+    packed = file.stat().st_size
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches():
+            for group in range(table.num_row_groups):
+                announced = table.metadata.row_group(group).total_byte_size
+                _check_ratio(str(file), announced, packed)
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
+                unpacked += sum(_decoded_bytes(column) for column in batch.columns)
+                _check_ratio(f"{file}:{number + 1}", unpacked, packed)
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file.name}:{number}", row
-    except (pyarrow.ArrowInvalid, OSError) as e:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
         raise ValueError(
             f"{file}: expected a parquet file, got a broken or truncated one after row"
-            f" {number} ({str(e).splitlines()[0]}). Fetch or write the file again."
+            f" {number} ({reason}). Fetch or write the file again."
         ) from e
+
+
+def _decoded_bytes(column: pyarrow.Array) -> int:
+    """Bytes of a batch's column, each row counted by itself."""
+    if isinstance(column, pyarrow.DictionaryArray):
+        return column.dictionary_decode().nbytes
+    return column.nbytes
 
 
 def _hub(

@@ -25,7 +25,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
-from lpc_jax import sources
+from lpc_jax import sources, untrusted
 from lpc_jax.models import architectures, gguf_file, safetensors_file
 from lpc_jax.models.architectures import Architecture
 
@@ -38,6 +38,7 @@ _HUB_PATTERNS = (
     "merges.txt",
 )
 _CONFIG = "config.json"
+_LARGEST_CONFIG = 10_000_000  # real ones have a few thousand bytes
 _GGUF = ".gguf"
 _SHOWN = 10
 _READ_BYTES = 1 << 20
@@ -169,14 +170,14 @@ def read_architecture(path: Path) -> Architecture:
     """
     if _is_gguf(path):
         return gguf_file.architecture(gguf_file.read_header(path))
-    config = path / _CONFIG
-    if not config.exists():
+    config = untrusted.own_file(path, _CONFIG)
+    if config is None:
         raise ValueError(
             f"{path}: expected a folder with {_CONFIG}, or a file ending in {_GGUF}."
             " Check the path."
         )
     try:
-        fields = json.loads(config.read_text())
+        fields = untrusted.read_json(config, most=_LARGEST_CONFIG)
     except ValueError as e:
         raise ValueError(f"{config}: broken JSON ({e}). Download it again.") from e
     if not isinstance(fields, dict):
@@ -348,6 +349,19 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(child, f"{prefix}{name}/")
         else:
             yield prefix + name, child
+
+
+def check(path: Path, architecture: Architecture) -> None:
+    """Refuses what ``load`` would refuse by names and shapes, before anything is made.
+
+    Args:
+        path: From ``find``.
+        architecture: From ``read_architecture``.
+
+    Raises:
+        ValueError: As ``load``.
+    """
+    _open(path, architecture)
 
 
 def load(

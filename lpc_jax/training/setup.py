@@ -249,6 +249,7 @@ def load_start(
     config: cfg.Config, model_path: Path, architecture: Architecture, mesh: Mesh
 ) -> Start:
     """Loads the decoder straight onto the mesh and seeds the other parts beside it."""
+    weights.check(model_path, architecture)  # before the latent takes its sizes
     make, graph, shapes = _abstract(config, architecture, plain=False)
     shardings = sharding.parameter_shardings(shapes, mesh)
     seeded = [part for part in shapes if part != "decoder"]

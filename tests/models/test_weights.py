@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lpc_jax.models import architectures, gguf_file, safetensors_file, weights
 from lpc_jax.models.architectures import Architecture, RopeScaling
+from tests.fake_hub import ONCE
 
 D, F, H, K, L, N, V = 64, 96, 16, 2, 3, 4, 40
 TINY = Architecture(
@@ -784,7 +785,6 @@ import sys
 from pathlib import Path
 import jax
 from lpc_jax.models import weights
-from tests.fake_hub import ONCE
 path = Path(sys.argv[1])
 one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 read = weights.read_architecture(path)
