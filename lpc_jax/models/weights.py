@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import json
 import math
+import mmap
 import re
 import shutil
 import tempfile
@@ -302,6 +303,18 @@ def _slices(bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in bounds)
 
 
+def _pages(shape: list[int], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    """An array in pages of its own, which go back to the system when it is dropped.
+
+    What malloc gets back it keeps, up to 32 MB a piece. Not at a page's start, where
+    JAX on CPU would take the array as it is: an update could not be given its memory,
+    and the first would need the parameters twice.
+    """
+    count = math.prod(shape)
+    pages = mmap.mmap(-1, (count + 1) * dtype.itemsize)
+    return np.frombuffer(pages, dtype, count, offset=dtype.itemsize).reshape(shape)
+
+
 def _leaf(
     key: Key,
     tensors: Mapping[str, _Stored],
@@ -312,10 +325,10 @@ def _leaf(
     """One parameter; the host holds this process's part, each tensor read once."""
     shape = _leaf_shape(key, architecture)
     sizes = _sizes(architecture)
-    indices = sharding.addressable_devices_indices_map(shape).values()
+    indices = sharding.addressable_devices_indices_map(shape)
     shards = {
-        bounds: np.empty([stop - start for start, stop in bounds], dtype)
-        for bounds in {_bounds(index, shape) for index in indices}
+        bounds: _pages([stop - start for start, stop in bounds], dtype)
+        for bounds in {_bounds(index, shape) for index in indices.values()}
     }
     for layer in range(architecture.layers if key.stacked else 1):
         whole = tensors[key.name.format(layer=layer)].read()
@@ -325,11 +338,18 @@ def _leaf(
                 shard[...] = whole[_slices(bounds)]
             elif bounds[0][0] <= layer < bounds[0][1]:
                 shard[layer - bounds[0][0]] = whole[_slices(bounds[1:])]
-    leaf = jax.make_array_from_callback(
-        shape, sharding, lambda index: shards[_bounds(index, shape)]
-    )
-    # Before the next leaf is read, so that the host never holds two.
-    return leaf.block_until_ready()
+    placed = []
+    for bounds in list(shards):
+        # Let go of before the next is placed: where devices are the host's own memory
+        # it would hold the leaf twice.
+        shard = shards.pop(bounds)
+        for device, index in indices.items():
+            if _bounds(index, shape) == bounds:
+                there = jax.sharding.SingleDeviceSharding(
+                    device, memory_kind=sharding.memory_kind
+                )
+                placed.append(jax.device_put(shard, there).block_until_ready())
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
