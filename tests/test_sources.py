@@ -16,6 +16,14 @@ from tests.fake_hub import ONCE
 PATTERNS = ("*.json", "*.safetensors")
 
 
+@pytest.fixture(autouse=True)
+def _no_long_wait(monkeypatch):
+    def sleep(seconds: float) -> None:
+        assert seconds == 0, "a wait for what cannot pass"
+
+    monkeypatch.setattr("time.sleep", sleep)
+
+
 def resolve(path: str, **changes: Any) -> Path:
     arguments: dict[str, Any] = {
         "setting": "model.path",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -360,6 +361,16 @@ def test_every_download_is_tried_as_often_as_configured(
         runs.train(made)
     assert (len(tries), slept) == (3, [0.25, 0.5])
     assert len([r for r in caplog.records if "Trying again" in r.message]) == 2
+
+
+def test_a_config_of_another_width_is_refused_before_the_latent_takes_it(folder):
+    model = Path(shutil.copytree(runs.MODEL, folder / "model"))
+    file = model / "config.json"
+    wide = json.loads(file.read_text()) | {"hidden_size": 1 << 20, "head_dim": 16}
+    file.write_text(json.dumps(wide))  # a latent of it would take terabytes
+    made = config(folder, model={"path": str(model)}, latent=cfg.Latent())
+    with pytest.raises(ValueError, match=r"of another shape: model\.embed_tokens"):
+        runs.train(made)
 
 
 def test_limits_take_the_first_pairs(folder):
