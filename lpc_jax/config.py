@@ -528,6 +528,24 @@ class Reference(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Hub(Settings):
+    """Downloads of models, tokenizers and data sets from the Hugging Face hub."""
+
+    section: typing.ClassVar[str] = "hub."
+
+    retries: int = 3
+    """How many more times a download is tried that failed for what may pass: no
+    connection, a broken one, the hub's rate limit or its own faults."""
+    wait: float = 2.0
+    """Seconds before the first of them, doubled before each next; where the hub says
+    how long, that is waited instead, up to five minutes."""
+
+    def _check(self) -> None:
+        for name in ("retries", "wait"):
+            self._require(getattr(self, name) >= 0, name, "must be at least 0", "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Settings):
     """Where a run writes and who else is told."""
 
@@ -569,6 +587,7 @@ class Config(Settings):
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     reference: Reference = dataclasses.field(default_factory=Reference)
+    hub: Hub = dataclasses.field(default_factory=Hub)
     run: Run = dataclasses.field(default_factory=Run)
 
     def _check(self) -> None:

@@ -54,14 +54,17 @@ def inspect(config: cfg.Config, console: Console, *, pairs: int) -> None:
     Raises:
         ValueError: Data or tokenizer cannot be had or used.
     """
-    loaded = _tokenizer(config.model)
+    retry = sources.Retry(config.hub.retries, config.hub.wait)
+    loaded = _tokenizer(config.model, retry)
     data = config.data
     train = (data.train, "data.train", data.train_split, data.limit)
     held_out = (data.eval, "data.eval", data.eval_split, data.eval_limit)
     for path, setting, split, limit in (train, held_out):
         if path is None:
             continue
-        found, drops = examples.read(path, setting=setting, split=split, limit=limit)
+        found, drops = examples.read(
+            path, setting=setting, split=split, limit=limit, retry=retry
+        )
         kept, report = chat.tokenize(
             found,
             loaded,
@@ -100,12 +103,16 @@ def _take_pairs(arguments: list[str]) -> tuple[int, list[str]]:
     return int(value), rest
 
 
-def _tokenizer(model: cfg.Model) -> tokenizer.Tokenizer:
+def _tokenizer(model: cfg.Model, retry: sources.Retry) -> tokenizer.Tokenizer:
     path, setting, revision = model.path, "model.path", model.revision
     if model.tokenizer is not None:
         path, setting, revision = model.tokenizer, "model.tokenizer", None
     found = sources.resolve(
-        path, setting=setting, revision=revision, patterns=TOKENIZER_PATTERNS
+        path,
+        setting=setting,
+        revision=revision,
+        patterns=TOKENIZER_PATTERNS,
+        retry=retry,
     )
     return tokenizer.load(found, chat_template=model.chat_template)
 

@@ -393,6 +393,7 @@ AT_LEAST_ZERO = [
     ("latent", cfg.Latent, "codebook_scale"),
     ("latent", cfg.Latent, "learning_rate"),
     ("optimizer", cfg.Optimizer, "learning_rate"),
+    ("hub", cfg.Hub, "wait"),
 ]
 
 MEANINGS = [
@@ -448,6 +449,7 @@ MEANINGS = [
         {"warmup_fraction": 1.5},
         "optimizer.warmup_fraction must lie in [0, 1], got 1.5.",
     ),
+    (cfg.Hub, {"retries": -1}, "hub.retries must be at least 0, got -1."),
     (cfg.Mesh, {"data": 0}, "mesh.data must be -1 or above 0, got 0."),
     (cfg.Mesh, {"fsdp": 0}, "mesh.fsdp must be -1 or above 0, got 0."),
     (cfg.Mesh, {"tensor": -2}, "mesh.tensor must be -1 or above 0, got -2."),

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import types
+import dataclasses
+import errno
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import errors as hub_errors
 
 from lpc_jax import sources
+from tests.fake_hub import ONCE
 
 PATTERNS = ("*.json", "*.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _no_long_wait(monkeypatch):
+    def sleep(seconds: float) -> None:
+        assert seconds == 0, "a wait for what cannot pass"
+
+    monkeypatch.setattr("time.sleep", sleep)
 
 
 def resolve(path: str, **changes: Any) -> Path:
@@ -20,6 +29,7 @@ def resolve(path: str, **changes: Any) -> Path:
         "setting": "model.path",
         "revision": None,
         "patterns": PATTERNS,
+        "retry": ONCE,
     }
     return sources.resolve(path, **arguments | changes)
 
@@ -47,6 +57,16 @@ def test_a_local_path_is_taken_as_it_is(tmp_path, monkeypatch):
         ("a/b/c", False),
         ("/owner/name", False),
         ("name", False),
+        ("../name", False),
+        ("owner/..", False),
+        ("./name", False),
+        ("owner/.name", False),
+        ("owner/name\n", False),
+        ("owner/na\0me", False),
+        ("owner\\..\\name", False),
+        ("owner//name", False),
+        ("s3://bucket/name", False),
+        ("o/" + "n" * 300, False),
         ("owner/na me", False),
     ],
 )
@@ -98,28 +118,109 @@ def test_a_hub_id_is_downloaded_at_its_revision_and_no_more_than_asked(monkeypat
     }
 
 
-def unreachable(kind: str) -> str:
+@pytest.mark.parametrize(
+    "path",
+    [
+        "package:numpy/../pytest/__init__.py",
+        "package:numpy/core/../../pytest/__init__.py",
+        "package:../numpy/__init__.py",
+        "package:numpy//etc/passwd",
+        "package:/etc/passwd",
+        "package:numpy/..\\pytest\\__init__.py",
+        "package:numpy/",
+        "package:numpy.core/__init__.py",
+        "package:os/../../README.md",
+    ],
+)
+def test_a_way_out_of_a_package_s_folder_is_refused(path):
+    assert refusal(path) == (
+        f"model.path = {path!r}: expected package:NAME/FILE, a file inside the"
+        " package's own folder, got a way out of it. Name the file by its own path if"
+        " you mean it."
+    )
+
+
+@pytest.mark.parametrize("module", ["os", "six_like"])
+def test_a_module_of_one_file_gives_no_folder(module, tmp_path, monkeypatch):
+    # The built-in os has no file, which would make its folder the current one.
+    (tmp_path / "six_like.py").touch()
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert refusal(f"package:{module}/model.gguf") == (
+        f"model.path = 'package:{module}/model.gguf': the package {module!r} holds no"
+        " file 'model.gguf'."
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../../etc/nothing",
+        "owner/../../x",
+        "..\\..\\x",
+        "https://host/x",
+        "https://host",
+        "s3://bucket/x",
+        "owner/na\0me",
+        "owner/name\n",
+        "~nobody_of_that_name/x",
+        "x" * 5000,
+    ],
+)
+def test_what_is_no_name_is_refused_without_a_request(path, monkeypatch):
+    def download(*_: Any, **__: Any) -> str:
+        raise AssertionError("a request")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert refusal(path) == (
+        f"model.path = {path!r}: no such file or folder, and not a hub id of the form"
+        " owner/name. Check the path."
+    )
+
+
+def unreachable(cause: str) -> str:
     return (
-        "model.path = 'owner/name' is not on this machine and could not be downloaded"
-        f" ({kind}). Get it with: hf download owner/name --local-dir FOLDER, then pass"
-        " --model.path FOLDER; a gated model also needs its licence accepted and"
-        " `hf auth login`."
+        "model.path = 'owner/name' is not on this machine and could not be downloaded:"
+        f" {cause}, or get it elsewhere with: hf download owner/name --local-dir"
+        " FOLDER, and pass --model.path FOLDER."
     )
 
 
 def test_a_hub_id_offline_is_one_line():
     # conftest sets HF_HUB_OFFLINE.
-    assert refusal("owner/name") == unreachable("LocalEntryNotFoundError")
+    retry = sources.Retry(retries=5, wait=1e9)
+    expected = unreachable("HF_HUB_OFFLINE is set. Unset it")
+    assert refusal("owner/name", retry=retry) == expected
 
 
-@pytest.mark.parametrize(
-    "kind", [hub_errors.GatedRepoError, hub_errors.RepositoryNotFoundError, OSError]
-)
-def test_a_hub_that_refuses_is_one_line(monkeypatch, kind):
-    response = types.SimpleNamespace(headers={}, request=None, status_code=401)
-
+def test_a_full_disk_is_not_taken_for_the_hub_s_fault(monkeypatch):
     def download(*_: Any, **__: Any) -> str:
-        raise kind("no") if kind is OSError else kind("no", response=response)
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert refusal("owner/name") == unreachable(kind.__name__)
+    retry = sources.Retry(retries=5, wait=1e9)
+    assert refusal("owner/name", retry=retry) == unreachable(
+        "OSError: [Errno 28] No space left on device. See to that"
+    )
+
+
+def test_a_file_of_another_length_than_announced_is_fetched_again(monkeypatch):
+    tries = []
+
+    def download(*_: Any, **__: Any) -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError("Consistency check failed: 3 bytes for 4.\nTry again.")
+        return "/somewhere"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    retry = sources.Retry(retries=2, wait=0.0)
+    assert resolve("owner/name", retry=retry) == Path("/somewhere")
+    tries.clear()
+    assert refusal("owner/name", retry=dataclasses.replace(retry, retries=1)) == (
+        unreachable(
+            "the download broke off (OSError: Consistency check failed: 3 bytes for"
+            " 4.), tried 2 times. Check the network, raise --hub.retries"
+        )
+    )

@@ -243,7 +243,8 @@ def _render(
         header = tokenizer.apply_chat_template(
             prompt, tokenize=False, add_generation_prompt=True
         )
-    except jinja2.TemplateError as e:
+    except (jinja2.TemplateError, TypeError, ArithmeticError, RecursionError) as e:
+        # Templates run in jinja's sandbox, which raises at a way out of it.
         raise _Dropped(f"{REFUSED}: {e}") from e
     return str(header), str(chosen), str(rejected)
 

@@ -20,15 +20,25 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 from datasets import exceptions as dataset_errors
-from huggingface_hub import errors as hub_errors
 
-from lpc_jax import sources
+from lpc_jax import sources, untrusted
 from lpc_jax.data.report import Drops
 
 Message = dict[str, str]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 NO_SOURCE = "unknown"
+
+# What is read at a time, in bytes. A line is one pair: of English, a million tokens are
+# about 4 MB. A .json file is parsed whole, and then takes several times its size.
+LONGEST_LINE = 64 << 20
+LARGEST_JSON = 1 << 30
+# Text unpacks to some twenty times its packed size at most, and made-up text to a
+# thousand times. Small files may repeat themselves as they like.
+MOST_UNPACKED, UNPACKED_FREELY = 200, 16 << 20
+# A few large texts can stand for any number of rows of a parquet file, so that rows are
+# unpacked by so few.
+_PARQUET_ROWS = 256
 
 EMPTY = "empty answer"
 EQUAL = "chosen equals rejected"
@@ -69,7 +79,12 @@ class _Dropped(Exception):
 
 
 def read(
-    path: str, *, setting: str, split: str | None, limit: int | None
+    path: str,
+    *,
+    setting: str,
+    split: str | None,
+    limit: int | None,
+    retry: sources.Retry,
 ) -> tuple[list[PreferenceExample], Drops]:
     """Preference pairs of a file or a hub data set.
 
@@ -78,6 +93,7 @@ def read(
         setting: The setting's name in the user's words, for messages.
         split: Split of a hub data set; a file has none.
         limit: Read only this many rows, from the first; None: all.
+        retry: When a download fails.
 
     Returns:
         The pairs in order, and the rows that hold no preference.
@@ -87,7 +103,9 @@ def read(
             no pair is left.
     """
     examples, events = [], []
-    found = itertools.islice(rows(path, setting=setting, split=split), limit)
+    found = itertools.islice(
+        rows(path, setting=setting, split=split, retry=retry), limit
+    )
     for index, (origin, row) in enumerate(found):
         try:
             examples.append(parse(row, origin=origin, index=index))
@@ -103,17 +121,24 @@ def read(
     return examples, drops
 
 
-def rows(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, Any]]:
+def rows(
+    path: str, *, setting: str, split: str | None, retry: sources.Retry
+) -> Iterator[tuple[str, Any]]:
     """Each row of a file or a hub data set with its origin, as ``file:line``.
 
     Args:
         path: As in ``read``.
         setting: The setting's name in the user's words, for messages.
         split: Split of a hub data set.
+        retry: When a download fails.
 
     Raises:
         ValueError: The data cannot be had, or a row is broken.
     """
+    if not sources.exists(path):
+        if path.endswith(SUFFIXES) or not sources.is_hub_id(path):
+            raise ValueError(_missing_file(path, setting))
+        return _hub(path, setting=setting, split=split, retry=retry)
     local = Path(path).expanduser()
     if local.is_file():
         name = local.name
@@ -127,20 +152,19 @@ def rows(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, A
             f"{setting} = {path!r} must end in {', '.join(SUFFIXES)}, got {name!r}."
             " Convert or rename the file."
         )
-    if local.exists() or path.endswith(SUFFIXES) or not sources.is_hub_id(path):
-        raise ValueError(_missing_file(local, path, setting))
-    return _hub(path, setting=setting, split=split)
+    kind = "a folder" if local.is_dir() else "a device or pipe"
+    raise ValueError(
+        f"{setting} = {path!r} is {kind}, expected a file ending in"
+        f" {', '.join(SUFFIXES)}. Name the file inside it."
+    )
 
 
-def _missing_file(local: Path, path: str, setting: str) -> str:
-    if local.is_dir():
-        return (
-            f"{setting} = {path!r} is a folder, expected a file ending in"
-            f" {', '.join(SUFFIXES)}. Name the file inside it."
-        )
-    folder = local.parent
-    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(local.name, names, n=1)
+def _missing_file(path: str, setting: str) -> str:
+    folder, name = Path(path).parent, Path(path).name
+    names = []
+    if sources.exists(str(folder)) and folder.expanduser().is_dir():
+        names = [file.name for file in folder.expanduser().iterdir()]
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"Did you mean {str(folder / near[0])!r}?" if near else "Check the path."
     return (
         f"{setting} = {path!r}: no such file, and not a hub id of the form owner/name."
@@ -151,13 +175,22 @@ def _missing_file(local: Path, path: str, setting: str) -> str:
 def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield (
-                        f"{file.name}:{number}",
-                        _decode(line, f"{file}:{number}"),
+        with file.open("rb") as packed:
+            zipped = file.suffix == ".gz"
+            lines = gzip.GzipFile(fileobj=packed) if zipped else packed
+            unpacked = 0
+            while line := lines.readline(LONGEST_LINE + 1):
+                number, unpacked = number + 1, unpacked + len(line)
+                where = f"{file}:{number}"
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(
+                        f"{where}: expected one pair a line, of at most"
+                        f" {LONGEST_LINE:,} bytes, got a longer line. Write one object"
+                        " a line, or remove it."
                     )
+                _check_ratio(where, unpacked, packed.tell())
+                if line.strip():
+                    yield f"{file.name}:{number}", _decode(line, where)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise ValueError(
             f"{file}:{number + 1}: expected gzip data, got a broken or truncated file"
@@ -165,9 +198,18 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
         ) from e
 
 
+def _check_ratio(where: str, unpacked: int, packed: int) -> None:
+    if unpacked > max(UNPACKED_FREELY, MOST_UNPACKED * packed):
+        raise ValueError(
+            f"{where}: expected text, which unpacks to at most {MOST_UNPACKED} times"
+            f" its size, got {unpacked:,} bytes out of {packed:,}. The file may be made"
+            " to exhaust the memory: unpack it yourself if you trust it."
+        )
+
+
 def _decode(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
+        return untrusted.parse_json(text, repeats=True)
     except json.JSONDecodeError as e:
         raise ValueError(
             # Some of the messages end in "at" themselves.
@@ -180,9 +222,20 @@ def _decode(text: bytes, where: str) -> Any:
             f"{where}: expected UTF-8 text, got byte {text[e.start]:#04x} at {e.start}."
             " Save the file as UTF-8."
         ) from e
+    except ValueError as e:
+        raise ValueError(
+            f"{where}: expected JSON, got a text that is {e}. Mend or remove it."
+        ) from e
 
 
 def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
+    size = file.stat().st_size
+    if size > LARGEST_JSON:
+        raise ValueError(
+            f"{file}: a .json file is read whole and must have at most"
+            f" {LARGEST_JSON:,} bytes, got {size:,}. Write one object a line in a"
+            " .jsonl file, which is read line by line."
+        )
     items = _decode(file.read_bytes(), str(file))
     if not isinstance(items, list):
         raise ValueError(
@@ -194,37 +247,49 @@ def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
+    number = unpacked = 0
+    packed = file.stat().st_size
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches():
+            for group in range(table.num_row_groups):
+                announced = table.metadata.row_group(group).total_byte_size
+                _check_ratio(str(file), announced, packed)
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
+                unpacked += sum(_decoded_bytes(column) for column in batch.columns)
+                _check_ratio(f"{file}:{number + 1}", unpacked, packed)
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{file.name}:{number}", row
-    except (pyarrow.ArrowInvalid, OSError) as e:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
         raise ValueError(
             f"{file}: expected a parquet file, got a broken or truncated one after row"
-            f" {number} ({str(e).splitlines()[0]}). Fetch or write the file again."
+            f" {number} ({reason}). Fetch or write the file again."
         ) from e
 
 
-def _hub(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, Any]]:
+def _decoded_bytes(column: pyarrow.Array) -> int:
+    """Bytes of a batch's column, each row counted by itself."""
+    if isinstance(column, pyarrow.DictionaryArray):
+        return column.dictionary_decode().nbytes
+    return column.nbytes
+
+
+def _hub(
+    path: str, *, setting: str, split: str | None, retry: sources.Retry
+) -> Iterator[tuple[str, Any]]:
     try:
-        table = datasets.load_dataset(path, split=split)
-    except (
-        dataset_errors.DatasetNotFoundError,
-        dataset_errors.DataFilesNotFoundError,
-        hub_errors.HfHubHTTPError,
-        hub_errors.OfflineModeIsEnabled,
-        OSError,
-    ) as e:
-        raise ValueError(
-            f"{setting} = {path!r} is not on this machine and could not be downloaded"
-            f" ({type(e).__name__}). Get it with: hf download {path} --repo-type"
-            f" dataset --local-dir FOLDER, then pass --{setting} with a file of it; a"
-            " gated data set also needs its licence accepted and `hf auth login`."
-        ) from e
-    except ValueError as e:
+        table = sources.download(
+            lambda: datasets.load_dataset(path, split=split),
+            path,
+            setting=setting,
+            kind=sources.DATA_SET,
+            retry=retry,
+            failures=(*sources.FAILURES, dataset_errors.DatasetsError),
+        )
+    except sources.DownloadError:
+        raise
+    except (ValueError, RuntimeError) as e:  # the latter: a data set that is a script
         raise ValueError(
             f"{setting} = {path!r} could not be loaded with {setting}_split ="
             f" {split!r}: {e}"

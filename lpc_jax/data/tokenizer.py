@@ -17,13 +17,24 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import tokenization_utils_base
 
+from lpc_jax import untrusted
+
 Tokenizer = transformers.PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+_LARGEST_JSON = 1 << 29  # the largest known tokenizer.json has some 35 MB
+_READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 TEMPLATE_REMEDY = "Set model.chat_template to a file with a Jinja chat template."
 
 # gguf.TokenType; the package gives them as an IntEnum of the same values.
 _CONTROL, _USER_DEFINED = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
+
+_NAMED_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 
 # The split of Llama 3's tokenizer.json.
 _LLAMA3_SPLIT = (
@@ -92,21 +103,45 @@ def _from_folder(folder: Path) -> Tokenizer:
             f"{folder}: expected a tokenizer, {' or '.join(TOKENIZER_FILES)}, got"
             " none of them. Copy them beside the weights or set model.tokenizer."
         )
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _READ_SUFFIXES:
+            untrusted.own_file(folder, file.name)
     for file in sorted(folder.glob("*.json")):
         try:
-            json.loads(file.read_bytes())
+            untrusted.read_json(file, most=_LARGEST_JSON, repeats=True)
         except ValueError as e:
             raise ValueError(
                 f"{file}: expected JSON, got a broken or truncated file ({e}). Fetch it"
                 " again."
             ) from e
-    return transformers.AutoTokenizer.from_pretrained(str(folder))
+    try:
+        # Code of the folder's own, or of a repository that it names, is never run.
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except (ValueError, OSError) as e:
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise ValueError(
+            f"{folder}: the tokenizer cannot be loaded without running code that comes"
+            f" with it, or is broken ({reason}). Set model.tokenizer to a folder with"
+            " tokenizer.json."
+        ) from e
+
+
+class _BoundedReader(gguf.GGUFReader):
+    """Refuses values beyond the file's end, which the package takes to be empty."""
+
+    def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **more: Any):
+        found = super()._get(offset, dtype, count, *order, **more)
+        if len(found) < count:
+            raise ValueError("a value lies beyond the end of the file")
+        return found
 
 
 def _from_gguf(file: Path) -> Tokenizer:
     try:
-        reader = gguf.GGUFReader(str(file))
-    except (ValueError, IndexError, OSError) as e:
+        reader = _BoundedReader(str(file))
+    except (LookupError, ValueError, OverflowError, OSError, RecursionError) as e:
         raise ValueError(
             f"{file}: expected a GGUF file, got a broken or truncated one ({e})."
             " Fetch it again."
@@ -135,6 +170,7 @@ def from_metadata(metadata: dict[str, Any], *, file: str) -> Tokenizer:
                 f"{file}: expected the metadata field {name}, got none. The file holds"
                 " no tokenizer: set model.tokenizer to a folder with tokenizer.json."
             )
+    _check_metadata(metadata, file)
     builder = _choose(_MODELS, metadata, "tokenizer.ggml.model", file)
     loaded = builder(metadata, file)
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -150,13 +186,49 @@ def from_metadata(metadata: dict[str, Any], *, file: str) -> Tokenizer:
     return loaded
 
 
+def _check_metadata(metadata: dict[str, Any], file: str) -> None:
+    """The lists are lists of what they must be, and ids are of tokens that there are.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    kinds = {
+        "tokens": str,
+        "merges": str,
+        "token_type": int,
+        "scores": (int, float),
+    }
+    count = 0
+    for name, kind in kinds.items():
+        field = f"tokenizer.ggml.{name}"
+        given = metadata.get(field, [])
+        broken = not isinstance(given, list) or not all(
+            isinstance(item, kind) for item in given
+        )
+        count = len(given) if name == "tokens" and not broken else count
+        if name == "merges" and not broken:
+            broken = any(len(merge.split(" ")) != 2 for merge in given)
+        if broken or (name == "scores" and given and len(given) != count):
+            raise ValueError(
+                f"{file}: broken metadata field {field}: expected a list of its kind."
+                " Fetch it again."
+            )
+    for field in _NAMED_TOKENS.values():
+        given = metadata.get(field, 0)
+        if type(given) is not int or not 0 <= given < count:
+            raise ValueError(
+                f"{file}: broken metadata field {field}: expected the number of one of"
+                f" {count} tokens, got {given!r:.80}. Fetch it again."
+            )
+
+
 def _choose(
     table: dict[str, Any], metadata: dict[str, Any], field: str, file: str
 ) -> Any:
     kind = metadata.get(field)
-    if kind not in table:
+    if not isinstance(kind, str) or kind not in table:
         raise ValueError(
-            f"{file}: {field} must be one of {', '.join(table)}, got {kind!r}. Set"
+            f"{file}: {field} must be one of {', '.join(table)}, got {kind!r:.80}. Set"
             " model.tokenizer to the model's folder with tokenizer.json."
         )
     return table[kind]
@@ -214,15 +286,9 @@ def _sentence_piece(metadata: dict[str, Any], file: str) -> Tokenizer:
 
 def _named_tokens(metadata: dict[str, Any]) -> dict[str, Any]:
     tokens = metadata["tokenizer.ggml.tokens"]
-    fields = {
-        "bos_token": "tokenizer.ggml.bos_token_id",
-        "eos_token": "tokenizer.ggml.eos_token_id",
-        "unk_token": "tokenizer.ggml.unknown_token_id",
-        "pad_token": "tokenizer.ggml.padding_token_id",
-    }
     return {
         name: tokens[metadata[field]]
-        for name, field in fields.items()
+        for name, field in _NAMED_TOKENS.items()
         if field in metadata
     }
 

@@ -32,6 +32,11 @@ _DEFAULTS: dict[str, dict[str, int | None]] = {
         "max_position_embeddings": 131_072,
     },
 }
+# Above any model's: what is larger is a mistake, or made to exhaust the memory. The
+# deepest has 126 layers, the widest an MLP of 53,248, the longest a context of ten
+# million tokens.
+LARGEST_SIZE, MOST_LAYERS = 1 << 24, 10_000
+_LARGEST_NUMBER = 1e12
 _ROPE_FIELDS = {
     "default": set(),
     "linear": {"factor"},
@@ -113,27 +118,92 @@ class Architecture:
         return embeddings + self.layers * block + self.width
 
 
+def size(value: Any, name: str, origin: str, *, most: int = LARGEST_SIZE) -> int:
+    """The value, which must be a number of things that there is at least one of.
+
+    Args:
+        value: As a file has it.
+        name: The field's, for messages.
+        origin: The file's, for messages.
+        most: The largest that is believed.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(
+            f"{origin}: {name} must be a whole number from 1 to {most:,}, got"
+            f" {value!r:.80}. Download it again."
+        )
+    return value
+
+
+def positive(value: Any, name: str, origin: str) -> float:
+    """The value, which must be a number above 0 that float32 can hold.
+
+    Args:
+        value: As a file has it.
+        name: The field's, for messages.
+        origin: The file's, for messages.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if type(value) not in (int, float) or not 0 < value <= _LARGEST_NUMBER:
+        raise ValueError(
+            f"{origin}: {name} must be a number above 0 and at most"
+            f" {_LARGEST_NUMBER:g}, got {value!r:.80}. Download it again."
+        )
+    return float(value)
+
+
+def head_width(given: Any, *, width: int, heads: int, name: str, origin: str) -> int:
+    """H: as given, or the width shared out; RoPE turns its elements in pairs.
+
+    Raises:
+        ValueError: No even number above 0.
+    """
+    found = size(width // heads if given is None else given, name, origin)
+    if found % 2:
+        raise ValueError(
+            f"{origin}: {name} must be even, got {found}. The decoder does not compute"
+            " this variant."
+        )
+    return found
+
+
 def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
     """Theta and scaling from either of Hugging Face's two spellings.
 
     transformers 4 writes ``rope_theta`` and ``rope_scaling``; transformers 5 one
     ``rope_parameters``.
     """
-    parameters = dict(config.get("rope_parameters") or {})
-    parameters.update(config.get("rope_scaling") or {})
-    theta = float(parameters.pop("rope_theta", config.get("rope_theta", 10_000.0)))
+    parameters: dict[str, Any] = {}
+    for field in ("rope_parameters", "rope_scaling"):
+        given = config.get(field) or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"{origin}: {field} must be an object or null, got {given!r:.80}."
+                " Download it again."
+            )
+        parameters.update(given)
+    theta = parameters.pop("rope_theta", config.get("rope_theta", 10_000.0))
+    theta = positive(theta, "rope_theta", origin)
     kind = parameters.pop("rope_type", parameters.pop("type", "default"))
     parameters.pop("type", None)
-    if kind not in _ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
         raise ValueError(
-            f"{origin}: rope type must be one of {sorted(_ROPE_FIELDS)}, got {kind!r}."
-            " This scaling is not implemented."
+            f"{origin}: rope type must be one of {sorted(_ROPE_FIELDS)}, got"
+            f" {kind!r:.80}. This scaling is not implemented."
         )
     if set(parameters) != _ROPE_FIELDS[kind]:
         raise ValueError(
             f"{origin}: rope type {kind!r} takes {sorted(_ROPE_FIELDS[kind])}, got"
             f" {sorted(parameters)}."
         )
+    for field, value in parameters.items():
+        check = size if field == "original_max_position_embeddings" else positive
+        check(value, field, origin)
     if kind == "default":
         return theta, None
     return theta, RopeScaling(
@@ -156,16 +226,17 @@ def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
         ValueError: An unknown architecture, a field with a value that the decoder
             does not compute, or a field missing, by name.
     """
-    name = (config.get("architectures") or [None])[0]
-    if name not in FAMILIES:
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"{origin}: architectures[0] must be one of {sorted(FAMILIES)}, got"
-            f" {name!r}. Other families are not implemented."
+            f" {name!r:.80}. Other families are not implemented."
         )
     for field, expected in _REQUIRED_VALUES.items():
         if config.get(field) not in (None, expected):
             raise ValueError(
-                f"{origin}: {field} must be {expected!r}, got {config[field]!r}."
+                f"{origin}: {field} must be {expected!r}, got {config[field]!r:.80}."
                 " The decoder does not compute this variant."
             )
     if config.get("quantization_config") is not None:
@@ -185,35 +256,57 @@ def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
     if missing:
         raise ValueError(f"{origin}: missing fields {missing}.")
     theta, scaling = _rope(config, origin)
-    heads = config["num_attention_heads"]
     family = FAMILIES[name]
     defaults = _DEFAULTS[family]
-    kv_heads = config.get("num_key_value_heads", defaults["num_key_value_heads"])
+
+    def of_size(field: str, *, most: int = LARGEST_SIZE) -> int:
+        return size(config[field], field, origin, most=most)
+
+    def or_default(field: str, value: int | None) -> int | None:
+        found = config.get(field, value)
+        return None if found is None else size(found, field, origin)
+
+    width, heads = of_size("hidden_size"), of_size("num_attention_heads")
+    kv_heads = or_default("num_key_value_heads", defaults["num_key_value_heads"])
     kv_heads = kv_heads or heads
     if heads % kv_heads:
         raise ValueError(
             f"{origin}: num_attention_heads = {heads} must be a multiple of"
             f" num_key_value_heads = {kv_heads}."
         )
+    tied = config.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise ValueError(
+            f"{origin}: tie_word_embeddings must be true or false, got {tied!r:.80}."
+            " Download it again."
+        )
     return Architecture(
         family=family,
-        vocabulary=config["vocab_size"],
-        width=config["hidden_size"],
-        layers=config["num_hidden_layers"],
+        vocabulary=of_size("vocab_size"),
+        width=width,
+        layers=of_size("num_hidden_layers", most=MOST_LAYERS),
         query_heads=heads,
         kv_heads=kv_heads,
-        head_width=config.get("head_dim") or config["hidden_size"] // heads,
-        mlp_width=config["intermediate_size"],
-        norm_epsilon=config["rms_norm_eps"],
+        head_width=head_width(
+            config.get("head_dim"),
+            width=width,
+            heads=heads,
+            name="head_dim",
+            origin=origin,
+        ),
+        mlp_width=of_size("intermediate_size"),
+        norm_epsilon=positive(config["rms_norm_eps"], "rms_norm_eps", origin),
         rope_theta=theta,
         rope_scaling=scaling,
         # Only Mistral's code reads the field; a Llama config may carry it unused.
-        sliding_window=config.get("sliding_window", defaults["sliding_window"])
+        sliding_window=or_default("sliding_window", defaults["sliding_window"])
         if family == "mistral"
         else None,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        context_length=config.get(
-            "max_position_embeddings", defaults["max_position_embeddings"]
+        tied=bool(tied),
+        context_length=size(
+            config.get("max_position_embeddings", defaults["max_position_embeddings"]),
+            "max_position_embeddings",
+            origin,
         ),
     )
 

@@ -19,7 +19,15 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from jaxtyping import Float, Float32
 
-from lpc_jax.models.architectures import Architecture, RopeScaling
+from lpc_jax.models.architectures import (
+    LARGEST_SIZE,
+    MOST_LAYERS,
+    Architecture,
+    RopeScaling,
+    head_width,
+    positive,
+    size,
+)
 from lpc_jax.models.decoder import rope_frequencies
 
 FAMILY = "llama"
@@ -29,6 +37,8 @@ _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _LENGTH = struct.Struct("<Q")
 _DEFAULT_ALIGNMENT = 32
+# GGML's GGML_MAX_DIMS; and an alignment is a power of two, 32 in practice.
+_MOST_AXES, _LARGEST_ALIGNMENT = 4, 1 << 16
 _DEFAULT_THETA = 10_000.0
 _SCALARS = {
     GGUFValueType.UINT8: "B",
@@ -107,6 +117,10 @@ class _Cursor:
         self.offset += size
         return self.data[self.offset - size : self.offset]
 
+    def skip(self, size: int) -> None:
+        _check_size(self.path, self.offset + size, len(self.data))
+        self.offset += size
+
     def number(self, code: str) -> Any:
         (value,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
         return value
@@ -122,7 +136,7 @@ class _Cursor:
                 end += _LENGTH.size
                 break
             end += _LENGTH.size + _LENGTH.unpack_from(self.data, end)[0]
-        self.take(end - self.offset)
+        self.skip(end - self.offset)
 
     def value(self, kind: int) -> Any:
         """A metadata value; None for an array, which no architecture field is."""
@@ -140,12 +154,14 @@ class _Cursor:
             )
         item, count = self.number("I"), self.number("Q")
         if item in _SCALARS:
-            self.take(count * struct.calcsize("<" + _SCALARS[GGUFValueType(item)]))
+            self.skip(count * struct.calcsize("<" + _SCALARS[GGUFValueType(item)]))
         elif item == GGUFValueType.STRING:
             self.skip_texts(count)
-        else:
-            for _ in range(count):
-                self.value(item)
+        else:  # lists of lists, which no model has and which could nest without end
+            raise ValueError(
+                f"{self.path}: broken GGUF header: expected lists of numbers or texts,"
+                f" got value type {item}. Download it again."
+            )
         return None
 
 
@@ -191,12 +207,18 @@ def read_header(path: Path) -> File:
         entries = []
         for _ in range(tensor_count):
             name, axes = cursor.text(), cursor.number("I")
+            if axes > _MOST_AXES:
+                raise ValueError(
+                    f"{path}: broken GGUF header: {name:.200} must have at most"
+                    f" {_MOST_AXES} axes, got {axes}. Download it again."
+                )
             shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
             entries.append((name, shape, cursor.number("I"), cursor.number("Q")))
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        size(alignment, "general.alignment", str(path), most=_LARGEST_ALIGNMENT)
         start = -(-cursor.offset // alignment) * alignment
-        size = len(data)
-    if metadata.get("split.count", 1) > 1:
+        held = len(data)
+    if metadata.get("split.count", 1) not in (0, 1):
         raise ValueError(
             f"{path}: expected one file, got one of {metadata['split.count']} splits."
             " Join them: llama-gguf-split --merge FIRST_FILE OUTPUT_FILE"
@@ -210,9 +232,19 @@ def read_header(path: Path) -> File:
                 f"{path}: {name} has block format {kind}, unknown to the gguf package."
                 " Use a Q4_1, Q8_0, F16 or F32 file."
             ) from e
+        if name in tensors:
+            raise ValueError(
+                f"{path}: broken GGUF header: {name:.200} is there twice. Download it"
+                " again."
+            )
+        if (shape or (1,))[-1] % gguf.GGML_QUANT_SIZES[block][0]:
+            raise ValueError(
+                f"{path}: broken GGUF header: {name:.200} of shape {list(shape)} does"
+                f" not divide into blocks of {block.name}. Download it again."
+            )
         tensors[name] = Tensor(path, block, shape, start + offset)
     end = max((t.offset + t.bytes for t in tensors.values()), default=start)
-    _check_size(path, end, size)
+    _check_size(path, end, held)
     return File(path, metadata, tensors)
 
 
@@ -243,13 +275,25 @@ def _number(file: File, key: str, default: int | float | None = None) -> Any:
     return value
 
 
+def _size(
+    file: File, key: str, default: int | None = None, *, most: int = LARGEST_SIZE
+) -> int:
+    value = _number(file, key, default)
+    return size(value, f"{FAMILY}.{key}", str(file.path), most=most)
+
+
+def _positive(file: File, key: str, default: float | None = None) -> float:
+    value = _number(file, key, default)
+    return positive(value, f"{FAMILY}.{key}", str(file.path))
+
+
 def _scaling(file: File, plain: Architecture) -> RopeScaling | None:
     kind = file.metadata.get(f"{FAMILY}.rope.scaling.type", "none")
     if ROPE_FACTORS in file.tensors and kind == "none":
         factors = file.tensors[ROPE_FACTORS].read()
         return _llama3_scaling(plain, factors, file.path)
     if kind == "linear" and ROPE_FACTORS not in file.tensors:
-        return RopeScaling(kind="linear", factor=_number(file, "rope.scaling.factor"))
+        return RopeScaling(kind="linear", factor=_positive(file, "rope.scaling.factor"))
     if kind != "none":
         raise ValueError(
             f"{file.path}: {FAMILY}.rope.scaling.type must be none, or linear without"
@@ -273,14 +317,27 @@ def architecture(file: File) -> Architecture:
             " families are not implemented."
         )
 
-    width = _number(file, "embedding_length")
-    heads = _number(file, "attention.head_count")
-    head_width = _number(file, "attention.key_length", width // heads)
+    width = _size(file, "embedding_length")
+    heads = _size(file, "attention.head_count")
+    kv_heads = _size(file, "attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise ValueError(
+            f"{path}: {FAMILY}.attention.head_count = {heads} must be a multiple of"
+            f" {FAMILY}.attention.head_count_kv = {kv_heads}. Download it again."
+        )
+    key_length = f"{FAMILY}.attention.key_length"
+    width_of_head = head_width(
+        metadata.get(key_length),
+        width=width,
+        heads=heads,
+        name=key_length,
+        origin=str(path),
+    )
     # Fields of variants that the decoder does not compute, with the plain value.
     for key, expected in {
         "expert_count": 0,
-        "rope.dimension_count": head_width,
-        "attention.value_length": head_width,
+        "rope.dimension_count": width_of_head,
+        "attention.value_length": width_of_head,
     }.items():
         got = metadata.get(f"{FAMILY}.{key}", expected)
         if got != expected:
@@ -291,20 +348,26 @@ def architecture(file: File) -> Architecture:
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{path}: expected token_embd.weight among the tensors.")
     window = metadata.get(f"{FAMILY}.attention.sliding_window")
+    if window is not None:
+        window = _size(file, "attention.sliding_window")
     plain = Architecture(
         family="llama" if window is None else "mistral",
-        vocabulary=file.tensors["token_embd.weight"].shape[0],
+        vocabulary=size(
+            next(iter(file.tensors["token_embd.weight"].shape), 0),
+            "the vocabulary of token_embd.weight",
+            str(path),
+        ),
         width=width,
-        layers=_number(file, "block_count"),
+        layers=_size(file, "block_count", most=MOST_LAYERS),
         query_heads=heads,
-        kv_heads=_number(file, "attention.head_count_kv", heads),
-        head_width=head_width,
-        mlp_width=_number(file, "feed_forward_length"),
-        norm_epsilon=_number(file, "attention.layer_norm_rms_epsilon"),
-        rope_theta=_number(file, "rope.freq_base", _DEFAULT_THETA),
+        kv_heads=kv_heads,
+        head_width=width_of_head,
+        mlp_width=_size(file, "feed_forward_length"),
+        norm_epsilon=_positive(file, "attention.layer_norm_rms_epsilon"),
+        rope_theta=_positive(file, "rope.freq_base", _DEFAULT_THETA),
         rope_scaling=None,
         sliding_window=window,
         tied="output.weight" not in file.tensors,
-        context_length=_number(file, "context_length"),
+        context_length=_size(file, "context_length"),
     )
     return dataclasses.replace(plain, rope_scaling=_scaling(file, plain))

@@ -8,6 +8,7 @@ anything is read. Knows nothing of what the tensors mean.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import struct
@@ -18,6 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
+
+from lpc_jax import untrusted
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,6 +34,17 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LENGTH = struct.Struct("<Q")
 _LFS_POINTER = b"version "
+# The format's own limit (MAX_HEADER_SIZE of the safetensors library).
+_LONGEST_HEADER = 100_000_000
+# Names of a hundred thousand tensors take a tenth of it.
+_LARGEST_INDEX = 100_000_000
+_MOST_AXES, _LARGEST_AXIS = 8, 1 << 48
+# What else weights come in, by the first bytes; each reads as an impossible length.
+_OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes it",
+    **{bytes([0x80, version]): "a pickle" for version in range(2, 6)},
+    b"GGUF": "a GGUF file",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +70,32 @@ class Tensor:
         )
 
 
-def _read_json(text: bytes, path: Path, what: str) -> dict:
+def _object(read: Callable[[], Any], path: Path, what: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(text)
-    except ValueError as e:  # JSON or UTF-8
+        parsed = read()
+    except ValueError as e:  # JSON, UTF-8, or out of bounds
         raise ValueError(f"{path}: broken {what} ({e}). Download it again.") from e
     if not isinstance(parsed, dict):
         raise ValueError(f"{path}: {what} must be a JSON object. Download it again.")
     return parsed
+
+
+def _check_length(path: Path, first: bytes) -> None:
+    """Before so many bytes are read: whether this can be a header's length."""
+    (length,) = _LENGTH.unpack(first)
+    if length <= _LONGEST_HEADER:
+        return
+    kinds = [kind for start, kind in _OTHER_FORMATS.items() if first.startswith(start)]
+    if kinds:
+        raise ValueError(
+            f"{path}: expected a safetensors file, got {kinds[0]}. It is not read,"
+            " because a pickle can run code: convert it with transformers'"
+            " save_pretrained, and name a GGUF file itself."
+        )
+    raise ValueError(
+        f"{path}: broken safetensors header: at most {_LONGEST_HEADER:,} bytes long,"
+        f" got {length:,}. Download it again."
+    )
 
 
 def _check_size(path: Path, expected: int, actual: int) -> None:
@@ -90,20 +122,21 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 f"{path}: expected a safetensors file, got a Git LFS pointer to one."
                 " Fetch it: git lfs pull"
             )
+        _check_length(path, first)
         (length,) = _LENGTH.unpack(first)
         start = _LENGTH.size + length
         _check_size(path, start, size)
-        header = _read_json(file.read(length), path, "safetensors header")
+        text = file.read(length)
+    header = _object(lambda: untrusted.parse_json(text), path, "safetensors header")
     header.pop("__metadata__", None)
-    tensors, end = {}, start
+    tensors, spans = {}, []
     for name, entry in header.items():
         try:
-            kind, shape = entry["dtype"], tuple(entry["shape"])
-            first, last = entry["data_offsets"]
+            kind, shape, first, last = _entry(entry)
         except (TypeError, KeyError, ValueError) as e:
             raise ValueError(
-                f"{path}: broken safetensors header: the entry of {name} is {entry}."
-                " Download it again."
+                f"{path}: broken safetensors header: the entry of {name:.200} is"
+                f" {entry!s:.200}. Download it again."
             ) from e
         if kind not in _DTYPES:
             raise ValueError(
@@ -119,9 +152,34 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 " again."
             )
         tensors[name] = Tensor(path, dtype, shape, start + first)
-        end = max(end, start + last)
-    _check_size(path, end, size)
+        spans.append((first, last, name))
+    _check_size(path, start + max((last for _, last, _ in spans), default=0), size)
+    end = 0
+    for first, last, name in [*sorted(spans), (size - start, 0, "nothing more")]:
+        if first != end:
+            raise ValueError(
+                f"{path}: broken safetensors header: tensors must lie one after the"
+                f" other and fill the file, got {name:.200} at byte {first} after the"
+                f" end of the one before at {end}. Download it again."
+            )
+        end = last
     return tensors
+
+
+def _entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Type, shape, first and last byte, which are what they must be."""
+    kind, shape = entry["dtype"], tuple(entry["shape"])
+    first, last = entry["data_offsets"]
+    numbers = (*shape, first, last)
+    if (
+        not isinstance(kind, str)
+        or len(shape) > _MOST_AXES
+        or any(type(number) is not int for number in numbers)
+        or not all(0 <= number <= _LARGEST_AXIS for number in numbers)
+        or first > last
+    ):
+        raise ValueError("not what the format has")
+    return kind, shape, first, last
 
 
 def files(folder: Path) -> list[Path]:
@@ -130,10 +188,11 @@ def files(folder: Path) -> list[Path]:
     Raises:
         ValueError: There are none, or the index names one that is not there.
     """
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    index = folder / INDEX
-    if not index.exists():
+    single = untrusted.own_file(folder, SINGLE)
+    if single is not None:
+        return [single]
+    index = untrusted.own_file(folder, INDEX)
+    if index is None:
         others = sorted(
             entry.name
             for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf", "*.safetensors")
@@ -145,15 +204,25 @@ def files(folder: Path) -> list[Path]:
             " them with transformers' save_pretrained. A GGUF file is named itself,"
             " not its folder."
         )
-    weight_map = _read_json(index.read_bytes(), index, "index").get("weight_map", {})
-    shards = [folder / name for name in sorted(set(weight_map.values()))]
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing or not shards:
+    read = functools.partial(untrusted.read_json, index, most=_LARGEST_INDEX)
+    weight_map = _object(read, index, "index").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
         raise ValueError(
-            f"{index}: expected {len(shards)} shards, missing {missing}. Download them"
+            f"{index}: weight_map must say the file of each tensor. Download it again."
+        )
+    found = {
+        name: untrusted.own_file(folder, name)
+        for name in sorted(set(weight_map.values()))
+    }
+    missing = [name for name, shard in found.items() if shard is None]
+    if missing or not found:
+        raise ValueError(
+            f"{index}: expected {len(found)} shards, missing {missing}. Download them"
             " again."
         )
-    return shards
+    return [shard for shard in found.values() if shard is not None]
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import json
 import math
+import mmap
 import re
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
-from lpc_jax import sources
+from lpc_jax import sources, untrusted
 from lpc_jax.models import architectures, gguf_file, safetensors_file
 from lpc_jax.models.architectures import Architecture
 
@@ -38,6 +39,7 @@ _HUB_PATTERNS = (
     "merges.txt",
 )
 _CONFIG = "config.json"
+_LARGEST_CONFIG = 10_000_000  # real ones have a few thousand bytes
 _GGUF = ".gguf"
 _SHOWN = 10
 _READ_BYTES = 1 << 20
@@ -137,19 +139,26 @@ def _is_gguf(path: Path) -> bool:
     return path.is_file() and path.suffix == _GGUF
 
 
-def find(path: str, *, setting: str, revision: str | None) -> Path:
+def find(
+    path: str, *, setting: str, revision: str | None, retry: sources.Retry
+) -> Path:
     """The folder or GGUF file that a setting names, downloaded if need be.
 
     Args:
         path: A local path, ``package:NAME/FILE`` or a hub model id.
         setting: The setting's name in the user's words, for messages.
         revision: Branch, tag or commit of a hub id.
+        retry: When a download fails.
 
     Raises:
         ValueError: In one line, what is missing and how to get it.
     """
     return sources.resolve(
-        path, setting=setting, revision=revision, patterns=_HUB_PATTERNS
+        path,
+        setting=setting,
+        revision=revision,
+        patterns=_HUB_PATTERNS,
+        retry=retry,
     )
 
 
@@ -162,14 +171,14 @@ def read_architecture(path: Path) -> Architecture:
     """
     if _is_gguf(path):
         return gguf_file.architecture(gguf_file.read_header(path))
-    config = path / _CONFIG
-    if not config.exists():
+    config = untrusted.own_file(path, _CONFIG)
+    if config is None:
         raise ValueError(
             f"{path}: expected a folder with {_CONFIG}, or a file ending in {_GGUF}."
             " Check the path."
         )
     try:
-        fields = json.loads(config.read_text())
+        fields = untrusted.read_json(config, most=_LARGEST_CONFIG)
     except ValueError as e:
         raise ValueError(f"{config}: broken JSON ({e}). Download it again.") from e
     if not isinstance(fields, dict):
@@ -294,6 +303,18 @@ def _slices(bounds: tuple[tuple[int, int], ...]) -> tuple[slice, ...]:
     return tuple(slice(start, stop) for start, stop in bounds)
 
 
+def _pages(shape: list[int], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    """An array in pages of its own, which go back to the system when it is dropped.
+
+    What malloc gets back it keeps, up to 32 MB a piece. Not at a page's start, where
+    JAX on CPU would take the array as it is: an update could not be given its memory,
+    and the first would need the parameters twice.
+    """
+    count = math.prod(shape)
+    pages = mmap.mmap(-1, (count + 1) * dtype.itemsize)
+    return np.frombuffer(pages, dtype, count, offset=dtype.itemsize).reshape(shape)
+
+
 def _leaf(
     key: Key,
     tensors: Mapping[str, _Stored],
@@ -304,10 +325,10 @@ def _leaf(
     """One parameter; the host holds this process's part, each tensor read once."""
     shape = _leaf_shape(key, architecture)
     sizes = _sizes(architecture)
-    indices = sharding.addressable_devices_indices_map(shape).values()
+    indices = sharding.addressable_devices_indices_map(shape)
     shards = {
-        bounds: np.empty([stop - start for start, stop in bounds], dtype)
-        for bounds in {_bounds(index, shape) for index in indices}
+        bounds: _pages([stop - start for start, stop in bounds], dtype)
+        for bounds in {_bounds(index, shape) for index in indices.values()}
     }
     for layer in range(architecture.layers if key.stacked else 1):
         whole = tensors[key.name.format(layer=layer)].read()
@@ -317,11 +338,18 @@ def _leaf(
                 shard[...] = whole[_slices(bounds)]
             elif bounds[0][0] <= layer < bounds[0][1]:
                 shard[layer - bounds[0][0]] = whole[_slices(bounds[1:])]
-    leaf = jax.make_array_from_callback(
-        shape, sharding, lambda index: shards[_bounds(index, shape)]
-    )
-    # Before the next leaf is read, so that the host never holds two.
-    return leaf.block_until_ready()
+    placed = []
+    for bounds in list(shards):
+        # Let go of before the next is placed: where devices are the host's own memory
+        # it would hold the leaf twice.
+        shard = shards.pop(bounds)
+        for device, index in indices.items():
+            if _bounds(index, shape) == bounds:
+                there = jax.sharding.SingleDeviceSharding(
+                    device, memory_kind=sharding.memory_kind
+                )
+                placed.append(jax.device_put(shard, there).block_until_ready())
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,6 +369,19 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(child, f"{prefix}{name}/")
         else:
             yield prefix + name, child
+
+
+def check(path: Path, architecture: Architecture) -> None:
+    """Refuses what ``load`` would refuse by names and shapes, before anything is made.
+
+    Args:
+        path: From ``find``.
+        architecture: From ``read_architecture``.
+
+    Raises:
+        ValueError: As ``load``.
+    """
+    _open(path, architecture)
 
 
 def load(

@@ -33,9 +33,9 @@ BEST_METRIC = "reward/accuracy"
 # Settings that a resumed run may change: they alter no update.
 FREE_ON_RESUME = (
     "run.",
+    "hub.",
     "mesh.",
     "distributed.",
-    "hub.",
     "reference.cache",
     "training.log_every",
     "training.eval_every",

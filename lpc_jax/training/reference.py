@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -86,14 +87,26 @@ class ReferenceCache:
         if not self.path.exists():
             return
         try:
-            with np.load(self.path) as stored:
+            # Arrays of objects are pickles, which can run code: NumPy refuses them.
+            with np.load(self.path, allow_pickle=False) as stored:
                 keys, logp = stored["keys"], stored["logp"]
-        except (ValueError, EOFError, zipfile.BadZipFile) as e:
-            raise ValueError(
-                f"reference cache {self.path} must be a whole .npz file, got a broken"
-                " or truncated one. Delete the file to score again."
-            ) from e
+            whole = (keys.dtype, logp.dtype) == (np.uint8, np.float32) and (
+                keys.ndim == 2 and logp.shape == (len(keys), 2)
+            )
+        except (
+            *(ValueError, EOFError, LookupError, TypeError, MemoryError),
+            *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+        ) as e:
+            raise self._broken() from e
+        if not whole:
+            raise self._broken()
         self._known = {k.tobytes(): v for k, v in zip(keys, logp, strict=True)}
+
+    def _broken(self) -> ValueError:
+        return ValueError(
+            f"reference cache {self.path} must be a whole .npz file, got a broken or"
+            " truncated one. Delete the file to score again."
+        )
 
     def _store(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

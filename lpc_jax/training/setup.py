@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding
+from lpc_jax import objective, sharding, sources
 from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Report
@@ -97,6 +97,11 @@ def compute_dtype(config: cfg.Config) -> jnp.dtype:
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
+def retry(config: cfg.Config) -> sources.Retry:
+    """What to do when a download fails."""
+    return sources.Retry(config.hub.retries, config.hub.wait)
+
+
 def score_chunk(config: cfg.Config) -> int:
     """Scored positions of a row that meet the LM head at a time."""
     if config.model.score_chunk is not None:
@@ -137,14 +142,19 @@ def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:
     tokenizer_path = model_path
     if config.model.tokenizer is not None:
         tokenizer_path = weights.find(
-            config.model.tokenizer, setting="model.tokenizer", revision=None
+            config.model.tokenizer,
+            setting="model.tokenizer",
+            revision=None,
+            retry=retry(config),
         )
     tokens = tokenizer.load(tokenizer_path, chat_template=config.model.chat_template)
 
     def read(
         path: str, setting: str, split: str, limit: int | None
     ) -> tuple[list[TokenizedPair], Report]:
-        found, drops = examples.read(path, setting=setting, split=split, limit=limit)
+        found, drops = examples.read(
+            path, setting=setting, split=split, limit=limit, retry=retry(config)
+        )
         return chat.tokenize(
             found,
             tokens,
@@ -247,6 +257,7 @@ def load_start(
     config: cfg.Config, model_path: Path, architecture: Architecture, mesh: Mesh
 ) -> Start:
     """Loads the decoder straight onto the mesh and seeds the other parts beside it."""
+    weights.check(model_path, architecture)  # before the latent takes its sizes
     make, graph, shapes = _abstract(config, architecture, plain=False)
     shardings = sharding.parameter_shardings(shapes, mesh)
     seeded = [part for part in shapes if part != "decoder"]
@@ -393,7 +404,10 @@ def reference_column(
     decoder = (start.params | start.frozen)["decoder"]
     if config.reference.path is not None:
         path = weights.find(
-            config.reference.path, setting="reference.path", revision=None
+            config.reference.path,
+            setting="reference.path",
+            revision=None,
+            retry=retry(config),
         )
         architecture, digest = weights.read_architecture(path), weights.digest(path)
         if architecture.vocabulary != start.architecture.vocabulary:

@@ -82,7 +82,10 @@ class Trainer:
         self.config, self.folder, self.mesh = config, folder, mesh
         self.console = console
         model_path = weights.find(
-            config.model.path, setting="model.path", revision=config.model.revision
+            config.model.path,
+            setting="model.path",
+            revision=config.model.revision,
+            retry=setup.retry(config),
         )
         architecture = weights.read_architecture(model_path)
         self.pairs = pairs = setup.read_pairs(config, model_path)

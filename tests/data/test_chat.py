@@ -4,6 +4,7 @@ import pytest
 from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
 from tests.data import tiny_tokenizers as tiny
+from tests.fake_hub import ONCE
 
 NO_DROPS = Drops.count([])
 WIDE = {
@@ -403,7 +404,11 @@ def test_the_golden_tokenizer_gives_prompt_answer_and_eos(repository):
     folder = repository / "tests" / "golden"
     loaded = tokenizer.load(folder / "tiny_tokenizer", chat_template=None)
     found, drops = examples.read(
-        str(folder / "pairs.jsonl"), setting="data.train", split=None, limit=None
+        str(folder / "pairs.jsonl"),
+        setting="data.train",
+        split=None,
+        limit=None,
+        retry=ONCE,
     )
     pairs, report = tokenize(found, loaded, drops=drops)
     assert report.prefix_mismatches == 0
@@ -424,6 +429,7 @@ def test_real_pairs_survive_smollm2s_template_whole(smollm2, shared_data, name):
         setting="data.train",
         split=None,
         limit=300,
+        retry=ONCE,
     )
     pairs, report = tokenize(found, loaded, drops=drops)
     assert (report.kept, report.prefix_mismatches) == (300, 0)

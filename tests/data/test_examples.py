@@ -1,5 +1,6 @@
 import gzip
 import json
+import os
 
 import datasets
 import pyarrow
@@ -7,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from lpc_jax.data import examples
+from tests.fake_hub import ONCE
 
 
 def user(content):
@@ -47,7 +49,9 @@ def write(tmp_path):
 
 
 def read(path, *, split=None, limit=None):
-    return examples.read(str(path), setting="data.train", split=split, limit=limit)
+    return examples.read(
+        str(path), setting="data.train", split=split, limit=limit, retry=ONCE
+    )
 
 
 def refusal(path, **options):
@@ -316,10 +320,67 @@ def test_a_hub_that_cannot_be_reached_says_in_one_line_how_to_get_the_data(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert refusal("owner/pairs", split="train") == (
-        "data.train = 'owner/pairs' is not on this machine and could not be downloaded"
-        " (ConnectionError). Get it with: hf download owner/pairs --repo-type dataset"
-        " --local-dir FOLDER, then pass --data.train with a file of it; a gated data"
-        " set also needs its licence accepted and `hf auth login`."
+        "data.train = 'owner/pairs' is not on this machine and could not be downloaded:"
+        " the hub cannot be reached (ConnectionError: no route). Check the network,"
+        " raise --hub.retries, or get it elsewhere with: hf download owner/pairs"
+        " --repo-type dataset --local-dir FOLDER, and pass --data.train with a file of"
+        " it."
+    )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../../etc/nothing",
+        "owner/../../x",
+        "../owner",
+        "owner/..",
+        "..\\..\\x",
+        "https://host/x",
+        "s3://bucket/x",
+        "hf://datasets/owner/name",
+        "package:../../x",
+        "package:os/../../x",
+        "owner/na\0me",
+        "owner/name\n",
+        "x" * 5000,
+    ],
+)
+def test_what_is_no_name_of_a_data_set_is_refused_without_a_request(path, monkeypatch):
+    def load_dataset(*_, **__):
+        raise AssertionError("a request")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert refusal(path, split="train") == (
+        f"data.train = {path!r}: no such file, and not a hub id of the form owner/name."
+        " Check the path."
+    )
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../../../../etc/passwd"])
+def test_a_file_of_the_machine_is_not_read_as_pairs(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(path, split="train") == (
+        f"data.train = {path!r} must end in .jsonl, .jsonl.gz, .json, .parquet, got"
+        " 'passwd'. Convert or rename the file."
+    )
+
+
+def test_a_local_file_above_the_folder_is_the_user_s_own_choice(
+    write, tmp_path, monkeypatch
+):
+    write("a.jsonl", jsonl([PLAIN]))
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert len(read("../a.jsonl")[0]) == 1
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    pipe = tmp_path / "a.jsonl"
+    os.mkfifo(pipe)
+    assert refusal(pipe) == (
+        f"data.train = {str(pipe)!r} is a device or pipe, expected a file ending in"
+        " .jsonl, .jsonl.gz, .json, .parquet. Name the file inside it."
     )
 
 

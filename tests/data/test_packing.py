@@ -8,6 +8,7 @@ from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED
 from tests import tiny
+from tests.fake_hub import ONCE
 
 
 def pair(prompt, chosen, rejected, pair_id=0):
@@ -157,7 +158,9 @@ def test_packing_of_real_pairs_wastes_at_most_a_twentieth(smollm2, shared_data, 
     """128 pairs a step, at the default number of row lengths."""
     settings = cfg.Packing()
     path = shared_data / f"{name}.jsonl.gz"
-    found, drops = examples.read(str(path), setting="", split="train", limit=1280)
+    found, drops = examples.read(
+        str(path), setting="", split="train", limit=1280, retry=ONCE
+    )
     tokenized, _ = chat.tokenize(
         found,
         tokenizer.load(smollm2, chat_template=None),

@@ -6,6 +6,8 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lpc_jax.models import architectures, gguf_file, safetensors_file, weights
 from lpc_jax.models.architectures import Architecture, RopeScaling
+from tests.fake_hub import ONCE
 
 D, F, H, K, L, N, V = 64, 96, 16, 2, 3, 4, 40
 TINY = Architecture(
@@ -750,7 +753,7 @@ def test_find_names_the_setting_of_a_path_that_is_not_there(tmp_path):
     absent = str(tmp_path / "absent" / "model")
 
     def find(path):
-        return weights.find(path, setting="model.path", revision=None)
+        return weights.find(path, setting="model.path", revision=None, retry=ONCE)
 
     assert find(str(tmp_path)) == tmp_path
     assert message_of(find, absent) == (
@@ -777,6 +780,42 @@ def test_smollm2_is_a_llama_of_135_million(smollm2):
         tied=True,
         context_length=8192,
     )
+
+
+def test_what_is_loaded_can_be_given_to_an_update(tmp_path):
+    """JAX cannot reuse memory that NumPy owns, and would hold parameters twice."""
+    folder = write_folder(tmp_path, hf_tensors(TINY), TINY)
+    update = jax.jit(lambda x: x + 1, donate_argnums=0)
+    for leaf in jax.tree.leaves(load(folder, TINY)):
+        before = leaf.unsafe_buffer_pointer()
+        assert update(leaf).unsafe_buffer_pointer() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads and writes /proc")
+def test_a_sharded_checkpoint_loads_within_1_3_of_its_size_each_device_its_eighth(
+    tmp_path, repository
+):
+    """VmHWM counts mapped pages too. LPC_JAX_CHECKPOINT_BYTES=2000000000 for 2 GB."""
+    wanted = int(os.environ.get("LPC_JAX_CHECKPOINT_BYTES", 512_000_000))
+    script = repository / "tests" / "models" / "load_at_scale.py"
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    command = [sys.executable, str(script), str(tmp_path / "big"), str(wanted)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    finally:
+        shutil.rmtree(tmp_path / "big", ignore_errors=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    ratio = found["grew"] / found["checkpoint"]
+    print(f"{found['checkpoint']:,} bytes loaded at {ratio:.3f} of their size")
+    assert found["checkpoint"] >= wanted
+    assert found["shards"] > 1
+    assert ratio < 1.3
+    # Norms are whole on each device where 8 does not divide them; here it does.
+    parameters = sum(found["held"])
+    assert found["held"] == [parameters // 8] * 8
+    assert parameters == pytest.approx(found["checkpoint"], rel=1e-3)
+    assert found["first"] == [1.0, 3.0]  # as the tensors are numbered
 
 
 _PEAK = """

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lpc_jax.data import chat, examples, tokenizer
+from tests.fake_hub import ONCE
 from tests.harness import TRL_LOSSES, follow, recorded
 
 pytestmark = pytest.mark.parity
@@ -46,7 +47,11 @@ def test_eight_updates_follow_trl_from_a_fresh_model(name, folder, trl_script):
 def test_our_token_ids_are_trl_s(folder, trl_script):
     _, rows = trl_script.run(folder, "dpo", trl_script.read_pairs())
     pairs, drops = examples.read(
-        str(GOLDEN / "pairs.jsonl"), setting="data.train", split=None, limit=None
+        str(GOLDEN / "pairs.jsonl"),
+        setting="data.train",
+        split=None,
+        limit=None,
+        retry=ONCE,
     )
     found, _ = chat.tokenize(
         pairs,

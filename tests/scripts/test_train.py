@@ -262,10 +262,9 @@ def test_the_flagship_without_weights_says_what_is_missing_and_how_to_get_it(
     assert out == ""
     assert said == (
         "error: model.path = 'princeton-nlp/Llama-3-Base-8B-SFT' is not on this machine"
-        " and could not be downloaded (LocalEntryNotFoundError). Get it with:"
-        " hf download princeton-nlp/Llama-3-Base-8B-SFT --local-dir FOLDER, then pass"
-        " --model.path FOLDER; a gated model also needs its licence accepted and"
-        " `hf auth login`.\n"
+        " and could not be downloaded: HF_HUB_OFFLINE is set. Unset it, or get it"
+        " elsewhere with: hf download princeton-nlp/Llama-3-Base-8B-SFT --local-dir"
+        " FOLDER, and pass --model.path FOLDER.\n"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -94,6 +95,8 @@ TESTED_IN = {
     "mesh.tensor": "tests/test_sharding.py",
     "reference.path": "tests/training/test_reference.py",
     "reference.cache": "test_the_reference_is_kept_in_the_named_folder",
+    "hub.retries": "test_every_download_is_tried_as_often_as_configured",
+    "hub.wait": "test_every_download_is_tried_as_often_as_configured",
     "run.folder": "test_a_run_tells_its_trackers_and_stays_in_its_folder",
     "run.trackers": "test_a_run_tells_its_trackers_and_stays_in_its_folder",
     "run.project": "tests/training/test_runlog.py",
@@ -328,13 +331,52 @@ def test_each_loss_setting_changes_the_loss(plain, change):
 def test_each_set_is_read_from_its_own_split(folder, monkeypatch):
     read_examples, splits = setup.examples.read, {}
 
-    def noted(path: str, *, setting: str, split: str | None, limit: int | None) -> Any:
+    def noted(path: str, *, setting: str, split: str | None, **settings: Any) -> Any:
         splits[setting] = split
-        return read_examples(path, setting=setting, split=split, limit=limit)
+        return read_examples(path, setting=setting, split=split, **settings)
 
     monkeypatch.setattr(setup.examples, "read", noted)
     read(config(folder, data={"train_split": "one", "eval_split": "other"}))
     assert splits == {"data.train": "one", "data.eval": "other"}
+
+
+@pytest.mark.parametrize(
+    "setting", ["model.path", "model.tokenizer", "data.train", "data.eval", "reference"]
+)
+def test_every_download_is_tried_as_often_as_configured(
+    folder, monkeypatch, caplog, setting
+):
+    tries, slept = [], []
+
+    def failing(*_: Any, **__: Any) -> None:
+        tries.append(1)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
+    monkeypatch.setattr("datasets.load_dataset", failing)
+    monkeypatch.setattr("time.sleep", slept.append)
+    change: dict[str, Any] = {
+        "model.path": {"model": cfg.Model(path="owner/name")},
+        "model.tokenizer": {"model": {"tokenizer": "owner/name"}},
+        "data.train": {"data": {"train": "owner/name"}},
+        "data.eval": {"data": {"eval": "owner/name"}},
+        "reference": {"reference": {"path": "owner/name"}, "loss": cfg.Dpo()},
+    }[setting]
+    made = config(folder, hub=cfg.Hub(retries=2, wait=0.25), **change)
+    with pytest.raises(ValueError, match=r"no route\), tried 3 times\."):
+        runs.train(made)
+    assert (len(tries), slept) == (3, [0.25, 0.5])
+    assert len([r for r in caplog.records if "Trying again" in r.message]) == 2
+
+
+def test_a_config_of_another_width_is_refused_before_the_latent_takes_it(folder):
+    model = Path(shutil.copytree(runs.MODEL, folder / "model"))
+    file = model / "config.json"
+    wide = json.loads(file.read_text()) | {"hidden_size": 1 << 20, "head_dim": 16}
+    file.write_text(json.dumps(wide))  # a latent of it would take terabytes
+    made = config(folder, model={"path": str(model)}, latent=cfg.Latent())
+    with pytest.raises(ValueError, match=r"of another shape: model\.embed_tokens"):
+        runs.train(made)
 
 
 def test_limits_take_the_first_pairs(folder):
