@@ -396,8 +396,10 @@ def _move(checkpoint: Path) -> Path:
     """Moves a damaged checkpoint beside the folder of checkpoints; gives where to."""
     folder = _damaged(checkpoint.parent)
     folder.mkdir(exist_ok=True)
-    taken = sum(1 for other in folder.glob(f"{checkpoint.name}*"))
-    to = folder / (f"{checkpoint.name}-{taken + 1}" if taken else checkpoint.name)
+    to, number = folder / checkpoint.name, 1
+    while to.exists():
+        number += 1
+        to = folder / f"{checkpoint.name}-{number}"
     # Another process may have been faster.
     with contextlib.suppress(FileNotFoundError):
         checkpoint.rename(to)
