@@ -5,12 +5,12 @@ Activations' side is in ``axes.py``. Knows nothing of what a parameter computes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,32 +44,47 @@ PARAMETER_TABLE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
 }
 
 
+def axis_sizes(*, data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int]:
+    """Sizes of the mesh's axes over so many devices; one of -1 takes what is left.
+
+    Raises:
+        ValueError: The axes don't multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = devices // known if known <= devices else 0
+    sizes = {axis: free if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        remedy = (
+            f"The axes that are not -1 must divide {devices}."
+            if -1 in (data, fsdp, tensor)
+            else "Set one of them to -1 to take what is left."
+        )
+        raise ValueError(
+            f"mesh axes data={data} fsdp={fsdp} tensor={tensor} must multiply to the"
+            f" {devices} devices present. {remedy}"
+        )
+    return sizes
+
+
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> Mesh:
     """A mesh of all given devices; an axis of -1 takes what the others leave.
 
     Raises:
         ValueError: The axes don't multiply to the number of devices.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
-    free = len(devices) // known if known <= len(devices) else 0
-    sizes = {axis: free if size == -1 else size for axis, size in sizes.items()}
-    if int(np.prod(list(sizes.values()))) != len(devices):
-        remedy = (
-            f"The axes that are not -1 must divide {len(devices)}."
-            if -1 in (data, fsdp, tensor)
-            else "Set one of them to -1 to take what is left."
-        )
-        raise ValueError(
-            f"mesh axes data={data} fsdp={fsdp} tensor={tensor} must multiply to the"
-            f" {len(devices)} devices present. {remedy}"
-        )
+    sizes = axis_sizes(data=data, fsdp=fsdp, tensor=tensor, devices=len(devices))
     return jax.make_mesh(
         tuple(sizes.values()),
         axes.MESH_AXES,
         axis_types=(AxisType.Auto,) * len(axes.MESH_AXES),
         devices=devices,
     )
+
+
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are, as JAX names it: ``cpu``, ``gpu`` or ``tpu``."""
+    return mesh.devices.flat[0].platform
 
 
 def require_rows_divide(rows: int, mesh: Mesh) -> None:
