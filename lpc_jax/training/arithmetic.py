@@ -127,7 +127,9 @@ def flops(
         computed *= tokens * config.packing.row_length / pair.seen
     again = head
     if config.model.remat == "block":
-        again += blocks + added + computed
+        # Nothing asks again for what the MLP's last product gives.
+        last = 2.0 * layers * a.width * a.mlp_width * tokens
+        again += blocks - last + added + computed
     elif config.model.remat != "none" and backend == "xla":
         again += computed
     again += computed * _COMPUTED_AGAIN[backend]
@@ -138,57 +140,95 @@ def flops(
     return Flops(model, hardware, scored_once if needed else 0.0)
 
 
+def weights_read(config: cfg.Config, architecture: Architecture) -> int:
+    """Bytes of bfloat16 weights that the passes of a micro-batch meet, all devices'.
+
+    Blocks are met forward, backward and, under ``remat='block'``, once more between
+    but for the MLP's last; the head, tile by tile, forward and backward. Of the
+    embedding a few rows are.
+    """
+    a, once = architecture, block_matrices(architecture)
+    block = 2 * once
+    if config.model.remat == "block":
+        block += once - a.width * a.mlp_width
+    blocks = a.layers * block
+    return _BF16 * (blocks + 2 * a.vocabulary * a.width)
+
+
 def least_memory_traffic(
-    config: cfg.Config, *, matrices: int, trained: int, optimizer: int
+    config: cfg.Config,
+    architecture: Architecture,
+    *,
+    tensor: int,
+    trained: int,
+    optimizer: int,
 ) -> tuple[float, float]:
     """Bytes that a device must at least read and write, without activations.
 
     Args:
         config: Names remat.
-        matrices: Weights that the device multiplies with, whole: those of its part
-            of ``tensor``, gathered over ``fsdp``.
+        architecture: The decoder's.
+        tensor: Devices that share a row; each meets a part of every weight, gathered
+            over ``fsdp``.
         trained: Bytes of its part of the fp32 masters.
         optimizer: Bytes of its part of the optimizer's state.
 
     Returns:
-        Of a micro-batch: every weight read in bfloat16 by each pass (forward,
-        recomputed, backward) and every gradient written and added. Of an update:
-        gradients read, masters and optimizer state read and written.
+        Of a micro-batch: ``weights_read``, and every gradient written and added. Of an
+        update: gradients read, masters and optimizer state read and written.
     """
-    passes = 3 if config.model.remat == "block" else 2
-    micro_batch = passes * matrices * _BF16 + 2 * trained
-    return float(micro_batch), float(3 * trained + 2 * optimizer)
+    micro_batch = weights_read(config, architecture) / tensor + 2 * trained
+    return micro_batch, float(3 * trained + 2 * optimizer)
 
 
 def gathered_and_scattered(
-    config: cfg.Config, *, matrices: int, trained_matrices: int, fsdp: int, data: int
+    config: cfg.Config,
+    architecture: Architecture,
+    *,
+    trained: int,
+    tensor: int,
+    fsdp: int,
+    data: int,
 ) -> dict[str, float]:
     """Bytes that a device sends for FSDP in a micro-batch, where nothing is compiled.
 
     Args:
         config: Names remat.
-        matrices: Weights gathered, of the device's part of ``tensor``.
-        trained_matrices: Those whose gradients are summed, likewise.
-        fsdp: Devices over which they are split.
+        architecture: The decoder's.
+        trained: Parameters whose gradients are summed.
+        tensor: Devices that share a row.
+        fsdp: Devices over which parameters are split.
         data: Copies of the parameters.
     """
-    passes = 3 if config.model.remat == "block" else 2
-    gather = passes * matrices * _BF16 * (fsdp - 1) / fsdp
-    scatter = trained_matrices * _FP32 * (fsdp - 1) / fsdp
-    copies = 2 * trained_matrices / fsdp * _FP32 * (data - 1) / data
+    gather = weights_read(config, architecture) / tensor * (fsdp - 1) / fsdp
+    scatter = trained / tensor * _FP32 * (fsdp - 1) / fsdp
+    copies = 2 * trained / tensor / fsdp * _FP32 * (data - 1) / data
     return {"all-gather": gather, "reduce-scatter": scatter, "all-reduce": copies}
 
 
-def kept_activations(
-    config: cfg.Config, architecture: Architecture, *, tokens: int, backend: str
+def temporary(
+    config: cfg.Config,
+    architecture: Architecture,
+    *,
+    tokens: int,
+    backend: str,
+    split: int,
+    tensor: int,
 ) -> int:
-    """Bytes that the backward pass finds kept, and those of the block it is in.
+    """Bytes that a gradient's program needs besides what it is given and gives.
+
+    What the backward pass finds kept, and the block that it is in: what that block
+    makes and its gradients, its weights gathered and their gradients before they are
+    scattered. Unless they are frozen, all weights once more in bfloat16, which
+    compilers make before the layers' loop.
 
     Args:
-        config: Names remat and the row's length.
+        config: Names remat, adapters and the row's length.
         architecture: The decoder's.
         tokens: Of a device's rows, divided by ``tensor``.
         backend: Of attention.
+        split: Devices over which parameters are split.
+        tensor: Devices that share a row.
     """
     a = architecture
     stream = tokens * a.width * _BF16
@@ -196,12 +236,17 @@ def kept_activations(
     products = tokens * (heads + a.width + 3 * a.mlp_width) * _BF16
     scores = 0
     if backend in ("xla", "cudnn"):
-        scores = tokens * a.query_heads * config.packing.row_length * _FP32
-    inside = 2 * products + scores  # what a block makes, and its gradients
+        # In fp32, and their softmax in bfloat16 (docs/performance.md has it compiled).
+        scores = tokens * a.query_heads * config.packing.row_length * (_FP32 + _BF16)
     kept = {
         "block": stream,
         "offload": stream,
         "dots": stream + products,
         "none": stream + 2 * products + scores,
     }[config.model.remat]
-    return a.layers * kept + inside
+    block = block_matrices(a) // tensor
+    weights, copies = block * _BF16, 0
+    if config.adapters is None:
+        weights += block * _FP32
+        copies = a.parameter_count() // split * _BF16
+    return a.layers * kept + 2 * products + scores + weights + copies

@@ -120,7 +120,7 @@ def parse_topology(text: str) -> Slice:
     if not matched:
         raise ValueError(
             "--topology must be a chip and its layout such as v5e:8x8 or v5p:2x2x1, or"
-            f" a name such as v5p-8, got {text!r}.{_near(text)}"
+            f" a name such as v5p-8, got {text!r}.{_example(text)}"
         )
     chip = _tpu(matched.group(1), text)
     assert chip.layouts is not None
@@ -191,6 +191,13 @@ def _tpu(name: str, text: str) -> Chip:
             f" {text!r}.{hint}"
         )
     return chip
+
+
+def _example(text: str) -> str:
+    chip = CHIPS.get(text)
+    if chip is None or chip.layouts is None:
+        return _near(text)
+    return f" Did you mean {chip.name}-{64 * chip.cores_in_name}?"
 
 
 def _near(text: str) -> str:

@@ -22,6 +22,10 @@ KINDS: tuple[str, ...] = (
 
 # The TPU compiler's fusion of an all-reduce of which each device keeps a part.
 _SCATTERING_FUSION = "all-reduce-scatter"
+# A collective that runs beside other work is written down where it starts, in each
+# fusion that goes on with it, and where it is done.
+_CONTINUED_FUSION = "async_collective_fusion"
+_DONE_FUSION = "async-collective-done"
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -207,15 +211,17 @@ def _walk(
 
 
 def _called(instruction: _Instruction) -> list[str]:
-    """Computations that an instruction runs; not those that only add two numbers."""
+    """Computations that an instruction begins; not those that only add two numbers."""
     names = []
+    if instruction.name.startswith(_DONE_FUSION):
+        return names
     for attribute, value in _CALLED.findall(instruction.text):
         if attribute == "condition":
             continue
         if attribute == "to_apply" and instruction.opcode != "call":
             continue
         names += re.findall(r"%([\w.\-]+)", value)
-    return names
+    return [name for name in names if not name.startswith(_CONTINUED_FUSION)]
 
 
 def _collective(

@@ -526,7 +526,7 @@ def _with_add(predicted: memory.Prediction, add: Any) -> memory.Prediction:
 
 def _sizes(subject: _Subject) -> dict[str, Any]:
     """Parameters and bytes of each chip, from shapes alone."""
-    config = dataclasses.replace(subject.config)
+    config = subject.config
     platform = subject.slice.chip.platform
     _, _, shapes = setup.abstract(config, subject.architecture, platform, plain=False)
     return {
@@ -548,31 +548,33 @@ def _by_hand(subject: _Subject, flags: tuple[str, ...], notes: tuple[str, ...]) 
     masters = 4 * trained // split
     backend = setup.attention_backend(config, chip.platform)
     tokens = config.packing.rows * config.packing.row_length
-    activations = arithmetic.kept_activations(
+    temporary = arithmetic.temporary(
         config,
         subject.architecture,
         tokens=tokens // (subject.ways * mesh["tensor"]),
         backend=backend,
+        split=split,
+        tensor=mesh["tensor"],
     )
     # Adam's two moments; optimizers with fewer need less.
     optimizer, gradients = 2 * masters, masters * (2 if subject.several else 1)
     held = masters + dtype.itemsize * frozen // split
-    peak = held + optimizer + gradients + activations
+    peak = held + optimizer + gradients + temporary
     predicted = memory.Prediction(
         parameters=masters,
         frozen=held - masters,
         optimizer=optimizer,
         gradients=gradients,
-        temporary=activations,
+        temporary=temporary,
         process=0,
         peak=peak,
         capacity=chip.memory,
     )
-    whole = sum(sizes.values()) // mesh["tensor"]
     moved = arithmetic.gathered_and_scattered(
         config,
-        matrices=whole,
-        trained_matrices=trained // mesh["tensor"],
+        subject.architecture,
+        trained=trained,
+        tensor=mesh["tensor"],
         fsdp=mesh["fsdp"],
         data=mesh["data"],
     )
@@ -603,7 +605,8 @@ def _assembled(
     pairs = config.packing.pairs_per_step
     micro_batch, update = arithmetic.least_memory_traffic(
         config,
-        matrices=sum(sizes.values()) // mesh["tensor"],
+        subject.architecture,
+        tensor=mesh["tensor"],
         trained=predicted.parameters,
         optimizer=predicted.optimizer,
     )

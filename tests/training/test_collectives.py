@@ -24,7 +24,8 @@ from tests import tiny
 
 # As the TPU compiler writes: no trip counts, layouts with tiles, a loop within a loop,
 # a counter that starts at a copied constant and grows by 2, a bound that the loop
-# carries, an all-reduce of which each device keeps a part.
+# carries, an all-reduce of which each device keeps a part, a gather that goes on beside
+# other work.
 TPU_TEXT = """\
 HloModule jit_step, is_scheduled=true, num_partitions=8
 
@@ -88,6 +89,26 @@ tuple(%x.3, %next.2, %most)
   ROOT %lt.3 = pred[]{:T(512)} compare(%i.3, %most.3), direction=LT
 }
 
+%fused_computation.1 (q: bf16[2,64]) -> (bf16[2,64], bf16[16,64]) {
+  %q = bf16[2,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.7 = bf16[16,64]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=9, \
+replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %both.1 = (bf16[2,64]{1,0}, bf16[16,64]{1,0}) tuple(%q, %all-gather.7)
+}
+
+%async_collective_fusion.2 (q.2: bf16[2,64]) -> (bf16[2,64], bf16[16,64]) {
+  %q.2 = bf16[2,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.8 = bf16[16,64]{1,0:T(8,128)(2,1)} all-gather(%q.2), channel_id=9, \
+replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %both.2 = (bf16[2,64]{1,0}, bf16[16,64]{1,0}) tuple(%q.2, %all-gather.8)
+}
+
+%fused_computation.3 (q.3: bf16[2,64]) -> bf16[16,64] {
+  %q.3 = bf16[2,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.9 = bf16[16,64]{1,0:T(8,128)(2,1)} all-gather(%q.3), \
+channel_id=9, replica_groups=[1,8]<=[8], dimensions={0}
+}
+
 ENTRY %main (arg: bf16[4,128], grads: f32[64,512], data: s32[]) -> bf16[4,128] {
   %arg = bf16[4,128]{1,0:T(8,128)(2,1)} parameter(0)
   %grads = f32[64,512]{1,0:T(8,128)} parameter(1)
@@ -101,6 +122,13 @@ tuple(%arg, %zero, %bound)
   %loop = (bf16[4,128]{1,0:T(8,128)(2,1)}, s32[]{:T(128)}, s32[]{:T(128)}) \
 while(%start.1), condition=%outer_cond, body=%outer_body
   %x.9 = bf16[4,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=0
+  %part = bf16[2,64]{1,0:T(8,128)(2,1)} slice(%x.9), slice={[0:2], [0:64]}
+  %async-collective-start.1 = (bf16[2,64]{1,0}, bf16[16,64]{1,0}) fusion(%part), \
+kind=kCustom, calls=%fused_computation.1
+  %fusion.8 = (bf16[2,64]{1,0}, bf16[16,64]{1,0}) \
+fusion(%async-collective-start.1), kind=kOutput, calls=%async_collective_fusion.2
+  %async-collective-done.1 = bf16[16,64]{1,0} fusion(%fusion.8), kind=kCustom, \
+calls=%fused_computation.3
   %gathered = bf16[16,128]{1,0:T(8,128)(2,1)} all-gather(%x.9), channel_id=2, \
 replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
   ROOT %last = bf16[4,128]{1,0:T(8,128)(2,1)} slice(%gathered), slice={[0:4], [0:128]}
@@ -108,17 +136,12 @@ replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
 """
 
 
-def one_each(text, *kinds):
-    """The program's only collective of each kind."""
-    found = collectives.read(text)
-    assert sorted(c.kind for c in found) == sorted(kinds)
-    return [next(c for c in found if c.kind == kind) for kind in kinds]
-
-
 def test_the_tpu_compilers_loops_are_counted():
-    permute, gather, scatter = one_each(
-        TPU_TEXT, "collective-permute", "all-gather", "reduce-scatter"
-    )
+    scatter, permute, beside, gather = collectives.read(TPU_TEXT)
+    kinds = ["reduce-scatter", "collective-permute", "all-gather", "all-gather"]
+    assert [c.kind for c in (scatter, permute, beside, gather)] == kinds
+    # Written down three times, done once.
+    assert (beside.group, beside.times, beside.sent) == (8, 1, 16 * 64 * 2 * 7 // 8)
     # From 1 to below 8 in steps of 2 is 4 turns, in each of 32.
     assert (permute.times, permute.exact, permute.source) == (
         128,
@@ -151,7 +174,7 @@ def test_a_loop_that_the_data_bounds_counts_once_and_says_so():
 )
 def test_groups_in_every_spelling(groups, size):
     text = TPU_TEXT.replace("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", groups)
-    (gather,) = [c for c in collectives.read(text) if c.kind == "all-gather"]
+    gather = collectives.read(text)[-1]
     assert gather.group == size
 
 
