@@ -41,6 +41,8 @@ _STEPS = 1000
 _TOO_LARGE = "RESOURCE_EXHAUSTED"
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+# GPUs that NVLink joins, in NVIDIA's HGX and DGX machines of these kinds.
+_GPUS_OF_A_MACHINE = 8
 # Widths of the tensor axis that are tried.
 _TENSOR = (2, 4, 8)
 
@@ -262,6 +264,9 @@ def _fitting(subject: _Subject, flags: tuple[str, ...], say: Say) -> Plan:
         return first
     tried = []
     for other, more in _changes(subject):
+        if not _can_fit(other):  # spares a compilation that can only fail
+            tried.append(f"{' '.join(more)} (what stays between programs is too much)")
+            continue
         say(f"does not fit; trying {' '.join(more)}")
         found = _plan(other, (*flags, *more), say)
         if found is not None and found.fits:
@@ -273,6 +278,12 @@ def _fitting(subject: _Subject, flags: tuple[str, ...], say: Say) -> Plan:
         first = _by_hand(subject, flags, ())
         notes = (*notes, "the compiler gave up: memory here is counted by hand")
     return dataclasses.replace(first, notes=(*first.notes, *notes))
+
+
+def _can_fit(subject: _Subject) -> bool:
+    """Whether what a step keeps, without any program's own needs, would fit."""
+    kept = _by_hand(subject, (), ()).memory
+    return dataclasses.replace(kept, peak=kept.peak - kept.temporary).fits
 
 
 def _changes(subject: _Subject) -> Iterator[tuple[_Subject, tuple[str, ...]]]:
@@ -581,6 +592,8 @@ def _by_hand(subject: _Subject, flags: tuple[str, ...], notes: tuple[str, ...]) 
     count = math.ceil(subject.micro_batches)
     sent = dict.fromkeys(collectives.KINDS, 0)
     sent |= {kind: round(count * size) for kind, size in moved.items()}
+    if chip.platform == "gpu" and subject.slice.count > _GPUS_OF_A_MACHINE:
+        notes = (*notes, "NVLink is taken to join all; between machines it does not")
     if mesh["tensor"] > 1:
         notes = (*notes, "what mesh.tensor sends is not counted")
     return dataclasses.replace(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -112,6 +113,12 @@ def test_adapters_leave_the_decoder_frozen_in_half_the_bytes():
     assert found.memory.frozen == 2 * 8_030_261_248
     assert found.trained == found.parameters - 8_030_261_248
     assert found.fits
+
+
+def test_several_machines_of_gpus_come_with_a_note():
+    assert by_hand(flagship(), "gpu:8xh100").notes == ()
+    (note,) = by_hand(flagship(), "gpu:16xh100").notes
+    assert "NVLink" in note
 
 
 def test_a_mesh_that_does_not_divide_is_refused():
@@ -235,6 +242,18 @@ def test_where_nothing_fits_it_says_what_was_tried(compiler):
     )
 
 
+def test_what_stays_between_programs_is_too_much_without_asking(compiler):
+    asked, wanted = compiler
+    wanted["peak"] = lambda *_: 33
+    # 20 GB of 16: masters, moments and two sums of gradients, however they are split.
+    found = plan.make(flagship(), chips.parse_topology("v5e-8"), PAIR, quiet)
+    assert len(asked) == 1
+    assert (
+        "--mesh.tensor 2 --mesh.fsdp -1 --packing.rows 4 (what stays between"
+        in (found.notes[0])
+    )
+
+
 def test_without_libtpu_it_says_which_extra(monkeypatch):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
@@ -263,6 +282,27 @@ def test_the_programs_it_compiles_are_given_what_a_run_gives_them():
     assert all(leaf.sharding.mesh == mesh for leaf in leaves)
     assert run.batch.tokens.shape == (4, 64)
     assert run.batch.reference_logp is not None
+
+
+def lines_without_constants(name):
+    """A config's gradients as they are given to the compiler, on 8 devices."""
+    config = cfg.read(str(CONFIGS / f"{name}.py"))
+    mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1, devices=jax.devices())
+    with jax.set_mesh(mesh):
+        run = plan.abstract(config, plan.find_architecture(config), PAIR, mesh)
+        given = (run.state.params, run.frozen, run.batch, run.state.key, run.state.step)
+        text = run.programs.gradients.lower(*given).as_text()
+    return re.sub(r"dense<[^>]*>", "dense<>", text).splitlines()
+
+
+def test_the_instruct_model_s_programs_are_the_base_model_s():
+    # So docs/pods.md compiles one of the two.
+    base, instruct = map(
+        lines_without_constants, ("llama3_simpo", "llama3_instruct_simpo")
+    )
+    assert base == instruct
+    assert len(base) > 1000
+    assert lines_without_constants("mistral_7b_simpo") != base
 
 
 def test_a_step_is_compiled_for_a_tpu(monkeypatch):
