@@ -9,38 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import math
-import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding, sources
-from lpc_jax.data import packing
-from lpc_jax.models import architectures, weights
+from lpc_jax import sharding
 from lpc_jax.models.architectures import Architecture
-from lpc_jax.training import arithmetic, collectives, memory, setup, step
-from lpc_jax.training import optimizer as optimizers
+from lpc_jax.training import ahead, arithmetic, collectives, memory, setup
 from lpc_jax.training.arithmetic import Pair
 from lpc_jax.training.chips import Slice
-from lpc_jax.types import Batch
 
 Say = Callable[[str], None]
 
-# Updates in the run: the programs hold it as a number that changes no size.
-_STEPS = 1000
-# What the compiler says when a program alone is larger than the memory there is.
-_TOO_LARGE = "RESOURCE_EXHAUSTED"
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 # GPUs that NVLink joins, in NVIDIA's HGX and DGX machines of these kinds.
 _GPUS_OF_A_MACHINE = 8
 # Widths of the tensor axis that are tried.
@@ -140,14 +123,6 @@ class Plan:
         return self.pairs_per_step / self.step_seconds
 
 
-class TooLargeError(Exception):
-    """A program that alone is larger than a chip's memory."""
-
-    def __init__(self, program: str, used: int | None):
-        super().__init__(program)
-        self.program, self.used = program, used
-
-
 @dataclasses.dataclass(frozen=True)
 class _Subject:
     """What a plan is made for."""
@@ -188,25 +163,6 @@ class _Subject:
         return dataclasses.replace(self, config=config)
 
 
-def find_architecture(config: cfg.Config) -> Architecture:
-    """The model's numbers, without its weights.
-
-    Raises:
-        ValueError: A hub id that is not here and not among ``architectures.KNOWN``.
-    """
-    path = config.model.path
-    if not sources.is_hub_id(path):
-        found = weights.find(path, setting="model.path", revision=None)
-        return weights.read_architecture(found)
-    if path not in architectures.KNOWN:
-        raise ValueError(
-            f"model.path must be a local folder or one of"
-            f" {', '.join(sorted(architectures.KNOWN))}, got {path!r}. A plan downloads"
-            " nothing: pass --model.path FOLDER with the model's config.json in it."
-        )
-    return architectures.KNOWN[path]
-
-
 def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
     """The plan of a config; of one that doesn't fit, with the changes that make it.
 
@@ -219,7 +175,7 @@ def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
     Raises:
         ValueError: Something that the user can mend, before anything is compiled.
     """
-    architecture = find_architecture(config)
+    architecture = ahead.find_architecture(config)
     if pair.tokens > config.packing.row_length:
         raise ValueError(
             "a pair's tokens must fit packing.row_length ="
@@ -230,7 +186,7 @@ def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
     setup.attention_backend(config, on.chip.platform)  # refuses what cannot run there
     subject, flags = _with_rows(subject)
     if on.topology is not None:
-        subject = dataclasses.replace(subject, devices=_devices(on.topology))
+        subject = dataclasses.replace(subject, devices=ahead.devices(on.topology))
     return _fitting(subject, flags, say)
 
 
@@ -243,21 +199,6 @@ def _with_rows(subject: _Subject) -> tuple[_Subject, tuple[str, ...]]:
     return subject.changed("packing", rows=needed), (f"--packing.rows {needed}",)
 
 
-def _devices(topology: str) -> tuple[Any, ...]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "--topology needs the TPU's compiler, the package libtpu, which is not"
-            " installed. Install it with pip install -e '.[plan]', or use make plan."
-        )
-    options: dict[str, Any] = {}
-    if topology.endswith(":1x1"):  # less than the four chips of a host
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    found = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, **options
-    )
-    return tuple(found.devices)
-
-
 def _fitting(subject: _Subject, flags: tuple[str, ...], say: Say) -> Plan:
     first = _plan(subject, flags, say)
     if first is not None and first.fits:
@@ -268,7 +209,7 @@ def _fitting(subject: _Subject, flags: tuple[str, ...], say: Say) -> Plan:
             tried.append(f"{' '.join(more)} (what stays between programs is too much)")
             continue
         say(f"does not fit; trying {' '.join(more)}")
-        found = _plan(other, (*flags, *more), say)
+        found = _plan(other, _merged(flags, more), say)
         if found is not None and found.fits:
             return found
         tried.append(" ".join(more))
@@ -278,6 +219,12 @@ def _fitting(subject: _Subject, flags: tuple[str, ...], say: Say) -> Plan:
         first = _by_hand(subject, flags, ())
         notes = (*notes, "the compiler gave up: memory here is counted by hand")
     return dataclasses.replace(first, notes=(*first.notes, *notes))
+
+
+def _merged(flags: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+    """Flags of which a later one of the same name replaces an earlier."""
+    by_name = {flag.split()[0]: flag for flag in (*flags, *more)}
+    return tuple(by_name.values())
 
 
 def _can_fit(subject: _Subject) -> bool:
@@ -338,88 +285,10 @@ def _plan(subject: _Subject, flags: tuple[str, ...], say: Say) -> Plan | None:
         return _by_hand(subject, flags, ())
     try:
         return _by_compiler(subject, flags, say)
-    except TooLargeError as e:
+    except ahead.TooLargeError as e:
         used = "" if e.used is None else f": it would use {memory.size(e.used)} a chip"
         say(f"{e.program} is larger than the memory of a chip{used}")
         return None
-
-
-def _compile(name: str, lower: Callable[[], Any], seconds: dict[str, float]) -> Any:
-    begun = time.perf_counter()
-    try:
-        program = lower().compile()
-    except jax.errors.JaxRuntimeError as e:
-        if _TOO_LARGE not in str(e):
-            raise
-        found = _USED.search(str(e))
-        used = float(found.group(1)) * _UNITS[found.group(2)] if found else None
-        raise TooLargeError(name, None if used is None else round(used)) from e
-    seconds[name] = time.perf_counter() - begun
-    return program
-
-
-@dataclasses.dataclass(frozen=True)
-class Abstract:
-    """Everything that programs are compiled from, as shapes with shardings."""
-
-    programs: step.Programs
-    state: Any
-    frozen: dict[str, Any]
-    batch: Batch
-    plain: dict[str, Any]
-
-
-def abstract(
-    config: cfg.Config, architecture: Architecture, pair: Pair, mesh: Mesh
-) -> Abstract:
-    """A run's programs and what they are given, none of it materialised.
-
-    Args:
-        config: The run.
-        architecture: The decoder's.
-        pair: What all pairs are taken to be.
-        mesh: Of devices that may be elsewhere.
-    """
-    platform = sharding.platform(mesh)
-    dtype = setup.compute_dtype(config, platform)
-    _, graph, shapes = setup.abstract(config, architecture, platform, plain=False)
-    shardings = sharding.parameter_shardings(shapes, mesh)
-    trained = [part for part in shapes if config.adapters is None or part != "decoder"]
-
-    def placed(path: Any, shape: Any, where: Any) -> jax.ShapeDtypeStruct:
-        kept = setup.decoder_dtype(config, sharding.path_name(path), dtype)
-        return jax.ShapeDtypeStruct(shape.shape, kept, sharding=where)
-
-    decoder = {
-        "decoder": jax.tree_util.tree_map_with_path(
-            placed, shapes["decoder"], shardings["decoder"]
-        )
-    }
-    frozen = {} if config.adapters is None else decoder
-    trained_shapes = {part: shapes[part] for part in trained}
-    trained_shardings = {part: shardings[part] for part in trained}
-    optimizer = optimizers.build(config, trained_shapes, _STEPS)
-    layout = step.state_shardings(trained_shapes, trained_shardings, optimizer, mesh)
-    packed = config.packing
-    shape = packing.row_shape(
-        np.asarray([[pair.prompt, pair.answer, pair.answer]], np.int32),
-        rows=packed.rows,
-        row_length=packed.row_length,
-        pairs_per_row=packed.pairs_per_row,
-        score_chunk=setup.score_chunk(config, platform),
-    )
-    batch = packing.empty_batch(
-        shape,
-        packed.row_length,
-        with_reference=objective.needs_reference(config.loss),
-    )
-    return Abstract(
-        step.build(config, graph, layout, optimizer, _STEPS),
-        step.abstract_state(trained_shapes, optimizer, layout),
-        frozen,
-        sharding.abstract_batch(batch, mesh),
-        decoder,
-    )
 
 
 def _by_compiler(subject: _Subject, flags: tuple[str, ...], say: Say) -> Plan:
@@ -432,10 +301,10 @@ def _by_compiler(subject: _Subject, flags: tuple[str, ...], say: Say) -> Plan:
     )
     seconds: dict[str, float] = {}
     compiled: dict[str, Any] = {}
+    of_run = (config, subject.architecture, subject.pair)
     with jax.set_mesh(mesh):
-        run = abstract(config, subject.architecture, subject.pair, mesh)
-        state, programs = run.state, run.programs
-        given = (state.params, run.frozen, run.batch, state.key, state.step)
+        run = ahead.abstract(*of_run, mesh)
+        state = run.state
 
         def prediction() -> memory.Prediction:
             return memory.needed(
@@ -449,13 +318,13 @@ def _by_compiler(subject: _Subject, flags: tuple[str, ...], say: Say) -> Plan:
             )
 
         say(f"compiling the gradients of {config.packing.rows} rows for {mesh.size}")
-        compiled["gradients"] = _compile(
-            "gradients", lambda: programs.gradients.lower(*given), seconds
+        compiled["gradients"] = ahead.timed(
+            "gradients", lambda: run.programs.gradients.lower(*run.given), seconds
         )
         if prediction().fits:
-            jobs = _others(subject, run, mesh, given)
+            jobs = ahead.besides_gradients(*of_run, run, mesh, several=subject.several)
             for name, lower in jobs.items():
-                compiled[name] = _compile(name, lower, seconds)
+                compiled[name] = ahead.timed(name, lower, seconds)
     predicted = prediction()
     if "add" in compiled:
         predicted = _with_add(predicted, compiled["add"])
@@ -489,41 +358,6 @@ def _by_compiler(subject: _Subject, flags: tuple[str, ...], say: Say) -> Plan:
 
 # Programs of which memory.needed knows what is held beside them.
 _HELD = ("gradients", "update")
-
-
-def _others(
-    subject: _Subject, run: Abstract, mesh: Mesh, given: tuple[Any, ...]
-) -> dict[str, Callable[[], Any]]:
-    """The rest of a step's programs and the reference's, by how to lower them."""
-    config, programs = subject.config, run.programs
-    pairs = jax.ShapeDtypeStruct((), jnp.int32)
-    jobs: dict[str, Callable[[], Any]] = {
-        "update": lambda: programs.update.lower(run.state, run.state.params, pairs)
-    }
-    if subject.several:
-        summed = jax.eval_shape(programs.gradients, *given)[1]
-        replicated = run.state.step.sharding
-        term = (
-            run.state.params,
-            jax.tree.map(
-                lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
-                summed,
-            ),
-        )
-        jobs["add"] = lambda: programs.add.lower(term, term)
-    if objective.needs_reference(config.loss):
-        other = subject.architecture
-        if config.reference.path is not None:
-            model = dataclasses.replace(config.model, path=config.reference.path)
-            other = find_architecture(dataclasses.replace(config, model=model))
-        plain = run.plain
-        if other != subject.architecture:
-            alone = dataclasses.replace(config, latent=None, adapters=None)
-            plain = abstract(alone, other, subject.pair, mesh).plain
-        unscored = dataclasses.replace(run.batch, reference_logp=None)
-        score: Any = setup.reference_program(config, other, mesh)
-        jobs["reference"] = lambda: score.lower(plain, unscored)
-    return jobs
 
 
 def _with_add(predicted: memory.Prediction, add: Any) -> memory.Prediction:

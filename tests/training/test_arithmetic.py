@@ -12,7 +12,7 @@ from lpc_jax import sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.models import attention
-from lpc_jax.training import arithmetic, plan
+from lpc_jax.training import ahead, arithmetic
 from lpc_jax.training.arithmetic import Pair
 from tests import tiny
 
@@ -61,7 +61,7 @@ def xlas_count(made):
     """Operations in the gradient's program. A loop's body counts once: one layer's."""
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        run = plan.abstract(made, WIDE, PAIR, mesh)
+        run = ahead.abstract(made, WIDE, PAIR, mesh)
         given = (run.state.params, run.frozen, run.batch, run.state.key, run.state.step)
         analysis = run.programs.gradients.lower(*given).compile().cost_analysis()
     return analysis["flops"]

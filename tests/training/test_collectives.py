@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from lpc_jax import axes, sharding
 from lpc_jax import config as cfg
-from lpc_jax.training import collectives, plan
+from lpc_jax.training import ahead, collectives
 from lpc_jax.training.arithmetic import Pair
 from lpc_jax.training.collectives import Shape
 from tests import tiny
@@ -246,7 +246,7 @@ def lowered(sizes):
     )
     mesh = sharding.make_mesh(**sizes, devices=jax.devices())
     with jax.set_mesh(mesh):
-        run = plan.abstract(config, ARCHITECTURE, Pair(prompt=10, answer=20), mesh)
+        run = ahead.abstract(config, ARCHITECTURE, Pair(prompt=10, answer=20), mesh)
         state = run.state
         given = (state.params, run.frozen, run.batch, state.key, state.step)
         return run, mesh, run.programs.gradients.lower(*given)

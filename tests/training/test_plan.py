@@ -11,7 +11,7 @@ import pytest
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
-from lpc_jax.training import chips, memory, plan, plan_report
+from lpc_jax.training import ahead, chips, memory, plan, plan_report
 from lpc_jax.training.arithmetic import Pair
 from tests import tiny
 
@@ -139,12 +139,12 @@ def test_a_pair_longer_than_a_row_is_refused():
 def test_a_model_that_is_neither_here_nor_known_is_refused():
     config = flagship(model=cfg.Model(path="nobody/nothing"))
     with pytest.raises(ValueError, match="A plan downloads nothing: pass"):
-        plan.find_architecture(config)
+        ahead.find_architecture(config)
 
 
 def test_a_model_s_own_file_is_read_where_there_is_one():
     golden = Path(__file__).resolve().parents[1] / "golden" / "tiny_llama"
-    found = plan.find_architecture(flagship(model=cfg.Model(path=str(golden))))
+    found = ahead.find_architecture(flagship(model=cfg.Model(path=str(golden))))
     assert found.width == 32
 
 
@@ -163,14 +163,14 @@ def compiler(monkeypatch):
         asked.append(key)
         peak = wanted["peak"](*key)
         if peak is None:
-            raise plan.TooLargeError("gradients", 20 * GB)
+            raise ahead.TooLargeError("gradients", 20 * GB)
         made = plan._by_hand(subject, flags, ())
         return dataclasses.replace(
             made, memory=dataclasses.replace(made.memory, peak=peak * GB)
         )
 
     monkeypatch.setattr(plan, "_by_compiler", ask)
-    monkeypatch.setattr(plan, "_devices", lambda topology: (None,) * 8)
+    monkeypatch.setattr(ahead, "devices", lambda topology: (None,) * 8)
     return asked, wanted
 
 
@@ -242,6 +242,13 @@ def test_where_nothing_fits_it_says_what_was_tried(compiler):
     )
 
 
+def test_a_flag_is_given_once(compiler):
+    _, wanted = compiler
+    config = flagship(packing=dataclasses.replace(flagship().packing, rows=12))
+    wanted["peak"] = lambda _, rows, *__: 30 if rows == 8 else 33
+    assert planned(config).changes == ("--packing.rows 8",)  # 16 was needed first
+
+
 def test_what_stays_between_programs_is_too_much_without_asking(compiler):
     asked, wanted = compiler
     wanted["peak"] = lambda *_: 33
@@ -255,7 +262,7 @@ def test_what_stays_between_programs_is_too_much_without_asking(compiler):
 
 
 def test_without_libtpu_it_says_which_extra(monkeypatch):
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
         planned(flagship())
     assert str(error.value) == (
@@ -276,7 +283,7 @@ def test_the_programs_it_compiles_are_given_what_a_run_gives_them():
     devices = jax.devices()[:4]
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=1, devices=devices)
     with jax.set_mesh(mesh):
-        run = plan.abstract(config, tiny.ARCHITECTURE, Pair(6, 5), mesh)
+        run = ahead.abstract(config, tiny.ARCHITECTURE, Pair(6, 5), mesh)
     leaves = jax.tree.leaves((run.state, run.batch, run.frozen))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     assert all(leaf.sharding.mesh == mesh for leaf in leaves)
@@ -289,7 +296,7 @@ def lines_without_constants(name):
     config = cfg.read(str(CONFIGS / f"{name}.py"))
     mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1, devices=jax.devices())
     with jax.set_mesh(mesh):
-        run = plan.abstract(config, plan.find_architecture(config), PAIR, mesh)
+        run = ahead.abstract(config, ahead.find_architecture(config), PAIR, mesh)
         given = (run.state.params, run.frozen, run.batch, run.state.key, run.state.step)
         text = run.programs.gradients.lower(*given).as_text()
     return re.sub(r"dense<[^>]*>", "dense<>", text).splitlines()
