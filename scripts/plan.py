@@ -21,9 +21,10 @@ from pathlib import Path
 from lpc_jax import config as cfg
 
 # The host needs none of its own devices, and libtpu is not to look for any, nor to
-# write of those that it doesn't find.
-_ENVIRONMENT = {
+# write of those that it doesn't find; nor, using none, to refuse a second process.
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5e-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a plan; returns 0, 2 for what the user can mend, 3 if nothing fits."""
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     parser = _parser()
     own, rest = parser.parse_known_args(argv)
     if "--help" in rest:

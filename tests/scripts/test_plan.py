@@ -10,7 +10,7 @@ CONFIG = "configs/llama3_simpo.py"
 @pytest.fixture(autouse=True)
 def _here(repository, monkeypatch):
     monkeypatch.chdir(repository)
-    monkeypatch.setattr(plan, "_ENVIRONMENT", {})  # the tests' own stays
+    monkeypatch.setattr(plan, "ENVIRONMENT", {})  # the tests' own stays
 
 
 def test_a_plan_by_arithmetic_is_printed_and_written(tmp_path, capsys):

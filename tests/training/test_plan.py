@@ -13,6 +13,7 @@ from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.training import ahead, chips, memory, plan, plan_report
 from lpc_jax.training.arithmetic import Pair
+from scripts import plan as script
 from tests import tiny
 
 GB = 10**9
@@ -314,9 +315,8 @@ def test_the_instruct_model_s_programs_are_the_base_model_s():
 
 def test_a_step_is_compiled_for_a_tpu(monkeypatch):
     pytest.importorskip("libtpu", reason="the plan extra; CI's plan stage compiles")
-    for name in ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
-        value = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5e-8"}
-        monkeypatch.setenv(name, value.get(name, "1"))
+    for name, value in script.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     golden = Path(__file__).resolve().parents[1] / "golden" / "tiny_llama"
     config = tiny.config(
         model=cfg.Model(path=str(golden)),
