@@ -33,8 +33,8 @@ from lpc_jax.types import Batch
 _STEPS = 1000
 # What the compiler says when a program alone is larger than the memory there is.
 _TOO_LARGE = "RESOURCE_EXHAUSTED"
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+_USED = re.compile(r"(?:Used |for HLO temporaries \()([\d.]+)([KMGT])")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class TooLargeError(Exception):

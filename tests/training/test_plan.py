@@ -262,6 +262,36 @@ def test_what_stays_between_programs_is_too_much_without_asking(compiler):
     )
 
 
+@pytest.mark.parametrize(
+    ("message", "used"),
+    [
+        # As libtpu 0.0.42.1 said it of SmolLM2-135M, 64 rows of 4096, on a v5e.
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required"
+            " for HLO temporaries (280.54G) exceeds available HBM (15.75G).",
+            301_227_531_305,
+        ),
+        ("RESOURCE_EXHAUSTED: ... Used 20.50G of 15.75G hbm. Exceeded", 22_011_707_392),
+        ("RESOURCE_EXHAUSTED: nothing more", None),
+    ],
+)
+def test_what_a_program_would_use_is_read_from_the_refusal(message, used):
+    def refuse():
+        raise jax.errors.JaxRuntimeError(message)
+
+    with pytest.raises(ahead.TooLargeError) as error:
+        ahead.timed("gradients", refuse, {})
+    assert (error.value.program, error.value.used) == ("gradients", used)
+
+
+def test_another_fault_of_the_compiler_is_not_hidden():
+    def fail():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        ahead.timed("gradients", fail, {})
+
+
 def test_without_libtpu_it_says_which_extra(monkeypatch):
     monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
