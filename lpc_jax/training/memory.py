@@ -122,6 +122,38 @@ def predict(
         opt_state: Likewise, of the optimizer's state.
         several_micro_batches: Whether a step sums gradients over several.
     """
+    return needed(
+        compiled,
+        params=params,
+        frozen=frozen,
+        opt_state=opt_state,
+        several_micro_batches=several_micro_batches,
+        process=_outside_arrays(),
+        capacity=_capacity(),
+    )
+
+
+def needed(
+    compiled: Mapping[str, Any],
+    *,
+    params: Any,
+    frozen: Any,
+    opt_state: Any,
+    several_micro_batches: bool,
+    process: int,
+    capacity: int | None,
+) -> Prediction:
+    """As ``predict``, for devices that may be elsewhere.
+
+    Args:
+        compiled: As for ``predict``; likewise the others.
+        params: Shapes with shardings of the trained parameters.
+        frozen: Likewise, of the rest.
+        opt_state: Likewise, of the optimizer's state.
+        several_micro_batches: Whether a step sums gradients over several.
+        process: What a device holds besides JAX's arrays.
+        capacity: What a device has.
+    """
     held = bytes_per_device(params), bytes_per_device(frozen)
     optimizer = bytes_per_device(opt_state)
     one_sum = held[0]
@@ -129,16 +161,15 @@ def predict(
     temporary, peak = 0, 0
     for name, program in compiled.items():
         use = program.memory_analysis()
-        needed = use.temp_size_in_bytes
+        wanted = use.temp_size_in_bytes
         if name.startswith("gradients"):
-            needed += gradients
+            wanted += gradients
         elif name == "update":  # parameters and optimizer state in place
-            needed += one_sum + use.output_size_in_bytes - use.alias_size_in_bytes
+            wanted += one_sum + use.output_size_in_bytes - use.alias_size_in_bytes
         else:
-            needed += use.output_size_in_bytes
+            wanted += use.output_size_in_bytes
         temporary = max(temporary, use.temp_size_in_bytes)
-        peak = max(peak, sum(held) + optimizer + needed)
-    process = _outside_arrays()
+        peak = max(peak, sum(held) + optimizer + wanted)
     return Prediction(
         held[0],
         held[1],
@@ -147,7 +178,7 @@ def predict(
         temporary,
         process,
         process + peak,
-        _capacity(),
+        capacity,
     )
 
 

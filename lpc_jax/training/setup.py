@@ -90,11 +90,11 @@ class Start:
     compute_dtype: jnp.dtype
 
 
-def compute_dtype(config: cfg.Config) -> jnp.dtype:
+def compute_dtype(config: cfg.Config, platform: str) -> jnp.dtype:
     """The dtype of matrix products: bfloat16 where the device is made for it."""
     if config.model.compute_dtype != "auto":
         return jnp.dtype(config.model.compute_dtype)
-    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
 
 
 def retry(config: cfg.Config) -> sources.Retry:
@@ -102,29 +102,29 @@ def retry(config: cfg.Config) -> sources.Retry:
     return sources.Retry(config.hub.retries, config.hub.wait)
 
 
-def score_chunk(config: cfg.Config) -> int:
+def score_chunk(config: cfg.Config, platform: str) -> int:
     """Scored positions of a row that meet the LM head at a time."""
     if config.model.score_chunk is not None:
         return config.model.score_chunk
-    return 128 if jax.default_backend() == "cpu" else 512
+    return 128 if platform == "cpu" else 512
 
 
-def row_unit(config: cfg.Config) -> int:
+def row_unit(config: cfg.Config, platform: str) -> int:
     """What every row length is a multiple of, so that attention's blocks are full."""
-    wanted = _CPU_ROW_UNIT if jax.default_backend() == "cpu" else _ROW_UNIT
+    wanted = _CPU_ROW_UNIT if platform == "cpu" else _ROW_UNIT
     return math.gcd(config.packing.row_length, wanted)
 
 
-def attention_backend(config: cfg.Config) -> str:
-    """The backend that runs here.
+def attention_backend(config: cfg.Config, platform: str) -> str:
+    """The backend that runs on a platform, as JAX names it.
 
     Raises:
         ValueError: One that cannot run on this platform or in this precision.
     """
     backend = attention.choose(
-        config.model.attention, jax.default_backend(), row_unit=row_unit(config)
+        config.model.attention, platform, row_unit=row_unit(config, platform)
     )
-    if backend == "cudnn" and compute_dtype(config) == jnp.float32:
+    if backend == "cudnn" and compute_dtype(config, platform) == jnp.float32:
         raise ValueError(
             "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32."
             " Use 'auto' for one of the two."
@@ -132,7 +132,7 @@ def attention_backend(config: cfg.Config) -> str:
     return backend
 
 
-def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:
+def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
     """Reads, tokenizes and checks the pairs, and finds their packing shape.
 
     Raises:
@@ -179,7 +179,7 @@ def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:
         rows=packed.rows,
         row_length=packed.row_length,
         pairs_per_row=packed.pairs_per_row,
-        score_chunk=score_chunk(config),
+        score_chunk=score_chunk(config, platform),
     )
     if packed.length_choices > 1:
         planned = -(-_PLANNED_PAIRS // packed.pairs_per_step)
@@ -196,7 +196,7 @@ def read_pairs(config: cfg.Config, model_path: Path) -> Pairs:
                 for number in range(min(planned, total_steps(config, train)))
             ],
             choices=packed.length_choices,
-            unit=row_unit(config),
+            unit=row_unit(config, platform),
         )
     return Pairs(
         train,
@@ -218,14 +218,15 @@ def total_steps(config: cfg.Config, train: Sequence[TokenizedPair]) -> int:
     )
 
 
-def _abstract(
-    config: cfg.Config, architecture: Architecture, *, plain: bool
+def abstract(
+    config: cfg.Config, architecture: Architecture, platform: str, *, plain: bool
 ) -> tuple[Callable[[Array], policy.Policy], nnx.GraphDef[policy.Policy], Any]:
     """How to build a policy, its graph, and its parameters' shapes.
 
     Args:
         config: Names dtype, attention, remat, adapters and latent.
         architecture: The decoder's.
+        platform: Where it will run, as JAX names it.
         plain: The decoder alone, as a reference is.
     """
     latent = adapters = None
@@ -241,8 +242,8 @@ def _abstract(
     def make(key: Array) -> policy.Policy:
         return policy.build(
             architecture,
-            compute_dtype=compute_dtype(config),
-            attention_backend=attention_backend(config),
+            compute_dtype=compute_dtype(config, platform),
+            attention_backend=attention_backend(config, platform),
             remat=config.model.remat,
             adapters=adapters,
             latent=latent,
@@ -258,7 +259,9 @@ def load_start(
 ) -> Start:
     """Loads the decoder straight onto the mesh and seeds the other parts beside it."""
     weights.check(model_path, architecture)  # before the latent takes its sizes
-    make, graph, shapes = _abstract(config, architecture, plain=False)
+    platform = sharding.platform(mesh)
+    dtype = compute_dtype(config, platform)
+    make, graph, shapes = abstract(config, architecture, platform, plain=False)
     shardings = sharding.parameter_shardings(shapes, mesh)
     seeded = [part for part in shapes if part != "decoder"]
 
@@ -272,7 +275,9 @@ def load_start(
         key = jax.random.key(config.training.seed)
         params = jax.jit(make_seeded, out_shardings=placed)(key)
     decoder = {
-        "decoder": _load_decoder(config, model_path, architecture, shardings["decoder"])
+        "decoder": _load_decoder(
+            config, model_path, architecture, shardings["decoder"], dtype
+        )
     }
     if "adapters" in params:
         _require_no_addition(params["adapters"])
@@ -286,7 +291,7 @@ def load_start(
         params,
         frozen,
         weights.digest(model_path),
-        compute_dtype(config),
+        dtype,
     )
 
 
@@ -342,17 +347,21 @@ def standardize_latent(
     }
 
 
+def decoder_dtype(config: cfg.Config, path: str, dtype: jnp.dtype) -> jnp.dtype:
+    """fp32 masters; the compute dtype for matrices that adapters leave frozen."""
+    frozen = config.adapters is not None and not path.endswith("norm/scale")
+    return dtype if frozen else jnp.dtype("float32")
+
+
 def _load_decoder(
     config: cfg.Config,
     model_path: Path,
     architecture: Architecture,
     shardings: dict[str, Any],
+    dtype: jnp.dtype,
 ) -> dict[str, Any]:
-    """fp32 masters; matrices in the compute dtype where adapters leave them frozen."""
-
     def dtype_of(path: str) -> jnp.dtype:
-        frozen = config.adapters is not None and not path.endswith("norm/scale")
-        return compute_dtype(config) if frozen else jnp.dtype("float32")
+        return decoder_dtype(config, path, dtype)
 
     by_path = {
         sharding.path_name(path): leaf
@@ -363,11 +372,12 @@ def _load_decoder(
     )
 
 
-def reference_scorer(
+def reference_program(
     config: cfg.Config, architecture: Architecture, mesh: Mesh
-) -> Callable[[dict[str, Any], Batch], Float[np.ndarray, "R P 2"]]:
-    """A function from a plain policy's parameters and a micro-batch to log-probs."""
-    _, graph, _ = _abstract(config, architecture, plain=True)
+) -> Callable[..., Array]:
+    """Jitted: a plain policy's parameters and a placed micro-batch to log-probs."""
+    platform = sharding.platform(mesh)
+    _, graph, _ = abstract(config, architecture, platform, plain=True)
 
     # Whole on every device, so that every process reads all of it.
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -377,9 +387,18 @@ def reference_scorer(
             batch,
             latent=None,
             key=jax.random.key(0),
-            chunk=score_chunk(config),
+            chunk=score_chunk(config, platform),
         )
         return scores.logp
+
+    return score
+
+
+def reference_scorer(
+    config: cfg.Config, architecture: Architecture, mesh: Mesh
+) -> Callable[[dict[str, Any], Batch], Float[np.ndarray, "R P 2"]]:
+    """A function from a plain policy's parameters and a micro-batch to log-probs."""
+    score = reference_program(config, architecture, mesh)
 
     def score_placed(params: dict[str, Any], batch: Batch) -> np.ndarray:
         placed = sharding.place_batch(batch, mesh)
@@ -416,9 +435,13 @@ def reference_column(
                 f" {start.architecture.vocabulary} expected, got"
                 f" {architecture.vocabulary}. Choose a reference of the same family."
             )
-        _, _, shapes = _abstract(config, architecture, plain=True)
+        _, _, shapes = abstract(
+            config, architecture, sharding.platform(mesh), plain=True
+        )
         shardings = sharding.parameter_shardings(shapes, mesh)
-        decoder = _load_decoder(config, path, architecture, shardings["decoder"])
+        decoder = _load_decoder(
+            config, path, architecture, shardings["decoder"], start.compute_dtype
+        )
     score = reference_scorer(config, architecture, mesh)
 
     def score_batch(batch: Batch) -> np.ndarray:

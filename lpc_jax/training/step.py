@@ -85,8 +85,8 @@ def build(
         optimizer: From ``optimizer.build``.
         total_steps: Updates in the run, for g and tau.
     """
-    chunk = setup.score_chunk(config)
-    replicated = layout.step
+    replicated: Any = layout.step
+    chunk = setup.score_chunk(config, sharding.platform(replicated.mesh))
 
     def loss_sum(
         params: Params, frozen: Params, batch: Batch, key: Array, step: Int[Array, ""]
@@ -171,6 +171,31 @@ def state_shardings(
     replicated: Any = NamedSharding(mesh, P())
     opt_shardings = sharding.like_parameters(opt_shapes, shardings, mesh)
     return TrainState(replicated, shardings, opt_shardings, replicated)
+
+
+def abstract_state(
+    shapes: Params, optimizer: optax.GradientTransformation, layout: TrainState
+) -> Any:
+    """Shapes and shardings of a train state, to compile for or to restore onto.
+
+    Args:
+        shapes: Of the parameters.
+        optimizer: From ``optimizer.build``.
+        layout: From ``state_shardings``.
+    """
+
+    def make() -> TrainState:
+        params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        step = jnp.asarray(0, jnp.int32)
+        return TrainState(step, params, optimizer.init(params), jax.random.key(0))
+
+    return jax.tree.map(
+        lambda shape, placed: jax.ShapeDtypeStruct(
+            shape.shape, shape.dtype, sharding=placed
+        ),
+        jax.eval_shape(make),
+        layout,
+    )
 
 
 def initial_state(

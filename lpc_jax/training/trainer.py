@@ -88,7 +88,9 @@ class Trainer:
             retry=setup.retry(config),
         )
         architecture = weights.read_architecture(model_path)
-        self.pairs = pairs = setup.read_pairs(config, model_path)
+        self.pairs = pairs = setup.read_pairs(
+            config, model_path, sharding.platform(mesh)
+        )
         _require_one_run(config, pairs)
         for line in pairs.train_report.lines():
             self.say(line)
@@ -139,13 +141,13 @@ class Trainer:
         )
         share = "" if trained == count else f", {trained / 1e6:.2f} M trained"
         axes = " ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
+        backend = setup.attention_backend(config, sharding.platform(self.mesh))
         self.say(
             f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
             f" ({latent / 1e6:.2f} M latent{share}), compute"
             f" {start.compute_dtype.name}\n"
             f"mesh: {self.mesh.size} x {self.mesh.devices.flat[0].device_kind}, {axes};"
-            f" attention: {setup.attention_backend(config)}; remat:"
-            f" {config.model.remat}\n"
+            f" attention: {backend}; remat: {config.model.remat}\n"
             f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
             f" {shape.rows} rows x {' or '.join(map(str, shape.row_lengths))} tokens,"
             f" {shape.scored} scored a row; {self.total_steps} steps\n"
@@ -203,25 +205,7 @@ class Trainer:
 
     def abstract_state(self) -> Any:
         """Shapes and shardings of the state, for restoring."""
-        shapes = jax.eval_shape(
-            lambda: TrainState(
-                jnp.asarray(0, jnp.int32),
-                jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.start.shapes),
-                self.optimizer.init(
-                    jax.tree.map(
-                        lambda s: jnp.zeros(s.shape, s.dtype), self.start.shapes
-                    )
-                ),
-                jax.random.key(0),
-            )
-        )
-        return jax.tree.map(
-            lambda shape, placed: jax.ShapeDtypeStruct(
-                shape.shape, shape.dtype, sharding=placed
-            ),
-            shapes,
-            self.layout,
-        )
+        return step.abstract_state(self.start.shapes, self.optimizer, self.layout)
 
     def step_batches(self, number: int) -> tuple[list[Batch], int, int]:
         """Micro-batches of a step on the mesh, its pairs and its real tokens."""

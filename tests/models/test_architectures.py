@@ -8,7 +8,8 @@ import json
 import pytest
 import transformers
 
-from lpc_jax.models import architectures
+from lpc_jax import config as cfg
+from lpc_jax.models import architectures, weights
 from lpc_jax.models.architectures import Architecture, RopeScaling
 
 # Llama-3.1-8B's config.json, less what no decoder reads.
@@ -245,3 +246,45 @@ def test_what_the_decoder_does_not_compute_is_named(change, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the whole message follows
         architectures.from_hf_config({**LLAMA31, **change}, "c.json")
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        # "Total parameters" of the safetensors published under each id.
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248),
+        ("princeton-nlp/Llama-3-Base-8B-SFT", 8_030_261_248),
+        ("alignment-handbook/zephyr-7b-sft-full", 7_241_732_096),
+        ("mistralai/Mistral-7B-Instruct-v0.2", 7_241_732_096),
+        ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+    ],
+)
+def test_a_known_model_has_as_many_parameters_as_published(path, parameters):
+    assert architectures.KNOWN[path].parameter_count() == parameters
+
+
+def test_a_known_model_is_what_its_config_json_says():
+    known = architectures.KNOWN
+    zephyr = known["alignment-handbook/zephyr-7b-sft-full"]
+    assert zephyr == architectures.from_hf_config(MISTRAL, "config.json")
+    # v0.2's differs in two fields.
+    fields = MISTRAL | {"rope_theta": 1e6, "sliding_window": None}
+    v02 = known["mistralai/Mistral-7B-Instruct-v0.2"]
+    assert v02 == architectures.from_hf_config(fields, "config.json")
+    # Llama 3's is 3.1's without the stretch.
+    fields = LLAMA31 | {"rope_scaling": None, "max_position_embeddings": 8192}
+    llama = known["meta-llama/Meta-Llama-3-8B-Instruct"]
+    assert llama == architectures.from_hf_config(fields, "config.json")
+
+
+@pytest.mark.smollm2
+def test_the_known_smollm2_is_the_one_in_the_package(smollm2):
+    known = architectures.KNOWN["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert weights.read_architecture(smollm2) == known
+
+
+@pytest.mark.parametrize("model", ["mistral_7b", "llama3", "llama3_instruct"])
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "ipo"])
+def test_the_papers_models_are_known(repository, model, loss):
+    config = cfg.read(str(repository / "configs" / f"{model}_{loss}.py"))
+    assert config.model.path in architectures.KNOWN

@@ -176,7 +176,7 @@ def tokens_of(pairs: setup.Pairs) -> list[tuple[bytes, bytes, bytes]]:
 
 
 def read(made: cfg.Config) -> setup.Pairs:
-    return setup.read_pairs(made, Path(made.model.path))
+    return setup.read_pairs(made, Path(made.model.path), "cpu")
 
 
 def test_a_tokenizer_may_lie_elsewhere(folder):
@@ -217,7 +217,7 @@ def test_bfloat16_computes_otherwise_on_the_same_masters(folder, base):
 
 
 def test_auto_is_float32_on_a_cpu(folder):
-    assert setup.compute_dtype(config(folder)) == jnp.dtype("float32")
+    assert setup.compute_dtype(config(folder), "cpu") == jnp.dtype("float32")
 
 
 def test_remat_recomputes_blocks_and_changes_no_number(folder, base):
@@ -453,17 +453,16 @@ def test_the_shape_of_a_micro_batch(folder, base):
     assert first_update(made) == pytest.approx(base, rel=1e-4, abs=1e-5)
 
 
-def test_the_gpu_kernel_is_refused_in_float32(folder, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_the_gpu_kernel_is_refused_in_float32(folder):
     model = {"attention": "cudnn", "compute_dtype": "float32"}
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
-        setup.attention_backend(config(folder, model=model))
+        setup.attention_backend(config(folder, model=model), "gpu")
     assert str(error.value) == (
         "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32. Use"
         " 'auto' for one of the two."
     )
     model["compute_dtype"] = "auto"  # bfloat16 there
-    assert setup.attention_backend(config(folder, model=model)) == "cudnn"
+    assert setup.attention_backend(config(folder, model=model), "gpu") == "cudnn"
 
 
 # --- training and run -----------------------------------------------------------------

@@ -1,0 +1,206 @@
+"""Accelerators by name: what one can do, and how many of them a slice has.
+
+Knows nothing of models or programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a maker's data sheet says of one accelerator.
+
+    Attributes:
+        name: As in ``v5e:8x8``.
+        platform: As JAX names it.
+        memory: Bytes of high-bandwidth memory.
+        flops: Dense bfloat16 operations a second, a multiply-add being two.
+        memory_bandwidth: Bytes a second to and from that memory.
+        link_bandwidth: Bytes a second that it can send to the others, all links taken
+            together. Where a source counts both directions, half of it.
+        cores_in_name: What the number in a name such as ``v5p-8`` counts for one chip.
+        layouts: The topology of a slice by its chips; None for GPUs.
+    """
+
+    name: str
+    platform: str
+    memory: int
+    flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    cores_in_name: int
+    layouts: dict[int, str] | None
+
+
+# Google Cloud, "TPU v5e" and "TPU v6e": supported configurations. The single chip is
+# compiled for with other host bounds than the rest, see plan.py.
+_PLANE = {
+    1: "1x1",
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
+}
+# Google Cloud, "TPU v5p": supported configurations, those of up to a cube of 8.
+_CUBE = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+}
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        # Google Cloud documentation, "TPU v5e" (docs.cloud.google.com/tpu/docs/v5e):
+        # 197 TFLOP/s, 16 GB (GiB: the compiler gives programs 15.75), 819 GB/s, ICI 400
+        # GB/s in both directions.
+        Chip("v5e", "tpu", 16 * GIB, 197e12, 819e9, 200e9, 1, _PLANE),
+        # The same, "TPU v5p": 459 TFLOP/s, 95 GiB, 2,765 GB/s, ICI 1,200 GB/s in both
+        # directions. A name counts cores, two a chip.
+        Chip("v5p", "tpu", 95 * GIB, 459e12, 2765e9, 600e9, 2, _CUBE),
+        # The same, "TPU v6e": 918 TFLOP/s, 32 GB (GiB), 1,640 GB/s (1,600 in other
+        # editions of the page), ICI 800 GB/s in both directions.
+        Chip("v6e", "tpu", 32 * GIB, 918e12, 1640e9, 400e9, 1, _PLANE),
+        # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOP/s dense, 2,039 GB/s, NVLink 600
+        # GB/s in both directions.
+        Chip("a100", "gpu", 80 * 10**9, 312e12, 2039e9, 300e9, 1, None),
+        # NVIDIA H100 data sheet, SXM: 1,979 TFLOP/s with sparsity, half of it dense; 80
+        # GB at 3.35 TB/s; NVLink 900 GB/s in both directions.
+        Chip("h100", "gpu", 80 * 10**9, 989e12, 3350e9, 450e9, 1, None),
+        # NVIDIA H200 data sheet, SXM: as the H100, with 141 GB at 4.8 TB/s.
+        Chip("h200", "gpu", 141 * 10**9, 989e12, 4800e9, 450e9, 1, None),
+    )
+}
+# As Google's accelerator types spell it.
+_ALIASES = {"v5litepod": "v5e"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Some chips of one kind, wired to each other.
+
+    Attributes:
+        chip: Each of them.
+        count: How many.
+        topology: As the TPU compiler knows it (``v5e:8x8``); None for GPUs.
+    """
+
+    chip: Chip
+    count: int
+    topology: str | None
+
+    @property
+    def name(self) -> str:
+        """As a person would write it."""
+        return self.topology or f"{self.count} x {self.chip.name}"
+
+
+def parse_topology(text: str) -> Slice:
+    """The slice that ``--topology`` names: ``v5e:8x8``, or by marketing ``v5p-8``.
+
+    Raises:
+        ValueError: No such chip, or no such slice of it.
+    """
+    matched = re.fullmatch(r"(?:tpu:)?([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text)
+    if not matched:
+        raise ValueError(
+            "--topology must be a chip and its layout such as v5e:8x8 or v5p:2x2x1, or"
+            f" a name such as v5p-8, got {text!r}.{_example(text)}"
+        )
+    chip = _tpu(matched.group(1), text)
+    assert chip.layouts is not None
+    if matched.group(2):
+        count, rest = divmod(int(matched.group(2)), chip.cores_in_name)
+        if rest or count not in chip.layouts:
+            names = [f"{chip.name}-{n * chip.cores_in_name}" for n in chip.layouts]
+            raise ValueError(
+                f"--topology: a {chip.name} slice must be one of {', '.join(names)},"
+                f" got {text!r}. Use one of these, or name a layout such as"
+                f" {chip.name}:{next(iter(chip.layouts.values()))}."
+            )
+        return Slice(chip, count, f"{chip.name}:{chip.layouts[count]}")
+    layout = matched.group(3)
+    if layout not in chip.layouts.values():
+        layouts = ", ".join(f"{chip.name}:{known}" for known in chip.layouts.values())
+        raise ValueError(
+            f"--topology: the layout of a {chip.name} slice must be one of {layouts},"
+            f" got {text!r}. Use one of these."
+        )
+    count = math.prod(map(int, layout.split("x")))
+    return Slice(chip, count, f"{chip.name}:{layout}")
+
+
+def parse_devices(text: str) -> Slice:
+    """The chips that ``--devices`` names: ``gpu:8xh100``, ``tpu:4xv5p``.
+
+    Raises:
+        ValueError: Not of that form, or no such chip.
+    """
+    matched = re.fullmatch(r"(?:(gpu|tpu):)?([1-9]\d*)x([a-z0-9]+)", text)
+    platform, count, name = matched.groups() if matched else (None, None, "")
+    chip = CHIPS.get(_ALIASES.get(name, name))
+    if chip is None or count is None or platform not in (None, chip.platform):
+        known = ", ".join(f"{c.platform}:8x{c.name}" for c in CHIPS.values())
+        raise ValueError(
+            f"--devices must be a number of chips such as {known}, got {text!r}."
+            " Use one of these kinds."
+        )
+    return Slice(chip, int(count), None)
+
+
+def named(*, topology: str | None, devices: str | None) -> Slice:
+    """The slice that one of the two flags names.
+
+    Raises:
+        ValueError: Not exactly one is given, or it names nothing that there is.
+    """
+    if (topology is None) == (devices is None):
+        raise ValueError(
+            "exactly one of --topology and --devices is required, got"
+            f" {'neither' if topology is None else 'both'}. Use --topology v5e:8x8 to"
+            " compile for a TPU slice, --devices gpu:8xh100 for arithmetic."
+        )
+    if topology is not None:
+        return parse_topology(topology)
+    assert devices is not None
+    return parse_devices(devices)
+
+
+def _tpu(name: str, text: str) -> Chip:
+    chip = CHIPS.get(_ALIASES.get(name, name))
+    tpus = [known.name for known in CHIPS.values() if known.platform == "tpu"]
+    if chip is None or chip.platform != "tpu":
+        hint = " For GPUs use --devices." if chip is not None else _near(name)
+        raise ValueError(
+            f"--topology: the chip must be one of {', '.join(tpus)}, got {name!r} in"
+            f" {text!r}.{hint}"
+        )
+    return chip
+
+
+def _example(text: str) -> str:
+    chip = CHIPS.get(text)
+    if chip is None or chip.layouts is None:
+        return _near(text)
+    return f" Did you mean {chip.name}-{64 * chip.cores_in_name}?"
+
+
+def _near(text: str) -> str:
+    names = [c.name for c in CHIPS.values() if c.platform == "tpu"]
+    near = difflib.get_close_matches(re.split("[:-]", text)[0], names, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else f" There are {', '.join(names)}."
