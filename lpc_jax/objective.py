@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lpc_jax import axes
 from lpc_jax import config as cfg
 from lpc_jax.losses import latent as latent_losses
 from lpc_jax.losses import preference, sequence
@@ -105,6 +106,8 @@ def _answer_logp(
     """Log-probability of each answer given z (eq. 10), and of its last token."""
     scored = read_at(hidden, batch.score_from)
     if vector is not None:
+        # The codebook's columns lie over fsdp; left alone, so would all rows' vectors.
+        vector = axes.constrain(vector, "R P D")
         scored = scored + read_at(vector, batch.score_slot // 2).astype(scored.dtype)
     token_logp = sequence.token_logp(
         scored,

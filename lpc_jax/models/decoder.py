@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import attention, block_attention, projection
+from lpc_jax.models import attention, block_attention, embedding, projection
 from lpc_jax.models.adapters import BlockAdapters, PartAdapters, adapted
 from lpc_jax.models.architectures import Architecture
 
@@ -250,7 +250,8 @@ class Decoder(nnx.Module):
             backend=self.attention_backend,
         )
         angles = positions[..., None] * rope_frequencies(self.architecture)
-        x = self.embedding.astype(self.compute_dtype)[tokens]
+        # Cast after: the table's gradient is summed in its own precision.
+        x = embedding.look_up(self.embedding[...], tokens).astype(self.compute_dtype)
         x = axes.constrain(x, "R T D")
         # None, as a module without parameters, has an empty state.
         graph, stacked = nnx.split((self.blocks, adapters))

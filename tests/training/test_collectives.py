@@ -6,6 +6,9 @@ of one that XLA compiles; the step's against what FSDP is meant to be.
 
 import itertools
 import math
+import os
+import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -304,10 +307,40 @@ def unexpected(text, run, sizes):
     return found
 
 
+def compiled(program):
+    """The program, and what the compiler said on the process's standard error."""
+    with tempfile.TemporaryFile() as file:
+        sys.stderr.flush()
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            made = program.compile()
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        file.seek(0)
+        return made, file.read().decode()
+
+
 @pytest.fixture(scope="module", params=MESHES, ids=str)
 def step_on(request):
     run, mesh, program = lowered(request.param)
-    return request.param, run, mesh, program, program.compile()
+    made, said = compiled(program)
+    # XLA's words for: every device will hold the whole of this.
+    assert "full rematerialization" not in said
+    return request.param, run, mesh, program, made
+
+
+def test_what_every_device_would_hold_whole_is_said_by_the_compiler():
+    # Rows that lie over one axis, read by columns that lie over it, in three axes.
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices())
+    table = NamedSharding(mesh, P("tensor", "fsdp"))
+    rows = NamedSharding(mesh, P(("data", "fsdp")))
+    program = jax.jit(lambda table, tokens: table[tokens], out_shardings=rows).lower(
+        jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=table),
+        jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=rows),
+    )
+    assert "full rematerialization" in compiled(program)[1]
 
 
 def test_fsdp_gathers_weights_and_never_the_batchs_activations(step_on):

@@ -84,7 +84,7 @@ TESTED_IN = {
     "training.log_every": "test_how_often_a_run_logs_evaluates_and_saves",
     "training.eval_every": "test_how_often_a_run_logs_evaluates_and_saves",
     "training.checkpoint_every": "test_how_often_a_run_logs_evaluates_and_saves",
-    "training.max_skipped": "tests/training/test_loop.py",
+    "training.max_skipped": "tests/training/test_faults.py",
     "distributed.coordinator": "tests/test_processes.py",
     "distributed.processes": "tests/test_processes.py",
     "distributed.process": "tests/test_processes.py",

@@ -1,0 +1,69 @@
+"""Token embeddings, looked up where their columns lie.
+
+Knows nothing of what reads them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from lpc_jax import axes
+
+
+def look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "R T"]
+) -> Float[Array, "R T D"]:
+    """``table[tokens]``; on a mesh each device reads its own part of the table.
+
+    A device reads the columns that it holds for all rows that share the table with
+    its own, and rows change places with columns (all-to-all): what moves are
+    embeddings of one batch, there and, as gradients, back. Left to the compiler every
+    device would hold and sum a gradient of the whole table.
+
+    Args:
+        table: Split over ``tensor`` by V and over ``fsdp`` by D, where they divide.
+        tokens: Split by rows.
+    """
+    rows = axes.split_over("R", tokens.shape[0])
+    vocabulary = axes.split_over("V", table.shape[0])
+    width = axes.fsdp_over(table.shape[1])
+    if rows is None and vocabulary is None and width is None:
+        return table[tokens]
+    if rows is None:  # too few rows for the mesh: nothing to change places with
+        width = None
+    return jax.shard_map(
+        functools.partial(_look_up_part, vocabulary=vocabulary, width=width),
+        in_specs=(P(vocabulary, width), P(rows)),
+        out_specs=P(rows),
+        check_vma=False,
+    )(table, tokens)
+
+
+def _look_up_part(
+    table: Float[Array, "part_V part_D"],
+    tokens: Int[Array, "part_R T"],
+    *,
+    vocabulary: tuple[str, ...] | None,
+    width: tuple[str, ...] | None,
+) -> Float[Array, "part_R T D"]:
+    """What one device does: its columns for many rows become its rows whole."""
+    if width is not None:
+        tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
+    if vocabulary is not None:
+        tokens = tokens - jax.lax.axis_index(vocabulary) * table.shape[0]
+        here = (tokens >= 0) & (tokens < table.shape[0])
+        found = jnp.where(here[..., None], table[jnp.where(here, tokens, 0)], 0)
+    else:
+        found = table[tokens]
+    if width is not None:
+        found = jax.lax.all_to_all(
+            found, width, split_axis=0, concat_axis=2, tiled=True
+        )
+    if vocabulary is not None:
+        found = jax.lax.psum(found, vocabulary)
+    return found
