@@ -22,8 +22,8 @@ def look_up(
 
     A device reads the columns that it holds for all rows that share the table with
     its own, and rows change places with columns (all-to-all): what moves are
-    embeddings of one batch, there and, as gradients, back. Left to the compiler every
-    device would hold and sum a gradient of the whole table.
+    embeddings of one batch, there and, as gradients, back. Over ``fsdp`` alone the
+    compiler finds the same; over three axes it would hold all rows on every device.
 
     Args:
         table: Split over ``tensor`` by V and over ``fsdp`` by D, where they divide.

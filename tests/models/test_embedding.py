@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from lpc_jax import axes, sharding
 from lpc_jax.models import embedding
@@ -70,22 +67,3 @@ def test_every_mesh_gives_numpys_rows_and_their_summed_gradient(
             )
     np.testing.assert_array_equal(found, table[tokens])
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("sizes", [m for m in MESHES if m["data"] < 8], ids=str)
-def test_no_device_holds_more_of_the_gradient_than_its_own_part(sizes):
-    mesh = sharding.make_mesh(**sizes, devices=jax.devices())
-    whole = NamedSharding(mesh, P("tensor", "fsdp"))
-    by_rows = NamedSharding(mesh, P(("data", "fsdp")))
-    given = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
-        for x, placed in zip(
-            numbers(VOCABULARY, ROWS), (whole, by_rows, by_rows), strict=True
-        )
-    ]
-    with jax.set_mesh(mesh):
-        program = jax.jit(pull, out_shardings=(whole, by_rows)).lower(*given)
-    text = program.compile().as_text()
-    part = (VOCABULARY // sizes["tensor"], WIDTH // sizes["fsdp"])
-    assert f"f32[{part[0]},{part[1]}]" in text
-    assert f"f32[{VOCABULARY},{WIDTH}]" not in text
