@@ -25,6 +25,10 @@ from lpc_jax import axes
 # Rows of the head in a tile: the gradient of so many stays in a CPU's cache while
 # positions are added to it (docs/performance.md).
 TILE = 4096
+# A tile's rows are a multiple of it where the vocabulary is larger: gradients of others,
+# such as Llama 3's 4,008, the TPU's compiler sums on every device before each keeps its
+# part (docs/pods.md).
+_TILE_UNIT = 32
 
 # Below any logit; finite, so that nothing seen yet has no NaN.
 _UNSEEN = -1e30
@@ -160,8 +164,9 @@ class _Tile:
 
 def _tiles(vocabulary: int) -> tuple[int, int]:
     """How many tiles, and rows in each."""
-    count = -(-vocabulary // TILE)
-    return count, -(-vocabulary // count)
+    even = -(-vocabulary // -(-vocabulary // TILE))
+    size = min(even + -even % _TILE_UNIT, vocabulary)
+    return -(-vocabulary // size), size
 
 
 def _tile(head: Array, i: Array, dtype: Any, split: _Split) -> _Tile:

@@ -23,10 +23,15 @@ def float64_logp():
     return np.take_along_axis(logits, TOKENS[..., None], -1)[..., 0] - normaliser
 
 
+def small_tiles(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(sequence, "TILE", size)
+    monkeypatch.setattr(sequence, "_TILE_UNIT", 1)
+
+
 @pytest.fixture(params=[4096, 23, 12, 5, 1])
 def tile(request, monkeypatch):
     """Of 23 tokens: one tile, tiles that repeat some of the one before, single rows."""
-    monkeypatch.setattr(sequence, "TILE", request.param)
+    small_tiles(monkeypatch, request.param)
 
 
 @pytest.mark.usefixtures("tile")
@@ -82,8 +87,27 @@ def test_chunks_without_a_scored_position_are_not_computed(scored, computed):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+# Vocabularies of Llama 3, Mistral, SmolLM2, Llama 3 over 8 devices, and small ones.
+@pytest.mark.parametrize(
+    ("vocabulary", "tiles"),
+    [
+        (128_256, (32, 4032)),
+        (32_000, (8, 4000)),
+        (49_152, (12, 4096)),
+        (16_032, (4, 4032)),
+        (4096, (1, 4096)),
+        (97, (1, 97)),
+        (4097, (2, 2080)),
+    ],
+)
+def test_tiles_cover_the_vocabulary_in_sizes_that_tpus_scatter(vocabulary, tiles):
+    count, size = sequence._tiles(vocabulary)
+    assert (count, size) == tiles
+    assert (count - 1) * size < vocabulary <= count * size
+
+
 def test_logits_of_all_positions_are_never_held(monkeypatch):
-    monkeypatch.setattr(sequence, "TILE", 128)
+    small_tiles(monkeypatch, 128)
     rows, positions, vocabulary = 2, 256, 512
     hidden = jnp.zeros((rows, positions, 8))
     head = jnp.zeros((vocabulary, 8))
@@ -152,7 +176,7 @@ def mesh_case():
 def test_a_split_head_and_rows_give_the_same_values_and_gradients(
     shape, size, monkeypatch
 ):
-    monkeypatch.setattr(sequence, "TILE", size)
+    small_tiles(monkeypatch, size)
     (hidden, head, tokens, mask, weights), picked, expected = mesh_case()
 
     def total(hidden, head):
@@ -172,7 +196,7 @@ def test_a_split_head_and_rows_give_the_same_values_and_gradients(
 
 def test_devices_exchange_tiles_of_the_head_and_never_all_of_it(monkeypatch):
     """fsdp gathers one tile's columns at a time and scatters its gradient likewise."""
-    monkeypatch.setattr(sequence, "TILE", 16)
+    small_tiles(monkeypatch, 16)
     mesh = on_mesh(1, 2, 2)
     (hidden, head, tokens, mask, _), _, _ = mesh_case()
 
