@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HAS := $(VENV)/.has
 
-.PHONY: quickstart test parity bench run-bench plan run-plan lint clean
+.PHONY: quickstart test soak parity bench run-bench plan run-plan lint clean
 
 # Huge pages for large allocations save a tenth of the time where glibc has them.
 quickstart: $(HAS)-quickstart
@@ -21,6 +21,20 @@ quickstart: $(HAS)-quickstart
 
 test: $(HAS)-dev
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# The tests that more examples, kills and bytes make stronger, one after the other. Bad
+# inputs are other ones each time; the seed that is printed gives them again:
+# LPC_JAX_BAD_INPUTS_SEED=N make soak
+SOAK := LPC_JAX_BAD_INPUTS=$${LPC_JAX_BAD_INPUTS:-2000} \
+    LPC_JAX_KILLS=$${LPC_JAX_KILLS:-50} \
+    LPC_JAX_CHECKPOINT_BYTES=$${LPC_JAX_CHECKPOINT_BYTES:-2000000000}
+KILLED := test_a_run_killed_at_any_moment_ends_bit_by_bit_as_the_unbroken_one
+SCALE := test_a_sharded_checkpoint_loads_within_1_3_of_its_size_each_device_its_eighth
+
+soak: $(HAS)-dev
+	$(SOAK) $(BIN)/python -m pytest -s --durations=0 --durations-min=1 \
+	    tests/test_random_bad_input.py tests/training/test_faults.py::$(KILLED) \
+	    tests/models/test_weights.py::$(SCALE) $(ARGS)
 
 parity: $(HAS)-parity
 	$(BIN)/python -m pytest -m parity $(ARGS)

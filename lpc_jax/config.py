@@ -22,6 +22,12 @@ from typing import Any, Literal
 
 import tyro
 
+# Of 64 bits, as arrays and files hold.
+_LARGEST_INTEGER = 2**63 - 1
+# What the file systems of Linux and macOS take, in bytes.
+_LONGEST_NAME = 255
+_LONGEST_SHOWN = 200
+
 
 def _type_matches(value: Any, hint: Any) -> bool:
     """Whether a value fits one of the annotations this module uses."""
@@ -66,6 +72,34 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def _is_within_64_bits(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_within_64_bits, value.values()))
+    return not isinstance(value, int) or abs(value) <= _LARGEST_INTEGER
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all texts in a value can be written to a file, and name one."""
+    if isinstance(value, dict):
+        return all(map(_is_text, [*value, *value.values()]))
+    if isinstance(value, tuple):
+        return all(map(_is_text, value))
+    if not isinstance(value, str):
+        return True
+    return "\0" not in value and value == value.encode(errors="ignore").decode()
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, at a readable length."""
+    try:
+        written = repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return f"{type(value).__name__} with too many digits to write"
+    if len(written) <= _LONGEST_SHOWN:
+        return written
+    return f"{written[:_LONGEST_SHOWN]}... ({len(written):,} characters)"
+
+
 class Settings:
     """Checks, when a settings object is made: names, then types, then meaning."""
 
@@ -105,6 +139,15 @@ class Settings:
                 "",
             )
             self._require(_is_finite(value), field.name, "must be finite", "")
+            self._require(
+                _is_within_64_bits(value), field.name, "must fit into 64 bits", ""
+            )
+            self._require(
+                _is_text(value),
+                field.name,
+                "must be text without NUL and half surrogates",
+                "No file could be named so.",
+            )
         self._check()
 
     def _check(self) -> None:
@@ -113,7 +156,7 @@ class Settings:
     def _require(self, holds: bool, name: str, expected: str, remedy: str) -> None:
         if not holds:
             raise ValueError(
-                f"{self.section}{name} {expected}, got {getattr(self, name)!r}."
+                f"{self.section}{name} {expected}, got {_shown(getattr(self, name))}."
                 f" {remedy}".rstrip()
             )
 
@@ -593,9 +636,12 @@ class Config(Settings):
     def _check(self) -> None:
         self._require(
             self.name not in ("", ".", "..")
-            and os.path.basename(self.name) == self.name,
+            and os.path.basename(self.name) == self.name
+            and self.name.isprintable()
+            and len(self.name.encode()) <= _LONGEST_NAME,
             "name",
-            "must be a plain folder name",
+            f"must be a plain folder name, printable and of at most {_LONGEST_NAME}"
+            " bytes",
             "",
         )
         if self.data.eval is None:

@@ -20,12 +20,28 @@ DEEPEST = 100
 _BLOBS, _DIGEST = "blobs", re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
+# What of a file's own words goes into a message.
+_LONGEST_SHOWN = 200
+
+
+def shown(said: object, *, most: int = _LONGEST_SHOWN) -> str:
+    """What a file says, fit for a line of a message: printable, and cut where long.
+
+    A terminal obeys control characters, and cannot write half a surrogate pair.
+    """
+    text = str(said)
+    short = text if len(text) <= most else text[:most] + "..."
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in short
+    )
+
+
 def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {twice!r:.80} is there twice")
+        raise ValueError(f"the key {shown(repr(twice), most=80)} is there twice")
     return found
 
 

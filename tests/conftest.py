@@ -37,6 +37,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 _matplotlib_folder = tempfile.TemporaryDirectory(prefix="lpc_jax-matplotlib-")
 os.environ["MPLCONFIGDIR"] = _matplotlib_folder.name
 
+# Hypothesis writes tables of characters, as large as a few tests.
+_hypothesis_folder = tempfile.TemporaryDirectory(prefix="lpc_jax-hypothesis-")
+os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = _hypothesis_folder.name
+
 # types.py: JAX rebuilds its pytrees with leaves that are no arrays. config.py: holds no
 # arrays and checks its own types, in the user's words.
 _UNCHECKED = {"lpc_jax.types", "lpc_jax.config"}

@@ -459,9 +459,63 @@ MEANINGS = [
         "mesh.fsdp must be a number when another axis is -1, got -1. At most one axis"
         " can take what is left.",
     ),
-    (minimal, {"name": ""}, "name must be a plain folder name, got ''."),
-    (minimal, {"name": ".."}, "name must be a plain folder name, got '..'."),
-    (minimal, {"name": "a/b"}, "name must be a plain folder name, got 'a/b'."),
+    (
+        minimal,
+        {"name": ""},
+        "name must be a plain folder name, printable and of at most 255 bytes, got ''.",
+    ),
+    (
+        minimal,
+        {"name": ".."},
+        "name must be a plain folder name, printable and of at most 255 bytes,"
+        " got '..'.",
+    ),
+    (
+        minimal,
+        {"name": "a/b"},
+        "name must be a plain folder name, printable and of at most 255 bytes,"
+        " got 'a/b'.",
+    ),
+    (
+        minimal,
+        {"name": "a\x1b[31m"},
+        "name must be a plain folder name, printable and of at most 255 bytes, got"
+        " 'a\\x1b[31m'.",
+    ),
+    (
+        minimal,
+        {"name": "n" * 256},
+        "name must be a plain folder name, printable and of at most 255 bytes, got"
+        f" '{'n' * 199}... (258 characters).",
+    ),
+    (
+        cfg.Optimizer,
+        {"learning_rate": 10**400},
+        f"optimizer.learning_rate must fit into 64 bits, got 1{'0' * 199}..."
+        " (401 characters).",
+    ),
+    (
+        cfg.Training,
+        {"seed": 10**5000},
+        "training.seed must fit into 64 bits, got int with too many digits to write.",
+    ),
+    (
+        cfg.Optimizer,
+        {"options": {"b1": 2**63}},
+        "optimizer.options must fit into 64 bits, got {'b1': 9223372036854775808}.",
+    ),
+    (
+        cfg.Run,
+        {"folder": "a\0b"},
+        "run.folder must be text without NUL and half surrogates, got 'a\\x00b'. No"
+        " file could be named so.",
+    ),
+    (
+        cfg.Data,
+        {"train": "\ud83d"},
+        "data.train must be text without NUL and half surrogates, got '\\ud83d'. No"
+        " file could be named so.",
+    ),
     (
         minimal,
         {"training": cfg.Training(eval_every=5)},

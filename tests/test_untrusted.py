@@ -755,6 +755,30 @@ def test_a_parquet_file_with_garbage_in_it_is_refused(tmp_path, at):
     assert refusal(read, file).startswith(f"{file}")
 
 
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected", "source"])
+def test_half_of_a_surrogate_pair_is_named_and_its_row_refused(tmp_path, field):
+    rows = [PLAIN | {"source": "x"}, PLAIN | {"source": "x", field: "cut \ud83d"}]
+    file = runs.write_pairs(tmp_path / "a.jsonl", rows)
+    assert refusal(read, file) == (
+        "a.jsonl:2: expected text, got '\\ud83d' at 4, half of a pair that stands for"
+        " one character: cut \\ud83d. It may have been cut there: mend or remove the"
+        " row."
+    )
+
+
+def test_a_message_shows_control_characters_and_not_all_of_a_long_text(tmp_path, model):
+    file = runs.write_pairs(tmp_path / "a.jsonl", [{"\x1b[31m": 1}, {"k" * 9999: 1}])
+    assert "rejected, got \\x1b[31m. Add it" in refusal(read, file)
+    file.write_text(file.read_text().splitlines()[1])
+    assert f"got {'k' * 200}.... Add it" in refusal(read, file)
+    tensors = safetensors.numpy.load_file(model / "model.safetensors")
+    tensors["\x1b[31m" + "n" * 999] = np.zeros(1, np.float32)
+    safetensors.numpy.save_file(tensors, model / "model.safetensors")
+    message = refusal(check, model)
+    assert f"unexpected: \\x1b[31m{'n' * 195}...\n" in message
+    assert untrusted.shown("\ud83d\t", most=1) == "\\ud83d..."
+
+
 # --- tokenizers and templates ---------------------------------------------------------
 
 REMOTE = """
@@ -799,6 +823,83 @@ def test_code_that_comes_with_a_tokenizer_is_not_run(model, marker, change):
         " it, or is broken ("
     )
     assert not marker.exists()
+
+
+def spoil(file: Path, change: dict[str, Any]) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": None}, {"added_tokens": [{}]}, {"pre_tokenizer": {"type": 1}}]
+)
+def test_a_tokenizer_json_that_its_library_cannot_read_is_named(model, change):
+    file = model / "tokenizer.json"
+    spoil(file, change)
+    message = refusal(lambda: tokenizer.load(model, chat_template=None))
+    assert message.startswith(
+        f"{file}: expected a tokenizer as the tokenizers library writes it, got one"
+        " that it cannot read ("
+    )
+    assert message.endswith(
+        "). Fetch it again, or set model.tokenizer to a folder with a whole one."
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokenizer_class": True},  # AttributeError
+        {"bos_token": []},  # TypeError
+        {"extra_special_tokens": 5},  # TypeError
+        {"model_max_length": []},  # TypeError, at the first use
+    ],
+    ids=str,
+)
+def test_a_tokenizer_config_of_wrong_kinds_is_refused(model, change):
+    spoil(model / "tokenizer_config.json", change)
+    message = refusal(lambda: tokenizer.load(model, chat_template=None))
+    assert message.startswith(f"{model}: the tokenizer cannot be loaded without")
+
+
+@pytest.mark.parametrize("template", [1, {"tools": "{{ 1 }}"}, {"default": 1}])
+def test_a_chat_template_that_is_no_text_is_refused(model, template):
+    named = (
+        [{"name": name, "template": text} for name, text in template.items()]
+        if isinstance(template, dict)
+        else template
+    )
+    spoil(model / "tokenizer_config.json", {"chat_template": named})
+    assert refusal(lambda: tokenizer.load(model, chat_template=None)).startswith(
+        f"{model}: the chat template must be a text, or several by name with one called"
+        " default, got {'"
+    )
+
+
+def test_a_chat_template_in_another_encoding_is_refused(model):
+    file = model / "t.jinja"
+    file.write_bytes(b"{{ 1 }}\xff")
+    message = refusal(lambda: tokenizer.load(model, chat_template=str(file)))
+    assert message == (
+        f"model.chat_template = '{file}': expected a Jinja chat template in UTF-8, got"
+        " a file with byte 0xff at 7. Save it as UTF-8."
+    )
+
+
+def test_a_gguf_token_that_is_no_text_is_refused(tmp_path):
+    file = tmp_path / "m.gguf"
+    name = gguf_text("tokenizer.ggml.model") + struct.pack("<IQ", STRING, 1) + b"\xff"
+    file.write_bytes(gguf_bytes(name, count=1))
+    message = refusal(lambda: tokenizer.load(file, chat_template=None))
+    assert message.startswith(
+        f"{file}: expected a GGUF file, got a broken or truncated one ('utf-8' codec"
+    )
+
+
+def test_gguf_merges_of_unknown_tokens_are_refused():
+    metadata = tiny_tokenizers.metadata(merges=["x yy"])
+    assert refusal(lambda: tokenizer.from_metadata(metadata, file="m.gguf")).startswith(
+        "m.gguf: its metadata fields make no tokenizer ("
+    )
 
 
 ESCAPES = {

@@ -17,6 +17,7 @@ import jinja2
 import numpy as np
 from jaxtyping import Int32
 
+from lpc_jax import untrusted
 from lpc_jax.data.examples import EMPTY, PreferenceExample
 from lpc_jax.data.report import Drops, Report, quantiles
 from lpc_jax.data.tokenizer import TEMPLATE_REMEDY, Tokenizer, opens_with_bos
@@ -243,9 +244,13 @@ def _render(
         header = tokenizer.apply_chat_template(
             prompt, tokenize=False, add_generation_prompt=True
         )
-    except (jinja2.TemplateError, TypeError, ArithmeticError, RecursionError) as e:
-        # Templates run in jinja's sandbox, which raises at a way out of it.
-        raise _Dropped(f"{REFUSED}: {e}") from e
+    except (
+        *(jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError),
+        *(ArithmeticError, RecursionError),
+    ) as e:
+        # Templates run in jinja's sandbox, which raises at a way out of it; the rest
+        # is what their expressions raise, such as ''.index('a').
+        raise _Dropped(f"{REFUSED}: {untrusted.shown(e)}") from e
     return str(header), str(chosen), str(rejected)
 
 

@@ -194,7 +194,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise ValueError(
             f"{file}:{number + 1}: expected gzip data, got a broken or truncated file"
-            f" ({e}). Fetch or compress the file again."
+            f" ({untrusted.shown(e)}). Fetch or compress the file again."
         ) from e
 
 
@@ -224,7 +224,8 @@ def _decode(text: bytes, where: str) -> Any:
         ) from e
     except ValueError as e:
         raise ValueError(
-            f"{where}: expected JSON, got a text that is {e}. Mend or remove it."
+            f"{where}: expected JSON, got a text that is {untrusted.shown(e)}. Mend or"
+            " remove it."
         ) from e
 
 
@@ -264,7 +265,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         raise ValueError(
             f"{file}: expected a parquet file, got a broken or truncated one after row"
-            f" {number} ({reason}). Fetch or write the file again."
+            f" {number} ({untrusted.shown(reason)}). Fetch or write the file again."
         ) from e
 
 
@@ -324,7 +325,8 @@ def parse(row: Any, *, origin: str, index: int) -> PreferenceExample:
         if row.get(name) is None:
             raise ValueError(
                 f"{origin}: the field {name!r} is missing; expected prompt, chosen and"
-                f" rejected, got {', '.join(row) or 'none'}. Add it or remove the row."
+                f" rejected, got {untrusted.shown(', '.join(row)) or 'none'}. Add it or"
+                " remove the row."
             )
     kinds = tuple(type(row.get(name)) for name in ("prompt", "chosen", "rejected"))
     if kinds == (list, list, list):
@@ -336,24 +338,43 @@ def parse(row: Any, *, origin: str, index: int) -> PreferenceExample:
     elif kinds == (type(None), str, str):
         raise ValueError(
             f"{origin}: the field 'prompt' is missing; expected prompt, chosen and"
-            f" rejected, got {', '.join(row)}. Add it or remove the row."
+            f" rejected, got {untrusted.shown(', '.join(row))}. Add it or remove the"
+            " row."
         )
     else:
         seen = ", ".join(f"{k} ({type(v).__name__})" for k, v in row.items())
         raise ValueError(
             f"{origin}: not a known form of preference pair. Expected {_FORMS}; got"
-            f" {seen}. Convert the row to one of these."
+            f" {untrusted.shown(seen)}. Convert the row to one of these."
         )
-    _require_preference(prompt, chosen, rejected)
     source = row.get("source")
+    source = source if isinstance(source, str) and source else NO_SOURCE
+    for message in (*prompt, chosen, rejected):
+        _require_characters(origin, *message.values())
+    _require_characters(origin, source)
+    _require_preference(prompt, chosen, rejected)
     return PreferenceExample(
         prompt=tuple(prompt),
         chosen=chosen["content"],
         rejected=rejected["content"],
-        source=source if isinstance(source, str) and source else NO_SOURCE,
+        source=source,
         origin=origin,
         index=index,
     )
+
+
+def _require_characters(origin: str, *texts: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(
+                f"{origin}: expected text, got {text[e.start]!r} at {e.start}, half of"
+                f" a pair that stands for one character:"
+                f" {untrusted.shown(text[max(0, e.start - 20) : e.end + 20])}. It may"
+                " have been cut there: mend or remove the row."
+            ) from e
 
 
 def _require_preference(
@@ -418,6 +439,7 @@ def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
         ):
             raise ValueError(
                 f"{origin}: message {number} of {name} must be an object with the"
-                f" strings role and content, got {item!r:.80}. Mend or remove the row."
+                f" strings role and content, got"
+                f" {untrusted.shown(repr(item), most=80)}. Mend or remove the row."
             )
     return [{"role": item["role"], "content": item["content"]} for item in items]

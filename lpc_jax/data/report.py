@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from jaxtyping import Int
 from rich.table import Table
+from rich.text import Text
 
 ORIGINS_KEPT = 5
 QUANTILES = {"least": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
@@ -124,8 +125,11 @@ class Report:
         rules.columns[1].justify = "right"
         rules.add_row("read", f"{self.read:,}", "")
         for rule, count in self.drops.counts.items():
+            # As text: rich would take brackets of a file's words for its markup.
             rules.add_row(
-                f"dropped: {rule}", f"{count:,}", ", ".join(self.drops.origins[rule])
+                Text(f"dropped: {rule}"),
+                f"{count:,}",
+                Text(", ".join(self.drops.origins[rule])),
             )
         rules.add_row("kept", f"{self.kept:,}", "", style="bold")
         for name, count in (
@@ -149,7 +153,7 @@ class Report:
         for column in sources.columns[1:]:
             column.justify = "right"
         for name, count in self.sources.items():
-            sources.add_row(name, f"{count:,}", f"{count / self.kept:.1%}")
+            sources.add_row(Text(name), f"{count:,}", f"{count / self.kept:.1%}")
         return [rules, lengths, sources]
 
 

@@ -5,9 +5,10 @@ Knows nothing of pairs. Needs no torch: a GGUF's tokenizer is built from its met
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ _LLAMA3_SPLIT = (
 )
 
 
+_NO_TOKENIZER = (
+    "{file}: its metadata fields make no tokenizer ({{reason}}). Fetch it again, or set"
+    " model.tokenizer to the model's folder with tokenizer.json."
+)
+
+
 def load(path: Path, *, chat_template: str | None) -> Tokenizer:
     """The tokenizer of a model.
 
@@ -69,8 +76,29 @@ def load(path: Path, *, chat_template: str | None) -> Tokenizer:
                 f"model.chat_template = {chat_template!r}: expected a file with a Jinja"
                 " chat template, got no such file. Check the path."
             )
-        loaded.chat_template = file.read_text(encoding="utf-8")
+        try:
+            loaded.chat_template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(
+                f"model.chat_template = {chat_template!r}: expected a Jinja chat"
+                f" template in UTF-8, got a file with byte {e.object[e.start]:#04x} at"
+                f" {e.start}. Save it as UTF-8."
+            ) from e
+    _check_template(loaded.chat_template, path)
     return loaded
+
+
+def _check_template(template: Any, path: Path) -> None:
+    """A text, or several by name, of which conversations take the default."""
+    named = template if isinstance(template, dict) else {"default": template}
+    if template is not None and (
+        "default" not in named or not all(isinstance(t, str) for t in named.values())
+    ):
+        kinds = {name: type(text).__name__ for name, text in named.items()}
+        raise ValueError(
+            f"{path}: the chat template must be a text, or several by name with one"
+            f" called default, got {untrusted.shown(kinds)}. {TEMPLATE_REMEDY}"
+        )
 
 
 def digest(tokenizer: Tokenizer) -> str:
@@ -111,21 +139,56 @@ def _from_folder(folder: Path) -> Tokenizer:
             untrusted.read_json(file, most=_LARGEST_JSON, repeats=True)
         except ValueError as e:
             raise ValueError(
-                f"{file}: expected JSON, got a broken or truncated file ({e}). Fetch it"
-                " again."
+                f"{file}: expected JSON, got a broken or truncated file"
+                f" ({untrusted.shown(e)}). Fetch it again."
             ) from e
-    try:
+    _check_backend(folder)
+    with _broken(
+        f"{folder}: the tokenizer cannot be loaded without running code that comes with"
+        " it, or is broken ({reason}). Set model.tokenizer to a folder with"
+        " tokenizer.json."
+    ):
         # Code of the folder's own, or of a repository that it names, is never run.
-        return transformers.AutoTokenizer.from_pretrained(
+        loaded = transformers.AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-    except (ValueError, OSError) as e:
-        reason = next(iter(str(e).splitlines()), type(e).__name__)
-        raise ValueError(
-            f"{folder}: the tokenizer cannot be loaded without running code that comes"
-            f" with it, or is broken ({reason}). Set model.tokenizer to a folder with"
-            " tokenizer.json."
-        ) from e
+        # Fields of another kind than they must be may show only in use.
+        loaded.decode(loaded("a").input_ids)
+    return loaded
+
+
+def _check_backend(folder: Path) -> None:
+    """Reads tokenizer.json alone, so that it is named where it is what is broken."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    with _broken(
+        f"{file}: expected a tokenizer as the tokenizers library writes it, got one"
+        " that it cannot read ({reason}). Fetch it again, or set model.tokenizer to a"
+        " folder with a whole one."
+    ):
+        tokenizers.Tokenizer.from_file(str(file))
+
+
+@contextlib.contextmanager
+def _broken(message: str) -> Iterator[None]:
+    """What goes wrong in the tokenizer libraries is the file's fault, and is said so.
+
+    Args:
+        message: With ``{reason}`` for what the library says.
+
+    Raises:
+        ValueError: The message.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    # tokenizers raises Exception itself, and transformers whatever a field of an
+    # unexpected kind leads to: KeyError, TypeError, AttributeError among others.
+    except Exception as e:
+        first = next(iter(str(e).splitlines()), "") or type(e).__name__
+        raise ValueError(message.replace("{reason}", untrusted.shown(first))) from e
 
 
 class _BoundedReader(gguf.GGUFReader):
@@ -141,16 +204,16 @@ class _BoundedReader(gguf.GGUFReader):
 def _from_gguf(file: Path) -> Tokenizer:
     try:
         reader = _BoundedReader(str(file))
+        metadata = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if name.startswith("tokenizer.")
+        }
     except (LookupError, ValueError, OverflowError, OSError, RecursionError) as e:
         raise ValueError(
-            f"{file}: expected a GGUF file, got a broken or truncated one ({e})."
-            " Fetch it again."
+            f"{file}: expected a GGUF file, got a broken or truncated one"
+            f" ({untrusted.shown(e)}). Fetch it again."
         ) from e
-    metadata = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if name.startswith("tokenizer.")
-    }
     return from_metadata(metadata, file=str(file))
 
 
@@ -246,22 +309,23 @@ def _byte_level(metadata: dict[str, Any], file: str) -> Tokenizer:
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=merges,
-            ignore_merges=ignore_merges,
+    with _broken(_NO_TOKENIZER.format(file=file)):
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={token: index for index, token in enumerate(tokens)},
+                merges=merges,
+                ignore_merges=ignore_merges,
+            )
         )
-    )
-    backend.pre_tokenizer = split()
-    backend.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **_named_tokens(metadata),
-        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
-        add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
-        clean_up_tokenization_spaces=False,
-    )
+        backend.pre_tokenizer = split()
+        backend.decoder = decoders.ByteLevel()
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            **_named_tokens(metadata),
+            add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
+            add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
+            clean_up_tokenization_spaces=False,
+        )
 
 
 def _sentence_piece(metadata: dict[str, Any], file: str) -> Tokenizer:
@@ -274,14 +338,15 @@ def _sentence_piece(metadata: dict[str, Any], file: str) -> Tokenizer:
             " model.tokenizer to the model's folder with tokenizer.json."
         )
     scores = dict(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True))
-    return transformers.LlamaTokenizer(
-        vocab=vocabulary,
-        merges=tokenization_utils_base.generate_merges(vocabulary, scores),  # pyright: ignore[reportArgumentType] -- annotated as str, takes the list
-        add_prefix_space=metadata.get("tokenizer.ggml.add_space_prefix", True),
-        **_named_tokens(metadata),
-        add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", True),
-        add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
-    )
+    with _broken(_NO_TOKENIZER.format(file=file)):
+        return transformers.LlamaTokenizer(
+            vocab=vocabulary,
+            merges=tokenization_utils_base.generate_merges(vocabulary, scores),  # pyright: ignore[reportArgumentType] -- annotated as str, takes the list
+            add_prefix_space=metadata.get("tokenizer.ggml.add_space_prefix", True),
+            **_named_tokens(metadata),
+            add_bos_token=metadata.get("tokenizer.ggml.add_bos_token", True),
+            add_eos_token=metadata.get("tokenizer.ggml.add_eos_token", False),
+        )
 
 
 def _named_tokens(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lpc_jax import untrusted
+
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 
 # Fields that must hold one value, because the decoder computes no other.
@@ -264,7 +266,7 @@ def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | 
     if set(parameters) != _ROPE_FIELDS[kind]:
         raise ValueError(
             f"{origin}: rope type {kind!r} takes {sorted(_ROPE_FIELDS[kind])}, got"
-            f" {sorted(parameters)}."
+            f" {untrusted.shown(sorted(parameters))}."
         )
     for field, value in parameters.items():
         check = size if field == "original_max_position_embeddings" else positive

@@ -19,6 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from jaxtyping import Float, Float32
 
+from lpc_jax import untrusted
 from lpc_jax.models.architectures import (
     LARGEST_SIZE,
     MOST_LAYERS,
@@ -94,7 +95,8 @@ class Tensor:
         except NotImplementedError as e:
             raise ValueError(
                 f"{self.path}: block format {self.kind.name} cannot be dequantised by"
-                f" the gguf package ({e}). Use a Q4_1, Q8_0, F16 or F32 file."
+                f" the gguf package ({untrusted.shown(e)}). Use a Q4_1, Q8_0, F16 or"
+                " F32 file."
             ) from e
 
 
@@ -209,8 +211,8 @@ def read_header(path: Path) -> File:
             name, axes = cursor.text(), cursor.number("I")
             if axes > _MOST_AXES:
                 raise ValueError(
-                    f"{path}: broken GGUF header: {name:.200} must have at most"
-                    f" {_MOST_AXES} axes, got {axes}. Download it again."
+                    f"{path}: broken GGUF header: {untrusted.shown(name)} must"
+                    f" have at most {_MOST_AXES} axes, got {axes}. Download it again."
                 )
             shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
             entries.append((name, shape, cursor.number("I"), cursor.number("Q")))
@@ -220,26 +222,28 @@ def read_header(path: Path) -> File:
         held = len(data)
     if metadata.get("split.count", 1) not in (0, 1):
         raise ValueError(
-            f"{path}: expected one file, got one of {metadata['split.count']} splits."
-            " Join them: llama-gguf-split --merge FIRST_FILE OUTPUT_FILE"
+            f"{path}: expected one file, got one of"
+            f" {untrusted.shown(metadata['split.count'])} splits. Join them:"
+            " llama-gguf-split --merge FIRST_FILE OUTPUT_FILE"
         )
     tensors = {}
     for name, shape, kind, offset in entries:
+        shown = untrusted.shown(name)
         try:
             block = GGMLQuantizationType(kind)
         except ValueError as e:
             raise ValueError(
-                f"{path}: {name} has block format {kind}, unknown to the gguf package."
+                f"{path}: {shown} has block format {kind}, unknown to the gguf package."
                 " Use a Q4_1, Q8_0, F16 or F32 file."
             ) from e
         if name in tensors:
             raise ValueError(
-                f"{path}: broken GGUF header: {name:.200} is there twice. Download it"
+                f"{path}: broken GGUF header: {shown} is there twice. Download it"
                 " again."
             )
         if (shape or (1,))[-1] % gguf.GGML_QUANT_SIZES[block][0]:
             raise ValueError(
-                f"{path}: broken GGUF header: {name:.200} of shape {list(shape)} does"
+                f"{path}: broken GGUF header: {shown} of shape {list(shape)} does"
                 f" not divide into blocks of {block.name}. Download it again."
             )
         tensors[name] = Tensor(path, block, shape, start + offset)
@@ -297,7 +301,7 @@ def _scaling(file: File, plain: Architecture) -> RopeScaling | None:
     if kind != "none":
         raise ValueError(
             f"{file.path}: {FAMILY}.rope.scaling.type must be none, or linear without"
-            f" {ROPE_FACTORS}, got {kind!r}. This scaling is not implemented."
+            f" {ROPE_FACTORS}, got {kind!r:.80}. This scaling is not implemented."
         )
     return None
 
@@ -313,7 +317,7 @@ def architecture(file: File) -> Architecture:
     name = metadata.get("general.architecture")
     if name != FAMILY:
         raise ValueError(
-            f"{path}: general.architecture must be {FAMILY!r}, got {name!r}. Other"
+            f"{path}: general.architecture must be {FAMILY!r}, got {name!r:.80}. Other"
             " families are not implemented."
         )
 
@@ -342,8 +346,8 @@ def architecture(file: File) -> Architecture:
         got = metadata.get(f"{FAMILY}.{key}", expected)
         if got != expected:
             raise ValueError(
-                f"{path}: {FAMILY}.{key} must be {expected}, got {got}. The decoder"
-                " does not compute this variant."
+                f"{path}: {FAMILY}.{key} must be {expected}, got {got!r:.80}. The"
+                " decoder does not compute this variant."
             )
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{path}: expected token_embd.weight among the tensors.")

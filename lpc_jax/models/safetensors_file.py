@@ -74,7 +74,9 @@ def _object(read: Callable[[], Any], path: Path, what: str) -> dict[str, Any]:
     try:
         parsed = read()
     except ValueError as e:  # JSON, UTF-8, or out of bounds
-        raise ValueError(f"{path}: broken {what} ({e}). Download it again.") from e
+        raise ValueError(
+            f"{path}: broken {what} ({untrusted.shown(e)}). Download it again."
+        ) from e
     if not isinstance(parsed, dict):
         raise ValueError(f"{path}: {what} must be a JSON object. Download it again.")
     return parsed
@@ -131,35 +133,36 @@ def read_header(path: Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors, spans = {}, []
     for name, entry in header.items():
+        shown = untrusted.shown(name)
         try:
             kind, shape, first, last = _entry(entry)
         except (TypeError, KeyError, ValueError) as e:
             raise ValueError(
-                f"{path}: broken safetensors header: the entry of {name:.200} is"
-                f" {entry!s:.200}. Download it again."
+                f"{path}: broken safetensors header: the entry of {shown} is"
+                f" {untrusted.shown(entry)}. Download it again."
             ) from e
         if kind not in _DTYPES:
             raise ValueError(
-                f"{path}: {name} must be of type {', '.join(sorted(_DTYPES))}, got"
-                f" {kind}. Use the model's unquantised weights."
+                f"{path}: {shown} must be of type {', '.join(sorted(_DTYPES))}, got"
+                f" {untrusted.shown(kind)}. Use the model's unquantised weights."
             )
         dtype = _DTYPES[kind]
         expected = math.prod(shape) * dtype.itemsize
         if last - first != expected:
             raise ValueError(
-                f"{path}: broken safetensors header: {name} of shape {list(shape)} and"
+                f"{path}: broken safetensors header: {shown} of shape {list(shape)} and"
                 f" type {kind} takes {expected} bytes, got {last - first}. Download it"
                 " again."
             )
         tensors[name] = Tensor(path, dtype, shape, start + first)
-        spans.append((first, last, name))
+        spans.append((first, last, shown))
     _check_size(path, start + max((last for _, last, _ in spans), default=0), size)
     end = 0
     for first, last, name in [*sorted(spans), (size - start, 0, "nothing more")]:
         if first != end:
             raise ValueError(
                 f"{path}: broken safetensors header: tensors must lie one after the"
-                f" other and fill the file, got {name:.200} at byte {first} after the"
+                f" other and fill the file, got {name} at byte {first} after the"
                 f" end of the one before at {end}. Download it again."
             )
         end = last
@@ -219,8 +222,8 @@ def files(folder: Path) -> list[Path]:
     missing = [name for name, shard in found.items() if shard is None]
     if missing or not found:
         raise ValueError(
-            f"{index}: expected {len(found)} shards, missing {missing}. Download them"
-            " again."
+            f"{index}: expected {len(found)} shards, missing"
+            f" {untrusted.shown(missing)}. Download them again."
         )
     return [shard for shard in found.values() if shard is not None]
 
@@ -236,8 +239,8 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         for name, tensor in read_header(file).items():
             if name in tensors:
                 raise ValueError(
-                    f"{file}: {name} is in {tensors[name].path.name} too. Download the"
-                    " folder again."
+                    f"{file}: {untrusted.shown(name)} is in"
+                    f" {tensors[name].path.name} too. Download the folder again."
                 )
             tensors[name] = tensor
     return tensors

@@ -180,7 +180,9 @@ def read_architecture(path: Path) -> Architecture:
     try:
         fields = untrusted.read_json(config, most=_LARGEST_CONFIG)
     except ValueError as e:
-        raise ValueError(f"{config}: broken JSON ({e}). Download it again.") from e
+        raise ValueError(
+            f"{config}: broken JSON ({untrusted.shown(e)}). Download it again."
+        ) from e
     if not isinstance(fields, dict):
         raise ValueError(f"{config} must be a JSON object. Download it again.")
     return architectures.from_hf_config(fields, str(config))
@@ -237,7 +239,7 @@ def _stored_shapes(
 
 def _shown(items: list[str]) -> str:
     more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return (", ".join(items[:_SHOWN]) or "none") + more
+    return (", ".join(map(untrusted.shown, items[:_SHOWN])) or "none") + more
 
 
 def _check_table(

@@ -340,6 +340,26 @@ def test_a_conversation_that_the_template_refuses_drops_with_its_reason():
     )
 
 
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("''.index('a')", "substring not found"),
+        ("'{0}'.format()", "tuple index out of range"),
+        ("'\u00e9'.encode('ascii')", "'ascii' codec can't encode character"),
+        ("raise_exception('\x1b[31m\n' * 100)", "\\x1b[31m\\n\\x1b[31m"),
+    ],
+)
+def test_a_template_whose_expression_fails_drops_the_pair_with_its_reason(
+    expression, reason
+):
+    loaded = tiny.chatml(template="{{ " + expression + " }}")
+    with pytest.raises(ValueError, match="No preference pair is left") as raised:
+        tokenize([example("Hi", "Me.", "You.")], loaded)
+    assert f"refused by the chat template: {reason}" in str(raised.value)
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 600
+
+
 def test_a_tokenizer_without_a_chat_template_is_refused():
     assert refusal([LONG], tiny.chatml(template=None)) == (
         "The tokenizer must have a chat template to turn conversations into tokens, got"

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -51,6 +52,17 @@ def test_no_drops_are_no_lines():
 def test_quantiles_are_values_that_occur():
     values = np.array([5, 1, 4, 2, 3] * 20 + [1000])
     assert report.quantiles(values) == (1, 3, 5, 5, 1000)
+
+
+def test_tables_show_brackets_of_a_file_s_words_as_they_are():
+    named = dataclasses.replace(
+        sample(), sources={"[/x]": 2000}, drops=Drops.count([("[/y]", "[/z]:1")])
+    )
+    console = Console(file=io.StringIO(), width=100)
+    for table in named.tables():
+        console.print(table)
+    said = console.file.getvalue()
+    assert all(word in said for word in ("[/x]", "dropped: [/y]", "[/z]:1"))
 
 
 def test_lines_say_everything():
