@@ -10,6 +10,8 @@ mean.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -41,6 +43,8 @@ _REMOVED = "removed"
 _COMMITTED = "commit_success.txt"
 # Of a checkpoint's files those without which nothing of it can be read.
 _NEEDED = ("_CHECKPOINT_METADATA", f"{_RECORD}/metadata", f"{_STATE}/manifest.ocdbt")
+
+_METRICS = "metrics/metrics"
 
 # How damage shows when Orbax reads a checkpoint's record.
 _DAMAGE = (OSError, ValueError, KeyError, RuntimeError)
@@ -100,7 +104,7 @@ class Checkpoints:
     def _rank(self, metrics: Mapping[str, float] | None) -> float:
         assert metrics is not None
         assert self._best_metric is not None
-        value = metrics[self._best_metric]
+        value = metrics.get(self._best_metric, math.nan)
         return -math.inf if math.isnan(value) else value
 
     def _tracked(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
@@ -143,12 +147,14 @@ class Checkpoints:
             for path, leaf in leaves.items()
         }
         sums = jax.device_get(_checksums(data))
+        described = {
+            path: _describe(leaf) | {"checksum": int(sums[path])}
+            for path, leaf in leaves.items()
+        }
         record = {
             "meta": meta,
-            "leaves": {
-                path: _describe(leaf) | {"checksum": int(sums[path])}
-                for path, leaf in leaves.items()
-            },
+            "leaves": described,
+            "digest": _record_digest(meta, described),
         }
         self._manager.save(
             step,
@@ -213,11 +219,14 @@ class Checkpoints:
                 step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
             )
             record = restored[_RECORD]
-            complete = {"meta", "leaves"} <= record.keys()
         except _DAMAGE as error:
             raise DamagedError(f"its record cannot be read: {_first(error)}") from error
-        if not complete:
-            raise DamagedError("its record is not complete")
+        whole = isinstance(record, dict) and (
+            record.get("digest")
+            == _record_digest(record.get("meta"), record.get("leaves"))
+        )
+        if not whole:
+            raise DamagedError("its record is not what was saved")
         return record
 
     def restore_latest(
@@ -293,14 +302,8 @@ class Checkpoints:
             raise
         except Exception as error:  # so plain is what Orbax raises for cut files
             raise DamagedError(f"its arrays cannot be read: {_first(error)}") from error
-        # A record of before there were checksums has none.
-        sums = {
-            path: leaf["checksum"]
-            for path, leaf in described.items()
-            if "checksum" in leaf
-        }
-        found = jax.device_get(_checksums({path: restored[path] for path in sums}))
-        changed = [path for path in sums if int(found[path]) != sums[path]]
+        found = jax.device_get(_checksums(restored))
+        changed = [p for p in wanted if int(found[p]) != described[p]["checksum"]]
         if changed:
             raise DamagedError(
                 f"its arrays are not those that were saved: {', '.join(changed[:3])}"
@@ -388,6 +391,12 @@ def _first(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def _record_digest(meta: Any, leaves: Any) -> str:
+    """SHA-256, in hex, of what a record says."""
+    text = json.dumps([meta, leaves], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _damaged(folder: Path) -> Path:
     return folder.with_name(folder.name + ".damaged")
 
@@ -421,12 +430,27 @@ def _move_broken(folder: Path) -> list[str]:
         needed = [name for name in _NEEDED if not (checkpoint / name).is_file()]
         if (checkpoint / _RECORD / _COMMITTED).exists():  # this Orbax writes them
             needed += [_COMMITTED] * (not (checkpoint / _COMMITTED).is_file())
+        if not _are_metrics(checkpoint / _METRICS):
+            needed.append(f"readable {_METRICS}")
         if needed:
             said.append(
                 f"the checkpoint of step {checkpoint.name} is damaged (it has no"
                 f" {' and no '.join(needed)}): moved to {_move(checkpoint)}."
             )
     return said
+
+
+def _are_metrics(file: Path) -> bool:
+    """Whether a file holds what Orbax ranks a checkpoint by, if it is there."""
+    if not file.exists():
+        return True
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError:  # JSON or UTF-8
+        return False
+    return isinstance(found, dict) and all(
+        isinstance(value, int | float) for value in found.values()
+    )
 
 
 @jax.jit

@@ -361,6 +361,30 @@ def garble_the_record(checkpoint: Path) -> None:
     (checkpoint / "record" / "metadata").write_text('{"meta": {"step"')
 
 
+def write_another_number_into_the_record(checkpoint: Path) -> None:
+    file = checkpoint / "record" / "metadata"
+    text = file.read_text()
+    assert '"step": 2' in text
+    file.write_text(text.replace('"step": 2', '"step": 3'))
+
+
+def hide_the_checksums(checkpoint: Path) -> None:
+    file = checkpoint / "record" / "metadata"
+    file.write_text(file.read_text().replace("checksum", "checksun"))
+
+
+def empty_the_record(checkpoint: Path) -> None:
+    (checkpoint / "record" / "metadata").write_text("[]")
+
+
+def garble_the_metrics(checkpoint: Path) -> None:
+    (checkpoint / "metrics" / "metrics").write_text("{")
+
+
+def write_words_into_the_metrics(checkpoint: Path) -> None:
+    (checkpoint / "metrics" / "metrics").write_text('{"reward/accuracy": "good"}')
+
+
 CANNOT_READ = "its arrays cannot be read: "
 DAMAGES = {
     truncate: CANNOT_READ,
@@ -368,6 +392,11 @@ DAMAGES = {
     flip_a_bit: "its arrays ",  # cannot be read, or are others
     other_arrays: "its arrays are not those that were saved: params/codes/w",
     garble_the_record: "its record cannot be read: ",
+    write_another_number_into_the_record: "its record is not what was saved",
+    hide_the_checksums: "its record is not what was saved",
+    empty_the_record: "its record ",
+    garble_the_metrics: "it has no readable metrics/metrics",
+    write_words_into_the_metrics: "it has no readable metrics/metrics",
     remove("commit_success.txt"): "it has no commit_success.txt",
     remove("state"): "it has no state/manifest.ocdbt",
     remove("state/manifest.ocdbt"): "it has no state/manifest.ocdbt",

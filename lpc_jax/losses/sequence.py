@@ -25,9 +25,9 @@ from lpc_jax import axes
 # Rows of the head in a tile: the gradient of so many stays in a CPU's cache while
 # positions are added to it (docs/performance.md).
 TILE = 4096
-# A tile's rows are a multiple of it where the vocabulary is larger: gradients of others,
-# such as Llama 3's 4,008, the TPU's compiler sums on every device before each keeps its
-# part (docs/pods.md).
+# A tile's rows are a multiple of it where the vocabulary is larger: gradients of other
+# sizes, such as Llama 3's 4,008, the TPU's compiler sums whole on every device before
+# each keeps its part (docs/pods.md).
 _TILE_UNIT = 32
 
 # Below any logit; finite, so that nothing seen yet has no NaN.

@@ -95,7 +95,7 @@ class ReferenceCache:
             )
         except (
             *(ValueError, EOFError, LookupError, TypeError, MemoryError),
-            *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+            *(zipfile.BadZipFile, zlib.error, RuntimeError, OSError),
         ) as e:
             raise self._broken() from e
         if not whole:

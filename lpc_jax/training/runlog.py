@@ -25,7 +25,9 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
+from lpc_jax import untrusted
 from lpc_jax.evaluation.preference import Evaluation
 
 METRICS_FILE = "metrics.jsonl"
@@ -492,7 +494,7 @@ def usage_table(usage_by_source: Mapping[str, Float[np.ndarray, "C"]]) -> Table:
         perplexity = math.exp(-float((used * np.log(used)).sum()))
         top = np.argsort(-shares, kind="stable")[:_CODES_SHOWN]
         table.add_row(
-            source,
+            Text(untrusted.shown(source)),
             f"{perplexity:.1f} of {len(shares)}",
             ", ".join(f"{code} ({shares[code]:.0%})" for code in top),
         )

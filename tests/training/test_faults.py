@@ -21,7 +21,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lpc_jax import config as cfg
-from lpc_jax.training import loop, runlog
+from lpc_jax.data import packing
+from lpc_jax.training import loop, runlog, setup
 from tests import kills, runs
 
 # 50 in make soak.
@@ -382,10 +383,8 @@ def rare_token(pairs: list[Any]) -> tuple[int, int]:
 def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(
     folder, tmp_path
 ):
-    from lpc_jax.training import setup
-
     made = plain(folder, "poisoned", data={"eval": None}, training={"steps": 40})
-    pairs = setup.read_pairs(made, runs.MODEL).train
+    pairs = setup.read_pairs(made, runs.MODEL, "cpu").train
     token, owner = rare_token(pairs)
     model = poisoned_model(tmp_path / "model", token)
     made = dataclasses.replace(
@@ -442,8 +441,6 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(
 
 
 def step_pairs(config: cfg.Config, number: int) -> list[int]:
-    from lpc_jax.data import packing
-
     return packing.step_indices(
         40,
         step=number,
