@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import signal
@@ -118,17 +119,25 @@ def join(
         )
     if coordinator is not None and process not in (None, 0):
         _await_coordinator(coordinator, start_timeout)
-    jax.distributed.initialize(
-        coordinator,
-        processes,
-        process,
-        # An empty list is every device there is.
-        local_device_ids=[] if one_process_a_node(environment) else None,
-        cluster_detection_method="deactivate" if complete else None,
-        initialization_timeout=start_timeout,
-        heartbeat_timeout_seconds=heartbeat_timeout,
-        shutdown_timeout_seconds=_LEAVE_TIMEOUT,
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            # An empty list is every device there is.
+            local_device_ids=[] if one_process_a_node(environment) else None,
+            cluster_detection_method="deactivate" if complete else None,
+            initialization_timeout=start_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=_LEAVE_TIMEOUT,
+        )
+    except (ValueError, OSError) as error:
+        if explicit or launcher(environment) != "tpu":
+            raise
+        # A TPU outside of Google's clouds, such as a notebook's.
+        logging.getLogger(__name__).warning(
+            "nothing says which other hosts this TPU has (%s): it trains alone", error
+        )
 
 
 def _await_coordinator(address: str, timeout: int) -> None:
@@ -196,7 +205,7 @@ def is_main() -> bool:
 
 def name() -> str:
     """``process 3 of 8``, or nothing where there is one."""
-    if not jax.distributed.is_initialized():
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return ""
     return f"process {jax.process_index()} of {jax.process_count()}"
 

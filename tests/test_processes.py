@@ -64,6 +64,24 @@ def test_a_tpu_with_its_library_is_a_launcher(device, tmp_path, monkeypatch):
     assert processes.launcher({"JAX_PLATFORMS": "cpu"}, tmp_path) == ""
 
 
+def test_a_tpu_that_tells_of_no_other_hosts_trains_alone_and_says_so(
+    monkeypatch, caplog
+):
+    def knows_nothing(*_: Any, **__: Any) -> None:
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", knows_nothing)
+    monkeypatch.setattr(processes, "launcher", lambda environment: "tpu")
+    join({})
+    assert caplog.messages == [
+        "nothing says which other hosts this TPU has (coordinator_address should be"
+        " defined.): it trains alone"
+    ]
+    monkeypatch.setattr(processes, "launcher", lambda environment: "slurm")
+    with pytest.raises(ValueError, match="should be defined"):
+        join({})
+
+
 @pytest.mark.parametrize(
     ("environment", "alone"),
     [
