@@ -346,7 +346,13 @@ def test_a_hub_that_cannot_be_reached_says_in_one_line_how_to_get_the_data(
         "x" * 5000,
     ],
 )
-def test_what_is_no_name_of_a_data_set_is_refused_without_a_request(path, monkeypatch):
+def test_what_is_no_name_of_a_data_set_is_refused_without_a_request(
+    path, monkeypatch, tmp_path
+):
+    here = tmp_path / "a" / "b"  # where no folder has a name that comes near
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+
     def load_dataset(*_, **__):
         raise AssertionError("a request")
 
