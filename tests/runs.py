@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -116,6 +117,28 @@ def without_clock(record: dict[str, Any]) -> dict[str, Any]:
         for name, value in record.items()
         if name != "time" and not name.startswith("speed/")
     }
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """All log lines of a run folder, less the clock."""
+    return [without_clock(line) for line in runlog.read(folder)]
+
+
+def bits(tree: Any) -> list[bytes]:
+    """Every leaf's, keys included."""
+
+    def of(leaf: Any) -> bytes:
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        return np.asarray(leaf).tobytes()
+
+    return [of(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def resumed(config: cfg.Config) -> cfg.Config:
+    """The config that continues its own run."""
+    run = dataclasses.replace(config.run, resume=True)
+    return dataclasses.replace(config, run=run)
 
 
 def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -34,27 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("faults")
 
 
-def bits(tree: Any) -> list[bytes]:
-    def of(leaf: Any) -> bytes:
-        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        return np.asarray(leaf).tobytes()
-
-    return [of(leaf) for leaf in jax.tree.leaves(tree)]
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [runs.without_clock(line) for line in runlog.read(folder)]
-
-
 def run_folder(config: cfg.Config) -> Path:
     return Path(config.run.folder) / config.name
-
-
-def resumed(config: cfg.Config, **run: Any) -> cfg.Config:
-    return dataclasses.replace(
-        config, run=dataclasses.replace(config.run, resume=True, **run)
-    )
 
 
 @contextmanager
@@ -122,8 +102,8 @@ def test_a_run_killed_at_any_moment_ends_bit_by_bit_as_the_unbroken_one(tmp_path
     assert outcome.while_saving > 0, outcome
     expected, found = final_arrays(made), final_arrays(killed)
     assert expected.keys() == found.keys()
-    assert bits(expected) == bits(found)
-    assert log_of(run_folder(made)) == log_of(run_folder(killed))
+    assert runs.bits(expected) == runs.bits(found)
+    assert runs.log_of(run_folder(made)) == runs.log_of(run_folder(killed))
     # Nothing is left over, and nothing was taken for damaged.
     names = {path.name for path in run_folder(killed).iterdir()}
     assert "checkpoints.damaged" not in names
@@ -141,10 +121,10 @@ def test_sigterm_saves_says_so_and_the_resumed_run_ends_bit_by_bit(folder, strai
     assert str(stopped.value) == (
         "terminated after step 3 of 6, which is saved: --resume continues from there."
     )
-    run = runs.train(resumed(made))
+    run = runs.train(runs.resumed(made))
     assert "resumed after step 3" in run.said
-    assert bits(run.result.state) == bits(straight.result.state)
-    assert log_of(run.folder) == log_of(straight.folder)
+    assert runs.bits(run.result.state) == runs.bits(straight.result.state)
+    assert runs.log_of(run.folder) == runs.log_of(straight.folder)
 
 
 # --- damaged checkpoints --------------------------------------------------------------
@@ -161,13 +141,13 @@ def test_a_damaged_latest_checkpoint_costs_the_steps_since_the_one_before(
     files = (checkpoints / "5" / "state" / "ocdbt.process_0" / "d").iterdir()
     largest = max(files, key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
-    run = runs.train(resumed(made))
+    run = runs.train(runs.resumed(made))
     said = " ".join(run.said.split())
     assert "the checkpoint of step 5 is damaged (its arrays cannot be read: " in said
     assert f"moved to {checkpoints}.damaged/5." in said
     assert "resumed after step 4" in run.said
-    assert bits(run.result.state) == bits(straight.result.state)
-    assert log_of(run.folder) == log_of(straight.folder)
+    assert runs.bits(run.result.state) == runs.bits(straight.result.state)
+    assert runs.log_of(run.folder) == runs.log_of(straight.folder)
 
 
 # --- a full disk ----------------------------------------------------------------------
@@ -194,10 +174,10 @@ def test_a_disk_that_fills_up_while_saving_stops_the_run_and_costs_nothing_older
     assert said.endswith(
         "Older checkpoints are intact: mend the cause and continue with --resume."
     )
-    run = runs.train(resumed(made))
+    run = runs.train(runs.resumed(made))
     assert "resumed after step 2" in run.said
-    assert bits(run.result.state) == bits(straight.result.state)
-    assert log_of(run.folder) == log_of(straight.folder)
+    assert runs.bits(run.result.state) == runs.bits(straight.result.state)
+    assert runs.log_of(run.folder) == runs.log_of(straight.folder)
 
 
 # --- other devices --------------------------------------------------------------------
@@ -224,7 +204,7 @@ def test_a_run_goes_on_from_8_to_4_to_1_devices_and_back_and_onto_another_mesh(
         with at_step(step, terminate), pytest.raises(loop.StoppedError) as stopped:
             runs.train(config, on=count)
         assert f"after step {step} of 6" in str(stopped.value)
-        config = resumed(config)
+        config = runs.resumed(config)
     run = runs.train(dataclasses.replace(config, mesh=cfg.Mesh(tensor=4)), on=8)
     assert "resumed after step 5" in run.said
     for ours, theirs in zip(run.lines("train"), straight.lines("train"), strict=True):
@@ -267,7 +247,7 @@ def test_a_second_run_in_a_live_folder_is_refused_and_told_whose_it_is(folder):
         holder.join()
     # The lock went with the process that held it.
     few = dataclasses.replace(made.training, steps=100_000)
-    after = resumed(dataclasses.replace(made, training=few))
+    after = runs.resumed(dataclasses.replace(made, training=few))
     with at_step(int(latest(made)) + 1, terminate), pytest.raises(loop.StoppedError):
         runs.train(after)
     assert not list(Path(made.run.folder).glob(".live.lock"))
@@ -345,7 +325,7 @@ def test_what_changed_between_stop_and_resume_is_named_and_refused(
     assert {file: file.read_bytes() for file in files} != before
     try:
         with pytest.raises(ValueError, match="these differ:") as error:
-            runs.train(resumed(stopped))
+            runs.train(runs.resumed(stopped))
     finally:
         for file, content in before.items():
             file.write_bytes(content)

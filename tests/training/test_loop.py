@@ -84,7 +84,7 @@ def test_a_run_leaves_its_config_manifest_metrics_plot_and_checkpoints(lpc_dpo):
 def test_the_config_left_behind_runs_again_as_it_is(lpc_dpo, folder):
     left = cfg.read(str(lpc_dpo.folder / "config.py"))
     again = runs.train(dataclasses.replace(left, name="again"))
-    assert log_of(again) == log_of(lpc_dpo)
+    assert runs.log_of(again.folder) == runs.log_of(lpc_dpo.folder)
 
 
 def test_the_manifest_holds_settings_digests_and_versions(lpc_dpo):
@@ -309,31 +309,12 @@ def crash_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runlog.RunLog, "train", dies)
 
 
-def log_of(run: runs.Run) -> list[dict[str, Any]]:
-    return [runs.without_clock(line) for line in runlog.read(run.folder)]
-
-
-def bits(tree: Any) -> list[bytes]:
-    def of(leaf: jax.Array) -> bytes:
-        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        return np.asarray(jax.device_get(leaf)).tobytes()
-
-    return [of(leaf) for leaf in jax.tree.leaves(tree)]
-
-
 def interrupted(config: cfg.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs until after step 5, with checkpoints at 3 and, unless it crashed, 6."""
     with monkeypatch.context() as patch:
         crash_after(5, patch)
         with pytest.raises(Crash):
             runs.train(config)
-
-
-def resumed(config: cfg.Config, **run: Any) -> cfg.Config:
-    return dataclasses.replace(
-        config, run=dataclasses.replace(config.run, resume=True, **run)
-    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -350,11 +331,11 @@ def test_resuming_continues_bit_by_bit(straight, folder, variant, monkeypatch):
             read.append(settings["step"]) or indices(*args, **settings)
         ),
     )
-    run = runs.train(resumed(config))
+    run = runs.train(runs.resumed(config))
     assert read == [3, 4, 5]
     assert "resumed after step 3" in run.said
-    assert bits(run.result.state) == bits(whole.result.state)
-    assert log_of(run) == log_of(whole)
+    assert runs.bits(run.result.state) == runs.bits(whole.result.state)
+    assert runs.log_of(run.folder) == runs.log_of(whole.folder)
     assert run.result.after.metrics == whole.result.after.metrics
     # The table compares with the evaluation before the crash.
     assert (
@@ -372,7 +353,8 @@ def test_resuming_a_run_without_a_checkpoint_starts_it_again(
         crash_after(2, patch)
         with pytest.raises(Crash):
             runs.train(config)
-    assert log_of(runs.train(resumed(config))) == log_of(whole)
+    run = runs.train(runs.resumed(config))
+    assert runs.log_of(run.folder) == runs.log_of(whole.folder)
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +387,7 @@ def test_resuming_under_another_setting_is_refused(crashed):
         loss=cfg.Dpo(beta=0.2),
         optimizer=dataclasses.replace(crashed.optimizer, learning_rate=1e-3),
     )
-    assert refusal(resumed(other)) == (
+    assert refusal(runs.resumed(other)) == (
         "a resumed run must have the settings, weights and data that it was started"
         " with; these differ:\n"
         "  loss.beta: checkpoint 0.1, now 0.2\n"
@@ -431,7 +413,7 @@ def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch, chang
         return read(str(changed) if read_path == path else read_path, **settings)
 
     monkeypatch.setattr(setup.examples, "read", edited)
-    message = refusal(resumed(crashed))
+    message = refusal(runs.resumed(crashed))
     head, digest, tail = message.split("\n")
     assert head == (
         "a resumed run must have the settings, weights and data that it was started"
@@ -446,7 +428,7 @@ def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch, chang
 def test_resuming_from_other_weights_is_refused(crashed, monkeypatch):
     monkeypatch.setattr(setup.weights, "digest", lambda path: "f" * 64)
     old = digests(crashed)["weights_digest"]
-    assert refusal(resumed(crashed)) == (
+    assert refusal(runs.resumed(crashed)) == (
         "a resumed run must have the settings, weights and data that it was started"
         " with; these differ:\n"
         f"  weights_digest: checkpoint '{old}', now '{'f' * 64}'\n"
@@ -461,8 +443,10 @@ def test_what_alters_no_update_may_change_on_resume(crashed, straight, monkeypat
         training=dataclasses.replace(crashed.training, log_every=3, eval_every=1),
     )
     copied = dataclasses.replace(free, name="crashed")
-    run = runs.train(resumed(copied))
-    assert bits(run.result.state.params) == bits(straight["DPO"].result.state.params)
+    run = runs.train(runs.resumed(copied))
+    assert runs.bits(run.result.state.params) == runs.bits(
+        straight["DPO"].result.state.params
+    )
 
 
 # --- the run folder -------------------------------------------------------------------
