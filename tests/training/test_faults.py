@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,6 +162,10 @@ def test_a_disk_that_fills_up_while_saving_stops_the_run_and_costs_nothing_older
 
     def fill() -> None:
         """From now on the system refuses what a full disk would."""
+        end = time.monotonic() + 120
+        while not (run_folder(made) / "checkpoints" / "2").exists():
+            assert time.monotonic() < end, "the first checkpoint is not whole in time"
+            time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
 
     try:
