@@ -244,8 +244,9 @@ class Checkpoints:
 
         Raises:
             ValueError: As ``accept`` and ``restore`` do.
-            OSError: All were damaged; or, with several processes, which can't read
-                another before they meet again, the latest was.
+            OSError: All were damaged.
+            DamagedError: With several processes, which can't read another before they
+                meet again: the latest was. It is moved all the same.
         """
         found = False
         while (step := self.latest()) is not None:
@@ -259,9 +260,9 @@ class Checkpoints:
                     f" {_move(self._folder / str(step))}."
                 )
                 if jax.process_count() > 1:  # the others may be waiting inside Orbax
-                    raise OSError(
-                        f"{said} Start again with --resume to continue from the one"
-                        " before it."
+                    raise DamagedError(
+                        f"{said} Start all processes again with --resume to continue"
+                        " from the one before it."
                     ) from error
                 self._say(said)
                 self._manager.reload()

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lpc_jax import config as cfg
 
-FAULT, REFUSED, LOST = 1, 2, 4
+FAULT, REFUSED, START_AGAIN = 1, 2, 4
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
 
 
@@ -26,15 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains; returns the exit status.
 
     0: done; 2: something that the user can mend; 3: stopped, since gradients stayed
-    non-finite; 4: another process of the run was lost; 130: interrupted; 143:
-    terminated, and saved before.
+    non-finite; 4: with several processes, one was lost or the latest checkpoint was
+    damaged and is moved away: a new start goes on; 130: interrupted; 143: terminated,
+    and saved before.
     """
     try:
         config = cfg.load(argv)
     except ValueError as error:
         return _refuse(error)
     # JAX is slow to import; --help and a mistyped flag need not wait for it.
-    from lpc_jax import processes
+    from lpc_jax import checkpoint, processes
     from lpc_jax.training import loop
 
     who, status = "", 0
@@ -46,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = stopped.status
         if processes.is_main():
             print(stopped, file=sys.stderr)
-    except processes.LostError as lost:
-        print(f"{who}: error: {lost}", file=sys.stderr)
-        processes.end(LOST)
+    except (processes.LostError, checkpoint.DamagedError) as error:
+        print(f"{who}: error: {error}", file=sys.stderr)
+        processes.end(START_AGAIN)
     except (ValueError, OSError) as error:
         status = _refuse(error, who)
         processes.end(status)

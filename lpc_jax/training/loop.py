@@ -174,6 +174,8 @@ def train(config: cfg.Config, console: Console) -> Result:
         OSError: A disk or a file that fails.
         StoppedError: The run was asked to end, or gradients stay non-finite.
         LostError: Another process of the run has ended.
+        DamagedError: With several processes, the latest checkpoint was damaged; the
+            next start goes on from the one before.
     """
     if not processes.is_main():
         console = Console(quiet=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -118,6 +119,34 @@ def test_a_terminated_run_of_two_goes_on_as_four_processes(folder, start):
     assert four.wait() == [0] * 4, "".join(map(four.said, range(4)))
     assert f"resumed after step {stopped}" in four.said(0)
     require_alike(read_state(made), runs.train(plain(folder, "alone"), on=4))
+
+
+def test_a_damaged_latest_checkpoint_costs_several_processes_one_more_start(
+    folder, start
+):
+    made = plain(folder, "damaged")
+    alone = runs.train(made, on=4)
+    checkpoints = alone.folder / "checkpoints"
+    files = (checkpoints / "6" / "state" / "ocdbt.process_0" / "d").iterdir()
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+    def resume() -> cluster.Cluster:
+        return start(
+            made, folder, cluster.explicit(2), devices=2, flags=lambda _: ["--resume"]
+        )
+
+    two = resume()
+    statuses = two.wait()
+    # What the launch files start again for; the one that met the damage says so.
+    assert set(statuses) <= {4, -signal.SIGABRT}
+    said = two.said(statuses.index(4))
+    assert "the checkpoint of step 6 is damaged (its arrays " in said
+    assert f"moved to {checkpoints}.damaged/6. Start all processes again" in said
+    again = resume()
+    assert again.wait() == [0, 0], again.said(0) + again.said(1)
+    assert "resumed after step 3" in again.said(0)
+    require_alike(read_state(made), alone)
 
 
 @pytest.mark.parametrize("dying", [0, 1])
