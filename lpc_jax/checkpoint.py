@@ -221,13 +221,7 @@ class Checkpoints:
             record = restored[_RECORD]
         except _DAMAGE as error:
             raise DamagedError(f"its record cannot be read: {_first(error)}") from error
-        whole = isinstance(record, dict) and (
-            record.get("digest")
-            == _record_digest(record.get("meta"), record.get("leaves"))
-        )
-        if not whole:
-            raise DamagedError("its record is not what was saved")
-        return record
+        return _require_whole(record)
 
     def restore_latest(
         self, abstract_state: PyTree, *, accept: Callable[[dict[str, Any]], None]
@@ -289,7 +283,7 @@ class Checkpoints:
         """
         described: dict[str, dict[str, Any]] = self._record(step)["leaves"]
         expected = _by_path(abstract_state)
-        self._require_same_leaves(step, described, expected)
+        _require_same_leaves(self._folder, step, described, expected)
         wanted = {
             path: _key_data_shape(leaf) if _is_key(leaf) else leaf
             for path, leaf in expected.items()
@@ -303,13 +297,7 @@ class Checkpoints:
             raise
         except Exception as error:  # so plain is what Orbax raises for cut files
             raise DamagedError(f"its arrays cannot be read: {_first(error)}") from error
-        found = jax.device_get(_checksums(restored))
-        changed = [p for p in wanted if int(found[p]) != described[p]["checksum"]]
-        if changed:
-            raise DamagedError(
-                f"its arrays are not those that were saved: {', '.join(changed[:3])}"
-                f"{' and more' if len(changed) > 3 else ''}"
-            )
+        _require_checksums(restored, described)
         leaves = [
             jax.random.wrap_key_data(restored[path], impl=described[path]["impl"])
             if _is_key(leaf)
@@ -317,37 +305,6 @@ class Checkpoints:
             for path, leaf in expected.items()
         ]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
-
-    def _require_same_leaves(
-        self,
-        step: int,
-        saved: Mapping[str, Mapping[str, Any]],
-        expected: Mapping[str, jax.ShapeDtypeStruct],
-    ) -> None:
-        now = {path: _text(_describe(leaf)) for path, leaf in expected.items()}
-        then = {path: _text(leaf) for path, leaf in saved.items()}
-        differences = {
-            "missing": [f"{p} {now[p]}" for p in now if p not in then],
-            "unexpected": [f"{p} {then[p]}" for p in then if p not in now],
-            "mis-shaped": [
-                f"{p} expected {now[p]}, got {then[p]}"
-                for p in now
-                if p in then and now[p] != then[p]
-            ],
-        }
-        if any(differences.values()):
-            listed = [
-                f"  {kind}: {line}"
-                for kind, lines in differences.items()
-                for line in _shortened(lines)
-            ]
-            raise ValueError(
-                f"the checkpoint of step {step} in {self._folder} must hold the state"
-                " that this config describes, got one of another config:\n"
-                + "\n".join(listed)
-                + "\nContinue with the config.py in its run folder, or start a new"
-                " run with another --name."
-            )
 
     def wait(self) -> None:
         """Returns when nothing is being written.
@@ -383,8 +340,169 @@ class Checkpoints:
             self._manager.close()
 
 
+class Reader:
+    """The checkpoints of a run, which may be going on: nothing in it is changed.
+
+    Args:
+        folder: Where they are, as ``Checkpoints`` left them.
+
+    Raises:
+        ValueError: There is no checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        # Orbax gives a checkpoint its name once it is whole.
+        self.steps = sorted(int(name) for name in names if name.isdigit())
+        if not self.steps:
+            raise ValueError(
+                f"{folder} must hold a checkpoint, got none. Let the run reach its"
+                " first one (training.checkpoint_every), or name another run."
+            )
+
+    def step(self, which: str) -> int:
+        """The step that ``latest``, ``best`` or a number names.
+
+        Args:
+            which: ``best`` is the highest metric that the run ranked its checkpoints
+                by, the later step of equals.
+
+        Raises:
+            ValueError: No such checkpoint.
+        """
+        if which == "latest":
+            return self.steps[-1]
+        if which == "best":
+            ranked = {step: self._rank(step) for step in self.steps}
+            found = {step: rank for step, rank in ranked.items() if rank is not None}
+            if found:
+                return max(found, key=lambda step: (found[step], step))
+        elif which.isdigit() and int(which) in self.steps:
+            return int(which)
+        raise ValueError(
+            f"--step must be latest, one of {', '.join(map(str, self.steps))}, or best"
+            f" for a run with held-out pairs, got {which!r} for {self._folder}."
+        )
+
+    def _rank(self, step: int) -> float | None:
+        file = self._folder / str(step) / _METRICS
+        if not file.exists() or not _are_metrics(file):
+            return None
+        values = json.loads(file.read_bytes()).values()
+        return next((float(value) for value in values if not math.isnan(value)), None)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What ``Checkpoints.save`` was given as ``meta``.
+
+        Raises:
+            DamagedError: It cannot be read, or says something else than was saved.
+        """
+        return self._record(step)["meta"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        try:
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+                record = reader.restore((self._folder / str(step) / _RECORD).absolute())
+        except _DAMAGE as error:
+            raise DamagedError(f"its record cannot be read: {_first(error)}") from error
+        return _require_whole(record)
+
+    def read(
+        self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, jax.Array]:
+        """Some of a checkpoint's arrays, laid out as asked for; the rest is not read.
+
+        Args:
+            step: From ``step``.
+            wanted: Shape, dtype and sharding by path, such as
+                ``params/latent/codebook``.
+
+        Raises:
+            ValueError: The checkpoint has other arrays under these paths, or none.
+            DamagedError: It cannot be read, or says something else than was saved.
+        """
+        described = self._record(step)["leaves"]
+        saved = {path: described[path] for path in wanted if path in described}
+        _require_same_leaves(self._folder, step, saved, wanted)
+        items = dict(wanted)
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                restored = reader.restore(
+                    (self._folder / str(step) / _STATE).absolute(),
+                    args=ocp.args.PyTreeRestore(
+                        items,
+                        restore_args=ocp.checkpoint_utils.construct_restore_args(items),
+                        partial_restore=True,
+                    ),
+                )
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # so plain is what Orbax raises for cut files
+            raise DamagedError(f"its arrays cannot be read: {_first(error)}") from error
+        _require_checksums(restored, described)
+        return restored
+
+
 class DamagedError(Exception):
     """A checkpoint that is not what was saved."""
+
+
+def _require_same_leaves(
+    folder: Path,
+    step: int,
+    saved: Mapping[str, Mapping[str, Any]],
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+) -> None:
+    now = {path: _text(_describe(leaf)) for path, leaf in expected.items()}
+    then = {path: _text(leaf) for path, leaf in saved.items()}
+    differences = {
+        "missing": [f"{p} {now[p]}" for p in now if p not in then],
+        "unexpected": [f"{p} {then[p]}" for p in then if p not in now],
+        "mis-shaped": [
+            f"{p} expected {now[p]}, got {then[p]}"
+            for p in now
+            if p in then and now[p] != then[p]
+        ],
+    }
+    if any(differences.values()):
+        listed = [
+            f"  {kind}: {line}"
+            for kind, lines in differences.items()
+            for line in _shortened(lines)
+        ]
+        raise ValueError(
+            f"the checkpoint of step {step} in {folder} must hold the state"
+            " that this config describes, got one of another config:\n"
+            + "\n".join(listed)
+            + "\nContinue with the config.py in its run folder, or start a new"
+            " run with another --name."
+        )
+
+
+def _require_whole(record: Any) -> dict[str, Any]:
+    whole = isinstance(record, dict) and (
+        record.get("digest") == _record_digest(record.get("meta"), record.get("leaves"))
+    )
+    if not whole:
+        raise DamagedError("its record is not what was saved")
+    return record
+
+
+def _require_checksums(
+    restored: dict[str, jax.Array], described: Mapping[str, Mapping[str, Any]]
+) -> None:
+    found = jax.device_get(_checksums(restored))
+    changed = [
+        path
+        for path, leaf in described.items()
+        if path in found and int(found[path]) != leaf["checksum"]
+    ]
+    if changed:
+        raise DamagedError(
+            f"its arrays are not those that were saved: {', '.join(changed[:3])}"
+            f"{' and more' if len(changed) > 3 else ''}"
+        )
 
 
 def _first(error: BaseException) -> str:

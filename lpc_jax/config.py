@@ -17,7 +17,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import tyro
@@ -764,3 +764,59 @@ def source(config: Config) -> str:
         '"""The resolved configuration of one run; it runs again as it is."""\n\n'
         f"from lpc_jax.config import (\n    {names},\n)\n\nconfig = {config!r}\n"
     )
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name, as JSON can hold it; ``type`` names a class."""
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if dataclasses.is_dataclass(value):
+            found[f"{prefix}type"] = type(value).__name__
+            for field in dataclasses.fields(value):
+                inner = getattr(value, field.name)
+                name = f"{prefix}{field.name}"
+                is_section = dataclasses.is_dataclass(inner)
+                walk(f"{name}." if is_section else name, inner)
+        else:
+            found[prefix] = list(value) if isinstance(value, tuple) else value
+
+    walk("", config)
+    return found
+
+
+def from_flat(settings: Mapping[str, Any]) -> Config:
+    """The config that ``flat`` was given; settings of later versions have defaults.
+
+    Raises:
+        ValueError: A name or value that is no setting's.
+    """
+
+    def build(cls: type[Settings], prefix: str) -> Settings:
+        hints = typing.get_type_hints(cls)
+        given: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType] -- every subclass is a dataclass
+            name = f"{prefix}{field.name}"
+            if f"{name}.type" in settings:
+                sections = {
+                    option.__name__: option
+                    for option in (
+                        hints[field.name],
+                        *typing.get_args(hints[field.name]),
+                    )
+                    if isinstance(option, type) and issubclass(option, Settings)
+                }
+                kind = settings[f"{name}.type"]
+                if kind not in sections:
+                    raise ValueError(
+                        f"{name} must be {' or '.join(sections)}, got {_shown(kind)}."
+                    )
+                given[field.name] = build(sections[kind], f"{name}.")
+            elif name in settings:
+                value = settings[name]
+                given[field.name] = tuple(value) if isinstance(value, list) else value
+        return cls(**given)
+
+    built = build(Config, "")
+    assert isinstance(built, Config)
+    return built

@@ -148,7 +148,7 @@ class _OurRun:
         import jax
         import jax.numpy as jnp
 
-        from lpc_jax import sharding
+        from lpc_jax import assembly, sharding
         from lpc_jax.data import packing
         from lpc_jax.models import weights
         from lpc_jax.training import optimizer as optimizers
@@ -164,7 +164,7 @@ class _OurRun:
             rows=1,
             row_length=max(spec.settings["row_lengths"]),
             pairs_per_row=1 if variant == "shared" else spec.pairs_per_step,
-            score_chunk=setup.score_chunk(config, sharding.platform(mesh)),
+            score_chunk=assembly.score_chunk(config, sharding.platform(mesh)),
         )
         self.shape = dataclasses.replace(
             self.shape, row_lengths=tuple(spec.settings["row_lengths"])
@@ -312,8 +312,8 @@ def _padded_gradients(graph: Any, config: cfg.Config) -> Callable[..., Any]:
     import jax.numpy as jnp
     from flax import nnx
 
+    from lpc_jax import assembly
     from lpc_jax.losses import preference, sequence
-    from lpc_jax.training import setup
 
     def loss(params: Any, rows: tuple[Any, Any], column: Any) -> Any:
         tokens, scored = rows
@@ -326,7 +326,7 @@ def _padded_gradients(graph: Any, config: cfg.Config) -> Callable[..., Any]:
             policy.decoder.head_weight,
             tokens[:, 1:],
             scored[:, 1:],
-            chunk=setup.score_chunk(config, jax.default_backend()),
+            chunk=assembly.score_chunk(config, jax.default_backend()),
         )
         sums = jnp.sum(jnp.where(scored[:, 1:], logp, 0.0), axis=1)
         chosen, rejected = jnp.split(sums, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import pickle
 import re
 import sys
@@ -605,3 +606,15 @@ def test_source_gives_the_config_again(file, tmp_path):
     copied = tmp_path / "config.py"
     copied.write_text(cfg.source(config))
     assert cfg.read(str(copied)) == config
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_config_comes_back_from_its_settings_as_json(file):
+    config = cfg.read(str(file))
+    assert cfg.from_flat(json.loads(json.dumps(cfg.flat(config)))) == config
+
+
+def test_settings_that_name_no_section_are_refused():
+    settings = cfg.flat(cfg.read(str(FILES[0]))) | {"loss.type": "Kto"}
+    with pytest.raises(ValueError, match="loss must be Dpo or Ipo or Simpo, got 'Kto'"):
+        cfg.from_flat(settings)

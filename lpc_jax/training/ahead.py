@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from lpc_jax import assembly, objective, sharding, sources
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding, sources
 from lpc_jax.data import packing
 from lpc_jax.models import architectures, weights
 from lpc_jax.models.architectures import Architecture
@@ -54,7 +54,7 @@ def find_architecture(config: cfg.Config) -> Architecture:
     path = config.model.path
     if not sources.is_hub_id(path):
         found = weights.find(
-            path, setting="model.path", revision=None, retry=setup.retry(config)
+            path, setting="model.path", revision=None, retry=assembly.retry(config)
         )
         return weights.read_architecture(found)
     if path not in architectures.KNOWN:
@@ -134,13 +134,13 @@ def abstract(
         mesh: Of devices that may be elsewhere.
     """
     platform = sharding.platform(mesh)
-    dtype = setup.compute_dtype(config, platform)
-    _, graph, shapes = setup.abstract(config, architecture, platform, plain=False)
+    dtype = assembly.compute_dtype(config, platform)
+    _, graph, shapes = assembly.abstract(config, architecture, platform, plain=False)
     shardings = sharding.parameter_shardings(shapes, mesh)
     trained = [part for part in shapes if config.adapters is None or part != "decoder"]
 
     def placed(path: Any, shape: Any, where: Any) -> jax.ShapeDtypeStruct:
-        kept = setup.decoder_dtype(config, sharding.path_name(path), dtype)
+        kept = assembly.decoder_dtype(config, sharding.path_name(path), dtype)
         return jax.ShapeDtypeStruct(shape.shape, kept, sharding=where)
 
     decoder = {
@@ -159,7 +159,7 @@ def abstract(
         rows=packed.rows,
         row_length=packed.row_length,
         pairs_per_row=packed.pairs_per_row,
-        score_chunk=setup.score_chunk(config, platform),
+        score_chunk=assembly.score_chunk(config, platform),
     )
     batch = packing.empty_batch(
         shape,

@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 
+from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
-from lpc_jax import sharding
 from lpc_jax.models.architectures import Architecture
-from lpc_jax.training import ahead, arithmetic, collectives, memory, setup
+from lpc_jax.training import ahead, arithmetic, collectives, memory
 from lpc_jax.training.arithmetic import Pair
 from lpc_jax.training.chips import Slice
 
@@ -183,7 +183,9 @@ def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
             f" {pair.prompt} and twice --answer-tokens {pair.answer}. Lower these."
         )
     subject = _Subject(config, architecture, on, pair, ())
-    setup.attention_backend(config, on.chip.platform)  # refuses what cannot run there
+    assembly.attention_backend(
+        config, on.chip.platform
+    )  # refuses what cannot run there
     subject, flags = _with_rows(subject)
     if on.topology is not None:
         subject = dataclasses.replace(subject, devices=ahead.devices(on.topology))
@@ -257,7 +259,7 @@ def _changes(subject: _Subject) -> Iterator[tuple[_Subject, tuple[str, ...]]]:
         yield rest()
     data, packed = subject.config.data, subject.config.packing
     longest = 1 + 2 * (data.max_length - 1)
-    unit = setup.row_unit(subject.config, subject.slice.chip.platform)
+    unit = assembly.row_unit(subject.config, subject.slice.chip.platform)
     shortest = longest + -longest % unit
     if shortest < packed.row_length:
         change("packing", "row_length", shortest)
@@ -373,7 +375,9 @@ def _sizes(subject: _Subject) -> dict[str, Any]:
     """Parameters and bytes of each chip, from shapes alone."""
     config = subject.config
     platform = subject.slice.chip.platform
-    _, _, shapes = setup.abstract(config, subject.architecture, platform, plain=False)
+    _, _, shapes = assembly.abstract(
+        config, subject.architecture, platform, plain=False
+    )
     return {
         part: sum(leaf.size for leaf in jax.tree.leaves(tree))
         for part, tree in shapes.items()
@@ -388,10 +392,10 @@ def _by_hand(subject: _Subject, flags: tuple[str, ...], notes: tuple[str, ...]) 
     trained = sum(
         n for part, n in sizes.items() if config.adapters is None or part != "decoder"
     )
-    dtype = setup.compute_dtype(config, chip.platform)
+    dtype = assembly.compute_dtype(config, chip.platform)
     frozen = sum(sizes.values()) - trained
     masters = 4 * trained // split
-    backend = setup.attention_backend(config, chip.platform)
+    backend = assembly.attention_backend(config, chip.platform)
     tokens = config.packing.rows * config.packing.row_length
     temporary = arithmetic.temporary(
         config,
@@ -447,7 +451,7 @@ def _assembled(
 ) -> Plan:
     config, chip, count = subject.config, subject.slice.chip, subject.slice.count
     mesh, sizes = subject.mesh_sizes, _sizes(subject)
-    backend = setup.attention_backend(config, chip.platform)
+    backend = assembly.attention_backend(config, chip.platform)
     of_pair = arithmetic.flops(config, subject.architecture, subject.pair, backend)
     pairs = config.packing.pairs_per_step
     micro_batch, update = arithmetic.least_memory_traffic(
@@ -471,7 +475,7 @@ def _assembled(
         row_length=config.packing.row_length,
         remat=config.model.remat,
         attention=backend,
-        compute_dtype=setup.compute_dtype(config, chip.platform).name,
+        compute_dtype=assembly.compute_dtype(config, chip.platform).name,
         parameters=sum(sizes.values()),
         trained=sum(
             n

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from lpc_jax import assembly, objective, sharding
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding, sources
 from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Report
-from lpc_jax.models import attention, policy, weights
 from lpc_jax.models import latent as latent_models
+from lpc_jax.models import policy, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.training import reference
 from lpc_jax.types import Batch
@@ -36,9 +35,7 @@ from lpc_jax.types import Batch
 # spread to within a tenth, few enough to take seconds.
 STANDARDIZATION_PAIRS = 64
 
-# Row lengths are multiples of the blocks that attention walks: 64 on CPU, 128 in
-# kernels. They are chosen on the run's first steps of so many pairs.
-_CPU_ROW_UNIT, _ROW_UNIT = 64, 128
+# Row lengths are chosen on the run's first steps of so many pairs.
 _PLANNED_PAIRS = 2048
 
 Say = Callable[[str], None]
@@ -90,62 +87,20 @@ class Start:
     compute_dtype: jnp.dtype
 
 
-def compute_dtype(config: cfg.Config, platform: str) -> jnp.dtype:
-    """The dtype of matrix products: bfloat16 where the device is made for it."""
-    if config.model.compute_dtype != "auto":
-        return jnp.dtype(config.model.compute_dtype)
-    return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
-
-
-def retry(config: cfg.Config) -> sources.Retry:
-    """What to do when a download fails."""
-    return sources.Retry(config.hub.retries, config.hub.wait)
-
-
-def score_chunk(config: cfg.Config, platform: str) -> int:
-    """Scored positions of a row that meet the LM head at a time."""
-    if config.model.score_chunk is not None:
-        return config.model.score_chunk
-    return 128 if platform == "cpu" else 512
-
-
-def row_unit(config: cfg.Config, platform: str) -> int:
-    """What every row length is a multiple of, so that attention's blocks are full."""
-    wanted = _CPU_ROW_UNIT if platform == "cpu" else _ROW_UNIT
-    return math.gcd(config.packing.row_length, wanted)
-
-
-def attention_backend(config: cfg.Config, platform: str) -> str:
-    """The backend that runs on a platform, as JAX names it.
-
-    Raises:
-        ValueError: One that cannot run on this platform or in this precision.
-    """
-    backend = attention.choose(
-        config.model.attention, platform, row_unit=row_unit(config, platform)
-    )
-    if backend == "cudnn" and compute_dtype(config, platform) == jnp.float32:
-        raise ValueError(
-            "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32."
-            " Use 'auto' for one of the two."
-        )
-    return backend
-
-
 def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
     """Reads, tokenizes and checks the pairs, and finds their packing shape.
 
     Raises:
         ValueError: Data or tokenizer that cannot be used, by file and line.
     """
-    data, packed = config.data, config.packing
+    data, packed, retry = config.data, config.packing, assembly.retry(config)
     tokenizer_path = model_path
     if config.model.tokenizer is not None:
         tokenizer_path = weights.find(
             config.model.tokenizer,
             setting="model.tokenizer",
             revision=None,
-            retry=retry(config),
+            retry=retry,
         )
     tokens = tokenizer.load(tokenizer_path, chat_template=config.model.chat_template)
 
@@ -153,7 +108,7 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
         path: str, setting: str, split: str, limit: int | None
     ) -> tuple[list[TokenizedPair], Report]:
         found, drops = examples.read(
-            path, setting=setting, split=split, limit=limit, retry=retry(config)
+            path, setting=setting, split=split, limit=limit, retry=retry
         )
         return chat.tokenize(
             found,
@@ -179,7 +134,7 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
         rows=packed.rows,
         row_length=packed.row_length,
         pairs_per_row=packed.pairs_per_row,
-        score_chunk=score_chunk(config, platform),
+        score_chunk=assembly.score_chunk(config, platform),
     )
     if packed.length_choices > 1:
         planned = -(-_PLANNED_PAIRS // packed.pairs_per_step)
@@ -196,7 +151,7 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
                 for number in range(min(planned, total_steps(config, train)))
             ],
             choices=packed.length_choices,
-            unit=row_unit(config, platform),
+            unit=assembly.row_unit(config, platform),
         )
     return Pairs(
         train,
@@ -218,50 +173,14 @@ def total_steps(config: cfg.Config, train: Sequence[TokenizedPair]) -> int:
     )
 
 
-def abstract(
-    config: cfg.Config, architecture: Architecture, platform: str, *, plain: bool
-) -> tuple[Callable[[Array], policy.Policy], nnx.GraphDef[policy.Policy], Any]:
-    """How to build a policy, its graph, and its parameters' shapes.
-
-    Args:
-        config: Names dtype, attention, remat, adapters and latent.
-        architecture: The decoder's.
-        platform: Where it will run, as JAX names it.
-        plain: The decoder alone, as a reference is.
-    """
-    latent = adapters = None
-    if config.latent is not None and not plain:
-        latent = {
-            "num_codes": config.latent.num_codes,
-            "hidden_width": config.latent.hidden_width,
-            "codebook_scale": config.latent.codebook_scale,
-        }
-    if config.adapters is not None and not plain:
-        adapters = dataclasses.asdict(config.adapters)
-
-    def make(key: Array) -> policy.Policy:
-        return policy.build(
-            architecture,
-            compute_dtype=compute_dtype(config, platform),
-            attention_backend=attention_backend(config, platform),
-            remat=config.model.remat,
-            adapters=adapters,
-            latent=latent,
-            key=key,
-        )
-
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(jax.random.key(0))))
-    return make, graph, nnx.to_pure_dict(state)
-
-
 def load_start(
     config: cfg.Config, model_path: Path, architecture: Architecture, mesh: Mesh
 ) -> Start:
     """Loads the decoder straight onto the mesh and seeds the other parts beside it."""
     weights.check(model_path, architecture)  # before the latent takes its sizes
     platform = sharding.platform(mesh)
-    dtype = compute_dtype(config, platform)
-    make, graph, shapes = abstract(config, architecture, platform, plain=False)
+    dtype = assembly.compute_dtype(config, platform)
+    make, graph, shapes = assembly.abstract(config, architecture, platform, plain=False)
     shardings = sharding.parameter_shardings(shapes, mesh)
     seeded = [part for part in shapes if part != "decoder"]
 
@@ -275,8 +194,11 @@ def load_start(
         key = jax.random.key(config.training.seed)
         params = jax.jit(make_seeded, out_shardings=placed)(key)
     decoder = {
-        "decoder": _load_decoder(
-            config, model_path, architecture, shardings["decoder"], dtype
+        "decoder": assembly.load_decoder(
+            model_path,
+            architecture,
+            shardings["decoder"],
+            dtype_of=lambda path: assembly.decoder_dtype(config, path, dtype),
         )
     }
     if "adapters" in params:
@@ -347,37 +269,12 @@ def standardize_latent(
     }
 
 
-def decoder_dtype(config: cfg.Config, path: str, dtype: jnp.dtype) -> jnp.dtype:
-    """fp32 masters; the compute dtype for matrices that adapters leave frozen."""
-    frozen = config.adapters is not None and not path.endswith("norm/scale")
-    return dtype if frozen else jnp.dtype("float32")
-
-
-def _load_decoder(
-    config: cfg.Config,
-    model_path: Path,
-    architecture: Architecture,
-    shardings: dict[str, Any],
-    dtype: jnp.dtype,
-) -> dict[str, Any]:
-    def dtype_of(path: str) -> jnp.dtype:
-        return decoder_dtype(config, path, dtype)
-
-    by_path = {
-        sharding.path_name(path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]
-    }
-    return weights.load(
-        model_path, architecture, dtype_of=dtype_of, sharding_of=by_path.__getitem__
-    )
-
-
 def reference_program(
     config: cfg.Config, architecture: Architecture, mesh: Mesh
 ) -> Callable[..., Array]:
     """Jitted: a plain policy's parameters and a placed micro-batch to log-probs."""
     platform = sharding.platform(mesh)
-    _, graph, _ = abstract(config, architecture, platform, plain=True)
+    _, graph, _ = assembly.abstract(config, architecture, platform, plain=True)
 
     # Whole on every device, so that every process reads all of it.
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -387,7 +284,7 @@ def reference_program(
             batch,
             latent=None,
             key=jax.random.key(0),
-            chunk=score_chunk(config, platform),
+            chunk=assembly.score_chunk(config, platform),
         )
         return scores.logp
 
@@ -426,7 +323,7 @@ def reference_column(
             config.reference.path,
             setting="reference.path",
             revision=None,
-            retry=retry(config),
+            retry=assembly.retry(config),
         )
         architecture, digest = weights.read_architecture(path), weights.digest(path)
         if architecture.vocabulary != start.architecture.vocabulary:
@@ -435,12 +332,16 @@ def reference_column(
                 f" {start.architecture.vocabulary} expected, got"
                 f" {architecture.vocabulary}. Choose a reference of the same family."
             )
-        _, _, shapes = abstract(
+        _, _, shapes = assembly.abstract(
             config, architecture, sharding.platform(mesh), plain=True
         )
         shardings = sharding.parameter_shardings(shapes, mesh)
-        decoder = _load_decoder(
-            config, path, architecture, shardings["decoder"], start.compute_dtype
+        dtype = start.compute_dtype
+        decoder = assembly.load_decoder(
+            path,
+            architecture,
+            shardings["decoder"],
+            dtype_of=lambda leaf: assembly.decoder_dtype(config, leaf, dtype),
         )
     score = reference_scorer(config, architecture, mesh)
 

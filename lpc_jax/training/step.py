@@ -20,10 +20,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from lpc_jax import assembly, objective, sharding
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding
 from lpc_jax.models.policy import Policy
-from lpc_jax.training import setup
 from lpc_jax.types import Batch, TrainState
 
 Params = dict[str, Any]
@@ -86,7 +85,7 @@ def build(
         total_steps: Updates in the run, for g and tau.
     """
     replicated: Any = layout.step
-    chunk = setup.score_chunk(config, sharding.platform(replicated.mesh))
+    chunk = assembly.score_chunk(config, sharding.platform(replicated.mesh))
 
     def loss_sum(
         params: Params, frozen: Params, batch: Batch, key: Array, step: Int[Array, ""]

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from lpc_jax import assembly, objective, processes, sharding
 from lpc_jax import config as cfg
-from lpc_jax import objective, processes, sharding
 from lpc_jax.data import packing
 from lpc_jax.evaluation import preference
 from lpc_jax.models import weights
@@ -27,31 +27,12 @@ from lpc_jax.training import optimizer as optimizers
 from lpc_jax.types import Batch, TrainState
 
 
-def flat_settings(config: cfg.Config) -> dict[str, Any]:
-    """Every setting by its dotted name, as JSON can hold it."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if dataclasses.is_dataclass(value):
-            flat[f"{prefix}type"] = type(value).__name__
-            for field in dataclasses.fields(value):
-                inner = getattr(value, field.name)
-                name = f"{prefix}{field.name}"
-                is_section = dataclasses.is_dataclass(inner)
-                walk(f"{name}." if is_section else name, inner)
-        else:
-            flat[prefix] = list(value) if isinstance(value, tuple) else value
-
-    walk("", config)
-    return flat
-
-
 def _manifest(
     config: cfg.Config, start: setup.Start, pairs: setup.Pairs, reference_digest: str
 ) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
     return {
-        "settings": flat_settings(config.of_all_processes()),
+        "settings": cfg.flat(config.of_all_processes()),
         "weights_digest": start.weights_digest,
         "reference_digest": reference_digest,
         **pairs.digests(),
@@ -65,7 +46,7 @@ def _manifest(
 
 def _require_one_run(config: cfg.Config, pairs: setup.Pairs) -> None:
     """Refuses processes that would run something else, before they wait for it."""
-    settings = flat_settings(config.of_all_processes())
+    settings = cfg.flat(config.of_all_processes())
     processes.require_agreement(
         settings | pairs.digests() | {"jax": jax.__version__},
         "Start every process with the same command, code and data.",
@@ -85,7 +66,7 @@ class Trainer:
             config.model.path,
             setting="model.path",
             revision=config.model.revision,
-            retry=setup.retry(config),
+            retry=assembly.retry(config),
         )
         architecture = weights.read_architecture(model_path)
         self.pairs = pairs = setup.read_pairs(
@@ -141,7 +122,7 @@ class Trainer:
         )
         share = "" if trained == count else f", {trained / 1e6:.2f} M trained"
         axes = " ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items())
-        backend = setup.attention_backend(config, sharding.platform(self.mesh))
+        backend = assembly.attention_backend(config, sharding.platform(self.mesh))
         self.say(
             f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
             f" ({latent / 1e6:.2f} M latent{share}), compute"

@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from lpc_jax import checkpoint, objective, sharding
+from lpc_jax import assembly, checkpoint, objective, sharding
 from lpc_jax import config as cfg
 from lpc_jax.training import loop, setup
 from tests import runs, tiny
@@ -217,7 +217,7 @@ def test_bfloat16_computes_otherwise_on_the_same_masters(folder, base):
 
 
 def test_auto_is_float32_on_a_cpu(folder):
-    assert setup.compute_dtype(config(folder), "cpu") == jnp.dtype("float32")
+    assert assembly.compute_dtype(config(folder), "cpu") == jnp.dtype("float32")
 
 
 def test_remat_recomputes_blocks_and_changes_no_number(folder, base):
@@ -456,13 +456,13 @@ def test_the_shape_of_a_micro_batch(folder, base):
 def test_the_gpu_kernel_is_refused_in_float32(folder):
     model = {"attention": "cudnn", "compute_dtype": "float32"}
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
-        setup.attention_backend(config(folder, model=model), "gpu")
+        assembly.attention_backend(config(folder, model=model), "gpu")
     assert str(error.value) == (
         "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32. Use"
         " 'auto' for one of the two."
     )
     model["compute_dtype"] = "auto"  # bfloat16 there
-    assert setup.attention_backend(config(folder, model=model), "gpu") == "cudnn"
+    assert assembly.attention_backend(config(folder, model=model), "gpu") == "cudnn"
 
 
 # --- training and run -----------------------------------------------------------------

@@ -1,0 +1,263 @@
+"""What can be asked: a start model, a run's checkpoint, or an exported folder.
+
+Knows nothing of what it is asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from lpc_jax import assembly, checkpoint, sharding, sources
+from lpc_jax import config as cfg
+from lpc_jax.data import tokenizer as tokenizers
+from lpc_jax.data.tokenizer import Tokenizer
+from lpc_jax.models import adapters, policy, weights
+from lpc_jax.models.architectures import Architecture
+
+CHECKPOINTS = "checkpoints"
+
+# Where a run's checkpoint has what was trained.
+_TRAINED = "params/"
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A policy on a mesh, and what it takes to talk to it.
+
+    Attributes:
+        name: What it is, for a person.
+        architecture: The decoder's.
+        tokenizer: With its chat template.
+        graph: The policy without its parameters; no adapters, which are merged.
+        params: ``decoder`` and, with codes, ``latent``; norms and the latent in fp32,
+            the decoder's matrices in the dtype asked for.
+        latent: Settings of the latent, or None without codes.
+        config: Of the run, or what a start model is taken to have been given.
+        mesh: Where the parameters are.
+        model_path: Folder or file of the start weights.
+    """
+
+    name: str
+    architecture: Architecture
+    tokenizer: Tokenizer
+    graph: nnx.GraphDef[policy.Policy]
+    params: dict[str, Any]
+    latent: cfg.Latent | None
+    config: cfg.Config
+    mesh: Mesh
+    model_path: Path
+
+    @property
+    def policy(self) -> policy.Policy:
+        """The module; inside jit, merge ``graph`` with parameters as arguments."""
+        return nnx.merge(self.graph, self.params)
+
+
+def load(
+    path: str,
+    *,
+    mesh: Mesh,
+    step: str = "latest",
+    model: cfg.Model | None = None,
+    dtype: jnp.dtype | None = None,
+    hub: cfg.Hub | None = None,
+) -> System:
+    """A run's checkpoint, an exported folder, or a model as it is.
+
+    Args:
+        path: A run folder; or, as ``model.path``, a Hugging Face folder, a GGUF file,
+            ``package:NAME/FILE`` or a hub id.
+        mesh: Where to; see ``sharding.make_mesh``.
+        step: Of a run: ``latest``, ``best`` or a checkpoint's step.
+        model: Tokenizer, template and precision that replace a run's own or, for a
+            model, the defaults; its ``path`` is not read. None replaces nothing.
+        dtype: Of the decoder's matrices; None: what they are multiplied in, with which
+            all results are the same.
+        hub: When a download fails.
+
+    Raises:
+        ValueError: No such model or run, or one that cannot be read.
+        checkpoint.DamagedError: The checkpoint is not what was saved.
+    """
+    run = Path(path).expanduser()
+    if (run / CHECKPOINTS).is_dir():
+        return _load_run(run, mesh, step, model, dtype)
+    if step != "latest":
+        raise ValueError(
+            f"--step {step} is of a run's checkpoints, got the model {path!r}. Leave it"
+            " out, or name a run folder."
+        )
+    config = cfg.Config(
+        name="start",
+        model=dataclasses.replace(model or cfg.Model(path=path), path=path),
+        loss=cfg.Simpo(gamma=0.0),
+        data=cfg.Data(train="none"),
+        latent=None,
+        hub=hub or cfg.Hub(),
+    )
+    found, architecture = _find(config.model, config.hub)
+    decoder = _load_decoder(config, found, architecture, mesh, dtype)
+    return _system(path, config, found, architecture, {"decoder": decoder}, mesh)
+
+
+def _find(model: cfg.Model, hub: cfg.Hub) -> tuple[Path, Architecture]:
+    retry = sources.Retry(hub.retries, hub.wait)
+    found = weights.find(
+        model.path, setting="model.path", revision=model.revision, retry=retry
+    )
+    return found, weights.read_architecture(found)
+
+
+def _system(
+    name: str,
+    config: cfg.Config,
+    found: Path,
+    architecture: Architecture,
+    params: dict[str, Any],
+    mesh: Mesh,
+) -> System:
+    merged = dataclasses.replace(config, adapters=None)
+    platform = sharding.platform(mesh)
+    _, graph, _ = assembly.abstract(merged, architecture, platform, plain=False)
+    path = found
+    if config.model.tokenizer is not None:
+        path = weights.find(
+            config.model.tokenizer,
+            setting="model.tokenizer",
+            revision=None,
+            retry=assembly.retry(config),
+        )
+    return System(
+        name=name,
+        architecture=architecture,
+        tokenizer=tokenizers.load(path, chat_template=config.model.chat_template),
+        graph=graph,
+        params=params,
+        latent=config.latent,
+        config=config,
+        mesh=mesh,
+        model_path=found,
+    )
+
+
+def _dtype_of(
+    config: cfg.Config, mesh: Mesh, dtype: jnp.dtype | None
+) -> Callable[[str], jnp.dtype]:
+    """fp32 for norms, else what was asked for."""
+    computed = assembly.compute_dtype(config, sharding.platform(mesh))
+    wanted = computed if dtype is None else dtype
+
+    def dtype_of(path: str) -> jnp.dtype:
+        return jnp.dtype("float32") if path.endswith("norm/scale") else wanted
+
+    return dtype_of
+
+
+def _shapes(
+    config: cfg.Config, architecture: Architecture, mesh: Mesh
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    platform = sharding.platform(mesh)
+    _, _, shapes = assembly.abstract(config, architecture, platform, plain=False)
+    return shapes, sharding.parameter_shardings(shapes, mesh)
+
+
+def _load_decoder(
+    config: cfg.Config,
+    found: Path,
+    architecture: Architecture,
+    mesh: Mesh,
+    dtype: jnp.dtype | None,
+) -> dict[str, Any]:
+    weights.check(found, architecture)
+    _, shardings = _shapes(config, architecture, mesh)
+    return assembly.load_decoder(
+        found,
+        architecture,
+        shardings["decoder"],
+        dtype_of=_dtype_of(config, mesh, dtype),
+    )
+
+
+def _load_run(
+    run: Path,
+    mesh: Mesh,
+    step: str,
+    model: cfg.Model | None,
+    dtype: jnp.dtype | None,
+) -> System:
+    reader = checkpoint.Reader(run / CHECKPOINTS)
+    number = reader.step(step)
+    meta = reader.meta(number)
+    config = cfg.from_flat(meta["settings"])
+    if model is not None:
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(
+                config.model,
+                tokenizer=model.tokenizer or config.model.tokenizer,
+                chat_template=model.chat_template or config.model.chat_template,
+                compute_dtype=model.compute_dtype,
+                attention=model.attention,
+            ),
+        )
+    found, architecture = _find(config.model, config.hub)
+    shapes, shardings = _shapes(config, architecture, mesh)
+    trained = {
+        part: shapes[part]
+        for part in shapes
+        if part != "decoder" or config.adapters is None
+    }
+    if config.adapters is not None:
+        _require_weights(found, meta, run)
+    params = _read(reader, number, trained, shardings)
+    if config.adapters is not None:
+        # Added in fp32 to the matrices that they were trained beside.
+        computed = assembly.compute_dtype(config, sharding.platform(mesh))
+        frozen = _load_decoder(config, found, architecture, mesh, computed)
+        scale = config.adapters.alpha / config.adapters.rank
+        params["decoder"] = adapters.merge(frozen, params.pop("adapters"), scale=scale)
+    dtype_of = _dtype_of(config, mesh, dtype)
+    params["decoder"] = _cast(params["decoder"], dtype_of)
+    return _system(f"{run} at step {number}", config, found, architecture, params, mesh)
+
+
+def _require_weights(found: Path, meta: dict[str, Any], run: Path) -> None:
+    if weights.digest(found) != meta["weights_digest"]:
+        raise ValueError(
+            f"{found} must hold the weights that the adapters of {run} were trained"
+            " over, got others (their digest differs). Put those back."
+        )
+
+
+def _read(
+    reader: checkpoint.Reader,
+    step: int,
+    shapes: dict[str, Any],
+    shardings: dict[str, Any],
+) -> dict[str, Any]:
+    """The trained parameters, as a tree again."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    paths = [_TRAINED + sharding.path_name(path) for path, _ in leaves]
+    placed = jax.tree.leaves({part: shardings[part] for part in shapes})
+    wanted = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        for path, (_, leaf), where in zip(paths, leaves, placed, strict=True)
+    }
+    arrays = reader.read(step, wanted)
+    return jax.tree.unflatten(structure, [arrays[path] for path in paths])
+
+
+def _cast(
+    decoder: dict[str, Any], dtype_of: Callable[[str], jnp.dtype]
+) -> dict[str, Any]:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype_of(sharding.path_name(path))), decoder
+    )
