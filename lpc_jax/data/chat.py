@@ -188,6 +188,25 @@ def tokenize(
     return pairs, _report(pairs, drops, mismatches)
 
 
+def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer) -> Ids:
+    """A conversation and the assistant's header as the ids of a pair's prompt.
+
+    Args:
+        messages: Roles and contents, the last one the user's.
+        tokenizer: A tokenizer with a chat template.
+
+    Raises:
+        ValueError: The template refuses it, or a text spells the BOS or EOS token.
+    """
+    control = _Control.of(tokenizer)
+    try:
+        text = _header([dict(message) for message in messages], tokenizer, control)
+    except _Dropped as drop:
+        raise ValueError(f"this conversation cannot be a prompt: {drop}.") from drop
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _with_one_bos(np.asarray(ids, np.int32), control.bos)
+
+
 def _token_strings(
     examples: Sequence[PreferenceExample],
     tokenizer: Tokenizer,
@@ -230,19 +249,35 @@ def _render(
         a.rstrip().removesuffix(eos) if a.rstrip().endswith(eos) else a
         for a in (example.chosen, example.rejected)
     ]
-    texts = [message["content"] for message in example.prompt] + answers
-    if any(token in text for token in control.spelled for text in texts):
+    if any(token in answer for token in control.spelled for answer in answers):
         raise _Dropped(CONTROL_TEXT)
     prompt = list(example.prompt)
+    header = _header(prompt, tokenizer, control)
+    chosen, rejected = (
+        _templated([*prompt, {"role": "assistant", "content": answer}], tokenizer)
+        for answer in answers
+    )
+    return header, chosen, rejected
+
+
+def _header(
+    messages: list[dict[str, str]], tokenizer: Tokenizer, control: _Control
+) -> str:
+    """Text of a conversation with the assistant's header."""
+    texts = [message["content"] for message in messages]
+    if any(token in text for token in control.spelled for text in texts):
+        raise _Dropped(CONTROL_TEXT)
+    return _templated(messages, tokenizer, header=True)
+
+
+def _templated(
+    messages: list[dict[str, str]], tokenizer: Tokenizer, *, header: bool = False
+) -> str:
     try:
-        chosen, rejected = (
+        return str(
             tokenizer.apply_chat_template(
-                [*prompt, {"role": "assistant", "content": answer}], tokenize=False
+                messages, tokenize=False, add_generation_prompt=header
             )
-            for answer in answers
-        )
-        header = tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True
         )
     except (
         *(jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError),
@@ -251,7 +286,6 @@ def _render(
         # Templates run in jinja's sandbox, which raises at a way out of it; the rest
         # is what their expressions raise, such as ''.index('a').
         raise _Dropped(f"{REFUSED}: {untrusted.shown(e)}") from e
-    return str(header), str(chosen), str(rejected)
 
 
 def _with_one_bos(ids: Ids, bos: int | None) -> Ids:
