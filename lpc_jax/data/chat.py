@@ -207,6 +207,23 @@ def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer) -> I
     return _with_one_bos(np.asarray(ids, np.int32), control.bos)
 
 
+def end_of_answer(tokenizer: Tokenizer) -> int:
+    """The token that an answer's scored tokens end with.
+
+    Raises:
+        ValueError: The tokenizer has no chat template or no EOS token.
+    """
+    control = _Control.of(tokenizer)
+    messages = [{"role": "user", "content": "a"}]
+    answer = {"role": "assistant", "content": "b"}
+    try:
+        text = _templated([*messages, answer], tokenizer)
+    except _Dropped as drop:
+        raise ValueError(f"the chat template cannot be used: {drop}.") from drop
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return int(_until_end(np.asarray(ids, np.int32), control)[-1])
+
+
 def _token_strings(
     examples: Sequence[PreferenceExample],
     tokenizer: Tokenizer,

@@ -107,20 +107,26 @@ class Attention(nnx.Module):
         self.value = _normal(rngs, (width, kv_heads, head_width))
         self.output = _normal(rngs, (heads, head_width, width))
 
-    def __call__(
+    def heads(
         self,
         x: Float[Array, "R T D"],
         angles: Float[Array, "R T half_H"],
-        layout: attention.Layout,
         adapters: PartAdapters | None,
-    ) -> Float[Array, "R T D"]:
-        """One attention layer over rows of pairs."""
+    ) -> tuple[
+        Float[Array, "R T N H"], Float[Array, "R T K H"], Float[Array, "R T K H"]
+    ]:
+        """Rotated queries and keys, and values."""
         query = adapted(x, self.query[...], adapters, "query")
         key = adapted(x, self.key[...], adapters, "key")
         value = adapted(x, self.value[...], adapters, "value")
         query = axes.constrain(rotate(query, angles), "R T N H")
         key = axes.constrain(rotate(key, angles), "R T K H")
-        mixed = attention.attend(query, key, value, layout)
+        return query, key, value
+
+    def project(
+        self, mixed: Float[Array, "R T N H"], adapters: PartAdapters | None
+    ) -> Float[Array, "R T D"]:
+        """What attention adds to the stream, from what each head has mixed."""
         mixed = axes.constrain(mixed, "R T N H")
         heads, head_width, width = self.output.shape
         output = self.output.reshape(heads * head_width, width)
@@ -165,9 +171,31 @@ class Block(nnx.Module):
         adapters: BlockAdapters | None,
     ) -> Float[Array, "R T D"]:
         """The stream after this block, whose adapters may be None."""
+        query, key, value = self.heads(x, angles, adapters)
+        return self.add(x, attention.attend(query, key, value, layout), adapters)
+
+    def heads(
+        self,
+        x: Float[Array, "R T D"],
+        angles: Float[Array, "R T half_H"],
+        adapters: BlockAdapters | None,
+    ) -> tuple[
+        Float[Array, "R T N H"], Float[Array, "R T K H"], Float[Array, "R T K H"]
+    ]:
+        """Queries, keys and values of this block."""
+        of_attention = None if adapters is None else adapters.attention
+        return self.attention.heads(self.attention_norm(x), angles, of_attention)
+
+    def add(
+        self,
+        x: Float[Array, "R T D"],
+        mixed: Float[Array, "R T N H"],
+        adapters: BlockAdapters | None,
+    ) -> Float[Array, "R T D"]:
+        """The stream after this block, given what its heads have mixed."""
         of_attention = None if adapters is None else adapters.attention
         of_mlp = None if adapters is None else adapters.mlp
-        x = x + self.attention(self.attention_norm(x), angles, layout, of_attention)
+        x = x + self.attention.project(mixed, of_attention)
         x = x + self.mlp(self.mlp_norm(x), of_mlp)
         return axes.constrain(x, "R T D")
 

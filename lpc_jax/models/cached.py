@@ -1,0 +1,131 @@
+"""The decoder with a cache of keys and values: a few new tokens of each row at a time.
+
+Rows are padded on the left, so that all of them grow at one place. Knows nothing of
+latents, sampling or text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lpc_jax import axes
+from lpc_jax.models import embedding
+from lpc_jax.models.architectures import Architecture
+from lpc_jax.models.decoder import Block, Decoder, rope_frequencies
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens so far, by layer, each in a slot of its row.
+
+    Attributes:
+        keys: Rotated.
+        values: Likewise.
+    """
+
+    keys: tuple[Float[Array, "R T K H"], ...]
+    values: tuple[Float[Array, "R T K H"], ...]
+
+
+class CachedDecoder(nnx.Module):
+    """A ``Decoder`` whose layers lie apart.
+
+    Of layers that are stacked a loop copies each before it is used, which on a CPU
+    takes longer than one token's products with it.
+
+    Args of the constructor:
+        decoder: Without adapters; its other parameters are shared.
+    """
+
+    def __init__(self, decoder: Decoder):
+        self.architecture: Architecture = decoder.architecture
+        self.compute_dtype = decoder.compute_dtype
+        self.embedding = decoder.embedding
+        graph, stacked = nnx.split(decoder.blocks)
+        self.blocks = nnx.List(
+            nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+            for i in range(self.architecture.layers)
+        )
+        self.final_norm = decoder.final_norm
+        if not self.architecture.tied:
+            self.head = decoder.head
+
+    @property
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The LM head."""
+        return self.embedding[...] if self.architecture.tied else self.head[...]
+
+    def empty_cache(self, rows: int, slots: int) -> Cache:
+        """Room for so many tokens in each of so many rows."""
+        architecture = self.architecture
+        shape = (rows, slots, architecture.kv_heads, architecture.head_width)
+
+        def layers() -> tuple[Array, ...]:
+            return tuple(
+                axes.constrain(jnp.zeros(shape, self.compute_dtype), "R T K H")
+                for _ in range(architecture.layers)
+            )
+
+        return Cache(layers(), layers())
+
+    def __call__(
+        self,
+        tokens: Int[Array, "R T"],
+        cache: Cache,
+        *,
+        start: Int[Array, ""],
+        first: Int[Array, "R"],
+    ) -> tuple[Float[Array, "R T D"], Cache]:
+        """Hidden states of new tokens, and the cache with them.
+
+        Args:
+            tokens: The same number for each row.
+            cache: Of the tokens before.
+            start: The slot of the first new token, in all rows.
+            first: The slot of each row's first token; those before it are padding.
+        """
+        slots = start + jnp.arange(tokens.shape[1])
+        positions = slots - first[:, None]
+        angles = positions[..., None] * rope_frequencies(self.architecture)
+        mask = _visible(
+            slots,
+            first,
+            jnp.arange(cache.keys[0].shape[1]),
+            sliding_window=self.architecture.sliding_window,
+        )
+        x = embedding.look_up(self.embedding[...], tokens).astype(self.compute_dtype)
+        x = axes.constrain(x, "R T D")
+        keys, values = [], []
+        for block, old_keys, old_values in zip(
+            self.blocks, cache.keys, cache.values, strict=True
+        ):
+            assert isinstance(block, Block)
+            query, key, value = block.heads(x, angles, None)
+            at = (0, start, 0, 0)
+            keys.append(jax.lax.dynamic_update_slice(old_keys, key, at))
+            values.append(jax.lax.dynamic_update_slice(old_values, value, at))
+            mixed = jax.nn.dot_product_attention(
+                query, keys[-1], values[-1], mask=mask[:, None]
+            )
+            x = block.add(x, mixed, None)
+        return self.final_norm(x), Cache(tuple(keys), tuple(values))
+
+
+def _visible(
+    slots: Int[Array, "T"],
+    first: Int[Array, "R"],
+    keys: Int[Array, "S"],
+    *,
+    sliding_window: int | None,
+) -> Bool[Array, "R T S"]:
+    """Which slots each new token may attend to: its own row's tokens, not later."""
+    seen = (keys >= first[:, None, None]) & (keys <= slots[:, None])
+    if sliding_window is not None:
+        seen &= keys > slots[:, None] - sliding_window
+    return seen
