@@ -6,7 +6,9 @@ What training and evaluation share. Knows nothing of pairs, losses or optimizers
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,3 +137,24 @@ def load_decoder(
     return weights.load(
         model_path, architecture, dtype_of=dtype_of, sharding_of=by_path.__getitem__
     )
+
+
+def keep_compiled(folder: Path) -> None:
+    """Has JAX keep compiled programs in a folder, for the next start to find."""
+    cache = folder.resolve() / _instruction_set()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _instruction_set() -> str:
+    """A name for what this machine's CPU can execute.
+
+    JAX's own keys leave it out, and machines that share a folder may differ in it.
+    """
+    flags = platform.processor()
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        lines = cpu.read_text().splitlines()
+        named = [line for line in lines if line.startswith(("flags", "Features"))]
+        flags = named[0] if named else flags
+    digest = hashlib.sha256(flags.encode()).hexdigest()
+    return f"{platform.machine()}-{digest[:8]}"

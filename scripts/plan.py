@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from lpc_jax import config as cfg
+from lpc_jax import faults
 
 # The host needs none of its own devices, and libtpu is not to look for any, nor to
 # write of those that it doesn't find; nor, using none, to refuse a second process.
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _plan(own, rest)
     except (ValueError, OSError) as error:
-        if isinstance(error, ValueError) and not _is_ours(error):
+        if not faults.is_for_user(error):
             raise  # a fault of the program: the traceback is what helps
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,12 +85,6 @@ def _plan(own: argparse.Namespace, rest: Sequence[str]) -> int:
     if own.json is not None:
         plan_report.write_json(made, own.json)
     return 0 if made.fits else DOES_NOT_FIT
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Whether the library itself raised it, in words meant for the user."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(cfg.__file__).parent)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from lpc_jax import config as cfg
+from lpc_jax import faults
 
 FAULT, REFUSED, START_AGAIN = 1, 2, 4
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
@@ -72,19 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refuse(error: ValueError | OSError, who: str = "") -> int:
     """Says what is wrong in a line; a fault of the program keeps its traceback."""
-    if isinstance(error, ValueError) and not _is_ours(error):
+    if not faults.is_for_user(error):
         if not who:
             raise error
         traceback.print_exc()
         return FAULT
     print(f"{who}{': ' if who else ''}error: {error}", file=sys.stderr)
     return REFUSED
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Whether the library itself raised it, in words meant for the user."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(cfg.__file__).parent)
 
 
 if __name__ == "__main__":

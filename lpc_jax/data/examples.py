@@ -363,6 +363,43 @@ def parse(row: Any, *, origin: str, index: int) -> PreferenceExample:
     )
 
 
+def parse_prompt(row: Any, *, origin: str) -> list[Message]:
+    """The conversation of a row that asks for an answer.
+
+    Args:
+        row: ``prompt`` as a text or a list of messages, ``messages``, or
+            ``instruction`` as AlpacaEval has it; the last message is the user's.
+        origin: ``file:line``, for messages.
+
+    Raises:
+        ValueError: A row of no such form.
+    """
+    names = ("prompt", "messages", "instruction")
+    name = next((n for n in names if isinstance(row, dict) and n in row), None)
+    if name is None:
+        raise ValueError(
+            f"{origin}: expected an object with {' or '.join(names)}, got"
+            f" {untrusted.shown(repr(row), most=80)}. Mend or remove the row."
+        )
+    value = row[name]
+    if isinstance(value, str):
+        messages = [{"role": "user", "content": value}]
+    elif isinstance(value, list) and name != "instruction":
+        messages = _messages(value, name, origin)
+    else:
+        raise ValueError(
+            f"{origin}: {name} must be a text or a list of messages, got"
+            f" {untrusted.shown(repr(value), most=80)}. Mend or remove the row."
+        )
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError(
+            f"{origin}: {name} must end with a message of the user, got"
+            f" {untrusted.shown(repr(value), most=80)}. Mend or remove the row."
+        )
+    _require_characters(origin, *(message["content"] for message in messages))
+    return messages
+
+
 def _require_characters(origin: str, *texts: str) -> None:
     """JSON can spell half of a surrogate pair, which is no character."""
     for text in texts:

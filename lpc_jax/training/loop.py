@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from lpc_jax import checkpoint, objective, processes, sharding
+from lpc_jax import assembly, checkpoint, objective, processes, sharding
 from lpc_jax import config as cfg
 from lpc_jax.evaluation import preference
 from lpc_jax.training import memory, nonfinite, runfolder
@@ -127,21 +125,6 @@ def _profiled(config: cfg.Config, first: int) -> range:
     return range(begin, begin + (config.run.profile or 0))
 
 
-def _instruction_set() -> str:
-    """A name for what this machine's CPU can execute.
-
-    JAX's own keys leave it out, and machines that share a folder may differ in it.
-    """
-    flags = platform.processor()
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        lines = cpu.read_text().splitlines()
-        named = [line for line in lines if line.startswith(("flags", "Features"))]
-        flags = named[0] if named else flags
-    digest = hashlib.sha256(flags.encode()).hexdigest()
-    return f"{platform.machine()}-{digest[:8]}"
-
-
 def _due(every: int | None, done: int, total: int) -> bool:
     return done == total or (every is not None and done % every == 0)
 
@@ -188,8 +171,7 @@ def train(config: cfg.Config, console: Console) -> Result:
     sharding.require_rows_divide(config.packing.rows, mesh)
     require_trackers(config.run.trackers)
     if config.run.compilation_cache is not None:
-        cache = Path(config.run.compilation_cache).resolve() / _instruction_set()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        assembly.keep_compiled(Path(config.run.compilation_cache))
     with (
         processes.together(),
         processes.Termination().watched() as termination,

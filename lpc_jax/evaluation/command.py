@@ -1,0 +1,157 @@
+"""What the commands that ask a system have in common: which one, where, under which z.
+
+Knows nothing of what is asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+
+from lpc_jax import assembly, sharding
+from lpc_jax import config as cfg
+from lpc_jax.evaluation import steering, system
+from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation.system import System
+
+
+def add_system(parser: argparse.ArgumentParser) -> None:
+    """The system, and the devices that it is put on."""
+    parser.add_argument(
+        "system",
+        metavar="SYSTEM",
+        help="a run folder, an exported or Hugging Face folder, a .gguf file, a hub id,"
+        " or package:NAME/FILE",
+    )
+    parser.add_argument(
+        "--step", default="latest", help="of a run: latest, best or a number"
+    )
+    model = cfg.Model(path="")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--tokenizer", help="where it is, when not beside the weights")
+    parser.add_argument("--chat-template", help="a file with a Jinja template")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default=model.compute_dtype,
+        help="auto: bfloat16 on accelerators, float32 on CPU",
+    )
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices over which heads and vocabulary are split; the rest split rows",
+    )
+    parser.add_argument(
+        "--compilation-cache",
+        default=cfg.Run().compilation_cache,
+        metavar="FOLDER",
+        help="compiled programs for the next start; none: kept nowhere",
+    )
+
+
+def add_steering(parser: argparse.ArgumentParser) -> None:
+    """How z is chosen."""
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--z", choices=("mean", "sample", "argmax"), help="from the prior [mean]"
+    )
+    chosen.add_argument("--code", metavar="7", help="this code, whatever the prompt")
+    chosen.add_argument("--mix", metavar="3:0.7,12:0.3", help="these, likewise")
+
+
+def load_system(arguments: argparse.Namespace) -> System:
+    """The system that a command line names.
+
+    Raises:
+        ValueError: As ``system.load``, or devices that the mesh cannot have.
+        checkpoint.DamagedError: As ``system.load``.
+    """
+    if arguments.compilation_cache not in (None, "none"):
+        assembly.keep_compiled(Path(arguments.compilation_cache))
+    mesh = sharding.make_mesh(
+        data=1, fsdp=-1, tensor=arguments.tensor, devices=jax.devices()
+    )
+    model = cfg.Model(
+        path=arguments.system,
+        revision=arguments.revision,
+        tokenizer=arguments.tokenizer,
+        chat_template=arguments.chat_template,
+        compute_dtype=arguments.compute_dtype,
+    )
+    return system.load(arguments.system, mesh=mesh, step=arguments.step, model=model)
+
+
+def read_steering(arguments: argparse.Namespace, asked: System) -> Steering:
+    """How z is chosen for a system.
+
+    Raises:
+        ValueError: Codes of a system without any, an unknown one, a mix that is none.
+    """
+    for flag in ("z", "code", "mix"):
+        if getattr(arguments, flag) is not None:
+            said = f"--{flag} {getattr(arguments, flag)}"
+            codes = steering.require_codes(
+                None if asked.latent is None else asked.latent.num_codes,
+                said,
+                asked.name,
+            )
+            if flag == "code":
+                return steering.code(arguments.code, codes)
+            if flag == "mix":
+                return steering.mix(arguments.mix, codes)
+            return Steering(arguments.z, temperature=_temperature(asked))
+    if asked.latent is None:
+        return Steering("mean")
+    return Steering(asked.latent.inference, temperature=_temperature(asked))
+
+
+def _temperature(asked: System) -> float:
+    """tau at the end of training, at which ``sample`` draws."""
+    assert asked.latent is not None
+    if asked.latent.temperature_schedule == "constant":
+        return asked.latent.temperature
+    return asked.latent.final_temperature
+
+
+def require_new_file(path: Path, *, overwrite: bool, flag: str) -> None:
+    """Refuses, before any compute, an output that could not be written.
+
+    Args:
+        path: Of the file.
+        overwrite: Whether it may be there.
+        flag: That names it, in the user's words.
+
+    Raises:
+        ValueError: It is there, or its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} must be a file, got a folder.")
+    if path.exists() and not overwrite:
+        raise ValueError(
+            f"{flag} {path} must be a new file, got one that is there. Name another, or"
+            " add --overwrite."
+        )
+    require_writable(path.parent, flag=flag)
+
+
+def require_writable(folder: Path, *, flag: str) -> None:
+    """Makes a folder, and refuses one that cannot be written to.
+
+    Raises:
+        ValueError: It cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag}: {folder} must be a folder that can be written to, got"
+            f" {os.strerror(error.errno or 0)}. Name another."
+        ) from error

@@ -1,0 +1,207 @@
+"""Talk to a system, or have it answer a file of prompts.
+
+python scripts/generate.py runs/quickstart
+python scripts/generate.py runs/quickstart --code 7
+python scripts/generate.py runs/mine --prompts prompts.jsonl --output answers.jsonl
+python scripts/generate.py runs/mine --prompts alpaca_eval.json --output outputs.json \
+    --format alpaca_eval --name mine
+
+A row of prompts has `prompt` (a text or messages), `messages` or `instruction`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lpc_jax import config as cfg
+from lpc_jax import faults
+
+# A conversation is drawn, so that /again differs; files are answered greedily.
+CHAT_TEMPERATURE, CHAT_TOP_P = 0.7, 0.95
+
+
+def _parser() -> argparse.ArgumentParser:
+    from lpc_jax.evaluation import command
+
+    parser = argparse.ArgumentParser(
+        prog="generate.py",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_system(parser)
+    command.add_steering(parser)
+    parser.add_argument("--prompts", metavar="FILE", help="none: a conversation")
+    parser.add_argument("--split", default="train", help="of a hub data set")
+    parser.add_argument("--limit", type=int, help="only the first prompts")
+    parser.add_argument("--output", type=Path, help="of --prompts: where answers go")
+    parser.add_argument("--overwrite", action="store_true", help="--output if there")
+    parser.add_argument(
+        "--format",
+        choices=("jsonl", "alpaca_eval"),
+        default="jsonl",
+        help="of --output",
+    )
+    parser.add_argument("--name", help="who answers, in --output [SYSTEM]")
+    parser.add_argument("--system-prompt", help="before every conversation")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help=f"0: greedy [{CHAT_TEMPERATURE:g} in a conversation, else 0]",
+    )
+    parser.add_argument("--top-k", type=int, help="of the likeliest tokens only")
+    parser.add_argument(
+        "--top-p", type=float, help=f"[{CHAT_TOP_P:g} in a conversation, else 1]"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=8, help="prompts at a time")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
+    """Answers; returns 0, or 2 for what the user can mend."""
+    arguments = _parser().parse_args(argv)
+    console = console or Console()
+    # Imported by now, through the parser; named here for its error.
+    from lpc_jax import checkpoint
+
+    try:
+        _run(arguments, console)
+    except (ValueError, OSError, checkpoint.DamagedError) as error:
+        if not faults.is_for_user(error):
+            raise  # a fault of the program: the traceback is what helps
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> None:
+    from lpc_jax.evaluation import command
+    from lpc_jax.evaluation.generate import Generator, Sampling
+
+    talks = arguments.prompts is None
+    _check(arguments, talks)
+    temperature, top_p = arguments.temperature, arguments.top_p
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=CHAT_TEMPERATURE * talks if temperature is None else temperature,
+        top_k=arguments.top_k,
+        top_p=(CHAT_TOP_P if talks else 1.0) if top_p is None else top_p,
+    )
+    system = command.load_system(arguments)
+    steering = command.read_steering(arguments, system)
+    if talks:
+        _talk(arguments, Generator(system, batch=1), sampling, steering, console)
+        return
+    from lpc_jax import sources
+    from lpc_jax.evaluation import answers
+
+    hub = cfg.Hub()
+    prompts = answers.read_prompts(
+        arguments.prompts,
+        system.tokenizer,
+        system_prompt=arguments.system_prompt,
+        limit=arguments.limit,
+        retry=sources.Retry(hub.retries, hub.wait),
+        split=arguments.split,
+    )
+    generator = Generator(system, batch=min(arguments.batch, len(prompts)))
+    generator.require_room([prompt.ids for prompt in prompts])
+    console.print(
+        f"{system.name}: {len(prompts)} prompts"
+        + ("" if system.latent is None else f", z: {steering.said()}"),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    tokens, since = 0, time.perf_counter()
+
+    def answer(some):
+        nonlocal tokens
+        found = generator.generate(
+            some,
+            sampling=sampling,
+            steering=steering,
+            stop=arguments.stop,
+            seed=arguments.seed,
+        )
+        tokens += sum(len(completion.tokens) for completion in found)
+        return found
+
+    for done in answers.write(
+        arguments.output,
+        prompts,
+        answer,
+        form=arguments.format,
+        generator=arguments.name or system.name,
+        # Several batches, within which prompts are sorted by length.
+        at_a_time=4 * arguments.batch,
+    ):
+        rate = tokens / (time.perf_counter() - since)
+        console.print(
+            f"{done} of {len(prompts)} answered, {rate:.1f} tokens/s",
+            markup=False,
+            highlight=False,
+        )
+    console.print(f"answers in {arguments.output}", markup=False, soft_wrap=True)
+
+
+def _check(arguments: argparse.Namespace, talks: bool) -> None:
+    """What can be told to be wrong before anything is loaded.
+
+    Raises:
+        ValueError: Flags that mean nothing, or an output that cannot be written.
+    """
+    from lpc_jax.evaluation import command
+
+    for name in ("limit", "batch"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    if talks and arguments.output is not None:
+        raise ValueError("--output is of --prompts, got none. Name a file of them.")
+    if not talks:
+        if arguments.output is None:
+            raise ValueError("--prompts needs --output FILE, got none.")
+        command.require_new_file(
+            arguments.output, overwrite=arguments.overwrite, flag="--output"
+        )
+
+
+def _talk(arguments, generator, sampling, steering, console) -> None:
+    from lpc_jax.evaluation.conversation import Conversation
+
+    first = []
+    if arguments.system_prompt is not None:
+        first = [{"role": "system", "content": arguments.system_prompt}]
+    console.print(
+        f"{generator.system.name}. /help lists commands; the first answer waits for"
+        " programs to be compiled.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    Conversation(
+        generator,
+        sampling,
+        steering,
+        tuple(arguments.stop),
+        arguments.seed,
+        first,
+        console,
+    ).talk(lambda: console.input("> "))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
