@@ -128,6 +128,10 @@ class Generator:
     Args:
         system: Its decoder's layers are laid apart, which takes their memory once more.
         batch: Most prompts that are answered at a time.
+
+    Attributes:
+        system: As given.
+        ends: Tokens that end an answer; from ``end_tokens``.
     """
 
     def __init__(self, system: System, *, batch: int) -> None:
@@ -137,7 +141,7 @@ class Generator:
             self._graph, self._params = nnx.split(
                 (CachedDecoder(policy.decoder), policy.latent)
             )
-        self._ends = end_tokens(system)
+        self.ends = end_tokens(system)
 
     def require_room(self, prompts: Sequence[Ids]) -> None:
         """Refuses prompts that leave no room for an answer.
@@ -253,7 +257,7 @@ class _Answers:
             greedy=sampling.temperature == 0,
             top_k=sampling.top_k,
             nucleus=sampling.top_p < 1,
-            ends=generator._ends,
+            ends=generator.ends,
         )
         self._scales = (
             jnp.float32(sampling.temperature or 1.0),
@@ -310,7 +314,7 @@ class _Answers:
             if row.reason:
                 continue
             written = tokens[number, : min(int(count), self._most[number])]
-            ends = np.flatnonzero(np.isin(written, self._generator._ends))
+            ends = np.flatnonzero(np.isin(written, self._generator.ends))
             if len(ends):
                 row.tokens, row.reason = written[: ends[0]], "end"
             else:

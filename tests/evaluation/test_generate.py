@@ -103,7 +103,7 @@ def test_greedy_tokens_are_those_of_reading_everything_anew(
     )
     for completion, prompt in zip(found, prompts, strict=True):
         expected = slowly(coded, prompt, weights)
-        ends = [i for i, token in enumerate(expected) if token in generator._ends]
+        ends = [i for i, token in enumerate(expected) if token in generator.ends]
         cut = ends[0] if ends else NEW
         assert completion.tokens.tolist() == expected[:cut]
         assert completion.reason == ("end" if ends else "length")
@@ -200,7 +200,7 @@ def test_a_full_context_ends_an_answer(coded, prompts):
     )
     # Ends of a random model come early: none.
     writer = Generator(small, batch=2)
-    writer._ends = (coded.architecture.vocabulary - 1,)
+    writer.ends = (coded.architecture.vocabulary - 1,)
     longest = prompts[-1]
     found = writer.generate([longest, prompts[0]], sampling=Sampling(20), steering=MEAN)
     assert [c.reason for c in found] == ["context", "length"]
