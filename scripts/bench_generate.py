@@ -9,6 +9,7 @@ of a fixed number, in turn; prints medians, one JSON object a line.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of torch")
     arguments = parser.parse_args(argv)
-    import torch  # slow to import, and not there without the extra
+    torch: Any = importlib.import_module("torch")  # of the extra alone
 
     torch.set_num_threads(arguments.threads)
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
