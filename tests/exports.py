@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from flax import nnx
 
 from lpc_jax import assembly, sharding
@@ -92,9 +93,9 @@ def vector(of: System, prompt: Sequence[int], steering: Steering) -> np.ndarray:
 
 def logp(of: System, tokens: Sequence[int], z: np.ndarray) -> np.ndarray:
     """Log-probabilities of every next token under z, [tokens, V]."""
-    head = of.policy.decoder.head_weight
-    logits = (hidden_states(of, tokens) + z) @ np.asarray(head).T
-    return np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    decoder = of.params["decoder"]
+    head = np.asarray(decoder.get("head", decoder["embedding"]))
+    return scipy.special.log_softmax((hidden_states(of, tokens) + z) @ head.T, axis=-1)
 
 
 def greedy(of: System, prompt: Sequence[int], z: np.ndarray, count: int) -> list[int]:

@@ -92,14 +92,19 @@ def answers(generated, width, eos):
     return found
 
 
+_EXPECTED = {}
+
+
 def expected(ours, steering=MEAN):
     """Our greedy answers; z changes every one of them."""
-    found = []
-    for prompt in prompts():
-        z = exports.vector(ours, prompt, steering)
-        found.append(exports.greedy(ours, prompt, z, NEW_TOKENS))
-        assert found[-1] != exports.greedy(ours, prompt, 0 * z, NEW_TOKENS)
-    return found
+    if (ours.name, steering) not in _EXPECTED:
+        found = []
+        for prompt in prompts():
+            z = exports.vector(ours, prompt, steering)
+            found.append(exports.greedy(ours, prompt, z, NEW_TOKENS))
+            assert found[-1] != exports.greedy(ours, prompt, 0 * z, NEW_TOKENS)
+        _EXPECTED[ours.name, steering] = found
+    return _EXPECTED[ours.name, steering]
 
 
 def generate(torch, ours, model, rows, **options):
@@ -142,7 +147,10 @@ def test_log_probs_of_smollm2_exported_are_ours(torch, smollm2, tmp_path):
         logits = loaded(torch, folder)(torch.tensor([tokens])).logits[0]
     wanted = exports.logp(ours, tokens, np.zeros(ours.architecture.width))
     found = logits.log_softmax(-1).numpy()
-    print(f"smollm2: log-probs {np.abs(found - wanted).max():.1e} apart")
+    difference = np.abs(found - wanted)
+    of_text = difference[np.arange(len(tokens) - 1), tokens[1:]].max()
+    print(f"smollm2: {of_text:.1e} apart, {difference.max():.1e} over all tokens")
+    assert of_text < 1e-4
     np.testing.assert_allclose(found, wanted, atol=5e-4, rtol=0)
 
 
@@ -164,7 +172,6 @@ def test_generate_gives_our_greedy_tokens_in_a_left_padded_batch(name, torch, lp
         {"use_cache": False},
         {"prefill_chunk_size": 4},
         {"cache_implementation": "static", "disable_compile": True},
-        {"num_return_sequences": 1, "num_beams": 1},
     ],
     ids=lambda options: next(iter(options)),
 )
