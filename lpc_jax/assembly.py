@@ -118,6 +118,7 @@ def load_decoder(
     shardings: dict[str, Any],
     *,
     dtype_of: Callable[[str], jnp.dtype],
+    latent: weights.LatentSizes | None = None,
 ) -> dict[str, Any]:
     """A decoder's parameters from its files, leaf by leaf, straight onto the mesh.
 
@@ -126,16 +127,17 @@ def load_decoder(
         architecture: From ``weights.read_architecture``.
         shardings: Of the decoder's parameters.
         dtype_of: From a leaf's path, such as ``blocks/attention/query``.
+        latent: Of an exported LPC folder.
 
     Raises:
         ValueError: As ``weights.load``.
     """
-    by_path = {
-        sharding.path_name(path): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]
-    }
     return weights.load(
-        model_path, architecture, dtype_of=dtype_of, sharding_of=by_path.__getitem__
+        model_path,
+        architecture,
+        dtype_of=dtype_of,
+        sharding_of=by_path(shardings).__getitem__,
+        latent=latent,
     )
 
 
@@ -158,3 +160,9 @@ def _instruction_set() -> str:
         flags = named[0] if named else flags
     digest = hashlib.sha256(flags.encode()).hexdigest()
     return f"{platform.machine()}-{digest[:8]}"
+
+
+def by_path(tree: dict[str, Any]) -> dict[str, Any]:
+    """The leaves of a tree of parameters by path, such as ``blocks/mlp/up``."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {sharding.path_name(path): leaf for path, leaf in leaves}

@@ -150,11 +150,29 @@ def _from_folder(folder: Path) -> Tokenizer:
     ):
         # Code of the folder's own, or of a repository that it names, is never run.
         loaded = transformers.AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
+            str(folder),
+            config=_config_without_code(folder),
+            trust_remote_code=False,
+            local_files_only=True,
         )
         # Fields of another kind than they must be may show only in use.
         loaded.decode(loaded("a").input_ids)
     return loaded
+
+
+def _config_without_code(folder: Path) -> transformers.PretrainedConfig | None:
+    """What stands for a model's config whose class is code of the folder's own.
+
+    transformers would look for the class, and warn. None: it may read the config.
+    """
+    file = folder / "config.json"
+    said = None
+    if file.is_file():
+        said = untrusted.read_json(file, most=_LARGEST_JSON, repeats=True)
+    named = said.get("auto_map") if isinstance(said, dict) else None
+    if not isinstance(named, dict) or "AutoConfig" not in named:
+        return None
+    return transformers.PretrainedConfig()
 
 
 def _check_backend(folder: Path) -> None:

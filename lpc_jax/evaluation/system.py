@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lpc_jax import assembly, checkpoint, sharding, sources
+from lpc_jax import assembly, checkpoint, sharding, sources, untrusted
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
@@ -61,6 +61,76 @@ class System:
         return nnx.merge(self.graph, self.params)
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What a system is, known before any of its arrays is read.
+
+    Attributes:
+        name: What it is, for a person.
+        architecture: The decoder's.
+        config: As ``System`` has it.
+        model_path: Folder or file of the start weights, or of the model itself.
+        checkpoint: Where a run's arrays are; None for a model.
+    """
+
+    name: str
+    architecture: Architecture
+    config: cfg.Config
+    model_path: Path
+    checkpoint: _Checkpoint | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    run: Path
+    reader: checkpoint.Reader
+    step: int
+    meta: dict[str, Any]
+
+
+def outline(
+    path: str,
+    *,
+    step: str = "latest",
+    model: cfg.Model | None = None,
+    hub: cfg.Hub | None = None,
+) -> Outline:
+    """What ``load`` of the same would load.
+
+    Args:
+        path: As ``load``.
+        step: As ``load``.
+        model: As ``load``.
+        hub: As ``load``.
+
+    Raises:
+        ValueError: No such model or run.
+        checkpoint.DamagedError: The checkpoint is not what was saved.
+    """
+    run = Path(path).expanduser()
+    if (run / CHECKPOINTS).is_dir():
+        return _outline_run(run, step, model)
+    if step != "latest":
+        raise ValueError(
+            f"--step {step} is of a run's checkpoints, got the model {path!r}. Leave it"
+            " out, or name a run folder."
+        )
+    config = cfg.Config(
+        name="start",
+        model=dataclasses.replace(model or cfg.Model(path=path), path=path),
+        loss=cfg.Simpo(gamma=0.0),
+        data=cfg.Data(train="none"),
+        latent=None,
+        hub=hub or cfg.Hub(),
+    )
+    found, architecture = _find(config.model, config.hub)
+    section = weights.read_latent_section(found)
+    if section is not None:
+        latent = _latent_of(section, found)
+        config = dataclasses.replace(config, latent=latent)
+    return Outline(path, architecture, config, found, None)
+
+
 def load(
     path: str,
     *,
@@ -87,25 +157,12 @@ def load(
         ValueError: No such model or run, or one that cannot be read.
         checkpoint.DamagedError: The checkpoint is not what was saved.
     """
-    run = Path(path).expanduser()
-    if (run / CHECKPOINTS).is_dir():
-        return _load_run(run, mesh, step, model, dtype)
-    if step != "latest":
-        raise ValueError(
-            f"--step {step} is of a run's checkpoints, got the model {path!r}. Leave it"
-            " out, or name a run folder."
-        )
-    config = cfg.Config(
-        name="start",
-        model=dataclasses.replace(model or cfg.Model(path=path), path=path),
-        loss=cfg.Simpo(gamma=0.0),
-        data=cfg.Data(train="none"),
-        latent=None,
-        hub=hub or cfg.Hub(),
-    )
-    found, architecture = _find(config.model, config.hub)
-    decoder = _load_decoder(config, found, architecture, mesh, dtype)
-    return _system(path, config, found, architecture, {"decoder": decoder}, mesh)
+    found = outline(path, step=step, model=model, hub=hub)
+    if found.checkpoint is None:
+        params = _load_model(found, mesh, dtype)
+    else:
+        params = _load_run(found, found.checkpoint, mesh, dtype)
+    return _system(found, params, mesh)
 
 
 def _find(model: cfg.Model, hub: cfg.Hub) -> tuple[Path, Architecture]:
@@ -116,18 +173,39 @@ def _find(model: cfg.Model, hub: cfg.Hub) -> tuple[Path, Architecture]:
     return found, weights.read_architecture(found)
 
 
-def _system(
-    name: str,
-    config: cfg.Config,
-    found: Path,
-    architecture: Architecture,
-    params: dict[str, Any],
-    mesh: Mesh,
-) -> System:
+def _latent_of(section: dict[str, Any], found: Path) -> cfg.Latent:
+    """Settings of an exported latent.
+
+    Raises:
+        ValueError: They are none.
+    """
+    settings = section.get("settings")
+    try:
+        if not isinstance(settings, dict):
+            raise ValueError("lpc.settings must be an object.")
+        latent = cfg.Latent(**settings)
+        sizes = {"num_codes": latent.num_codes, "hidden_width": latent.hidden_width}
+        for name, value in sizes.items():
+            # A width that is left to the model is written down in the section alone.
+            if value is not None and section.get(name) != value:
+                raise ValueError(
+                    f"lpc.{name} and lpc.settings.{name} must be equal, got"
+                    f" {section.get(name)!r} and {value!r}."
+                )
+    except ValueError as error:
+        raise ValueError(
+            f"{found}: the lpc section of its config.json is not one that an export"
+            f" writes ({untrusted.shown(error)}). Export the folder again."
+        ) from error
+    return latent
+
+
+def _system(found: Outline, params: dict[str, Any], mesh: Mesh) -> System:
+    config, architecture = found.config, found.architecture
     merged = dataclasses.replace(config, adapters=None)
     platform = sharding.platform(mesh)
     _, graph, _ = assembly.abstract(merged, architecture, platform, plain=False)
-    path = found
+    path = found.model_path
     if config.model.tokenizer is not None:
         path = weights.find(
             config.model.tokenizer,
@@ -136,7 +214,7 @@ def _system(
             retry=assembly.retry(config),
         )
     return System(
-        name=name,
+        name=found.name,
         architecture=architecture,
         tokenizer=tokenizers.load(path, chat_template=config.model.chat_template),
         graph=graph,
@@ -144,7 +222,7 @@ def _system(
         latent=config.latent,
         config=config,
         mesh=mesh,
-        model_path=found,
+        model_path=found.model_path,
     )
 
 
@@ -170,29 +248,40 @@ def _shapes(
 
 
 def _load_decoder(
-    config: cfg.Config,
-    found: Path,
-    architecture: Architecture,
+    found: Outline,
     mesh: Mesh,
     dtype: jnp.dtype | None,
+    latent: weights.LatentSizes | None = None,
 ) -> dict[str, Any]:
-    weights.check(found, architecture)
-    _, shardings = _shapes(config, architecture, mesh)
+    weights.check(found.model_path, found.architecture, latent)
+    _, shardings = _shapes(found.config, found.architecture, mesh)
     return assembly.load_decoder(
-        found,
-        architecture,
+        found.model_path,
+        found.architecture,
         shardings["decoder"],
-        dtype_of=_dtype_of(config, mesh, dtype),
+        dtype_of=_dtype_of(found.config, mesh, dtype),
+        latent=latent,
     )
 
 
-def _load_run(
-    run: Path,
-    mesh: Mesh,
-    step: str,
-    model: cfg.Model | None,
-    dtype: jnp.dtype | None,
-) -> System:
+def _load_model(found: Outline, mesh: Mesh, dtype: jnp.dtype | None) -> dict[str, Any]:
+    settings = found.config.latent
+    if settings is None:
+        return {"decoder": _load_decoder(found, mesh, dtype)}
+    hidden_width = settings.hidden_width or found.architecture.width
+    latent = weights.LatentSizes(settings.num_codes, hidden_width)
+    params = {"decoder": _load_decoder(found, mesh, dtype, latent)}
+    _, shardings = _shapes(found.config, found.architecture, mesh)
+    params["latent"] = weights.load_latent(
+        found.model_path,
+        found.architecture,
+        latent,
+        sharding_of=assembly.by_path(shardings["latent"]).__getitem__,
+    )
+    return params
+
+
+def _outline_run(run: Path, step: str, model: cfg.Model | None) -> Outline:
     reader = checkpoint.Reader(run / CHECKPOINTS)
     number = reader.step(step)
     meta = reader.meta(number)
@@ -209,24 +298,32 @@ def _load_run(
             ),
         )
     found, architecture = _find(config.model, config.hub)
-    shapes, shardings = _shapes(config, architecture, mesh)
+    origin = _Checkpoint(run, reader, number, meta)
+    return Outline(f"{run} at step {number}", architecture, config, found, origin)
+
+
+def _load_run(
+    found: Outline, origin: _Checkpoint, mesh: Mesh, dtype: jnp.dtype | None
+) -> dict[str, Any]:
+    config = found.config
+    shapes, shardings = _shapes(config, found.architecture, mesh)
     trained = {
         part: shapes[part]
         for part in shapes
         if part != "decoder" or config.adapters is None
     }
     if config.adapters is not None:
-        _require_weights(found, meta, run)
-    params = _read(reader, number, trained, shardings)
+        _require_weights(found.model_path, origin.meta, origin.run)
+    params = _read(origin.reader, origin.step, trained, shardings)
     if config.adapters is not None:
         # Added in fp32 to the matrices that they were trained beside.
         computed = assembly.compute_dtype(config, sharding.platform(mesh))
-        frozen = _load_decoder(config, found, architecture, mesh, computed)
+        frozen = _load_decoder(found, mesh, computed)
         scale = config.adapters.alpha / config.adapters.rank
         params["decoder"] = adapters.merge(frozen, params.pop("adapters"), scale=scale)
     dtype_of = _dtype_of(config, mesh, dtype)
     params["decoder"] = _cast(params["decoder"], dtype_of)
-    return _system(f"{run} at step {number}", config, found, architecture, params, mesh)
+    return params
 
 
 def _require_weights(found: Path, meta: dict[str, Any], run: Path) -> None:

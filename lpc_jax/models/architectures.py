@@ -13,6 +13,8 @@ from typing import Any
 from lpc_jax import untrusted
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+# With a latent over it, as lpc_jax/exported/modeling_lpc.py has them.
+LPC_FAMILIES = {f"Lpc{name}": family for name, family in FAMILIES.items()}
 
 # Fields that must hold one value, because the decoder computes no other.
 _REQUIRED_VALUES = {
@@ -295,7 +297,8 @@ def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
     """
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str) or name not in FAMILIES:
+    families = FAMILIES | LPC_FAMILIES
+    if not isinstance(name, str) or name not in families:
         raise ValueError(
             f"{origin}: architectures[0] must be one of {sorted(FAMILIES)}, got"
             f" {name!r:.80}. Other families are not implemented."
@@ -323,7 +326,7 @@ def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
     if missing:
         raise ValueError(f"{origin}: missing fields {missing}.")
     theta, scaling = _rope(config, origin)
-    family = FAMILIES[name]
+    family = families[name]
     defaults = _DEFAULTS[family]
 
     def of_size(field: str, *, most: int = LARGEST_SIZE) -> int:

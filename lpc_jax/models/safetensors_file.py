@@ -259,12 +259,25 @@ def _plan(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
+def _cast(
+    tensor: Shaped[np.ndarray, "..."], dtype: np.dtype, name: str
+) -> Shaped[np.ndarray, "..."]:
+    with np.errstate(over="ignore"):  # told below
+        cast = np.ascontiguousarray(tensor, dtype)
+    if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(tensor).any():
+        raise ValueError(
+            f"{name} must have elements that float16 can hold, up to"
+            f" {np.finfo(dtype).max:g}, got larger ones. Choose bfloat16 or float32."
+        )
+    return cast
+
+
 def write_folder(
     folder: Path,
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], Shaped[np.ndarray, "..."]],
     *,
-    dtype: np.dtype,
+    dtype_of: Callable[[str], np.dtype],
     shard_bytes: int,
 ) -> None:
     """Writes tensors in Hugging Face's layout, one tensor in memory at a time.
@@ -273,17 +286,22 @@ def write_folder(
         folder: Where to; exists.
         shapes: Every tensor's name and shape, in the order to write.
         read: The tensor of a name, of that shape.
-        dtype: Of the stored elements: float32, float16 or bfloat16.
+        dtype_of: Of the stored elements of a name: float32, float16 or bfloat16.
         shard_bytes: Above this, tensors are spread over shards with an index.
 
     Raises:
-        ValueError: A dtype that is not one of the three.
+        ValueError: A dtype that is not one of the three, or a tensor with elements
+            too large for it.
     """
-    if dtype not in _NAMES:
-        raise ValueError(
-            f"dtype must be one of {sorted(str(d) for d in _NAMES)}, got {dtype}."
-        )
-    sizes = {name: math.prod(s) * dtype.itemsize for name, s in shapes.items()}
+    dtypes = {name: dtype_of(name) for name in shapes}
+    for dtype in dtypes.values():
+        if dtype not in _NAMES:
+            raise ValueError(
+                f"dtype must be one of {sorted(str(d) for d in _NAMES)}, got {dtype}."
+            )
+    sizes = {
+        name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()
+    }
     shards = _plan(sizes, shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -294,7 +312,7 @@ def write_folder(
         end = 0
         for name in names:
             header[name] = {
-                "dtype": _NAMES[dtype],
+                "dtype": _NAMES[dtypes[name]],
                 "shape": list(shapes[name]),
                 "data_offsets": [end, end + sizes[name]],
             }
@@ -304,7 +322,7 @@ def write_folder(
         with (folder / file).open("wb") as out:
             out.write(_LENGTH.pack(len(text)) + text)
             for name in names:
-                out.write(np.ascontiguousarray(read(name), dtype).tobytes())
+                out.write(_cast(read(name), dtypes[name], name).tobytes())
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},

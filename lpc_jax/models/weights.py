@@ -1,12 +1,13 @@
-"""A decoder's weights: Hugging Face safetensors and GGUF in, safetensors out.
+"""A policy's weights: Hugging Face safetensors and GGUF in, safetensors out.
 
 One table says where each of our parameters is in each format. Leaves are made one at
-a time, under the sharding that the caller asks for. Knows nothing of policies,
-latents or meshes.
+a time, under the sharding that the caller asks for. Knows nothing of policies or
+meshes, nor of what a latent computes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import hashlib
@@ -45,7 +46,7 @@ _SHOWN = 10
 _READ_BYTES = 1 << 20
 
 
-_Stored = safetensors_file.Tensor | gguf_file.Tensor
+_Tensor = safetensors_file.Tensor | gguf_file.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +131,46 @@ GGUF_KEYS = (
     Key("blocks/mlp/down", _BLOCK + "ffn_down.weight", "D F", "F D"),
 )
 
+
+def _mlp_keys(name: str, inputs: str) -> tuple[Key, ...]:
+    axes = {
+        "input_mean": inputs,
+        "input_spread": inputs,
+        "hidden_kernel": f"{inputs} W",
+        "hidden_bias": "W",
+        "output_kernel": "W C",
+        "output_bias": "C",
+    }
+    return tuple(
+        Key(f"{name}/{leaf}", f"{_LATENT}{name}.{leaf}", a, a)
+        for leaf, a in axes.items()
+    )
+
+
+# Of an exported LPC folder, beside the decoder's; always fp32.
+_LATENT = "latent."
+LATENT_KEYS = (
+    Key("codebook", _LATENT + "codebook", "C D", "C D"),
+    *_mlp_keys("prior_mlp", "D"),
+    *_mlp_keys("posterior_mlp", "(two D)"),
+)
+
 # Tensors that hold nothing a decoder does not know, and that may be there or not.
 _HARMLESS = ("*rotary_emb.inv_freq", gguf_file.ROPE_FACTORS)
 _HARMLESS_WHEN_TIED = ("lm_head.weight",)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentSizes:
+    """What the tensors of a latent are as large as, beside the decoder's width.
+
+    Attributes:
+        num_codes: C.
+        hidden_width: W, the hidden width of prior and posterior.
+    """
+
+    num_codes: int
+    hidden_width: int
 
 
 def _is_gguf(path: Path) -> bool:
@@ -171,6 +209,37 @@ def read_architecture(path: Path) -> Architecture:
     """
     if _is_gguf(path):
         return gguf_file.architecture(gguf_file.read_header(path))
+    fields, config = _read_config(path)
+    return architectures.from_hf_config(fields, str(config))
+
+
+def read_latent_section(path: Path) -> dict[str, Any] | None:
+    """What the ``config.json`` of an exported LPC folder says of its latent.
+
+    Args:
+        path: From ``find``; one that ``read_architecture`` has read.
+
+    Returns:
+        Its ``lpc`` section, not looked into; None for a plain model.
+
+    Raises:
+        ValueError: There is no such section where there must be one.
+    """
+    if _is_gguf(path):
+        return None
+    fields, config = _read_config(path)
+    if fields["architectures"][0] not in architectures.LPC_FAMILIES:
+        return None
+    section = fields.get("lpc")
+    if not isinstance(section, dict):
+        raise ValueError(
+            f"{config}: lpc must be an object with the settings of the latent, got"
+            f" {untrusted.shown(section)}. Export the folder again."
+        )
+    return section
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], Path]:
     config = untrusted.own_file(path, _CONFIG)
     if config is None:
         raise ValueError(
@@ -185,11 +254,15 @@ def read_architecture(path: Path) -> Architecture:
         ) from e
     if not isinstance(fields, dict):
         raise ValueError(f"{config} must be a JSON object. Download it again.")
-    return architectures.from_hf_config(fields, str(config))
+    return fields, config
 
 
-def _sizes(architecture: Architecture) -> dict[str, int]:
-    return {
+def _sizes(
+    architecture: Architecture, latent: LatentSizes | None = None
+) -> dict[str, int]:
+    of_latent = {"C": latent.num_codes, "W": latent.hidden_width} if latent else {}
+    return of_latent | {
+        "L": architecture.layers,
         "V": architecture.vocabulary,
         "D": architecture.width,
         "N": architecture.query_heads,
@@ -220,20 +293,29 @@ def _keys(keys: tuple[Key, ...], architecture: Architecture) -> tuple[Key, ...]:
     return tuple(k for k in keys if k.path != "head" or not architecture.tied)
 
 
-def _leaf_shape(key: Key, architecture: Architecture) -> tuple[int, ...]:
-    layers = (architecture.layers,) if key.stacked else ()
-    return layers + _shape(key.ours, _sizes(architecture))
+def _leaf_shape(key: Key, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    layers = (sizes["L"],) if key.stacked else ()
+    return layers + _shape(key.ours, sizes)
+
+
+def _stored(
+    keys: tuple[Key, ...], sizes: Mapping[str, int]
+) -> dict[str, tuple[Key, int]]:
+    """Name of every tensor that a file must hold, with its key and layer."""
+    return {
+        key.name.format(layer=layer): (key, layer)
+        for key in keys
+        for layer in range(sizes["L"] if key.stacked else 1)
+    }
 
 
 def _stored_shapes(
-    keys: tuple[Key, ...], architecture: Architecture
+    keys: tuple[Key, ...], sizes: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a file must hold."""
-    sizes = _sizes(architecture)
     return {
-        key.name.format(layer=layer): _shape(key.stored, sizes)
-        for key in keys
-        for layer in range(architecture.layers if key.stacked else 1)
+        name: _shape(key.stored, sizes)
+        for name, (key, _) in _stored(keys, sizes).items()
     }
 
 
@@ -269,25 +351,35 @@ def _check_table(
         )
 
 
+def _with_codes(latent: LatentSizes | None) -> str:
+    return f" and {latent.num_codes} codes" if latent else ""
+
+
 def _open(
-    path: Path, architecture: Architecture
-) -> tuple[tuple[Key, ...], Mapping[str, _Stored]]:
-    """The key table and the checked tensors of a folder or file."""
-    tensors: Mapping[str, _Stored]
+    path: Path, architecture: Architecture, latent: LatentSizes | None = None
+) -> tuple[tuple[Key, ...], Mapping[str, _Tensor]]:
+    """The decoder's key table and the checked tensors of a folder or file."""
+    tensors: Mapping[str, _Tensor]
     if _is_gguf(path):
         keys = _keys(GGUF_KEYS, architecture)
         tensors = gguf_file.read_header(path).tensors
     else:
         keys = _keys(KEYS[architecture.family], architecture)
         tensors = safetensors_file.read_folder(path)
+    remedy = "Check that the weights and the architecture are of one model."
+    if latent is None and any(name.startswith(_LATENT) for name in tensors):
+        remedy = (
+            "It has LPC's codes, which only evaluation reads. To train from its"
+            " decoder alone, export that with --plain."
+        )
+    of_latent = LATENT_KEYS if latent else ()
     _check_table(
-        _stored_shapes(keys, architecture),
+        _stored_shapes(keys + of_latent, _sizes(architecture, latent)),
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
         _HARMLESS + _HARMLESS_WHEN_TIED * architecture.tied,
         f"{path}: the tensors are not those of a {architecture.family} decoder with"
-        f" {architecture.layers} layers.",
-        "Nothing was loaded. Check that the weights and the architecture are of one"
-        " model.",
+        f" {architecture.layers} layers{_with_codes(latent)}.",
+        f"Nothing was loaded. {remedy}",
     )
     return keys, tensors
 
@@ -319,20 +411,19 @@ def _pages(shape: list[int], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
 
 def _leaf(
     key: Key,
-    tensors: Mapping[str, _Stored],
-    architecture: Architecture,
+    tensors: Mapping[str, _Tensor],
+    sizes: Mapping[str, int],
     dtype: np.dtype,
     sharding: jax.sharding.Sharding,
 ) -> Shaped[Array, "..."]:
     """One parameter; the host holds this process's part, each tensor read once."""
-    shape = _leaf_shape(key, architecture)
-    sizes = _sizes(architecture)
+    shape = _leaf_shape(key, sizes)
     indices = sharding.addressable_devices_indices_map(shape)
     shards = {
         bounds: _pages([stop - start for start, stop in bounds], dtype)
         for bounds in {_bounds(index, shape) for index in indices.values()}
     }
-    for layer in range(architecture.layers if key.stacked else 1):
+    for layer in range(sizes["L"] if key.stacked else 1):
         whole = tensors[key.name.format(layer=layer)].read()
         whole = _rearrange(whole, key.stored, key.ours, sizes)
         for bounds, shard in shards.items():
@@ -373,17 +464,20 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, child
 
 
-def check(path: Path, architecture: Architecture) -> None:
+def check(
+    path: Path, architecture: Architecture, latent: LatentSizes | None = None
+) -> None:
     """Refuses what ``load`` would refuse by names and shapes, before anything is made.
 
     Args:
         path: From ``find``.
         architecture: From ``read_architecture``.
+        latent: Of an exported LPC folder.
 
     Raises:
         ValueError: As ``load``.
     """
-    _open(path, architecture)
+    _open(path, architecture, latent)
 
 
 def load(
@@ -392,6 +486,7 @@ def load(
     *,
     dtype_of: Callable[[str], DTypeLike],
     sharding_of: Callable[[str], jax.sharding.Sharding],
+    latent: LatentSizes | None = None,
 ) -> dict[str, Any]:
     """The decoder's parameters, leaf by leaf, each part on its device.
 
@@ -403,6 +498,7 @@ def load(
         dtype_of: From a leaf's path, such as ``blocks/attention/query``, whatever the
             file's.
         sharding_of: From a leaf's path.
+        latent: Of an exported LPC folder, whose latent ``load_latent`` reads.
 
     Returns:
         Nested dict; leaves of blocks are stacked on a leading L axis.
@@ -411,12 +507,41 @@ def load(
         ValueError: A cut or broken file, or tensors missing, unexpected or of another
             shape; all three lists are in the message.
     """
-    keys, tensors = _open(path, architecture)
+    keys, tensors = _open(path, architecture, latent)
+    sizes = _sizes(architecture)
     leaves = {}
     for key in keys:
         dtype, placed = np.dtype(dtype_of(key.path)), sharding_of(key.path)
-        leaves[key.path] = _leaf(key, tensors, architecture, dtype, placed)
+        leaves[key.path] = _leaf(key, tensors, sizes, dtype, placed)
     return _nested(leaves)
+
+
+def load_latent(
+    path: Path,
+    architecture: Architecture,
+    latent: LatentSizes,
+    *,
+    sharding_of: Callable[[str], jax.sharding.Sharding],
+) -> dict[str, Any]:
+    """The latent's parameters of an exported LPC folder, in fp32.
+
+    Args:
+        path: From ``find``.
+        architecture: From ``read_architecture``.
+        latent: As the folder's config has them.
+        sharding_of: From a leaf's path, such as ``prior_mlp/hidden_kernel``.
+
+    Raises:
+        ValueError: As ``load``.
+    """
+    _, tensors = _open(path, architecture, latent)
+    sizes, dtype = _sizes(architecture, latent), np.dtype(np.float32)
+    return _nested(
+        {
+            key.path: _leaf(key, tensors, sizes, dtype, sharding_of(key.path))
+            for key in LATENT_KEYS
+        }
+    )
 
 
 def digest(path: Path) -> str:
@@ -430,6 +555,28 @@ def digest(path: Path) -> str:
     return state.hexdigest()
 
 
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write, which takes the name when all is written.
+
+    Args:
+        folder: Where to; must not exist, or be empty.
+
+    Raises:
+        ValueError: The folder holds something.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} must be new or empty. Choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's folder is the owner's alone
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def save(
     folder: Path,
     params: dict[str, Any],
@@ -438,10 +585,10 @@ def save(
     dtype: DTypeLike,
     shard_bytes: int,
 ) -> None:
-    """Writes a Hugging Face folder: safetensors and ``config.json``.
+    """Writes a Hugging Face folder of a decoder: safetensors and ``config.json``.
 
-    Tensor by tensor, into a temporary folder that takes the name when it is whole.
-    ``load`` of the result in the same dtype gives the same bits.
+    Tensor by tensor, all or nothing. ``load`` of the result in the same dtype gives
+    the same bits.
 
     Args:
         folder: Where to; must not exist, or be empty.
@@ -454,44 +601,85 @@ def save(
         ValueError: The folder holds something, the parameters are not those of the
             architecture, or the dtype is another.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} must be new or empty. Choose another folder.")
+    with new_folder(folder) as partial:
+        write(
+            partial,
+            params,
+            None,
+            architecture,
+            config={},
+            dtype=dtype,
+            shard_bytes=shard_bytes,
+        )
+
+
+def _latent_sizes(latent: dict[str, Any]) -> LatentSizes:
+    num_codes, _ = latent["codebook"].shape
+    return LatentSizes(num_codes, latent["prior_mlp"]["hidden_kernel"].shape[1])
+
+
+def write(
+    folder: Path,
+    decoder: dict[str, Any],
+    latent: dict[str, Any] | None,
+    architecture: Architecture,
+    *,
+    config: Mapping[str, Any],
+    dtype: DTypeLike,
+    shard_bytes: int,
+) -> None:
+    """Writes safetensors and ``config.json`` into a folder, as ``save`` does.
+
+    Args:
+        folder: From ``new_folder``.
+        decoder: As ``load`` returns it; every leaf within reach of this process.
+        latent: As ``load_latent`` returns it, or None; always stored in fp32.
+        architecture: Of the decoder.
+        config: More fields of ``config.json``, which replace those of one name.
+        dtype: Of the decoder's stored elements: float32, float16 or bfloat16.
+        shard_bytes: Above this the weights are spread over several files.
+
+    Raises:
+        ValueError: As ``save``, and for elements too large for float16.
+    """
     keys = _keys(KEYS[architecture.family], architecture)
-    sizes, leaves = _sizes(architecture), dict(_flat(params))
+    sizes, leaves = _sizes(architecture), dict(_flat(decoder))
     _check_table(
-        {key.path: _leaf_shape(key, architecture) for key in keys},
+        {key.path: _leaf_shape(key, sizes) for key in keys},
         {path: tuple(leaf.shape) for path, leaf in leaves.items()},
         (),
-        f"{folder}: the parameters are not those of a {architecture.family} decoder"
-        f" with {architecture.layers} layers.",
+        f"the parameters are not those of a {architecture.family} decoder with"
+        f" {architecture.layers} layers.",
         "Nothing was saved.",
     )
     origin = {
-        key.name.format(layer=layer): (key, layer)
-        for key in keys
-        for layer in range(architecture.layers if key.stacked else 1)
+        name: (key, leaves[key.path], layer)
+        for name, (key, layer) in _stored(keys, sizes).items()
     }
+    if latent is not None:
+        sizes = _sizes(architecture, _latent_sizes(latent))
+        of_latent = dict(_flat(latent))
+        origin |= {
+            name: (key, of_latent[key.path], 0)
+            for name, (key, _) in _stored(LATENT_KEYS, sizes).items()
+        }
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
-        key, layer = origin[name]
-        leaf = leaves[key.path]
+        key, leaf, layer = origin[name]
         ours = np.asarray(leaf[layer] if key.stacked else leaf)
         return _rearrange(ours, key.ours, key.stored, sizes)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        config = architectures.hf_config(architecture)
-        config["dtype"] = config["torch_dtype"] = str(np.dtype(dtype))
-        (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        safetensors_file.write_folder(
-            partial,
-            _stored_shapes(keys, architecture),
-            read,
-            dtype=np.dtype(dtype),
-            shard_bytes=shard_bytes,
-        )
-        partial.chmod(0o755)  # mkdtemp's folder is the owner's alone
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    def dtype_of(name: str) -> np.dtype:
+        return np.dtype(np.float32 if name.startswith(_LATENT) else dtype)
+
+    fields = architectures.hf_config(architecture)
+    fields["dtype"] = fields["torch_dtype"] = str(np.dtype(dtype))
+    text = json.dumps(fields | dict(config), indent=2)
+    (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    safetensors_file.write_folder(
+        folder,
+        {name: _shape(key.stored, sizes) for name, (key, _, _) in origin.items()},
+        read,
+        dtype_of=dtype_of,
+        shard_bytes=shard_bytes,
+    )

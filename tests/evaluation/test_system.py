@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from lpc_jax import checkpoint, sharding
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import system
+from lpc_jax.evaluation import export, system
 from tests import runs
 
 
@@ -116,6 +116,15 @@ def test_adapters_come_merged(adapted):
     expected = np.asarray(base, np.float64) + 4.0 / 2 * a @ b
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-7)
     assert np.any(ours != base)
+
+
+def test_a_run_with_adapters_comes_back_from_an_exported_folder(adapted, tmp_path):
+    ours = system.load(str(adapted.folder), mesh=mesh(), dtype=jnp.dtype("float32"))
+    out = tmp_path / "out"
+    export.write(ours, out, dtype="float32", shard_bytes=1 << 30, plain=False)
+    again = system.load(str(out), mesh=mesh())
+    same(again.params, ours.params)
+    assert again.latent == adapted.config.latent
 
 
 def test_adapters_over_other_weights_are_refused(adapted, monkeypatch):

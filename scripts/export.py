@@ -1,0 +1,112 @@
+"""Write what was trained as a folder that transformers loads.
+
+python scripts/export.py runs/quickstart exported/quickstart
+python scripts/export.py runs/quickstart exported/plain --plain --dtype bfloat16
+python scripts/export.py runs/quickstart codes.safetensors --bias prompts.jsonl
+
+SYSTEM is a run folder, or a model as model.path names it. With codes, the folder is
+loaded with trust_remote_code=True; --plain leaves them out, and its answers are then
+those of the decoder without z. --bias writes, for another engine's logits processor,
+the codes' biases over the vocabulary and each prompt's weights of the codes; a line of
+its file is {"prompt": TEXT or MESSAGES}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lpc_jax import faults
+
+REFUSED = 2
+DTYPES = ("float32", "bfloat16", "float16")
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _shard_bytes(text: str) -> int:
+    matched = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]B)", text)
+    if not matched or not float(matched[1]):
+        raise argparse.ArgumentTypeError(
+            f"expected a size such as 5GB or 500MB, got {text!r}"
+        )
+    return int(float(matched[1]) * _UNITS[matched[2]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="export.py",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("system", help="a run folder, or a model")
+    parser.add_argument("output", type=Path, help="a folder that is new or empty")
+    parser.add_argument("--step", default="latest", help="latest, best or a number")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the stored decoder"
+    )
+    parser.add_argument(
+        "--shard-size", type=_shard_bytes, default="5GB", help="largest file: 5GB"
+    )
+    parser.add_argument("--plain", action="store_true", help="without the codes")
+    parser.add_argument("--bias", type=Path, metavar="PROMPTS", help="see above")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exports; returns 0, or 2 for what the user can mend, when nothing was written."""
+    given = _parser().parse_args(argv)
+    # JAX is slow to import; --help and a mistyped flag need not wait for it.
+    from lpc_jax import checkpoint
+
+    try:
+        _export(given)
+    except (ValueError, OSError, checkpoint.DamagedError) as error:
+        if not faults.is_for_user(error):
+            raise  # a fault of the program: the traceback is what helps
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    return 0
+
+
+def _export(given: argparse.Namespace) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from lpc_jax import sharding
+    from lpc_jax.evaluation import export, logit_bias, system
+
+    export.require_output(given.output)
+    outline = system.outline(given.system, step=given.step)
+    prompts = None
+    if given.bias is not None:
+        export.require_codes(outline, "--bias")
+        prompts = logit_bias.read_prompts(given.bias)
+    else:
+        export.require_space(
+            given.output, outline, dtype=given.dtype, plain=given.plain
+        )
+    mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
+    loaded = system.load(
+        given.system, mesh=mesh, step=given.step, dtype=jnp.dtype("float32")
+    )
+    if prompts is not None:
+        how = export.steering(export.require_codes(outline, "--bias"))
+        logit_bias.write(loaded, prompts, how, given.output)
+        print(f"{given.output}: {loaded.name}'s codes and {len(prompts)} prompts")
+        return
+    export.write(
+        loaded,
+        given.output,
+        dtype=given.dtype,
+        shard_bytes=given.shard_size,
+        plain=given.plain,
+    )
+    print("\n".join(export.said(loaded, given.output, plain=given.plain)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
