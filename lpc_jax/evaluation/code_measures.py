@@ -217,10 +217,11 @@ def beside_chance(
         seed: Of the shuffles.
     """
     rng = np.random.default_rng(seed)
-    dealt = [
-        measure([sources[i] for i in rng.permutation(len(sources)).tolist()])
-        for _ in range(SHUFFLES)
-    ]
+
+    def shuffled() -> list[int]:
+        return rng.permutation(len(sources)).tolist()
+
+    dealt = [measure([sources[i] for i in shuffled()]) for _ in range(SHUFFLES)]
     return BesideChance(
         value=measure(sources),
         mean=float(np.mean(dealt)),

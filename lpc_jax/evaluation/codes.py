@@ -43,7 +43,7 @@ MAPPED = 3000
 # van der Maaten & Hinton 2008, section 2, call 5 to 50 typical; scikit-learn's default.
 _NEIGHBOURS = 30.0
 # Fewer points have no neighbourhoods to keep.
-_FEWEST_MAPPED = 5
+FEWEST_MAPPED = 5
 
 # Rows of each device: one keeps a CPU busy and wastes least, a few an accelerator.
 _CPU_ROWS, _ROWS = 1, 4
@@ -151,6 +151,7 @@ class Look:
         average_effect: Of the mix of all codes, each by its usage. z is this and, by
             how far a prompt's mix departs from it, the codes' own effects.
         measures: Of how the codes are used.
+        seed: Of the random deals and of the map.
     """
 
     system: str
@@ -162,6 +163,7 @@ class Look:
     codes: tuple[Code, ...]
     average_effect: Effect
     measures: Measures
+    seed: int
 
 
 def look(
@@ -217,6 +219,7 @@ def look(
         measures=measures.measure(
             prior, sources, beliefs.prior, beliefs.posterior, seed=seed
         ),
+        seed=seed,
     )
 
 
@@ -433,6 +436,11 @@ def require_map() -> Any:
         ) from error
 
 
+def neighbours(points: int) -> float:
+    """t-SNE's perplexity: of few points it is a third, more make no neighbourhood."""
+    return min(_NEIGHBOURS, (points - 1) / 3)
+
+
 def draw_map(
     vectors: Float[np.ndarray, "prompts D"], *, seed: int
 ) -> Float[np.ndarray, "prompts 2"] | None:
@@ -447,11 +455,10 @@ def draw_map(
     """
     centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
     spread = centred.std()
-    if len(vectors) < _FEWEST_MAPPED or spread < 1e-6 * np.abs(vectors).max():
+    if len(vectors) < FEWEST_MAPPED or spread < 1e-6 * np.abs(vectors).max():
         return None
     sne = require_map().TSNE(
-        # A third of the points is the most neighbours that make sense.
-        perplexity=min(_NEIGHBOURS, (len(vectors) - 1) / 3),
+        perplexity=neighbours(len(vectors)),
         init="pca" if vectors.shape[1] > 1 else "random",
         random_state=seed,
     )
