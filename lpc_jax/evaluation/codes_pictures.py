@@ -155,7 +155,7 @@ def of_places(some: Sequence[Prompt], sources: Sequence[str]) -> Picture:
     axes.set_xticks([])
     axes.set_yticks([])
     legend = figure.legend(
-        handles, labels, loc="outside upper left", ncols=3, frameon=False
+        handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=11
     )
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -10,7 +10,14 @@ from lpc_jax.evaluation.codes import Code, Effect, Look, Prompt, Token
 
 CODES, PROMPTS = 64, 300
 HOSTILE = "<script>document.title = 'owned'</script><img src=http://127.0.0.1/x>"
-SOURCES = ("evol_instruct", "ultrachat", "flan", "$\\frac<b>&", "_hidden", "truthful_qa")
+SOURCES = (
+    "evol_instruct",
+    "ultrachat",
+    "flan",
+    "$\\frac<b>&",
+    "_hidden",
+    "truthful_qa",
+)
 
 
 def look(*, codes: int = CODES, mapped: bool = True) -> Look:
@@ -60,7 +67,16 @@ def look(*, codes: int = CODES, mapped: bool = True) -> Look:
 
 
 def _effect(rng: np.random.Generator) -> Effect:
-    texts = ["␣the", "↵", "⟨E2 80⟩", "</script>", "<|im_end|>", "␣" * 16, "'\"&", "日本"]
+    texts = [
+        "␣the",
+        "↵",
+        "⟨E2 80⟩",
+        "</script>",
+        "<|im_end|>",
+        "␣" * 16,
+        "'\"&",
+        "日本",
+    ]
 
     def some(sign: int) -> tuple[Token, ...]:
         sizes = np.sort(rng.exponential(size=16))[::-1]

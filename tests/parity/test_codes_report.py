@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import shutil
@@ -194,5 +195,5 @@ def test_every_id_is_once_and_every_link_leads_to_one(page, chromium):
         "[...document.querySelectorAll('h1,h2,h3')].map(h => +h.tagName[1])"
     )
     assert levels[0] == 1
-    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     assert chromium.evaluate("document.documentElement.lang") == "en"
