@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import tokenization_utils_base
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lpc_jax import untrusted
 
@@ -43,6 +45,10 @@ _LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+
+# Of a token's text, for a person.
+_LONGEST_TOKEN = 40
+_VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 _NO_TOKENIZER = (
     "{file}: its metadata fields make no tokenizer ({{reason}}). Fetch it again, or set"
@@ -86,6 +92,39 @@ def load(path: Path, *, chat_template: str | None) -> Tokenizer:
             ) from e
     _check_template(loaded.chat_template, path)
     return loaded
+
+
+def token_text(loaded: Tokenizer, token: int) -> str:
+    """One token as a person can read it.
+
+    A space is ``␣``, a line feed ``↵``, a tab ``⇥``; bytes that are no whole character
+    are in hex, such as ``⟨E2 80⟩``; what else cannot be printed is escaped. Special
+    tokens are as they are spelled.
+
+    Args:
+        loaded: The tokenizer.
+        token: Its id.
+    """
+    # After another token, since some tokenizers take a first one's space away.
+    before = loaded("a", add_special_tokens=False)["input_ids"]
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    start, text = (
+        str(loaded.decode(ids, **options)) for ids in (before, [*before, token])
+    )  # pyright: ignore[reportArgumentType, reportOperatorIssue] -- a text gives a list of ids
+    text = text.removeprefix(start)
+    if "\ufffd" in text:
+        text = _lone_bytes(str(loaded.convert_ids_to_tokens(token)))
+    return untrusted.shown(text.translate(_VISIBLE), most=_LONGEST_TOKEN)
+
+
+def _lone_bytes(spelled: str) -> str:
+    """Bytes of a token, as byte-level BPE or SentencePiece spells them."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", spelled):
+        return f"⟨{spelled[3:5]}⟩"
+    of_character = {c: byte for byte, c in bytes_to_unicode().items()}
+    if not all(c in of_character for c in spelled):
+        return spelled
+    return f"⟨{bytes(of_character[c] for c in spelled).hex(' ').upper()}⟩"
 
 
 def _check_template(template: Any, path: Path) -> None:

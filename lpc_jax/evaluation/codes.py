@@ -1,0 +1,482 @@
+"""What a system's codes are: which prompts call for them, which tokens they raise.
+
+Of the prior everything is over prompts, of which each counts once however many pairs
+share it: the prior reads nothing else. Of the posterior everything is over pairs.
+Knows nothing of losses, and nothing of how a report looks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from lpc_jax import assembly, sharding
+from lpc_jax.data import chat, packing
+from lpc_jax.data import tokenizer as tokenizers
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.examples import PreferenceExample
+from lpc_jax.data.report import Drops, Report
+from lpc_jax.data.tokenizer import Tokenizer
+from lpc_jax.evaluation import code_measures as measures
+from lpc_jax.evaluation import steering
+from lpc_jax.evaluation.code_measures import Measures
+from lpc_jax.evaluation.system import System
+from lpc_jax.models.policy import read_at
+from lpc_jax.types import Batch, LatentCodes
+
+PROMPTS_SHOWN, TOKENS_SHOWN = 8, 16
+
+# t-SNE takes a minute for so many prompts; a picture shows no more of them apart.
+MAPPED = 3000
+# van der Maaten & Hinton 2008, section 2, call 5 to 50 typical; scikit-learn's default.
+_NEIGHBOURS = 30.0
+# Fewer points have no neighbourhoods to keep.
+FEWEST_MAPPED = 5
+
+# Rows of each device: one keeps a CPU busy and wastes least, a few an accelerator.
+_CPU_ROWS, _ROWS = 1, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Beliefs:
+    """What a system believes of some pairs, in their order.
+
+    Attributes:
+        prior: Logits of the prior.
+        posterior: Logits of the posterior.
+        vector: z of the prior's mean.
+    """
+
+    prior: Float[np.ndarray, "B C"]
+    posterior: Float[np.ndarray, "B C"]
+    vector: Float[np.ndarray, "B D"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt of some pairs.
+
+    Attributes:
+        text: The conversation.
+        source: Where it comes from. A prompt of two sources is two prompts.
+        pairs: How many pairs share it.
+        code: The prior's largest code.
+        place: On the map of z, or None where it is not on it.
+    """
+
+    text: str
+    source: str
+    pairs: int
+    code: int
+    place: tuple[float, float] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """A token whose logit z changes.
+
+    Attributes:
+        id: Of the vocabulary.
+        text: For a person: white space and lone bytes are visible.
+        logit: What is added to its logit, less the mean over the vocabulary.
+    """
+
+    id: int
+    text: str
+    logit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """What some z does to the vocabulary.
+
+    Attributes:
+        raised: Tokens that it raises most, the most first.
+        lowered: Tokens that it lowers most, the most first.
+    """
+
+    raised: tuple[Token, ...]
+    lowered: tuple[Token, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """One code.
+
+    Attributes:
+        index: Its row of the codebook.
+        usage: Mean prior probability over prompts.
+        usage_by_source: The same over the prompts of each source.
+        largest_share: Share of prompts whose largest code it is.
+        prompts: Those that call for it most, as their index and its probability.
+        effect: What it does to the vocabulary.
+        likeness: Cosine of its effect and the average mix's, over the vocabulary.
+        own_effect: Its effect less the average mix's: what sets it apart.
+    """
+
+    index: int
+    usage: float
+    usage_by_source: dict[str, float]
+    largest_share: float
+    prompts: tuple[tuple[int, float], ...]
+    effect: Effect
+    likeness: float
+    own_effect: Effect
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Everything that is known of the codes.
+
+    Attributes:
+        system: Its name.
+        pairs: Name of the pairs.
+        pairs_digest: SHA-256 over their texts and sources.
+        report: What became of the pairs.
+        sources: Prompts of each source, the most first.
+        prompts: In the order of their first pairs.
+        codes: By index.
+        average_effect: Of the mix of all codes, each by its usage. z is this and, by
+            how far a prompt's mix departs from it, the codes' own effects.
+        measures: Of how the codes are used.
+        seed: Of the random deals and of the map.
+    """
+
+    system: str
+    pairs: str
+    pairs_digest: str
+    report: Report
+    sources: dict[str, int]
+    prompts: tuple[Prompt, ...]
+    codes: tuple[Code, ...]
+    average_effect: Effect
+    measures: Measures
+    seed: int
+
+
+def look(
+    system: System,
+    some: Sequence[PreferenceExample],
+    drops: Drops,
+    *,
+    pairs: str,
+    seed: int,
+    on_progress: Callable[[int], None],
+) -> Look:
+    """Reads prior, posterior and z of every pair, and sums up.
+
+    Args:
+        system: With codes.
+        some: The pairs, ``index`` their place in what was read.
+        drops: What reading left out.
+        pairs: What the pairs are, for a person.
+        seed: Of the random deals and of the map.
+        on_progress: Told how many pairs were read.
+
+    Raises:
+        ValueError: The system has no codes, scikit-learn is not installed, no pair can
+            be had in the system's tokens, or it believes something that is not finite.
+    """
+    num_codes = None if system.latent is None else system.latent.num_codes
+    steering.require_codes(num_codes, "--codes", system.name)
+    require_map()
+    kept, report = _tokenize(system, some, drops)
+    beliefs = believe(system, kept, on_progress=on_progress)
+    first, counts = unique_prompts(kept)
+    by_index = {example.index: example for example in some}
+    asked = [by_index[kept[i].id] for i in first]
+    sources = [example.source for example in asked]
+    prior = measures.softmax(beliefs.prior[first])
+    largest = np.argmax(prior, axis=1).tolist()
+    places = _places(beliefs.vector[first], seed=seed)
+    codes, average = _codes(system, prior, sources)
+    return Look(
+        system=system.name,
+        pairs=pairs,
+        pairs_digest=digest(some),
+        report=report,
+        sources=measures.count_sources(sources),
+        prompts=tuple(
+            Prompt(prompt_text(example), example.source, pairs_of_it, code, place)
+            for example, pairs_of_it, code, place in zip(
+                asked, counts, largest, places, strict=True
+            )
+        ),
+        codes=codes,
+        average_effect=average,
+        measures=measures.measure(
+            prior, sources, beliefs.prior, beliefs.posterior, seed=seed
+        ),
+        seed=seed,
+    )
+
+
+def _codes(
+    system: System, prior: Float[np.ndarray, "prompts C"], sources: Sequence[str]
+) -> tuple[tuple[Code, ...], Effect]:
+    """Every code, and the effect of the average mix."""
+    usage, by_source = prior.mean(axis=0), measures.usage_by_source(prior, sources)
+    often = np.bincount(np.argmax(prior, axis=1), minlength=prior.shape[1])
+    effects = _effects(system)
+    average = usage @ effects
+    codes = tuple(
+        Code(
+            index=index,
+            usage=float(usage[index]),
+            usage_by_source={
+                name: float(shares[index]) for name, shares in by_source.items()
+            },
+            largest_share=float(often[index] / len(prior)),
+            prompts=measures.callers(prior[:, index], most=PROMPTS_SHOWN),
+            effect=extremes(effect, system.tokenizer),
+            likeness=cosine(effect, average),
+            own_effect=extremes(effect - average, system.tokenizer),
+        )
+        for index, effect in enumerate(effects)
+    )
+    return codes, extremes(average, system.tokenizer)
+
+
+def _tokenize(
+    system: System, some: Sequence[PreferenceExample], drops: Drops
+) -> tuple[list[TokenizedPair], Report]:
+    """The pairs as the run would have them, whatever its rows hold."""
+    data = system.config.data
+    return chat.tokenize(
+        some,
+        system.tokenizer,
+        drops=drops,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        # A row is made as long as the longest pair: the prompt is there once.
+        row_length=2 * data.max_length,
+        truncation=data.truncation,
+        prefix_mismatch=data.prefix_mismatch,
+    )
+
+
+def digest(some: Sequence[PreferenceExample]) -> str:
+    """SHA-256 over the texts and sources of pairs, in order."""
+    content = hashlib.sha256()
+    for one in some:
+        row = (one.prompt, one.chosen, one.rejected, one.source)
+        content.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return content.hexdigest()
+
+
+def prompt_text(example: PreferenceExample) -> str:
+    """A conversation for a person: one message alone without its role."""
+    if len(example.prompt) == 1:
+        return example.prompt[0]["content"]
+    return "\n\n".join(f"{m['role']}: {m['content']}" for m in example.prompt)
+
+
+def unique_prompts(pairs: Sequence[TokenizedPair]) -> tuple[list[int], list[int]]:
+    """The first pair of each prompt of a source, and how many pairs share it."""
+    places: dict[tuple[bytes, str], list[int]] = {}
+    for i, pair in enumerate(pairs):
+        places.setdefault((pair.prompt.tobytes(), pair.source), []).append(i)
+    return [at[0] for at in places.values()], [len(at) for at in places.values()]
+
+
+def believe(
+    system: System,
+    pairs: Sequence[TokenizedPair],
+    *,
+    on_progress: Callable[[int], None],
+) -> Beliefs:
+    """Prior, posterior and z of pairs, read in training's packed batch.
+
+    Args:
+        system: With codes.
+        pairs: In its tokens.
+        on_progress: Told how many pairs were read.
+
+    Raises:
+        ValueError: A belief is not finite.
+    """
+    program, shape = _program(system), _row_shape(system, pairs)
+    found: dict[int, tuple[np.ndarray, ...]] = {}
+    with jax.set_mesh(system.mesh):
+        for batch in packing.micro_batches(pairs, shape, reference_logp=None):
+            prior, posterior = jax.device_get(
+                program(system.params, sharding.place_batch(batch, system.mesh))
+            )
+            mask = np.asarray(batch.pair_mask)
+            ids = np.asarray(batch.pair_id)[mask].tolist()
+            read = (prior.logits[mask], posterior[mask], prior.vector[mask])
+            found |= dict(zip(ids, zip(*read, strict=True), strict=True))
+            on_progress(len(found))
+    ordered = zip(*(found[pair.id] for pair in pairs), strict=True)
+    beliefs = Beliefs(*(np.asarray(values, np.float32) for values in ordered))
+    parts = (beliefs.prior, beliefs.posterior, beliefs.vector)
+    bad = sum(not all(map(np.all, map(np.isfinite, row))) for row in zip(*parts))  # noqa: B905 -- of one length
+    if bad:
+        raise ValueError(
+            f"{system.name} must have finite beliefs over its codes, got nan or inf on"
+            f" {bad} of {len(pairs)} pairs. Check its weights, or compute in float32."
+        )
+    return beliefs
+
+
+def _program(
+    system: System,
+) -> Callable[[dict[str, Any], Batch], tuple[LatentCodes, Array]]:
+    """Jitted: the prior's mean and the posterior's logits; the LM head is not run."""
+
+    # Whole on every device: few numbers, read at once.
+    @functools.partial(
+        jax.jit, out_shardings=NamedSharding(system.mesh, PartitionSpec())
+    )
+    def program(params: dict[str, Any], batch: Batch) -> tuple[LatentCodes, Array]:
+        policy = nnx.merge(system.graph, params)
+        hidden, latent = policy.hidden(batch), policy.latent
+        assert latent is not None
+        prior = latent.prior(read_at(hidden, batch.prompt_end))
+        posterior = latent.posterior(
+            read_at(hidden, batch.chosen_end), read_at(hidden, batch.rejected_end)
+        )
+        return latent.codes(prior, jax.nn.softmax(prior, axis=-1)), posterior
+
+    return program
+
+
+def _row_shape(system: System, pairs: Sequence[TokenizedPair]) -> packing.RowShape:
+    """Rows as the run has them, or as long as the longest pair; no longer than all."""
+    config, mesh = system.config, system.mesh
+    platform = sharding.platform(mesh)
+    lengths = packing.pair_lengths(pairs)
+    totals = lengths.sum(axis=1)
+    wanted = max(config.packing.row_length, int(totals.max()))
+    wanted = min(wanted, int(totals.sum()))
+    wanted += -wanted % assembly.row_unit(config, platform)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return packing.row_shape(
+        lengths,
+        rows=ways * (_CPU_ROWS if platform == "cpu" else _ROWS),
+        row_length=wanted,
+        pairs_per_row=config.packing.pairs_per_row,
+        score_chunk=assembly.score_chunk(config, platform),
+    )
+
+
+@jax.jit
+def token_effects(
+    codebook: Float[Array, "C D"], head: Float[Array, "V D"]
+) -> Float[Array, "C V"]:
+    """What all weight on a code adds to each token's logit, less the mean over tokens.
+
+    LMHead(h + e_k) = LMHead(h) + LMHead(e_k) (LPC eq. 10). A constant over the
+    vocabulary changes nothing under the softmax, so that each code's mean is taken out.
+    """
+    logits = jnp.einsum("CD,VD->CV", codebook, head, precision="highest")
+    return logits - jnp.mean(logits, axis=-1, keepdims=True)
+
+
+def _effects(system: System) -> Float[np.ndarray, "C known"]:
+    """``token_effects`` of all tokens that the tokenizer knows.
+
+    The head may have more rows. Special tokens stay: a code that raises the end of the
+    turn asks for shorter answers.
+    """
+    with jax.set_mesh(system.mesh):
+        policy = system.policy
+        assert policy.latent is not None
+        codebook = policy.latent.codebook[...]
+        effects = token_effects(codebook, policy.decoder.head_weight)
+    known = len(system.tokenizer)
+    return np.asarray(jax.device_get(effects), np.float64)[:, :known]
+
+
+def cosine(a: Float[np.ndarray, "known"], b: Float[np.ndarray, "known"]) -> float:
+    """Of the angle between two effects; 0 where either is none."""
+    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norm if norm > 0 else 0.0
+
+
+def extremes(effect: Float[np.ndarray, "known"], tokenizer: Tokenizer) -> Effect:
+    """The tokens with the largest and with the smallest effects."""
+
+    def first(order: Int[np.ndarray, "known"]) -> tuple[Token, ...]:
+        return tuple(
+            Token(i, tokenizers.token_text(tokenizer, i), float(effect[i]))
+            for i in order[:TOKENS_SHOWN].tolist()
+        )
+
+    return Effect(
+        first(np.argsort(-effect, kind="stable")),
+        first(np.argsort(effect, kind="stable")),
+    )
+
+
+def require_map() -> Any:
+    """scikit-learn's manifold module.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        return importlib.import_module("sklearn.manifold")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "--codes needs the package 'scikit-learn' for its map of z, which is not"
+            " installed. Run: pip install 'lpc-jax[eval]'."
+        ) from error
+
+
+def neighbours(points: int) -> float:
+    """t-SNE's perplexity: of few points it is a third, more make no neighbourhood."""
+    return min(_NEIGHBOURS, (points - 1) / 3)
+
+
+def draw_map(
+    vectors: Float[np.ndarray, "prompts D"], *, seed: int
+) -> Float[np.ndarray, "prompts 2"] | None:
+    """A plane where like z lie near each other: t-SNE (van der Maaten & Hinton 2008).
+
+    Args:
+        vectors: z of each prompt.
+        seed: Of its start.
+
+    Returns:
+        Places, or None where there are too few prompts, or all have one z.
+    """
+    centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
+    spread = centred.std()
+    if len(vectors) < FEWEST_MAPPED or spread < 1e-6 * np.abs(vectors).max():
+        return None
+    sne = require_map().TSNE(
+        perplexity=neighbours(len(vectors)),
+        init="pca" if vectors.shape[1] > 1 else "random",
+        random_state=seed,
+    )
+    # At unit scale: the search for each point's bandwidth starts at 1.
+    return np.asarray(sne.fit_transform(centred / spread), np.float64)
+
+
+def _places(
+    vectors: Float[np.ndarray, "prompts D"], *, seed: int
+) -> list[tuple[float, float] | None]:
+    """Each prompt's place on the map; of very many prompts a random part has one."""
+    places: list[tuple[float, float] | None] = [None] * len(vectors)
+    some = np.arange(len(vectors))
+    if len(vectors) > MAPPED:
+        rng = np.random.default_rng(seed)
+        some = np.sort(rng.choice(len(vectors), MAPPED, replace=False))
+    drawn = draw_map(vectors[some], seed=seed)
+    if drawn is not None:
+        for i, (x, y) in zip(some.tolist(), drawn.tolist(), strict=True):
+            places[i] = (x, y)
+    return places
