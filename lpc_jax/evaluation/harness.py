@@ -93,8 +93,10 @@ class TextModel:
         """
         if special is None and text.startswith(self._prefix_text):
             special = False
-        options = {} if special is None else {"add_special_tokens": special}
-        return list(self.tokenizer.encode(text, **options))
+        options: dict[str, Any] = {"verbose": False}  # what is too long is cut later
+        if special is not None:
+            options["add_special_tokens"] = special
+        return list(self.tokenizer(text, **options)["input_ids"])
 
     def request(self, context: str, continuation: str) -> Request:
         """A context and its continuation as one request.
@@ -134,8 +136,8 @@ class TextModel:
         if not scored or len(scored) + lead > self.max_length:
             raise ValueError(
                 f"a continuation must have 1 to {self.max_length} tokens, got"
-                f" {len(scored) + lead}: {untrusted.shown(repr(text))}. Only its context"
-                " can be cut: leave it out, or raise --max-length."
+                f" {len(scored) + lead}: {untrusted.shown(repr(text))}. Only a context"
+                " can be cut: leave the task out, or raise --max-length."
             )
         # The last scored id is not read.
         room = self.max_length + 1 - len(scored)

@@ -111,7 +111,7 @@ def load_tasks(
     names = list(dict.fromkeys(names))
     if data is not None:
         local_tasks.require(names, data)
-        root = Path(lm_eval.__file__).parent / "tasks"
+        root = Path(lm_eval.__path__[0]) / "tasks"
         manager = TaskManager(
             include_defaults=False, include_path=[root / f for f in _FOLDERS]
         )
@@ -166,7 +166,9 @@ def _local(
     }
 
 
-def require(model: TextModel, tasks: Sequence[Any], *, apply_chat_template: bool):
+def require(
+    model: TextModel, tasks: Sequence[Any], *, apply_chat_template: bool
+) -> None:
     """Refuses what a system cannot be asked, before anything is computed.
 
     Raises:

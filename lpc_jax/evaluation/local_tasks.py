@@ -33,8 +33,9 @@ def require(names: list[str], folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ValueError(
-            f"--tasks-data {folder}: expected a folder with {', '.join(FILES.values())},"
-            " got no such folder. Check the path, or leave it out to load from the hub."
+            f"--tasks-data {folder}: expected a folder with"
+            f" {', '.join(FILES.values())}, got no such folder. Check the path, or"
+            " leave it out to load from the hub."
         )
     unknown = [name for name in names if name not in FILES]
     if unknown:
