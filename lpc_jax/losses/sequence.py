@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from lpc_jax import axes
 
@@ -59,8 +59,38 @@ def token_logp(
     positions = tokens.shape[1]
     chunk = min(chunk, positions)
     hidden, tokens, mask = (_in_chunks(x, chunk) for x in (hidden, tokens, mask))
-    scores = _score(hidden, head, tokens, mask)
-    return scores.swapaxes(0, 1).reshape(tokens.shape[1], -1)[:, :positions]
+    return _from_chunks(_score(hidden, head, tokens, mask), positions)
+
+
+def token_logp_and_greedy(
+    hidden: Float[Array, "R S D"],
+    head: Float[Array, "V D"],
+    tokens: Int[Array, "R S"],
+    mask: Bool[Array, "R S"],
+    *,
+    chunk: int,
+) -> tuple[Float[Array, "R S"], Bool[Array, "R S"]]:
+    """``token_logp``, and whether no other token has a larger logit.
+
+    Args:
+        hidden: As in ``token_logp``; likewise the others. No gradient flows.
+        head: The LM head.
+        tokens: The token to score at each position.
+        mask: False where a position is padding, whose results mean nothing.
+        chunk: Positions of a row scored at a time.
+
+    Returns:
+        Log-probabilities in nats, and True where the token is the likeliest or one of
+        several equals.
+    """
+    positions = tokens.shape[1]
+    chunk = min(chunk, positions)
+    hidden, tokens, mask = (_in_chunks(x, chunk) for x in (hidden, tokens, mask))
+    split = _Split.of(tokens, head)
+    chunks = split.chunks
+    run = split.run(_rank_part, (chunks, split.head, chunks, chunks), (chunks, chunks))
+    logp, greedy = run(hidden, head, tokens, mask)
+    return _from_chunks(logp, positions), _from_chunks(greedy, positions)
 
 
 def _in_chunks(
@@ -70,6 +100,12 @@ def _in_chunks(
     padding[1] = (0, -x.shape[1] % chunk)
     x = jnp.pad(x, padding)
     return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _from_chunks(
+    x: Shaped[Array, "chunks R chunk"], positions: int
+) -> Shaped[Array, "R S"]:
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :positions]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +239,18 @@ def _scores_and_normalisers(hidden, head, tokens, mask):
 
 def _score_part(hidden, head, tokens, mask, *, split):
     """Scores and normalisers of one device's rows."""
+    picked, _, normaliser = _meet_head(hidden, head, tokens, mask, split)
+    return picked - normaliser, normaliser
+
+
+def _rank_part(hidden, head, tokens, mask, *, split):
+    """Scores of one device's rows, and which are of the largest logit."""
+    picked, largest, normaliser = _meet_head(hidden, head, tokens, mask, split)
+    return picked - normaliser, picked >= largest
+
+
+def _meet_head(hidden, head, tokens, mask, split):
+    """Tokens' logits, the largest ones, and normalisers of one device's rows."""
     tokens = tokens - split.first_token(head.shape[0])
     chunks = _chunks_to_score(mask)
 
@@ -234,7 +282,7 @@ def _score_part(hidden, head, tokens, mask, *, split):
         picked = jax.lax.psum(picked, split.vocabulary)
     computed = (jnp.arange(tokens.shape[0]) < chunks)[:, None, None]
     normaliser = jnp.where(computed, largest + jnp.log(total), 0.0)
-    return picked - normaliser, normaliser
+    return picked, largest, normaliser
 
 
 def _score_forward(hidden, head, tokens, mask):

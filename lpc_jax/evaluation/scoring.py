@@ -1,0 +1,299 @@
+"""Log-probabilities of given continuations, z from the prior of each one's context.
+
+Rows of few shapes, each a context and all that is asked to follow it, so that a
+question is read once for all of its answers. Knows nothing of texts or tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
+
+from lpc_jax import assembly, sharding
+from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation.system import System
+from lpc_jax.losses import sequence
+from lpc_jax.models.policy import Policy, read_at
+from lpc_jax.types import NO_PAIR, PADDING, PROMPT
+
+Ids = Int32[np.ndarray, "_"]
+
+# Tokens of a batch: on a CPU few, so that the last one of a set wastes little.
+_CPU_BATCH_TOKENS, _BATCH_TOKENS = 2048, 32_768
+# The shortest row. Longer ones are 1, 2, 3, 4, 6, 8, 12, ... times as long: at most a
+# third of a row is padding, and few shapes are compiled.
+_SHORTEST_ROW = 64
+# A row's continuations have together at most so many tokens, or as many as its context,
+# and are at most so many.
+_CONTINUATION_TOKENS = 256
+_CONTINUATIONS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be scored.
+
+    Attributes:
+        context: Ids read before; the prior reads the last one's hidden state.
+        continuation: Ids scored under z.
+        lead: How many of the context's last ids are scored as well, without z: they
+            come before the prior can know of them. Fewer than the context has.
+    """
+
+    context: Ids
+    continuation: Ids
+    lead: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What the model says of a request.
+
+    Attributes:
+        logp: Summed log-probability of the scored ids, in nats.
+        greedy: Whether each of them is the likeliest at its place.
+    """
+
+    logp: float
+    greedy: bool
+
+
+class _Rows(NamedTuple):
+    """Rows of one shape, as arrays; a row that is not used is padding.
+
+    Attributes:
+        tokens: Ids.
+        positions: Rotary positions; every continuation goes on from the context.
+        pair: 0, or ``NO_PAIR`` on padding.
+        branch: ``PROMPT``, or one number a continuation.
+        context_end: Index of the context's last token.
+        seed: Of the context alone.
+        score_from: Index of the hidden state that predicts.
+        score_token: The id predicted there.
+        score_mask: False where nothing is scored.
+    """
+
+    tokens: Int[Any, "R T"]
+    positions: Int[Any, "R T"]
+    pair: Int[Any, "R T"]
+    branch: Int[Any, "R T"]
+    context_end: Int[Any, "R"]
+    seed: UInt32[Any, "R"]
+    score_from: Int[Any, "R S"]
+    score_token: Int[Any, "R S"]
+    score_mask: Bool[Any, "R S"]
+
+
+@dataclasses.dataclass
+class _Row:
+    """One context and what follows it, by the number of the request."""
+
+    context: Ids
+    lead: int
+    continuations: list[tuple[int, Ids]]
+    added: int = 0
+
+    @property
+    def length(self) -> int:
+        # A continuation's last id is scored, never read.
+        return len(self.context) + self.added
+
+    def has_room(self, continuation: Ids) -> bool:
+        most = max(_CONTINUATION_TOKENS, len(self.context))
+        return (
+            len(self.continuations) < _CONTINUATIONS
+            and self.added + len(continuation) - 1 <= most
+        )
+
+    def add(self, number: int, continuation: Ids) -> None:
+        self.continuations.append((number, continuation))
+        self.added += len(continuation) - 1
+
+
+class Scorer:
+    """Scores requests with one system.
+
+    Args:
+        system: On its mesh.
+        steering: How z is chosen; not read without a latent.
+        seed: Of draws of z. A context's draw depends on it and the context alone.
+        batch_tokens: Tokens of a batch, padding included; None: what suits the device.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        *,
+        steering: Steering,
+        seed: int = 0,
+        batch_tokens: int | None = None,
+    ) -> None:
+        platform = sharding.platform(system.mesh)
+        self.system = system
+        self._seed = seed
+        self._unit = assembly.row_unit(system.config, platform)
+        default = _CPU_BATCH_TOKENS if platform == "cpu" else _BATCH_TOKENS
+        self._batch_tokens = default if batch_tokens is None else batch_tokens
+        score = functools.partial(
+            _score,
+            graph=system.graph,
+            steering=steering,
+            chunk=assembly.score_chunk(system.config, platform),
+        )
+        everywhere = NamedSharding(system.mesh, P())
+        self._program = jax.jit(score, out_shardings=everywhere)
+
+    def score(
+        self,
+        requests: Sequence[Request],
+        *,
+        done: Callable[[int], None] = lambda count: None,
+    ) -> list[Score]:
+        """A score for each request, in their order.
+
+        What a request gets depends neither on the batch that it is in nor on the other
+        requests, beyond rounding.
+
+        Args:
+            requests: At least one id of context, unscored, and one scored in each; at
+                most the model's context length of ids read.
+            done: Called after each batch with the requests that it answered.
+        """
+        found: dict[int, Score] = {}
+        rows = sorted(_gather(requests), key=lambda row: -row.length)
+        mesh = self.system.mesh
+        over_rows = NamedSharding(mesh, P(("data", "fsdp")))
+        while rows:
+            length = _shape_of(rows[0].length, self._unit)
+            count = self._rows_of(length)
+            chosen, rows = rows[:count], rows[count:]
+            batch, places = _arrays(chosen, count, length)
+            with jax.set_mesh(mesh):
+                placed = _Rows(*(sharding.place(x, over_rows) for x in batch))
+                logp, greedy = jax.device_get(
+                    self._program(
+                        self.system.params, placed, jax.random.key(self._seed)
+                    )
+                )
+            for number, row, where in places:
+                # Summed in float64: a long text has thousands of terms.
+                total = float(np.sum(logp[row, where], dtype=np.float64))
+                found[number] = Score(total, bool(np.all(greedy[row, where])))
+            done(len(places))
+        return [found[i] for i in range(len(requests))]
+
+    def _rows_of(self, length: int) -> int:
+        ways = self.system.mesh.shape["data"] * self.system.mesh.shape["fsdp"]
+        rows = max(self._batch_tokens // length, 1)
+        return rows + -rows % ways
+
+
+def _gather(requests: Sequence[Request]) -> list[_Row]:
+    """Requests with the same context side by side, as far as a row has room."""
+    rows: list[_Row] = []
+    open_rows: dict[tuple[bytes, int], _Row] = {}
+    for number, request in enumerate(requests):
+        assert len(request.continuation) > 0
+        assert 0 <= request.lead < len(request.context)
+        key = (request.context.tobytes(), request.lead)
+        row = open_rows.get(key)
+        if row is None or not row.has_room(request.continuation):
+            row = open_rows[key] = _Row(request.context, request.lead, [])
+            rows.append(row)
+        row.add(number, request.continuation)
+    return rows
+
+
+def _shape_of(length: int, unit: int) -> int:
+    """The shortest row that holds so many tokens, of those that are made."""
+    size = _SHORTEST_ROW + -_SHORTEST_ROW % unit
+    while size < length:
+        if 3 * size // 2 >= length and (3 * size // 2) % unit == 0:
+            return 3 * size // 2
+        size *= 2
+    return size
+
+
+def _arrays(
+    rows: Sequence[_Row], count: int, length: int
+) -> tuple[_Rows, list[tuple[int, int, Int[np.ndarray, "_"]]]]:
+    """The rows as arrays, and each request's row and scored positions."""
+    made = _Rows(
+        tokens=np.zeros((count, length), np.int32),
+        positions=np.zeros((count, length), np.int32),
+        pair=np.full((count, length), NO_PAIR, np.int32),
+        branch=np.full((count, length), PADDING, np.int32),
+        context_end=np.zeros(count, np.int32),
+        seed=np.zeros(count, np.uint32),
+        score_from=np.zeros((count, length + _CONTINUATIONS), np.int32),
+        score_token=np.zeros((count, length + _CONTINUATIONS), np.int32),
+        score_mask=np.zeros((count, length + _CONTINUATIONS), bool),
+    )
+    places = []
+    for index, row in enumerate(rows):
+        end = len(row.context)
+        made.tokens[index, :end] = row.context
+        made.positions[index, :end] = np.arange(end)
+        made.pair[index, : row.length] = 0
+        made.branch[index, :end] = PROMPT
+        made.context_end[index] = end - 1
+        made.seed[index] = zlib.crc32(row.context.tobytes())
+        lead = np.arange(row.lead)
+        made.score_from[index, : row.lead] = end - 1 - row.lead + lead
+        made.score_token[index, : row.lead] = row.context[end - row.lead :]
+        read, scored = end, row.lead
+        for branch, (number, ids) in enumerate(row.continuations, start=PADDING + 1):
+            here = slice(read, read + len(ids) - 1)
+            made.tokens[index, here] = ids[:-1]
+            made.positions[index, here] = end + np.arange(len(ids) - 1)
+            # Attention asks only whether two tokens are of the same branch.
+            made.branch[index, here] = branch
+            where = np.arange(scored, scored + len(ids))
+            made.score_from[index, where] = [end - 1, *range(here.start, here.stop)]
+            made.score_token[index, where] = ids
+            places.append((number, index, np.concatenate([lead, where])))
+            read, scored = here.stop, scored + len(ids)
+        made.score_mask[index, :scored] = True
+    return made, places
+
+
+def _score(
+    params: Any,
+    rows: _Rows,
+    key: Any,
+    *,
+    graph: Any,
+    steering: Steering,
+    chunk: int,
+) -> tuple[Float[Array, "R S"], Bool[Array, "R S"]]:
+    """Log-probability of each scored id given z (eq. 10), and whether it is greedy."""
+    policy = nnx.merge(graph, params)
+    assert isinstance(policy, Policy)
+    hidden = policy.decoder(rows.tokens, rows.positions, rows.pair, rows.branch)
+    scored = read_at(hidden, rows.score_from)
+    if policy.latent is not None:
+        end = rows.context_end[:, None]
+        prior = policy.latent.prior(read_at(hidden, end)[:, 0])
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows.seed)
+        weights = jax.vmap(steering.weights)(prior, keys)
+        vector = policy.latent.codes(prior, weights).vector[:, None]
+        has_z = (rows.score_from >= end)[..., None]
+        scored = scored + jnp.where(has_z, vector, 0.0).astype(scored.dtype)
+    return sequence.token_logp_and_greedy(
+        scored,
+        policy.decoder.head_weight,
+        rows.score_token,
+        rows.score_mask,
+        chunk=chunk,
+    )
