@@ -237,7 +237,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         {name: tensor.shape for name, tensor in tensors.items()},
         lambda name: tensors[name].read(),
-        dtype=np.dtype(np.float32),
+        dtype_of=lambda _: np.dtype(np.float32),
         shard_bytes=150_000,
     )
     shutil.copy(runs.MODEL / "config.json", folder)

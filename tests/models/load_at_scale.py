@@ -63,7 +63,7 @@ def write(folder: Path, architecture: Architecture) -> int:
         folder,
         shapes,
         lambda name: np.full(shapes[name], number[name], np.float32),
-        dtype=np.dtype(np.float32),
+        dtype_of=lambda _: np.dtype(np.float32),
         shard_bytes=size // SHARDS,
     )
     config = architectures.hf_config(architecture)
