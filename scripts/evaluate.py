@@ -124,7 +124,7 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
         choices=("drop", "cut_prompt", "cut_prompt_then_answer"),
         help=from_run,
     )
-    pairs.add_argument("--resamples", type=_count, default=10_000, help="of intervals")
+    pairs.add_argument("--resamples", type=_count, help="draws for the intervals")
 
 
 def evaluate_pairs(
@@ -144,7 +144,7 @@ def evaluate_pairs(
     from rich.progress import Progress
 
     from lpc_jax import sharding
-    from lpc_jax.evaluation import contest, pairs_report
+    from lpc_jax.evaluation import bootstrap, contest, pairs_report
 
     _require_writable(asked)
     options = contest.Options(
@@ -178,12 +178,13 @@ def evaluate_pairs(
             progress.update(tasks[who], completed=done)
 
         held = contest.hold(options, mesh, on_progress=advance)
-    drawn = {"resamples": asked.resamples, "seed": asked.seed}
+    resamples = asked.resamples or bootstrap.RESAMPLES
+    drawn = {"resamples": resamples, "seed": asked.seed}
     groups = pairs_report.summarize(held, **drawn)
     lines = pairs_report.header(held)
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    table = pairs_report.table(groups, resamples=asked.resamples)
+    table = pairs_report.table(groups, resamples=resamples)
     console.print(table)
     command = ["scripts/evaluate.py", *arguments]
     record = pairs_report.as_json(held, groups, command=command, **drawn)

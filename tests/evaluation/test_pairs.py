@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import Mesh
 
 from lpc_jax import config as cfg
@@ -71,24 +70,34 @@ def score(one: System, some: list[TokenizedPair], how: Any, seed: int = 0) -> An
 # --- log-probabilities ----------------------------------------------------------------
 
 
-def unpacked(one: System, some: list[TokenizedPair], how: str | None) -> np.ndarray:
-    """Second source: one padded sequence per answer, then NumPy in float64.
+def in_order(some: list[TokenizedPair]) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(p.prompt, a) for p in some for a in (p.chosen, p.rejected)]
 
-    ``how`` is written out anew: the prior's mean, its largest code, code 3, a mix, or a
-    Gumbel-softmax draw.
-    """
-    answers = [(p.prompt, a) for p in some for a in (p.chosen, p.rejected)]
+
+def hidden_states(one: System, some: list[TokenizedPair]) -> jax.Array:
+    """Of one padded sequence per answer."""
+    answers = in_order(some)
     width = max(len(prompt) + len(answer) for prompt, answer in answers)
     ids = np.zeros((len(answers), width), np.int32)
     for row, (prompt, answer) in zip(ids, answers, strict=True):
         row[: len(prompt) + len(answer)] = [*prompt, *answer]
     same = jnp.zeros_like(ids)
     positions = jnp.broadcast_to(jnp.arange(width), ids.shape)
-    module = nnx.merge(one.graph, one.params)
-    hidden = module.decoder(jnp.asarray(ids), positions, same, same)
+    return one.policy.decoder(jnp.asarray(ids), positions, same, same)
+
+
+def unpacked(
+    one: System, some: list[TokenizedPair], hidden: jax.Array, how: str | None
+) -> np.ndarray:
+    """Second source: sequence by sequence, in float64 NumPy.
+
+    ``how`` is written out anew: the prior's mean, its largest code, code 3, a mix, or a
+    Gumbel-softmax draw.
+    """
+    module = one.policy
     head = np.asarray(module.decoder.head_weight, np.float64)
     found = []
-    for number, (prompt, answer) in enumerate(answers):
+    for number, (prompt, answer) in enumerate(in_order(some)):
         states = np.asarray(hidden[number], np.float64)
         last = len(prompt) - 1
         if how is not None:
@@ -118,13 +127,17 @@ def chosen_weights(logits: Any, how: str, pair_id: int) -> Any:
 
 def test_a_model_scores_packed_pairs_as_one_sequence_per_answer(plain):
     some = tokenized(plain)
-    np.testing.assert_allclose(
-        score(plain, some, None), unpacked(plain, some, None), rtol=2e-5
-    )
+    expected = unpacked(plain, some, hidden_states(plain, some), None)
+    np.testing.assert_allclose(score(plain, some, None), expected, rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def lpc_states(lpc: System) -> jax.Array:
+    return hidden_states(lpc, tokenized(lpc))
 
 
 @pytest.mark.parametrize("how", ["mean", "sample", "argmax", "code", "mix"])
-def test_each_choice_of_z_enters_as_written_out(lpc, how):
+def test_each_choice_of_z_enters_as_written_out(lpc, lpc_states, how):
     some = tokenized(lpc)
     assert lpc.latent is not None
     if how == "code":
@@ -134,10 +147,10 @@ def test_each_choice_of_z_enters_as_written_out(lpc, how):
     else:
         chosen = steering.of_settings(lpc.latent, how)
     found = score(lpc, some, chosen)
-    np.testing.assert_allclose(found, unpacked(lpc, some, how), rtol=2e-5)
+    np.testing.assert_allclose(found, unpacked(lpc, some, lpc_states, how), rtol=2e-5)
     others = {"mean", "argmax", "code"} - {how}
     for other in others:  # and the choice matters
-        assert np.abs(found - unpacked(lpc, some, other)).max() > 1e-3
+        assert np.abs(found - unpacked(lpc, some, lpc_states, other)).max() > 1e-3
 
 
 def test_a_pairs_draw_depends_on_its_id_and_the_seed_alone(lpc):
@@ -330,6 +343,17 @@ def test_files_are_read_one_after_the_other_and_a_prompt_is_known_again(tmp_path
     assert len(set(keys)) == 3
     limited, _ = pairs.read(files, split=None, limit=1, retry=RETRY)
     assert [one.origin for one in limited] == ["a.jsonl:1", "b.jsonl:1"]
+
+
+def test_no_pair_is_too_long_for_its_row(plain):
+    some, drops = pairs.read([str(runs.PAIRS)], split=None, limit=None, retry=RETRY)
+    whole, _ = pairs.tokenize(some, plain.tokenizer, drops, data=DATA)
+    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in whole)
+    assert max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in whole) > longest
+    data = cfg.Data(
+        train="none", max_length=longest, max_prompt_length=8, truncation="drop"
+    )
+    assert len(pairs.tokenize(some, plain.tokenizer, drops, data=data)[0]) == 40
 
 
 # --- the report -----------------------------------------------------------------------
