@@ -7,6 +7,7 @@ devices add up exactly. Knows nothing of optimizers, files or logging.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,7 @@ def score_inference(
     latent: cfg.Latent | None,
     key: Array,
     chunk: int,
+    choose: Callable[[Array, Array], Array] | None = None,
 ) -> PairScores:
     """Scores as inference will run: z from the prior alone.
 
@@ -180,6 +182,8 @@ def score_inference(
             temperature, or its largest code.
         key: Seeds the draw of ``sample``; each pair folds in its own id.
         chunk: Scored positions that meet the head at a time.
+        choose: From one pair's prior logits [C] and a key of its own to the weights of
+            its codes [C], in place of ``latent.inference``.
     """
     hidden = policy.hidden(batch)
     if latent is None:
@@ -187,7 +191,11 @@ def score_inference(
         return PairScores(logp, end_logp, None, None)
     assert policy.latent is not None
     prior_logits, posterior_logits = _beliefs(policy, hidden, batch, latent)
-    if latent.inference == "sample":
+    if choose is not None:
+        keys = jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(batch.pair_id)
+        weights = jax.vmap(jax.vmap(choose))(prior_logits, keys)
+        prior = policy.latent.codes(prior_logits, weights)
+    elif latent.inference == "sample":
         noise = _gumbel(key, batch, latent.num_codes)[1]
         tau = temperature(latent, jnp.asarray(1.0))
         prior = _draw(policy, prior_logits, noise, latent, tau)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lpc_jax import config as cfg
+from lpc_jax import objective
 from lpc_jax.models import latent as latent_models
 
 # A mix given by hand must sum to 1 within this.
@@ -69,6 +71,19 @@ class Steering:
             "sample": f"a draw from the prior (tau {self.temperature:g})",
             "argmax": "the prior's largest code",
         }[self.how]
+
+
+def of_settings(
+    latent: cfg.Latent, how: Literal["mean", "sample", "argmax"] | None = None
+) -> Steering:
+    """As a run evaluates, or another way from its prior.
+
+    Args:
+        latent: The run's settings.
+        how: None: what they say; ``sample`` draws at the last step's temperature.
+    """
+    tau = float(objective.temperature(latent, jnp.asarray(1.0)))
+    return Steering(how or latent.inference, temperature=tau)
 
 
 def code(text: str, num_codes: int) -> Steering:

@@ -6,12 +6,14 @@ Knows nothing of what it is asked.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -358,3 +360,13 @@ def _cast(
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf.astype(dtype_of(sharding.path_name(path))), decoder
     )
+
+
+def digest(system: System) -> str:
+    """SHA-256 over a system's parameters as they are loaded, whatever their layout."""
+    content = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(system.params)[0]:
+        head = f"{sharding.path_name(path)} {leaf.dtype} {leaf.shape}\n"
+        content.update(head.encode())
+        content.update(np.asarray(jax.device_get(leaf)).tobytes())
+    return content.hexdigest()

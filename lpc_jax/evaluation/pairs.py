@@ -1,0 +1,290 @@
+"""What a system says of preference pairs: log-probs, lengths, and rewards of these.
+
+The answers are scored in training's packed batch, so that a run's numbers are those
+that it logged. Knows nothing of intervals or tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from lpc_jax import assembly, objective, sharding, sources
+from lpc_jax import config as cfg
+from lpc_jax.data import chat, examples, packing
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.examples import PreferenceExample
+from lpc_jax.data.report import Drops, Report
+from lpc_jax.data.tokenizer import Tokenizer
+from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation.system import System
+from lpc_jax.types import Batch
+
+# Rows of each device: one keeps a CPU busy and wastes least, a few an accelerator.
+_CPU_ROWS, _ROWS = 1, 4
+
+# Pairs packed together: enough to fill rows, few enough to plan fast.
+_GROUP = 512
+
+REWARDS = ("simpo", "dpo", "ipo", "mean_logp", "logp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """What of two answers is compared.
+
+    Attributes:
+        name: One of ``REWARDS``.
+        beta: Its scale, which moves margins and no accuracy.
+        per_token: Whether it is divided by the answer's length in tokens.
+        over_reference: Whether it is a log-ratio to a reference.
+    """
+
+    name: str
+    beta: float
+    per_token: bool
+    over_reference: bool
+
+    def of(
+        self,
+        logp: Float[np.ndarray, "B 2"],
+        lengths: Int[np.ndarray, "B 2"],
+        reference_logp: Float[np.ndarray, "B 2"] | None,
+    ) -> Float[np.ndarray, "B 2"]:
+        """Rewards of the chosen and the rejected answers.
+
+        Args:
+            logp: Summed log-probabilities of the answers.
+            lengths: Their scored tokens.
+            reference_logp: As ``logp``, under the reference; None where the reward
+                reads none.
+        """
+        found = logp.astype(np.float64)
+        if self.over_reference:
+            assert reference_logp is not None
+            found = found - reference_logp
+        if self.per_token:
+            found = found / lengths
+        return self.beta * found
+
+    def formula(self, *, codes: bool) -> str:
+        """In symbols, for a system with or without codes."""
+        text = f"log pi(y|{'x, z' if codes else 'x'})"
+        if self.over_reference:
+            text = f"({text} - log pi_ref(y|x))"
+        if self.per_token:
+            text += "/|y|"
+        return text if self.beta == 1 else f"{self.beta:g} * {text}"
+
+
+def reward(name: str | None, loss: cfg.Loss | None) -> Reward:
+    """The reward of a name, or of a run's loss as training logs it.
+
+    Args:
+        name: One of ``REWARDS``; ``simpo``, ``dpo`` and ``ipo`` take beta and reduction
+            of the run's loss where it is of that kind, else the defaults. None: the
+            loss's own; without a loss ``mean_logp``.
+        loss: Of a run; None for a model that is none.
+    """
+    kinds = {"simpo": cfg.Simpo(gamma=0.0), "dpo": cfg.Dpo(), "ipo": cfg.Ipo()}
+    if name is None:
+        of_loss = {type(kind): known for known, kind in kinds.items()}
+        name = "mean_logp" if loss is None else of_loss[type(loss)]
+    if name not in kinds:
+        return Reward(name, 1.0, name == "mean_logp", False)
+    if not isinstance(loss, type(kinds[name])):
+        loss = kinds[name]
+    assert loss is not None
+    per_token = isinstance(loss, cfg.Simpo) or (
+        isinstance(loss, cfg.Ipo) and loss.reduction == "mean"
+    )
+    return Reward(name, loss.beta, per_token, objective.needs_reference(loss))
+
+
+def read(
+    paths: Sequence[str], *, split: str | None, limit: int | None, retry: sources.Retry
+) -> tuple[list[PreferenceExample], Drops]:
+    """The pairs of some files or hub data sets, one after the other.
+
+    Args:
+        paths: As ``--pairs`` names them.
+        split: Of hub data sets.
+        limit: Read only so many rows of each, from the first; None: all.
+        retry: When a download fails.
+
+    Returns:
+        The pairs, ``index`` their place in the list, and rows that hold none.
+
+    Raises:
+        ValueError: Data that cannot be had or read, or that holds no pair.
+    """
+    found: list[PreferenceExample] = []
+    drops = Drops.count([])
+    for path in paths:
+        some, dropped = examples.read(
+            path, setting="pairs", split=split, limit=limit, retry=retry
+        )
+        found += some
+        drops += dropped
+    placed = [dataclasses.replace(one, index=i) for i, one in enumerate(found)]
+    return placed, drops
+
+
+def prompt_key(example: PreferenceExample) -> str:
+    """The same for pairs of the same conversation, whatever file they are of."""
+    text = json.dumps([sorted(message.items()) for message in example.prompt])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest(some: Sequence[PreferenceExample]) -> str:
+    """SHA-256 over the texts and sources of pairs, in order."""
+    content = hashlib.sha256()
+    for one in some:
+        row = (one.prompt, one.chosen, one.rejected, one.source)
+        content.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return content.hexdigest()
+
+
+def tokenize(
+    some: Sequence[PreferenceExample],
+    tokenizer: Tokenizer,
+    drops: Drops,
+    *,
+    data: cfg.Data,
+) -> tuple[list[TokenizedPair], Report]:
+    """Pairs as token ids, by a run's rules; ``id`` is the place that ``read`` gave.
+
+    Args:
+        some: From ``read``.
+        tokenizer: Of the system that is asked.
+        drops: From ``read``.
+        data: Lengths and truncation.
+
+    Raises:
+        ValueError: As ``chat.tokenize``.
+    """
+    return chat.tokenize(
+        some,
+        tokenizer,
+        drops=drops,
+        max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
+        # A row is made as long as the longest pair: the prompt is there once.
+        row_length=2 * data.max_length,
+        truncation=data.truncation,
+        prefix_mismatch=data.prefix_mismatch,
+    )
+
+
+def tokens_digest(some: Sequence[TokenizedPair]) -> bytes:
+    """SHA-256 over the token ids of pairs, in order."""
+    content = hashlib.sha256()
+    for pair in some:
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            content.update(len(ids).to_bytes(8, "little"))
+            content.update(np.asarray(ids, "<i4").tobytes())
+    return content.digest()
+
+
+def lengths(some: Sequence[TokenizedPair]) -> Int[np.ndarray, "B 2"]:
+    """Scored tokens of the chosen and the rejected answers."""
+    return packing.pair_lengths(some)[:, 1:]
+
+
+def score(
+    system: System,
+    some: Sequence[TokenizedPair],
+    *,
+    steering: Steering | None,
+    seed: int,
+    on_progress: Callable[[int], None],
+) -> Float[np.ndarray, "B 2"]:
+    """Summed log-probabilities of every pair's chosen and rejected answer.
+
+    Args:
+        system: What is asked.
+        some: Pairs in the system's tokens.
+        steering: How z is chosen; None for a system without codes.
+        seed: Of ``sample``; each pair folds in its own id.
+        on_progress: Told how many pairs are done.
+
+    Raises:
+        ValueError: The system gives an answer no finite log-probability.
+    """
+    assert (steering is None) == (system.latent is None)
+    program = _program(system, steering, seed)
+    shape = _row_shape(system, some)
+    found = np.full((len(some), 2), np.nan, np.float32)
+    place = {pair.id: i for i, pair in enumerate(some)}
+    with jax.set_mesh(system.mesh):
+        for first in range(0, len(some), _GROUP):
+            group = some[first : first + _GROUP]
+            done = first
+            for batch in packing.micro_batches(group, shape, reference_logp=None):
+                mask = np.asarray(batch.pair_mask)
+                logp = program(system.params, sharding.place_batch(batch, system.mesh))
+                at = [place[i] for i in np.asarray(batch.pair_id)[mask].tolist()]
+                found[at] = np.asarray(jax.device_get(logp))[mask]
+                done += int(mask.sum())
+                on_progress(done)
+    bad = int(np.sum(~np.isfinite(found).all(axis=1)))
+    if bad:
+        raise ValueError(
+            f"{system.name} must give every answer a finite log-probability, got nan or"
+            f" inf on {bad} of {len(some)} pairs. Check its weights, or compute in"
+            " float32."
+        )
+    return found
+
+
+def _program(
+    system: System, steering: Steering | None, seed: int
+) -> Callable[[dict[str, Any], Batch], Array]:
+    """Jitted: parameters and a placed micro-batch to log-probabilities."""
+    chunk = assembly.score_chunk(system.config, sharding.platform(system.mesh))
+
+    # Whole on every device: few numbers, read at once.
+    @functools.partial(
+        jax.jit, out_shardings=NamedSharding(system.mesh, PartitionSpec())
+    )
+    def program(params: dict[str, Any], batch: Batch) -> Array:
+        scores = objective.score_inference(
+            nnx.merge(system.graph, params),
+            batch,
+            latent=system.latent,
+            key=jax.random.key(seed),
+            chunk=chunk,
+            choose=None if steering is None else steering.weights,
+        )
+        return scores.logp
+
+    return program
+
+
+def _row_shape(system: System, some: Sequence[TokenizedPair]) -> packing.RowShape:
+    """Rows as the run has them, or as long as the longest pair; no longer than all."""
+    config, mesh = system.config, system.mesh
+    platform = sharding.platform(mesh)
+    of_pairs = packing.pair_lengths(some)
+    totals = of_pairs.sum(axis=1)
+    wanted = max(config.packing.row_length, int(totals.max()))
+    wanted = min(wanted, int(totals.sum()))
+    wanted += -wanted % assembly.row_unit(config, platform)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return packing.row_shape(
+        of_pairs,
+        rows=ways * (_CPU_ROWS if platform == "cpu" else _ROWS),
+        row_length=wanted,
+        pairs_per_row=config.packing.pairs_per_row,
+        score_chunk=assembly.score_chunk(config, platform),
+    )
