@@ -44,6 +44,21 @@ def test_token_logp_equals_float64_log_softmax_for_any_chunk(chunk):
 
 
 @pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_greedy_tokens_are_those_of_the_largest_float64_logit(chunk):
+    best = (HIDDEN @ HEAD.T).argmax(axis=-1)
+    tokens = np.where(np.arange(11) % 2, best, TOKENS)
+    logp, greedy = sequence.token_logp_and_greedy(
+        jnp.float32(HIDDEN), jnp.float32(HEAD), jnp.asarray(tokens), ALL, chunk=chunk
+    )
+    np.testing.assert_array_equal(greedy, tokens == best)
+    alone = sequence.token_logp(
+        jnp.float32(HIDDEN), jnp.float32(HEAD), jnp.asarray(tokens), ALL, chunk=chunk
+    )
+    np.testing.assert_array_equal(logp, alone)
+
+
+@pytest.mark.usefixtures("tile")
 def test_gradients_of_chunks_equal_the_unchunked_ones():
     weights = jnp.float32(RNG.normal(size=(2, 11)))
 
