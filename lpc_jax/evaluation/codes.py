@@ -165,6 +165,11 @@ class Look:
     measures: Measures
     seed: int
 
+    @property
+    def likeness(self) -> float:
+        """Cosine of a code's effect and the average mix's, in the mean by usage."""
+        return sum(code.usage * code.likeness for code in self.codes)
+
 
 def look(
     system: System,

@@ -156,10 +156,9 @@ def page(look: Look) -> str:
         + ", ".join(f"{shown_source(name)} {count}" for name, count in sources.items()),
         left_out=_left_out(len(in_order), len(drawn), "code"),
         not_mapped=_left_out(len(look.prompts), len(some), "prompt"),
-        neighbours=f"{codes.neighbours(len(some)):g}" if some else "",
+        neighbours=f"{codes.neighbours(len(some)):.3g}" if some else "",
         fewest_mapped=codes.FEWEST_MAPPED,
         shuffles=code_measures.SHUFFLES,
-        likeness=sum(code.usage * code.likeness for code in in_order),
         made=_made(look),
         numbers_file=NUMBERS_FILE,
         percent=_percent,
@@ -181,18 +180,25 @@ def by_usage(look: Look) -> list[Code]:
 def summary(look: Look) -> list[str]:
     """What there is to know, in a few sentences."""
     found, count = look.measures, len(look.codes)
-    dead = len(found.dead)
+    dead, most, left_out = len(found.dead), by_usage(look)[0], look.report.drops.total
     sentences = [
         f"On {_counted(len(look.prompts), 'prompt')} of"
         f" {_counted(len(look.sources), 'source')}, {found.perplexity:.1f} of {count}"
         f" codes are in use (perplexity of their usage), and"
         f" {'none' if dead == 0 else dead} {'is' if dead == 1 else 'are'} dead. One"
-        f" prompt mixes {found.codes_per_prompt:.1f} of them.",
+        f" prompt mixes {found.codes_per_prompt:.1f} of them. The most used is"
+        f" {most.index}, with {_percent(most.usage)} of the usage: it is the largest"
+        f" code of {_percent(most.largest_share)} of prompts.",
         f"Prior and posterior have the same largest code in"
         f" {_percent(found.agreement)} of {_counted(look.report.kept, 'pair')},"
         f" where chance alone would give {_percent(found.agreement_by_chance)};"
         f" KL(posterior || prior) is {found.kl:.3f} nats.",
     ]
+    if left_out:
+        sentences.append(
+            f"Left out were {left_out:,} of {look.report.read:,} pairs, with the prompts"
+            " that only they have; why is said at the end."
+        )
     if len(look.sources) == 1:
         sentences.append("All prompts are of one source: codes cannot tell it.")
     else:
@@ -205,6 +211,11 @@ def summary(look: Look) -> list[str]:
             f" {found.soft_information.mean:.3f} (at most"
             f" {found.soft_information.high:.3f})."
         )
+    sentences.append(
+        f"A code's effect on the vocabulary has a cosine of {look.likeness:.2f} with"
+        " that of the average mix, in the mean by usage: near 1, codes do much the same"
+        " whatever the prompt."
+    )
     return sentences
 
 
@@ -321,7 +332,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _brief(text: str) -> str:
