@@ -5,6 +5,8 @@ python scripts/evaluate.py runs/mine --pairs test.jsonl --against runs/plain
 python scripts/evaluate.py runs/mine --pairs a.jsonl --pairs b.jsonl --json out.json
 python scripts/evaluate.py path/to/model --pairs test.jsonl --limit 40
 python scripts/evaluate.py runs/mine --pairs test.jsonl --code 3
+python scripts/evaluate.py runs/mine --pairs test.jsonl --codes --output report
+python scripts/evaluate.py runs/mine --tasks arc_easy,gsm8k --limit 100
 
 SYSTEM is a run folder, a Hugging Face folder, a .gguf file, package:NAME/FILE or a hub
 id. A run brings its own lengths, truncation, reward, z and start model.
@@ -18,14 +20,13 @@ import json
 import os
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lpc_jax import config as cfg
+from lpc_jax import faults
 
 REFUSED = 2
 TABLE_WIDTH = 100
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     try:
         _mode(asked)(asked, arguments, console or Console())
     except (ValueError, OSError, checkpoint.DamagedError) as error:
-        if isinstance(error, ValueError) and not _is_ours(error):
+        if not faults.is_for_user(error):
             raise  # a fault of the program: the traceback is what helps
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
@@ -77,20 +78,33 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, help="write everything and the table to this folder"
     )
     parser.add_argument("--seed", type=int, default=0, help="of draws and intervals")
+    parser.add_argument(
+        "--limit",
+        type=_count,
+        help="first rows of each file, or questions of each task",
+    )
+    parser.add_argument(
+        "--max-length", type=_count, help="tokens read at a time [a run's, the model's]"
+    )
     _add_pairs(parser)
+    from lpc_jax.evaluation import task_command
+
+    task_command.add_arguments(parser)
     return parser
 
 
 def _mode(asked: argparse.Namespace) -> Callable[..., None]:
     """The evaluation whose flag is given."""
-    given = [name for name in MODES if getattr(asked, name)]
-    if len(given) != 1:
-        flags = ", ".join(f"--{name}" for name in MODES)
+    if asked.codes and not asked.pairs:
+        raise ValueError("--codes needs --pairs FILE, whose prompts it looks at.")
+    if bool(asked.pairs) == bool(asked.tasks):
         raise ValueError(
-            f"exactly one of {flags} is required, got {len(given)}. Name what to"
-            " evaluate on."
+            "exactly one of --pairs and --tasks is required, got"
+            f" {'both' if asked.tasks else 'neither'}. Name what to evaluate on."
         )
-    return MODES[given[0]]
+    if asked.tasks:
+        return evaluate_tasks
+    return look_at_codes if asked.codes else evaluate_pairs
 
 
 # --- preference pairs -----------------------------------------------------------------
@@ -106,7 +120,6 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
         help=".jsonl, .jsonl.gz, .json, .parquet or a hub data set; may be repeated",
     )
     pairs.add_argument("--pairs-split", default="test", help="of a hub data set")
-    pairs.add_argument("--limit", type=_count, help="first rows of each file")
     pairs.add_argument("--against", metavar="OTHER", help="compare, pair by pair")
     pairs.add_argument("--against-step", default="latest", help="of OTHER, a run")
     start = pairs.add_mutually_exclusive_group()
@@ -117,7 +130,6 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
         choices=("simpo", "dpo", "ipo", "mean_logp", "logp"),
         help="of everyone; default: of the run's loss, else mean_logp",
     )
-    pairs.add_argument("--max-length", type=_count, help=from_run)
     pairs.add_argument("--max-prompt-length", type=_count, help=from_run)
     pairs.add_argument(
         "--truncation",
@@ -125,6 +137,11 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
         help=from_run,
     )
     pairs.add_argument("--resamples", type=_count, help="draws for the intervals")
+    pairs.add_argument(
+        "--codes",
+        action="store_true",
+        help="look at the codes instead: a page in --output (the extra eval)",
+    )
 
 
 def evaluate_pairs(
@@ -140,10 +157,8 @@ def evaluate_pairs(
     Raises:
         ValueError: Something that the user can mend.
     """
-    import jax
     from rich.progress import Progress
 
-    from lpc_jax import sharding
     from lpc_jax.evaluation import bootstrap, contest, pairs_report
 
     _require_writable(asked)
@@ -166,7 +181,7 @@ def evaluate_pairs(
         truncation=asked.truncation,
         seed=asked.seed,
     )
-    mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
+    mesh = _mesh()
     terminal = Console(stderr=True)
     shown = Progress(console=terminal, transient=True, disable=not terminal.is_terminal)
     with shown as progress:
@@ -193,6 +208,91 @@ def evaluate_pairs(
     plain.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     plain.print(table)
     for file in _write(asked, "pairs", record, text.getvalue()):
+        console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
+
+
+# --- the codes ------------------------------------------------------------------------
+
+
+def look_at_codes(
+    asked: argparse.Namespace, arguments: Sequence[str], console: Console
+) -> None:
+    """Writes a page about a system's codes, and says the most of it.
+
+    Args:
+        asked: The flags.
+        arguments: Not read.
+        console: Where to print.
+
+    Raises:
+        ValueError: Something that the user can mend.
+    """
+    from lpc_jax.evaluation import codes_report, steering, system
+
+    if asked.output is None or len(asked.pairs) != 1:
+        raise ValueError(
+            "--codes needs --output FOLDER and one --pairs FILE, got"
+            f" {asked.output} and {len(asked.pairs)}."
+        )
+    for flag in ("z", "code", "mix"):
+        if getattr(asked, flag) is not None:
+            raise ValueError(
+                f"--{flag} has no effect with --codes, which looks at all of them."
+                " Leave it out."
+            )
+    codes_report.require(asked.output)
+    latent = system.outline(asked.system, step=asked.step).config.latent
+    num_codes = None if latent is None else latent.num_codes
+    steering.require_codes(num_codes, "--codes", asked.system)
+    loaded = system.load(asked.system, mesh=_mesh(), step=asked.step)
+    looked, page = codes_report.make(
+        loaded,
+        asked.pairs[0],
+        asked.output,
+        split=asked.pairs_split,
+        limit=asked.limit,
+        seed=asked.seed,
+        on_progress=lambda _: None,
+    )
+    said = [*codes_report.summary(looked), f"written: {page}"]
+    console.print("\n".join(said), highlight=False, markup=False, soft_wrap=True)
+
+
+# --- the standard tasks ---------------------------------------------------------------
+
+
+def evaluate_tasks(
+    asked: argparse.Namespace, arguments: Sequence[str], console: Console
+) -> None:
+    """Scores of lm-eval's tasks.
+
+    Args:
+        asked: The flags.
+        arguments: Not read.
+        console: Where to print.
+
+    Raises:
+        ValueError: Something that the user can mend.
+    """
+    from lpc_jax.evaluation import steering, system, task_command
+    from lpc_jax.evaluation.steering import Steering
+
+    _require_writable(asked)
+    tasks = task_command.load(asked)
+    latent = system.outline(asked.system, step=asked.step).config.latent
+    how = steering.choose(asked.z, asked.code, asked.mix, latent, asked.system)
+    loaded = system.load(asked.system, mesh=_mesh(), step=asked.step)
+    files = [asked.json, asked.output and asked.output / "tasks.json"]
+    results = task_command.main(
+        asked,
+        loaded,
+        tasks,
+        steering=how or Steering("mean"),
+        seed=asked.seed,
+        console=console,
+    )
+    for file in filter(None, files):
+        _write_whole(file, json.dumps(results, indent=1, default=float) + "\n")
         console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -241,21 +341,23 @@ def _write(
         texts[asked.output / f"{name}.json"] = json.dumps(record, indent=1) + "\n"
         texts[asked.output / f"{name}.txt"] = table
     for file, text in texts.items():
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
+        _write_whole(file, text)
     return list(texts)
 
 
-def _is_ours(error: ValueError) -> bool:
-    """Whether the library or this script raised it, in words meant for the user."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    library = Path(cfg.__file__).resolve().parent
-    return raised_in == Path(__file__).resolve() or raised_in.is_relative_to(library)
+def _write_whole(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
-# The flag that asks for an evaluation, and what it does.
-MODES: dict[str, Callable[..., None]] = {"pairs": evaluate_pairs}
+def _mesh() -> Any:
+    """All devices, over which rows and parameters are split."""
+    import jax
+
+    from lpc_jax import sharding
+
+    return sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
 
 
 if __name__ == "__main__":

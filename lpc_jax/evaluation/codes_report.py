@@ -196,8 +196,8 @@ def summary(look: Look) -> list[str]:
     ]
     if left_out:
         sentences.append(
-            f"Left out were {left_out:,} of {look.report.read:,} pairs, with the prompts"
-            " that only they have; why is said at the end."
+            f"Left out were {left_out:,} of {look.report.read:,} pairs, with the"
+            " prompts that only they have; why is said at the end."
         )
     if len(look.sources) == 1:
         sentences.append("All prompts are of one source: codes cannot tell it.")

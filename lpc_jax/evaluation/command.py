@@ -88,35 +88,15 @@ def load_system(arguments: argparse.Namespace) -> System:
 
 
 def read_steering(arguments: argparse.Namespace, asked: System) -> Steering:
-    """How z is chosen for a system.
+    """How z is chosen for a system; of no effect where it has none.
 
     Raises:
         ValueError: Codes of a system without any, an unknown one, a mix that is none.
     """
-    for flag in ("z", "code", "mix"):
-        if getattr(arguments, flag) is not None:
-            said = f"--{flag} {getattr(arguments, flag)}"
-            codes = steering.require_codes(
-                None if asked.latent is None else asked.latent.num_codes,
-                said,
-                asked.name,
-            )
-            if flag == "code":
-                return steering.code(arguments.code, codes)
-            if flag == "mix":
-                return steering.mix(arguments.mix, codes)
-            return Steering(arguments.z, temperature=_temperature(asked))
-    if asked.latent is None:
-        return Steering("mean")
-    return Steering(asked.latent.inference, temperature=_temperature(asked))
-
-
-def _temperature(asked: System) -> float:
-    """tau at the end of training, at which ``sample`` draws."""
-    assert asked.latent is not None
-    if asked.latent.temperature_schedule == "constant":
-        return asked.latent.temperature
-    return asked.latent.final_temperature
+    chosen = steering.choose(
+        arguments.z, arguments.code, arguments.mix, asked.latent, asked.name
+    )
+    return chosen or Steering("mean")
 
 
 def require_new_file(path: Path, *, overwrite: bool, flag: str) -> None:

@@ -71,13 +71,6 @@ class Options:
     truncation: Literal["drop", "cut_prompt", "cut_prompt_then_answer"] | None = None
     seed: int = 0
 
-    def asks_for_codes(self) -> str | None:
-        """The flag that asks for codes, in the user's words."""
-        for flag, value in (("z", self.how), ("code", self.code), ("mix", self.mix)):
-            if value is not None:
-                return f"--{flag} {value}"
-        return None
-
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
@@ -362,18 +355,7 @@ def _own(one: System) -> Steering | None:
 def _steering(
     options: Options, latent: cfg.Latent | None, name: str
 ) -> Steering | None:
-    """How the system's z is chosen; None without codes, if none are asked for."""
-    flag = options.asks_for_codes()
-    if flag is None:
-        return None if latent is None else steering.of_settings(latent)
-    num_codes = None if latent is None else latent.num_codes
-    num_codes = steering.require_codes(num_codes, flag, name)
-    assert latent is not None
-    if options.code is not None:
-        return steering.code(options.code, num_codes)
-    if options.mix is not None:
-        return steering.mix(options.mix, num_codes)
-    return steering.of_settings(latent, options.how)
+    return steering.choose(options.how, options.code, options.mix, latent, name)
 
 
 def _require_vocabulary(reference: System, one: System) -> None:

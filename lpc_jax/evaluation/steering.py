@@ -153,3 +153,36 @@ def require_codes(num_codes: int | None, asked: str, name: str) -> int:
             " model). Leave it out, or name an LPC run."
         )
     return num_codes
+
+
+def choose(
+    how: Literal["mean", "sample", "argmax"] | None,
+    one: str | None,
+    several: str | None,
+    latent: cfg.Latent | None,
+    name: str,
+) -> Steering | None:
+    """How a system's z is chosen; None without codes, if none are asked for.
+
+    Args:
+        how: As ``--z``.
+        one: As ``--code``.
+        several: As ``--mix``.
+        latent: Of the system.
+        name: Of the system.
+
+    Raises:
+        ValueError: Codes of a system without any, an unknown one, a mix that is none.
+    """
+    flags = {"z": how, "code": one, "mix": several}
+    flag = next((f"--{f} {v}" for f, v in flags.items() if v is not None), None)
+    if flag is None:
+        return None if latent is None else of_settings(latent)
+    num_codes = None if latent is None else latent.num_codes
+    num_codes = require_codes(num_codes, flag, name)
+    assert latent is not None
+    if one is not None:
+        return code(one, num_codes)
+    if several is not None:
+        return mix(several, num_codes)
+    return of_settings(latent, how)

@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tasks-data", type=Path, metavar="FOLDER", help="local files, not the hub"
     )
-    group.add_argument("--limit", type=int, metavar="N", help="questions of each task")
     group.add_argument(
         "--num-fewshot", type=int, metavar="N", help="examples in each prompt"
     )
@@ -55,9 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with it, examples are turns of their own",
     )
     group.add_argument("--system-instruction", metavar="TEXT")
-    group.add_argument(
-        "--max-length", type=int, metavar="N", help="tokens read at a time"
-    )
     group.add_argument(
         "--log-samples",
         action="store_true",
