@@ -55,7 +55,7 @@ def of_bytes(wanted: int) -> Architecture:
 def write(folder: Path, architecture: Architecture) -> int:
     """Each tensor is filled with its number; the bytes written."""
     keys = weights._keys(weights.KEYS["llama"], architecture)
-    shapes = weights._stored_shapes(keys, architecture)
+    shapes = weights._stored_shapes(keys, weights._sizes(architecture))
     number = {name: i + 1 for i, name in enumerate(shapes)}
     size = 4 * architecture.parameter_count()
     folder.mkdir(parents=True)
