@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
 import math
 import time
@@ -68,12 +67,9 @@ def load(arguments: argparse.Namespace) -> list[Any]:
         ValueError: The harness is not installed, a number is out of range, no such
             task, or its data cannot be had.
     """
-    least = {"limit": 1, "num_fewshot": 0}
-    for name, lowest in least.items():
-        given = getattr(arguments, name)
-        if given is not None and given < lowest:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be at least {lowest}, got {given}.")
+    shots = arguments.num_fewshot
+    if shots is not None and shots < 0:
+        raise ValueError(f"--num-fewshot must be at least 0, got {shots}.")
     names = [name.strip() for name in arguments.tasks.split(",")]
     if not all(names):
         raise ValueError(
@@ -108,9 +104,8 @@ def main(
     steering: Steering,
     seed: int = 0,
     console: Console,
-    json_file: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs the tasks, prints a table and writes a file.
+    """Runs the tasks and prints a table.
 
     Args:
         arguments: With the flags of ``add_arguments``.
@@ -119,10 +114,9 @@ def main(
         steering: How z is chosen; not read without a latent.
         seed: Of draws of z and of tokens.
         console: Where the table goes.
-        json_file: Where the results go; None: nowhere.
 
     Returns:
-        What the file holds.
+        What a file of them holds, as JSON can with ``default=float``.
 
     Raises:
         ValueError: What the system cannot be asked.
@@ -168,10 +162,6 @@ def main(
         console.print(
             f"{model.cut} requests are longer than {model.max_length} tokens: their"
             " contexts were cut at the start."
-        )
-    if json_file is not None:
-        json_file.write_text(
-            json.dumps(results, indent=2, default=float) + "\n", encoding="utf-8"
         )
     return results
 

@@ -162,7 +162,7 @@ def test_answers_are_the_greedy_ones_in_the_order_asked(coded, chatml):
     for text, context in zip(found, contexts, strict=True):
         prompt = np.asarray(chatml.encode(context), np.int32)
         tokens = slowly(coded, prompt, lambda prior: prior, 5)
-        ends = [i for i, t in enumerate(tokens) if t in chatml._generator._ends]
+        ends = [i for i, t in enumerate(tokens) if t in chatml._generator.ends]
         kept = tokens[: ends[0]] if ends else tokens
         assert text == chatml.tokenizer.decode(kept, skip_special_tokens=True)
 

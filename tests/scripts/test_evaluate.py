@@ -122,7 +122,20 @@ def test_a_model_without_codes_is_not_asked_for_them(flag, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "exactly one of --pairs is required, got 0. Name what to evaluate on."),
+        (
+            [],
+            "exactly one of --pairs and --tasks is required, got neither. Name what to"
+            " evaluate on.",
+        ),
+        (["--codes"], "--codes needs --pairs FILE, whose prompts it looks at."),
+        (
+            ["--pairs", PAIRS, "--codes"],
+            "--codes needs --output FOLDER and one --pairs FILE, got None and 1.",
+        ),
+        (
+            ["--pairs", PAIRS, "--codes", "--output", "report", "--z", "mean"],
+            "--z has no effect with --codes, which looks at all of them. Leave it out.",
+        ),
         (
             ["--pairs", "nowhere.jsonl"],
             "pairs = 'nowhere.jsonl': no such file, and not a hub id of the form"
