@@ -77,7 +77,7 @@ def _export(given: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from lpc_jax import sharding
-    from lpc_jax.evaluation import export, logit_bias, system
+    from lpc_jax.evaluation import export, logit_bias, steering, system
 
     export.require_output(given.output)
     outline = system.outline(given.system, step=given.step)
@@ -94,7 +94,7 @@ def _export(given: argparse.Namespace) -> None:
         given.system, mesh=mesh, step=given.step, dtype=jnp.dtype("float32")
     )
     if prompts is not None:
-        how = export.steering(export.require_codes(outline, "--bias"))
+        how = steering.of_settings(export.require_codes(outline, "--bias"))
         logit_bias.write(loaded, prompts, how, given.output)
         print(f"{given.output}: {loaded.name}'s codes and {len(prompts)} prompts")
         return

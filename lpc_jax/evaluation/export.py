@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lpc_jax import assembly, untrusted
+from lpc_jax import assembly
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
-from lpc_jax.evaluation import steering as steerings
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation import steering
+from lpc_jax.evaluation.generate import end_tokens
 from lpc_jax.evaluation.system import Outline, System
 from lpc_jax.models import architectures, weights
 
@@ -34,7 +34,6 @@ MODULE = "modeling_lpc.py"
 _MODULES = "exported"
 
 GENERATION_CONFIG = "generation_config.json"
-_LARGEST_CONFIG = 1 << 20
 
 # Tokenizer, config and module; the largest known tokenizer.json has some 35 MB.
 _MARGIN_BYTES = 50_000_000
@@ -138,32 +137,13 @@ def _special_tokens(system: System) -> dict[str, Any]:
             f"the tokenizer of {system.name} must have an EOS token to end answers, got"
             " none. Set eos_token in its tokenizer_config.json."
         )
-    ends = sorted({tokenizer.eos_token_id, *_named_ends(system)})
+    ends = list(end_tokens(system))
     pad = tokenizer.pad_token_id
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
     }
-
-
-def _named_ends(system: System) -> list[int]:
-    """Tokens that end an answer by the start model's own generation config."""
-    file = None
-    if system.model_path.is_dir():
-        file = untrusted.own_file(system.model_path, GENERATION_CONFIG)
-    if file is None:
-        return []
-    try:
-        said = untrusted.read_json(file, most=_LARGEST_CONFIG)
-    except ValueError as error:
-        raise ValueError(
-            f"{file}: broken JSON ({untrusted.shown(error)}). Download it again."
-        ) from error
-    ends = said.get("eos_token_id") if isinstance(said, dict) else None
-    vocabulary = system.architecture.vocabulary
-    named = ends if isinstance(ends, list) else [ends]
-    return [n for n in named if type(n) is int and 0 <= n < vocabulary]
 
 
 def _lpc_config(system: System) -> dict[str, Any]:
@@ -184,7 +164,7 @@ def _lpc_config(system: System) -> dict[str, Any]:
             "num_codes": latent.num_codes,
             "hidden_width": latent.hidden_width or system.architecture.width,
             "how": latent.inference,
-            "temperature": steering(latent).temperature,
+            "temperature": steering.of_settings(latent).temperature,
             "settings": dataclasses.asdict(latent),
         },
     }
@@ -218,7 +198,7 @@ def require_codes(outline: Outline, asked: str) -> cfg.Latent:
     """
     latent = outline.config.latent
     num_codes = None if latent is None else latent.num_codes
-    steerings.require_codes(num_codes, asked, outline.name)
+    steering.require_codes(num_codes, asked, outline.name)
     assert latent is not None
     return latent
 
@@ -245,13 +225,3 @@ def said(system: System, output: Path, *, plain: bool) -> list[str]:
             f"{str(output)!r}, trust_remote_code=True) runs its {MODULE}"
         )
     return lines
-
-
-def steering(latent: cfg.Latent) -> Steering:
-    """How a run's own settings choose z at inference.
-
-    ``sample`` draws at the last step's temperature.
-    """
-    constant = latent.temperature_schedule == "constant"
-    tau = latent.temperature if constant else latent.final_temperature
-    return Steering(latent.inference, temperature=tau)

@@ -594,13 +594,15 @@ def end_tokens(system: System) -> tuple[int, ...]:
     """The tokens that end an answer.
 
     The tokenizer's end of sequence, those that the model's generation config names, and
-    what an answer's scored tokens end with in training.
+    with a chat template, what an answer's scored tokens end with in training.
 
     Raises:
-        ValueError: The tokenizer has no chat template or no end of sequence.
+        ValueError: There is none, or a generation config that is broken.
     """
     tokenizer = system.tokenizer
-    named: list[Any] = [chat.end_of_answer(tokenizer), tokenizer.eos_token_id]
+    named: list[Any] = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        named.append(chat.end_of_answer(tokenizer))
     file = None
     if system.model_path.is_dir():
         file = untrusted.own_file(system.model_path, _GENERATION_CONFIG)
@@ -614,7 +616,13 @@ def end_tokens(system: System) -> tuple[int, ...]:
         ends = said.get("eos_token_id") if isinstance(said, dict) else None
         named += ends if isinstance(ends, list) else [ends]
     vocabulary = system.architecture.vocabulary
-    return tuple(sorted({n for n in named if type(n) is int and 0 <= n < vocabulary}))
+    ends = {n for n in named if type(n) is int and 0 <= n < vocabulary}
+    if not ends:
+        raise ValueError(
+            f"{system.name} must have a token that ends an answer, got none. Set"
+            " eos_token in its tokenizer_config.json."
+        )
+    return tuple(sorted(ends))
 
 
 def _round_up(count: int, unit: int) -> int:

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from lpc_jax import untrusted
-from lpc_jax.data import chat
+from lpc_jax.data import chat, examples
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
 from lpc_jax.models.policy import Policy
@@ -108,24 +108,7 @@ def _prompt(line: bytes, origin: str) -> list[dict[str, str]]:
         raise ValueError(
             f"{origin}: expected JSON, got {untrusted.shown(error)}. Mend or remove it."
         ) from error
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if (
-        not isinstance(prompt, list)
-        or not prompt
-        or not all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in prompt
-        )
-    ):
-        raise ValueError(
-            f"{origin}: the field 'prompt' must be a text, or messages with role and"
-            f" content, got {untrusted.shown(prompt)}. Mend or remove it."
-        )
-    return prompt
+    return examples.parse_prompt(row, origin=origin)
 
 
 def write(

@@ -402,9 +402,9 @@ def test_weights_times_biases_are_what_z_adds_to_the_logits(lpc, tmp_path):
     ("line", "said"),
     [
         ("{", "expected JSON, got"),
-        ("3", "the field 'prompt' must be a text, or messages"),
-        ('{"prompt": [{"role": "user"}]}', "got [{'role': 'user'}]. Mend or remove"),
-        ('{"prompt": []}', "got []. Mend or remove it."),
+        ("3", "expected an object with prompt or messages or instruction, got 3"),
+        ('{"prompt": [{"role": "user"}]}', "message 1 of prompt must be an object"),
+        ('{"prompt": []}', "prompt must end with a message of the user, got []"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(tmp_path, line, said):
