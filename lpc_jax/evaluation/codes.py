@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lpc_jax import assembly, sharding
+from lpc_jax import sharding
 from lpc_jax.data import chat, packing
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.chat import TokenizedPair
@@ -30,6 +27,7 @@ from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops, Report
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.evaluation import code_measures as measures
+from lpc_jax.evaluation import pairs as pair_scores
 from lpc_jax.evaluation import steering
 from lpc_jax.evaluation.code_measures import Measures
 from lpc_jax.evaluation.system import System
@@ -44,9 +42,6 @@ MAPPED = 3000
 _NEIGHBOURS = 30.0
 # Fewer points have no neighbourhoods to keep.
 FEWEST_MAPPED = 5
-
-# Rows of each device: one keeps a CPU busy and wastes least, a few an accelerator.
-_CPU_ROWS, _ROWS = 1, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +205,7 @@ def look(
     return Look(
         system=system.name,
         pairs=pairs,
-        pairs_digest=digest(some),
+        pairs_digest=pair_scores.digest(some),
         report=report,
         sources=measures.count_sources(sources),
         prompts=tuple(
@@ -272,15 +267,6 @@ def _tokenize(
     )
 
 
-def digest(some: Sequence[PreferenceExample]) -> str:
-    """SHA-256 over the texts and sources of pairs, in order."""
-    content = hashlib.sha256()
-    for one in some:
-        row = (one.prompt, one.chosen, one.rejected, one.source)
-        content.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return content.hexdigest()
-
-
 def prompt_text(example: PreferenceExample) -> str:
     """A conversation for a person: one message alone without its role."""
     if len(example.prompt) == 1:
@@ -312,7 +298,7 @@ def believe(
     Raises:
         ValueError: A belief is not finite.
     """
-    program, shape = _program(system), _row_shape(system, pairs)
+    program, shape = _program(system), pair_scores.row_shape(system, pairs)
     found: dict[int, tuple[np.ndarray, ...]] = {}
     with jax.set_mesh(system.mesh):
         for batch in packing.micro_batches(pairs, shape, reference_logp=None):
@@ -356,38 +342,6 @@ def _program(
         return latent.codes(prior, jax.nn.softmax(prior, axis=-1)), posterior
 
     return program
-
-
-def _row_shape(system: System, pairs: Sequence[TokenizedPair]) -> packing.RowShape:
-    """Rows as the run has them, or as long as the longest pair; no longer than all."""
-    config, mesh = system.config, system.mesh
-    platform = sharding.platform(mesh)
-    lengths = packing.pair_lengths(pairs)
-    totals = lengths.sum(axis=1)
-    wanted = max(config.packing.row_length, int(totals.max()))
-    wanted = min(wanted, int(totals.sum()))
-    wanted += -wanted % assembly.row_unit(config, platform)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return packing.row_shape(
-        lengths,
-        rows=ways * (_CPU_ROWS if platform == "cpu" else _ROWS),
-        row_length=wanted,
-        pairs_per_row=config.packing.pairs_per_row,
-        score_chunk=assembly.score_chunk(config, platform),
-    )
-
-
-@jax.jit
-def token_effects(
-    codebook: Float[Array, "C D"], head: Float[Array, "V D"]
-) -> Float[Array, "C V"]:
-    """What all weight on a code adds to each token's logit, less the mean over tokens.
-
-    LMHead(h + e_k) = LMHead(h) + LMHead(e_k) (LPC eq. 10). A constant over the
-    vocabulary changes nothing under the softmax, so that each code's mean is taken out.
-    """
-    logits = jnp.einsum("CD,VD->CV", codebook, head, precision="highest")
-    return logits - jnp.mean(logits, axis=-1, keepdims=True)
 
 
 def _effects(system: System) -> Float[np.ndarray, "C known"]:

@@ -223,7 +223,7 @@ def score(
     """
     assert (steering is None) == (system.latent is None)
     program = _program(system, steering, seed)
-    shape = _row_shape(system, some)
+    shape = row_shape(system, some)
     found = np.full((len(some), 2), np.nan, np.float32)
     place = {pair.id: i for i, pair in enumerate(some)}
     with jax.set_mesh(system.mesh):
@@ -271,7 +271,7 @@ def _program(
     return program
 
 
-def _row_shape(system: System, some: Sequence[TokenizedPair]) -> packing.RowShape:
+def row_shape(system: System, some: Sequence[TokenizedPair]) -> packing.RowShape:
     """Rows as the run has them, or as long as the longest pair; no longer than all."""
     config, mesh = system.config, system.mesh
     platform = sharding.platform(mesh)
