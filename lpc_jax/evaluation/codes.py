@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -342,6 +343,19 @@ def _program(
         return latent.codes(prior, jax.nn.softmax(prior, axis=-1)), posterior
 
     return program
+
+
+@jax.jit
+def token_effects(
+    codebook: Float[Array, "C D"], head: Float[Array, "V D"]
+) -> Float[Array, "C V"]:
+    """What all weight on a code adds to each token's logit, less the mean over tokens.
+
+    LMHead(h + e_k) = LMHead(h) + LMHead(e_k) (LPC eq. 10). A constant over the
+    vocabulary changes nothing under the softmax, so that each code's mean is taken out.
+    """
+    logits = jnp.einsum("CD,VD->CV", codebook, head, precision="highest")
+    return logits - jnp.mean(logits, axis=-1, keepdims=True)
 
 
 def _effects(system: System) -> Float[np.ndarray, "C known"]:
