@@ -9,7 +9,6 @@ mean.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -526,12 +525,23 @@ def _move(checkpoint: Path) -> Path:
     folder.mkdir(exist_ok=True)
     to, number = folder / checkpoint.name, 1
     while to.exists():
+        if not checkpoint.exists():  # another process was faster: it is the last there
+            return _last_moved(folder, checkpoint.name)
         number += 1
         to = folder / f"{checkpoint.name}-{number}"
-    # Another process may have been faster.
-    with contextlib.suppress(FileNotFoundError):
+    try:
         checkpoint.rename(to)
+    except FileNotFoundError:
+        return _last_moved(folder, checkpoint.name)
     return to
+
+
+def _last_moved(folder: Path, name: str) -> Path:
+    """The newest of a step's damaged checkpoints."""
+    found, number = folder / name, 2
+    while (following := folder / f"{name}-{number}").exists():
+        found, number = following, number + 1
+    return found
 
 
 def _move_broken(folder: Path) -> list[str]:

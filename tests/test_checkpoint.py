@@ -449,6 +449,16 @@ def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(tmp_path: Path) -> No
     assert names == ["3", "3-2"]
 
 
+def test_what_another_process_has_moved_is_named_where_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    aside = tmp_path / "checkpoints.damaged"
+    for expected in ("2", "2-2"):
+        (folder / "2").mkdir(parents=True)
+        assert checkpoint._move(folder / "2") == aside / expected
+        # The same, asked once more: it is gone from where it was.
+        assert checkpoint._move(folder / "2") == aside / expected
+
+
 def test_with_every_checkpoint_damaged_nothing_is_restored_and_nothing_lost(
     tmp_path: Path,
 ) -> None:
