@@ -25,7 +25,7 @@ from tests import runs, systems
 
 pytestmark = pytest.mark.parity
 
-QUESTIONS = int(os.environ.get("LPC_JAX_HARNESS_QUESTIONS", "3"))
+QUESTIONS = int(os.environ.get("LPC_JAX_HARNESS_QUESTIONS", "2"))
 MEAN = Steering("mean")
 
 
