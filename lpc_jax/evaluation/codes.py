@@ -435,8 +435,11 @@ def draw_map(
         init="pca" if vectors.shape[1] > 1 else "random",
         random_state=seed,
     )
-    # At unit scale: the search for each point's bandwidth starts at 1.
-    return np.asarray(sne.fit_transform(centred / spread), np.float64)
+    # One thread: more make the sums' order, hence the map, depend on the machine, and
+    # wait for each other in a thousand short steps.
+    with importlib.import_module("threadpoolctl").threadpool_limits(1):
+        # At unit scale: the search for each point's bandwidth starts at 1.
+        return np.asarray(sne.fit_transform(centred / spread), np.float64)
 
 
 def _places(
