@@ -50,11 +50,11 @@ def test_the_prompts_that_call_for_a_code_come_in_order():
 
 
 def test_agreement_and_what_chance_would_give():
-    posterior = PRIOR[[0, 2, 2, 0]]
-    # The largest of the prior: 0 0 1 2; of the posterior: 0 1 1 0.
+    posterior = PRIOR[[0, 2, 2, 2]]
+    # The largest of the prior: 0 0 1 2; of the posterior: 0 1 1 1.
     found, by_chance = code_measures.agreements(PRIOR, posterior)
     assert found == pytest.approx(2 / 4)
-    assert by_chance == pytest.approx(2 / 4 * 2 / 4 + 1 / 4 * 2 / 4)
+    assert by_chance == pytest.approx(2 / 4 * 1 / 4 + 1 / 4 * 3 / 4)
 
 
 @pytest.mark.parametrize("count", [12, 200])
