@@ -20,7 +20,7 @@ quickstart: $(HAS)-quickstart
 	    $(BIN)/python scripts/train.py --config configs/quickstart.py $(ARGS)
 
 test: $(HAS)-dev
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # The tests that more examples, kills and bytes make stronger, one after the other. Bad
 # inputs are other ones each time; the seed that is printed gives them again:

@@ -19,7 +19,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     asked = _parser().parse_args(arguments)
-    # JAX is slow to import; --help and a mistyped flag need not wait for it.
+    # Imported by now, through the parser; named here for its error.
     from lpc_jax import checkpoint
 
     try:
@@ -55,24 +54,16 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
 
 
 def _parser() -> argparse.ArgumentParser:
+    from lpc_jax.evaluation import command, task_command
+
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
         allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("system", metavar="SYSTEM", help="what is measured")
-    parser.add_argument(
-        "--step", default="latest", help="of a run: latest, best or a checkpoint's step"
-    )
-    prior = parser.add_mutually_exclusive_group()
-    prior.add_argument(
-        "--z",
-        choices=("mean", "sample", "argmax"),
-        help="z from the prior's mean, a draw, or its largest code",
-    )
-    prior.add_argument("--code", help="z is one code, such as 3")
-    prior.add_argument("--mix", help="z is a mix of codes, such as 3:0.7,12:0.3")
+    command.add_system(parser)
+    command.add_steering(parser)
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument(
         "--output", type=Path, help="write everything and the table to this folder"
@@ -87,8 +78,6 @@ def _parser() -> argparse.ArgumentParser:
         "--max-length", type=_count, help="tokens read at a time [a run's, the model's]"
     )
     _add_pairs(parser)
-    from lpc_jax.evaluation import task_command
-
     task_command.add_arguments(parser)
     return parser
 
@@ -159,12 +148,13 @@ def evaluate_pairs(
     """
     from rich.progress import Progress
 
-    from lpc_jax.evaluation import bootstrap, contest, pairs_report
+    from lpc_jax.evaluation import bootstrap, command, contest, pairs_report
 
     _require_writable(asked)
     options = contest.Options(
         system=asked.system,
         step=asked.step,
+        model=command.model_of(asked),
         against=asked.against,
         against_step=asked.against_step,
         start=asked.start,
@@ -181,7 +171,7 @@ def evaluate_pairs(
         truncation=asked.truncation,
         seed=asked.seed,
     )
-    mesh = _mesh()
+    mesh = command.make_mesh(asked)
     terminal = Console(stderr=True)
     shown = Progress(console=terminal, transient=True, disable=not terminal.is_terminal)
     with shown as progress:
@@ -201,8 +191,8 @@ def evaluate_pairs(
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     table = pairs_report.table(groups, resamples=resamples)
     console.print(table)
-    command = ["scripts/evaluate.py", *arguments]
-    record = pairs_report.as_json(held, groups, command=command, **drawn)
+    said = ["scripts/evaluate.py", *arguments]
+    record = pairs_report.as_json(held, groups, command=said, **drawn)
     text = io.StringIO()
     plain = Console(file=text, width=TABLE_WIDTH)
     plain.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
@@ -227,7 +217,7 @@ def look_at_codes(
     Raises:
         ValueError: Something that the user can mend.
     """
-    from lpc_jax.evaluation import codes_report, steering, system
+    from lpc_jax.evaluation import codes_report, command, steering
 
     if asked.output is None or len(asked.pairs) != 1:
         raise ValueError(
@@ -241,10 +231,10 @@ def look_at_codes(
                 " Leave it out."
             )
     codes_report.require(asked.output)
-    latent = system.outline(asked.system, step=asked.step).config.latent
+    latent = command.outline_system(asked).config.latent
     num_codes = None if latent is None else latent.num_codes
     steering.require_codes(num_codes, "--codes", asked.system)
-    loaded = system.load(asked.system, mesh=_mesh(), step=asked.step)
+    loaded = command.load_system(asked)
     looked, page = codes_report.make(
         loaded,
         asked.pairs[0],
@@ -274,20 +264,18 @@ def evaluate_tasks(
     Raises:
         ValueError: Something that the user can mend.
     """
-    from lpc_jax.evaluation import steering, system, task_command
-    from lpc_jax.evaluation.steering import Steering
+    from lpc_jax.evaluation import command, task_command
 
     _require_writable(asked)
     tasks = task_command.load(asked)
-    latent = system.outline(asked.system, step=asked.step).config.latent
-    how = steering.choose(asked.z, asked.code, asked.mix, latent, asked.system)
-    loaded = system.load(asked.system, mesh=_mesh(), step=asked.step)
+    steering = command.read_steering(asked, command.outline_system(asked))
+    loaded = command.load_system(asked)
     files = [asked.json, asked.output and asked.output / "tasks.json"]
     results = task_command.main(
         asked,
         loaded,
         tasks,
-        steering=how or Steering("mean"),
+        steering=steering,
         seed=asked.seed,
         console=console,
     )
@@ -309,25 +297,12 @@ def _count(text: str) -> int:
 
 def _require_writable(asked: argparse.Namespace) -> None:
     """Refuses a place that cannot be written, before anything is computed."""
-    for flag, folder in (
-        ("--output", asked.output),
-        ("--json", None if asked.json is None else asked.json.parent),
-    ):
-        if folder is None:
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise ValueError(
-                f"{flag} must lie in a folder that can be written, got {folder}:"
-                f" {error.strerror}. Name another."
-            ) from error
-    if asked.json is not None and asked.json.is_dir():
-        raise ValueError(
-            f"--json must be a file, got the folder {asked.json}. Name a file in it, or"
-            " use --output."
-        )
+    from lpc_jax.evaluation import command
+
+    if asked.output is not None:
+        command.require_writable(asked.output, flag="--output")
+    if asked.json is not None:
+        command.require_new_file(asked.json, overwrite=True, flag="--json")
 
 
 def _write(
@@ -349,15 +324,6 @@ def _write_whole(file: Path, text: str) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
-
-
-def _mesh() -> Any:
-    """All devices, over which rows and parameters are split."""
-    import jax
-
-    from lpc_jax import sharding
-
-    return sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
 
 
 if __name__ == "__main__":

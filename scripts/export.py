@@ -36,15 +36,16 @@ def _shard_bytes(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from lpc_jax.evaluation import command
+
     parser = argparse.ArgumentParser(
         prog="export.py",
         allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("system", help="a run folder, or a model")
+    command.add_system(parser)
     parser.add_argument("output", type=Path, help="a folder that is new or empty")
-    parser.add_argument("--step", default="latest", help="latest, best or a number")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the stored decoder"
     )
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports; returns 0, or 2 for what the user can mend, when nothing was written."""
     given = _parser().parse_args(argv)
-    # JAX is slow to import; --help and a mistyped flag need not wait for it.
+    # Imported by now, through the parser; named here for its error.
     from lpc_jax import checkpoint
 
     try:
@@ -73,14 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(given: argparse.Namespace) -> None:
-    import jax
     import jax.numpy as jnp
 
-    from lpc_jax import sharding
-    from lpc_jax.evaluation import export, logit_bias, steering, system
+    from lpc_jax.evaluation import command, export, logit_bias, steering
 
     export.require_output(given.output)
-    outline = system.outline(given.system, step=given.step)
+    outline = command.outline_system(given)
     prompts = None
     if given.bias is not None:
         export.require_codes(outline, "--bias")
@@ -89,10 +88,7 @@ def _export(given: argparse.Namespace) -> None:
         export.require_space(
             given.output, outline, dtype=given.dtype, plain=given.plain
         )
-    mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
-    loaded = system.load(
-        given.system, mesh=mesh, step=given.step, dtype=jnp.dtype("float32")
-    )
+    loaded = command.load_system(given, dtype=jnp.dtype("float32"))
     if prompts is not None:
         how = steering.of_settings(export.require_codes(outline, "--bias"))
         logit_bias.write(loaded, prompts, how, given.output)

@@ -33,6 +33,13 @@ os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# The same programs are compiled in many tests: each is, once for all processes.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _compiled_folder = tempfile.TemporaryDirectory(prefix="lpc_jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled_folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 # Matplotlib writes its font list here; removed when the interpreter ends.
 _matplotlib_folder = tempfile.TemporaryDirectory(prefix="lpc_jax-matplotlib-")
 os.environ["MPLCONFIGDIR"] = _matplotlib_folder.name

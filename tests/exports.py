@@ -36,7 +36,7 @@ def plain(name: str) -> System:
     return system.load(
         str(folder),
         mesh=sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1]),
-        model=cfg.Model(path=str(folder), tokenizer=str(GOLDEN / "tiny_tokenizer")),
+        model={"tokenizer": str(GOLDEN / "tiny_tokenizer")},
         dtype=jnp.dtype("float32"),
     )
 

@@ -9,14 +9,20 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
 from lpc_jax.evaluation import steering, system
 from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import System
+from lpc_jax.evaluation.system import Outline, System
+
+# Flags that replace a setting of the model.
+_OF_MODEL = ("revision", "tokenizer", "chat_template", "compute_dtype")
 
 
 def add_system(parser: argparse.ArgumentParser) -> None:
@@ -30,15 +36,13 @@ def add_system(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step", default="latest", help="of a run: latest, best or a number"
     )
-    model = cfg.Model(path="")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--tokenizer", help="where it is, when not beside the weights")
     parser.add_argument("--chat-template", help="a file with a Jinja template")
     parser.add_argument(
         "--compute-dtype",
         choices=("auto", "float32", "bfloat16"),
-        default=model.compute_dtype,
-        help="auto: bfloat16 on accelerators, float32 on CPU",
+        help="auto: bfloat16 on accelerators, float32 on CPU [a run's own, else auto]",
     )
     parser.add_argument(
         "--tensor",
@@ -65,36 +69,68 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--mix", metavar="3:0.7,12:0.3", help="these, likewise")
 
 
-def load_system(arguments: argparse.Namespace) -> System:
+def model_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is said of the model, as ``system.load`` takes it."""
+    given = {name: getattr(arguments, name) for name in _OF_MODEL}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def make_mesh(arguments: argparse.Namespace) -> Mesh:
+    """All devices; programs for them are kept where the command line says.
+
+    Raises:
+        ValueError: Devices that the mesh cannot have.
+    """
+    if arguments.compilation_cache not in (None, "none"):
+        assembly.keep_compiled(Path(arguments.compilation_cache))
+    return sharding.make_mesh(
+        data=1, fsdp=-1, tensor=arguments.tensor, devices=jax.devices()
+    )
+
+
+def outline_system(arguments: argparse.Namespace) -> Outline:
+    """The system that a command line names, none of its arrays read.
+
+    Raises:
+        ValueError: As ``system.outline``.
+        checkpoint.DamagedError: As ``system.outline``.
+    """
+    return system.outline(
+        arguments.system, step=arguments.step, model=model_of(arguments)
+    )
+
+
+def load_system(
+    arguments: argparse.Namespace, *, dtype: jnp.dtype | None = None
+) -> System:
     """The system that a command line names.
+
+    Args:
+        arguments: With the flags of ``add_system``.
+        dtype: As ``system.load``.
 
     Raises:
         ValueError: As ``system.load``, or devices that the mesh cannot have.
         checkpoint.DamagedError: As ``system.load``.
     """
-    if arguments.compilation_cache not in (None, "none"):
-        assembly.keep_compiled(Path(arguments.compilation_cache))
-    mesh = sharding.make_mesh(
-        data=1, fsdp=-1, tensor=arguments.tensor, devices=jax.devices()
+    return system.load(
+        arguments.system,
+        mesh=make_mesh(arguments),
+        step=arguments.step,
+        model=model_of(arguments),
+        dtype=dtype,
     )
-    model = cfg.Model(
-        path=arguments.system,
-        revision=arguments.revision,
-        tokenizer=arguments.tokenizer,
-        chat_template=arguments.chat_template,
-        compute_dtype=arguments.compute_dtype,
-    )
-    return system.load(arguments.system, mesh=mesh, step=arguments.step, model=model)
 
 
-def read_steering(arguments: argparse.Namespace, asked: System) -> Steering:
+def read_steering(arguments: argparse.Namespace, asked: System | Outline) -> Steering:
     """How z is chosen for a system; of no effect where it has none.
 
     Raises:
         ValueError: Codes of a system without any, an unknown one, a mix that is none.
     """
+    latent = asked.config.latent
     chosen = steering.choose(
-        arguments.z, arguments.code, arguments.mix, asked.latent, asked.name
+        arguments.z, arguments.code, arguments.mix, latent, asked.name
     )
     return chosen or Steering("mean")
 

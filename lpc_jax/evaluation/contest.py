@@ -7,9 +7,9 @@ intervals, tables or flags beyond their names in messages.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -36,6 +36,7 @@ class Options:
     Attributes:
         system: As ``system.load`` takes it.
         step: Of a run.
+        model: As ``system.load`` takes it; its ``compute_dtype`` is for everyone.
         against: Another system, or None.
         against_step: Of it.
         start: The model that the system started from; None: a run's own.
@@ -55,6 +56,7 @@ class Options:
 
     system: str
     step: str = "latest"
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     against: str | None = None
     against_step: str = "latest"
     start: str | None = None
@@ -198,7 +200,7 @@ def hold(
         _Asked(
             *contender, *pairs.tokenize(some, contender[1].tokenizer, drops, data=data)
         )
-        for contender in _contenders(options, config, _Systems(mesh))
+        for contender in _contenders(options, config, _Systems(options, mesh))
     ]
     kept = set.intersection(*({pair.id for pair in one.pairs} for one in asked))
     if not kept:
@@ -220,25 +222,36 @@ class _Systems:
     """Systems as they are asked for, each loaded once.
 
     Args of the constructor:
+        options: Whose ``model`` is heeded.
         mesh: Where to.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, options: Options, mesh: Mesh) -> None:
+        self._model, self._mesh = options.model, mesh
+        self._for_all = {k: v for k, v in self._model.items() if k == "compute_dtype"}
         self._loaded: dict[tuple[str, str], System] = {}
+
+    def load_asked(self, path: str, step: str) -> System:
+        """The system that is asked about, as the options have it."""
+        found = system.load(path, mesh=self._mesh, step=step, model=self._model)
+        self._loaded[path, step] = found
+        return found
 
     def load(self, path: str, step: str = "latest") -> System:
         """A run's checkpoint or a model."""
         if (path, step) not in self._loaded:
-            self._loaded[path, step] = system.load(path, mesh=self._mesh, step=step)
+            self._loaded[path, step] = system.load(
+                path, mesh=self._mesh, step=step, model=self._for_all
+            )
         return self._loaded[path, step]
 
     def load_start(self, path: str, of: cfg.Config | None) -> System:
         """A model with a run's tokenizer and precision, where it is a run's."""
         if of is None or (path, "latest") in self._loaded:
             return self.load(path)
-        revision = of.model.revision if path == of.model.path else None
-        model = dataclasses.replace(of.model, revision=revision)
+        model = dataclasses.asdict(of.model) | self._for_all
+        if model.pop("path") != path:
+            model["revision"] = None
         found = system.load(path, mesh=self._mesh, model=model, hub=of.hub)
         self._loaded[path, "latest"] = found
         return found
@@ -303,7 +316,7 @@ def _contenders(
         _require_vocabulary(found, one)
         return found
 
-    main = systems.load(options.system, options.step)
+    main = systems.load_asked(options.system, options.step)
     how = _steering(options, main.latent, options.system)
     found = [(SYSTEM, main, how, reward, reference(main, config))]
     if options.with_start and start is not None:

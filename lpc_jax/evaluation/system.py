@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def outline(
     path: str,
     *,
     step: str = "latest",
-    model: cfg.Model | None = None,
+    model: Mapping[str, Any] | None = None,
     hub: cfg.Hub | None = None,
 ) -> Outline:
     """What ``load`` of the same would load.
@@ -111,7 +111,7 @@ def outline(
     """
     run = Path(path).expanduser()
     if (run / CHECKPOINTS).is_dir():
-        return _outline_run(run, step, model)
+        return _outline_run(run, step, model or {})
     if step != "latest":
         raise ValueError(
             f"--step {step} is of a run's checkpoints, got the model {path!r}. Leave it"
@@ -119,7 +119,7 @@ def outline(
         )
     config = cfg.Config(
         name="start",
-        model=dataclasses.replace(model or cfg.Model(path=path), path=path),
+        model=cfg.Model(path=path, **(model or {})),
         loss=cfg.Simpo(gamma=0.0),
         data=cfg.Data(train="none"),
         latent=None,
@@ -138,7 +138,7 @@ def load(
     *,
     mesh: Mesh,
     step: str = "latest",
-    model: cfg.Model | None = None,
+    model: Mapping[str, Any] | None = None,
     dtype: jnp.dtype | None = None,
     hub: cfg.Hub | None = None,
 ) -> System:
@@ -149,8 +149,8 @@ def load(
             ``package:NAME/FILE`` or a hub id.
         mesh: Where to; see ``sharding.make_mesh``.
         step: Of a run: ``latest``, ``best`` or a checkpoint's step.
-        model: Tokenizer, template and precision that replace a run's own or, for a
-            model, the defaults; its ``path`` is not read. None replaces nothing.
+        model: Fields of ``cfg.Model``, but for its ``path``, that replace a run's own
+            or, for a model, the defaults.
         dtype: Of the decoder's matrices; None: what they are multiplied in, with which
             all results are the same.
         hub: When a download fails.
@@ -283,22 +283,19 @@ def _load_model(found: Outline, mesh: Mesh, dtype: jnp.dtype | None) -> dict[str
     return params
 
 
-def _outline_run(run: Path, step: str, model: cfg.Model | None) -> Outline:
+def _outline_run(run: Path, step: str, model: Mapping[str, Any]) -> Outline:
     reader = checkpoint.Reader(run / CHECKPOINTS)
     number = reader.step(step)
     meta = reader.meta(number)
     config = cfg.from_flat(meta["settings"])
-    if model is not None:
-        config = dataclasses.replace(
-            config,
-            model=dataclasses.replace(
-                config.model,
-                tokenizer=model.tokenizer or config.model.tokenizer,
-                chat_template=model.chat_template or config.model.chat_template,
-                compute_dtype=model.compute_dtype,
-                attention=model.attention,
-            ),
+    if "revision" in model:
+        raise ValueError(
+            f"--revision {model['revision']} is of a hub id, got the run {run}, which"
+            " has its own. Leave it out."
         )
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **model)
+    )
     found, architecture = _find(config.model, config.hub)
     origin = _Checkpoint(run, reader, number, meta)
     return Outline(f"{run} at step {number}", architecture, config, found, origin)

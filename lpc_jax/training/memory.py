@@ -35,6 +35,8 @@ class Prediction:
             and compiled programs.
         peak: The most at any time.
         capacity: What the device has, or None if it does not say.
+        checkpoint: On a CPU, the copy of the state that a checkpoint is written from
+            while updates go on; other devices' copies are in the host's memory.
     """
 
     parameters: int
@@ -45,6 +47,7 @@ class Prediction:
     process: int
     peak: int
     capacity: int | None
+    checkpoint: int = 0
 
     @property
     def fits(self) -> bool:
@@ -111,6 +114,7 @@ def predict(
     frozen: Any,
     opt_state: Any,
     several_micro_batches: bool,
+    saves_between_updates: bool,
 ) -> Prediction:
     """The memory of a run whose programs are compiled.
 
@@ -121,8 +125,9 @@ def predict(
         frozen: Likewise, of the rest.
         opt_state: Likewise, of the optimizer's state.
         several_micro_batches: Whether a step sums gradients over several.
+        saves_between_updates: Whether there are checkpoints besides the end's.
     """
-    return needed(
+    found = needed(
         compiled,
         params=params,
         frozen=frozen,
@@ -131,6 +136,10 @@ def predict(
         process=_outside_arrays(),
         capacity=_capacity(),
     )
+    if not saves_between_updates or jax.default_backend() != "cpu":
+        return found
+    copied = found.parameters + found.optimizer
+    return dataclasses.replace(found, checkpoint=copied, peak=found.peak + copied)
 
 
 def needed(
@@ -197,6 +206,7 @@ def lines(prediction: Prediction, remedies: list[str]) -> list[str]:
         "gradients": p.gradients,
         "temporary": p.temporary,
         "process": p.process,
+        "checkpoint": p.checkpoint,
     }
     listed = ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part)
     has = "" if p.capacity is None else f" of {size(p.capacity)}"

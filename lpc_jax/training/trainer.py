@@ -167,6 +167,7 @@ class Trainer:
             frozen=frozen,
             opt_state=state.opt_state,
             several_micro_batches=in_a_step > shape.rows * max(shape.row_lengths),
+            saves_between_updates=config.training.checkpoint_every is not None,
         )
         for line in memory.lines(prediction, _remedies(config, mesh)):
             self.say(line)

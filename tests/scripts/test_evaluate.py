@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lpc_jax import checkpoint
+from lpc_jax import assembly, checkpoint
 from lpc_jax import config as cfg
 from lpc_jax.evaluation import pairs, system
 from scripts import evaluate
@@ -23,6 +23,7 @@ SHORT = ["--max-length", "128", "--max-prompt-length", "64"]
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(assembly, "keep_compiled", lambda folder: None)
     with runs.devices(1):
         yield
 
@@ -176,15 +177,14 @@ def test_a_place_that_cannot_be_written_is_refused_first(tmp_path, capsys, monke
     file.write_text("")
     ask = [MODEL, "--pairs", PAIRS]
     assert refusal([*ask, "--output", str(file)], capsys) == (
-        f"--output must lie in a folder that can be written, got {file}: File exists."
+        f"--output: {file} must be a folder that can be written to, got File exists."
         " Name another."
     )
     assert refusal([*ask, "--json", str(file / "out.json")], capsys).startswith(
-        f"--json must lie in a folder that can be written, got {file}: "
+        f"--json: {file} must be a folder that can be written to, got "
     )
     assert refusal([*ask, "--json", str(tmp_path)], capsys) == (
-        f"--json must be a file, got the folder {tmp_path}. Name a file in it, or use"
-        " --output."
+        f"--json {tmp_path} must be a file, got a folder."
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
+from lpc_jax import assembly
 from lpc_jax.evaluation import system
 from scripts import export
 from tests import exports
@@ -21,6 +22,11 @@ def lpc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with codes."""
     folder = tmp_path_factory.mktemp("exported") / "lpc"
     return test_export.write(exports.with_codes("tiny_llama"), folder)
+
+
+@pytest.fixture(autouse=True)
+def _keeps_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "keep_compiled", lambda folder: None)
 
 
 @pytest.fixture

@@ -34,13 +34,14 @@ def _no_process(monkeypatch):
     monkeypatch.setattr(memory, "_outside_arrays", lambda: 0)
 
 
-def predict(compiled, *, several=False):
+def predict(compiled, *, several=False, saves=False):
     return memory.predict(
         compiled,
         params=[floats(2)],
         frozen=[floats(1)],
         opt_state=[floats(4)],
         several_micro_batches=several,
+        saves_between_updates=saves,
     )
 
 
@@ -121,6 +122,17 @@ def test_what_the_process_holds_besides_arrays_counts_on_a_cpu(monkeypatch):
     found = predict({"gradients 8": program(temporary=3 * GB)})
     assert found.peak == 12.5 * GB
     assert "process 0.50 GB" in memory.lines(found, [])[0]
+
+
+def test_a_checkpoint_is_written_from_a_copy_which_is_the_devices_own_on_a_cpu(
+    monkeypatch,
+):
+    program_of_3 = {"gradients 8": program(temporary=3 * GB)}
+    found = predict(program_of_3, saves=True)
+    assert found.peak == (12 + 2 + 4) * GB  # parameters and optimizer once more
+    assert "checkpoint 6.00 GB" in memory.lines(found, [])[0]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert predict(program_of_3, saves=True).peak == 12 * GB
 
 
 @pytest.mark.skipif(
