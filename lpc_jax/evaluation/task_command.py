@@ -15,6 +15,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -196,8 +197,8 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _table(results: dict[str, Any]) -> Table:
     z = "" if results["z"] is None else f", z: {results['z']}"
-    table = Table(title=f"{results['system']}{z}")
-    for name in ("task", "questions", "examples", "metric", "value", "±"):
+    table = Table(title=f"{results['system']}{z}", box=box.SIMPLE_HEAD)
+    for name in ("task", "n", "n-shot", "metric", "value", "±"):
         is_text = name in ("task", "metric")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=True)
     for task, of_task in results["tasks"].items():
