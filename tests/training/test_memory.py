@@ -141,7 +141,7 @@ def test_a_checkpoint_is_written_from_a_copy_which_is_the_devices_own_on_a_cpu(
 def test_the_process_alone_is_what_arrays_leave_of_it(monkeypatch):
     monkeypatch.undo()
     before = memory._outside_arrays()
-    assert 1e8 < before < 5e9
+    assert before > 1e8  # the interpreter and JAX, and every program compiled so far
     held = jax.block_until_ready(jnp.ones(GB // 4))
     assert memory._outside_arrays() == pytest.approx(before, abs=1e8)
     assert memory.real_peak() > held.nbytes
