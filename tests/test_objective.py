@@ -27,23 +27,24 @@ def reference_column(seed=5):
 def loss_of(graph, config, batches, params, progress=PROGRESS):
     """The objective summed over micro-batches, with summed metrics."""
 
-    def total(params, batches):
-        value, metrics = 0.0, None
-        for batch in batches:
-            scores = objective.score_training(
-                nnx.merge(graph, params),
-                batch,
-                latent=config.latent,
-                key=KEY,
-                progress=progress,
-                chunk=config.model.score_chunk,
-            )
-            term, sums, _ = objective.terms(config.loss, config.latent, scores, batch)
-            value = value + term
-            metrics = sums if metrics is None else jax.tree.map(jnp.add, metrics, sums)
-        return value, metrics
+    @jax.jit
+    def of_one(params, batch):
+        scores = objective.score_training(
+            nnx.merge(graph, params),
+            batch,
+            latent=config.latent,
+            key=KEY,
+            progress=progress,
+            chunk=config.model.score_chunk,
+        )
+        return objective.terms(config.loss, config.latent, scores, batch)[:2]
 
-    return jax.jit(total)(params, batches)
+    value, metrics = of_one(params, batches[0])
+    for batch in batches[1:]:
+        term, sums = of_one(params, batch)
+        value = value + term
+        metrics = jax.tree.map(jnp.add, metrics, sums)
+    return value, metrics
 
 
 def gradient_of(graph, config, batches, params):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from typing import Any
 
 import jax
@@ -61,15 +63,24 @@ def split_policy(
     remat: str = "block",
 ) -> tuple[nnx.GraphDef, dict[str, Any]]:
     """Graph and parameters of a random policy, sharpened."""
+    graph, params = _split_policy(
+        architecture, json.dumps(latent), json.dumps(adapters), seed, remat
+    )
+    return graph, jax.tree.map(lambda leaf: leaf, params)  # dicts of the caller's own
 
+
+@functools.lru_cache(maxsize=16)
+def _split_policy(
+    architecture: Architecture, latent: str, adapters: str, seed: int, remat: str
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
     def make(key: jax.Array) -> policy.Policy:
         return policy.build(
             architecture,
             compute_dtype=jnp.dtype("float32"),
             attention_backend="blocks",
             remat=remat,
-            adapters=adapters,
-            latent=latent,
+            adapters=json.loads(adapters),
+            latent=json.loads(latent),
             key=key,
         )
 

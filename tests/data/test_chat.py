@@ -442,8 +442,9 @@ def test_the_golden_tokenizer_gives_prompt_answer_and_eos(repository):
 
 @pytest.mark.smollm2
 @pytest.mark.parametrize("name", ["alpacaeval_preferences.test", "hh_harmless"])
-def test_real_pairs_survive_smollm2s_template_whole(smollm2, shared_data, name):
-    loaded = tokenizer.load(smollm2, chat_template=None)
+def test_real_pairs_survive_smollm2s_template_whole(
+    smollm2_tokenizer, shared_data, name
+):
     found, drops = examples.read(
         str(shared_data / f"{name}.jsonl.gz"),
         setting="data.train",
@@ -451,13 +452,13 @@ def test_real_pairs_survive_smollm2s_template_whole(smollm2, shared_data, name):
         limit=300,
         retry=ONCE,
     )
-    pairs, report = tokenize(found, loaded, drops=drops)
+    pairs, report = tokenize(found, smollm2_tokenizer, drops=drops)
     assert (report.kept, report.prefix_mismatches) == (300, 0)
     for pair in pairs:
         item = found[pair.id]
-        assert text(loaded, pair.chosen) == item.chosen + "<|im_end|>"
-        assert text(loaded, pair.rejected) == item.rejected + "<|im_end|>"
-        prompt = text(loaded, pair.prompt)
+        assert text(smollm2_tokenizer, pair.chosen) == item.chosen + "<|im_end|>"
+        assert text(smollm2_tokenizer, pair.rejected) == item.rejected + "<|im_end|>"
+        prompt = text(smollm2_tokenizer, pair.prompt)
         assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
         position = 0
         for message in item.prompt:

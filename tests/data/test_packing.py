@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lpc_jax import config as cfg
-from lpc_jax.data import chat, examples, packing, tokenizer
+from lpc_jax.data import chat, examples, packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED
 from tests import tiny
@@ -154,7 +154,9 @@ def test_the_longest_pair_fits_even_if_no_planned_step_has_it():
     "name",
     ["alpacaeval_preferences.train", "alpacaeval_similar_length.train", "hh_harmless"],
 )
-def test_packing_of_real_pairs_wastes_at_most_a_twentieth(smollm2, shared_data, name):
+def test_packing_of_real_pairs_wastes_at_most_a_twentieth(
+    smollm2_tokenizer, shared_data, name
+):
     """128 pairs a step, at the default number of row lengths."""
     settings = cfg.Packing()
     path = shared_data / f"{name}.jsonl.gz"
@@ -163,7 +165,7 @@ def test_packing_of_real_pairs_wastes_at_most_a_twentieth(smollm2, shared_data, 
     )
     tokenized, _ = chat.tokenize(
         found,
-        tokenizer.load(smollm2, chat_template=None),
+        smollm2_tokenizer,
         drops=drops,
         max_length=512,
         max_prompt_length=256,

@@ -240,8 +240,8 @@ def test_a_missing_metadata_field_is_named():
 
 
 @pytest.mark.smollm2
-def test_smollm2_from_gguf_is_its_own(smollm2):
-    loaded = tokenizer.load(smollm2, chat_template=None)
+def test_smollm2_from_gguf_is_its_own(smollm2_tokenizer):
+    loaded = smollm2_tokenizer
     # Second source: HuggingFaceTB/SmolLM2-135M-Instruct's tokenizer_config.json.
     named = (loaded.bos_token, loaded.eos_token, loaded.pad_token, loaded.unk_token)
     assert named == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
@@ -261,8 +261,8 @@ def golden_tokens(repository):
 
 
 @pytest.mark.smollm2
-def test_smollm2_from_gguf_agrees_with_llama_cpp(smollm2, golden_tokens):
-    loaded = tokenizer.load(smollm2, chat_template=None)
+def test_smollm2_from_gguf_agrees_with_llama_cpp(smollm2_tokenizer, golden_tokens):
+    loaded = smollm2_tokenizer
     conversations = golden_tokens["conversations"]
     texts = [*golden_tokens["texts"]]
     texts += [item[key] for item in conversations for key in ("prompt", "conversation")]
@@ -272,8 +272,10 @@ def test_smollm2_from_gguf_agrees_with_llama_cpp(smollm2, golden_tokens):
 
 
 @pytest.mark.smollm2
-def test_smollm2_from_gguf_writes_conversations_as_transformers(smollm2, golden_tokens):
-    loaded = tokenizer.load(smollm2, chat_template=None)
+def test_smollm2_from_gguf_writes_conversations_as_transformers(
+    smollm2_tokenizer, golden_tokens
+):
+    loaded = smollm2_tokenizer
     for item in golden_tokens["conversations"]:
         for key, header in (("prompt", True), ("conversation", False)):
             written = loaded.apply_chat_template(

@@ -228,10 +228,9 @@ def test_generation_ends_where_an_answer_does(folder, lpc, tmp_path):
 
 
 @pytest.mark.smollm2
-def test_smollm2_from_a_gguf_file_keeps_its_tokenizer(smollm2, lpc, tmp_path):
+def test_smollm2_from_a_gguf_file_keeps_its_tokenizer(smollm2_tokenizer, lpc, tmp_path):
     """The decoder is the tiny one; another digest is refused, as is tested below."""
-    loaded = tokenizers.load(smollm2, chat_template=None)
-    write(dataclasses.replace(lpc, tokenizer=loaded), tmp_path / "out")
+    write(dataclasses.replace(lpc, tokenizer=smollm2_tokenizer), tmp_path / "out")
 
 
 # --- what is refused ------------------------------------------------------------------

@@ -26,7 +26,7 @@ from lpc_jax.training import loop, runlog, setup
 from tests import kills, runs
 
 # 50 in make soak.
-KILLS = int(os.environ.get("LPC_JAX_KILLS", "20"))
+KILLS = int(os.environ.get("LPC_JAX_KILLS", "8"))
 
 
 @pytest.fixture(scope="module")

@@ -259,7 +259,9 @@ def test_the_latent_s_inputs_are_standardised_on_the_data(folder, monkeypatch):
         order = np.random.default_rng([trainer.config.training.seed, 0])
         some = [trainer.pairs.train[i] for i in order.permutation(count)[:7]]
         graph, params = trainer.start.graph, trainer.start.params
-        # Second source: each sequence by itself, as one prompt.
+        # Second source: each sequence by itself, as one prompt; what fills it up to
+        # one length comes after its last token.
+        state = jax.jit(lambda ids, last: logits(graph, params, ids)[0][0, last])
         states = []
         for pair in some:
             answers = [
@@ -267,7 +269,9 @@ def test_the_latent_s_inputs_are_standardised_on_the_data(folder, monkeypatch):
             ]
             states.append(
                 [
-                    np.asarray(logits(graph, params, ids[None])[0][0, -1])
+                    np.asarray(
+                        state(np.pad(ids, (0, 128 - len(ids)))[None], len(ids) - 1)
+                    )
                     for ids in (pair.prompt, *answers)
                 ]
             )

@@ -61,9 +61,7 @@ def on_one_device():
     return five_losses(devices=1)[1]
 
 
-@pytest.mark.parametrize(
-    ("devices", "tensor"), [(2, 1), (4, 1), (8, 1), (2, 2), (8, 2), (8, 4)]
-)
+@pytest.mark.parametrize(("devices", "tensor"), [(4, 1), (8, 1), (2, 2), (8, 2)])
 def test_losses_are_the_same_on_any_mesh(devices, tensor, on_one_device):
     harness, losses = five_losses(devices=devices, tensor=tensor)
     np.testing.assert_allclose(losses, on_one_device, rtol=1e-5)
