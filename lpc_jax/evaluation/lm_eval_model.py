@@ -228,4 +228,4 @@ def run(
         log_samples=True,
     )
     assert found is not None, "the harness gives results to its first process"
-    return found
+    return dict(found)
