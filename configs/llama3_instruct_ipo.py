@@ -43,7 +43,12 @@ config = Config(
     model=Model(path="meta-llama/Meta-Llama-3-8B-Instruct"),
     loss=Ipo(beta=0.1, reduction="mean"),
     latent=Latent(
-        num_codes=64, kl_weight=0.05, prior_share="linear", learning_rate=1e-3
+        num_codes=64,
+        kl_weight=0.05,
+        prior_share="linear",
+        posterior_input="concat",
+        posterior_start="random",
+        learning_rate=1e-3,
     ),
     data=Data(
         train="princeton-nlp/llama3-ultrafeedback",

@@ -41,7 +41,12 @@ config = Config(
     model=Model(path="meta-llama/Meta-Llama-3-8B-Instruct"),
     loss=Simpo(beta=2.5, gamma_beta_ratio=0.55),
     latent=Latent(
-        num_codes=64, kl_weight=0.05, prior_share="linear", learning_rate=1e-3
+        num_codes=64,
+        kl_weight=0.05,
+        prior_share="linear",
+        posterior_input="concat",
+        posterior_start="random",
+        learning_rate=1e-3,
     ),
     data=Data(
         train="princeton-nlp/llama3-ultrafeedback",

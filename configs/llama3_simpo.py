@@ -41,7 +41,12 @@ config = Config(
     model=Model(path="princeton-nlp/Llama-3-Base-8B-SFT"),
     loss=Simpo(beta=2.0, gamma_beta_ratio=0.5),
     latent=Latent(
-        num_codes=64, kl_weight=0.05, prior_share="linear", learning_rate=1e-3
+        num_codes=64,
+        kl_weight=0.05,
+        prior_share="linear",
+        posterior_input="concat",
+        posterior_start="random",
+        learning_rate=1e-3,
     ),
     data=Data(
         train="HuggingFaceH4/ultrafeedback_binarized",

@@ -42,7 +42,12 @@ config = Config(
     model=Model(path="alignment-handbook/zephyr-7b-sft-full"),
     loss=Ipo(beta=0.1, reduction="mean"),
     latent=Latent(
-        num_codes=64, kl_weight=0.05, prior_share="linear", learning_rate=1e-3
+        num_codes=64,
+        kl_weight=0.05,
+        prior_share="linear",
+        posterior_input="concat",
+        posterior_start="random",
+        learning_rate=1e-3,
     ),
     data=Data(
         train="HuggingFaceH4/ultrafeedback_binarized",

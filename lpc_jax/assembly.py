@@ -86,7 +86,8 @@ def abstract(
         latent = {
             "num_codes": config.latent.num_codes,
             "hidden_width": config.latent.hidden_width,
-            "codebook_scale": config.latent.codebook_scale,
+            "codebook_scale": 1.0,  # setup.load_start knows the head, and scales it
+            "posterior_input": config.latent.posterior_input,
         }
     if config.adapters is not None and not plain:
         adapters = dataclasses.asdict(config.adapters)

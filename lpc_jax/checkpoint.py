@@ -62,8 +62,8 @@ class Checkpoints:
 
     Args:
         folder: Where they are, or will be.
-        best_metric: Name of the metric whose highest value is the best (the later step
-            of equals); None keeps only the latest.
+        best_metric: Name of the metric whose highest value, or of a loss whose lowest,
+            is the best (the later step of equals); None keeps only the latest.
         say: Told, in a sentence, of every damaged checkpoint.
     """
 
@@ -109,7 +109,11 @@ class Checkpoints:
     def _tracked(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
         """What Orbax ranks a checkpoint by; NaN, the lowest, where nothing is known."""
         name = self._best_metric
-        return None if name is None else {name: (metrics or {}).get(name, math.nan)}
+        if name is None:
+            return None
+        value = (metrics or {}).get(name, math.nan)
+        # Kept so that more is better, whatever reads it.
+        return {name: -value if name.startswith("loss/") else value}
 
     def save(
         self,

@@ -258,12 +258,26 @@ class Latent(Settings):
     """g, the prior's share of z in training (eq. 11): rising 0 to 1, or fixed."""
     inference: Literal["mean", "sample", "argmax"] = "mean"
     """z from the prior at evaluation: its mean, a draw, or its largest code."""
-    codebook_scale: float = 0.02
-    """Standard deviation of the codebook at the start; 0 is the plain policy."""
+    posterior_input: Literal["concat", "difference", "mean_difference", "both"] = "both"
+    """What of the judged pair the posterior reads: both answers' last states side by
+    side (the paper); chosen minus rejected, of the last states, of the means over each
+    answer's states, or of both."""
+    posterior_start: Literal["random", "clusters"] = "clusters"
+    """A random network, as the paper's, or one that tells clusters of some training
+    pairs apart, one a code, before the first update."""
+    effect: float = 0.1
+    """What a code does to the logits at the start: root mean square over the
+    vocabulary, in nats, whatever the model's width; 0 is the plain policy."""
+    effect_limit: float | None = None
+    """Most that any z may change what is said: KL(pi(. | z) || pi(. | 0)) at every
+    position, in nats. After each update a code that could exceed it is scaled down."""
     backbone_gradient: Literal["flow", "stop"] = "flow"
     """Whether prior and posterior send gradient into the decoder."""
     learning_rate: float = 1e-3
-    """Peak learning rate of codebook, prior and posterior, their own group."""
+    """Peak learning rate of prior and posterior."""
+    codebook_rate: float = 1e-3
+    """Peak rate of the codebook: how much one update changes what a code does to the
+    logits, root mean square over the vocabulary, in nats."""
 
     def _check(self) -> None:
         self._require(
@@ -273,7 +287,14 @@ class Latent(Settings):
             "Use latent=None for a run without codes.",
         )
         self._require_positive("temperature", "final_temperature", "hidden_width")
-        for name in ("kl_weight", "free_bits", "codebook_scale", "learning_rate"):
+        self._require_positive("effect_limit")
+        for name in (
+            "kl_weight",
+            "free_bits",
+            "effect",
+            "learning_rate",
+            "codebook_rate",
+        ):
             self._require(getattr(self, name) >= 0, name, "must be at least 0", "")
         self._require(
             self.temperature_schedule != "constant"
@@ -295,6 +316,8 @@ class Dpo(Settings):
     """Strength of the pull to the reference."""
     label_smoothing: float = 0.0
     """cDPO: the assumed rate of flipped labels, below 0.5."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's mean negative log-likelihood per token."""
 
     def _check(self) -> None:
         _check_beta_and_smoothing(self)
@@ -310,9 +333,12 @@ class Ipo(Settings):
     """The regulariser, tau in its paper."""
     reduction: Literal["mean", "sum"] = "mean"
     """Log-ratios per token (as TRL) or summed over the answer (as OpenRLHF)."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's mean negative log-likelihood per token."""
 
     def _check(self) -> None:
         self._require_positive("beta")
+        _check_sft_weight(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -329,6 +355,8 @@ class Simpo(Settings):
     """gamma / beta, the form in which SimPO's settings are published."""
     label_smoothing: float = 0.0
     """The assumed rate of flipped labels, below 0.5."""
+    sft_weight: float = 0.0
+    """Weight of the chosen answer's mean negative log-likelihood per token."""
 
     def _check(self) -> None:
         _check_beta_and_smoothing(self)
@@ -357,6 +385,11 @@ def _check_beta_and_smoothing(loss: Dpo | Simpo) -> None:
         "must lie in [0, 0.5)",
         "At 0.5 a label says nothing.",
     )
+    _check_sft_weight(loss)
+
+
+def _check_sft_weight(loss: Dpo | Ipo | Simpo) -> None:
+    loss._require(loss.sft_weight >= 0, "sft_weight", "must be at least 0", "")
 
 
 Loss = Dpo | Ipo | Simpo
@@ -480,6 +513,15 @@ class Training(Settings):
     """Steps between log lines; a line is the mean over the steps since the last."""
     eval_every: int | None = None
     """Steps between evaluations on the held-out pairs; None: start and end only."""
+    samples: int | None = None
+    """Held-out prompts that are answered at each evaluation, spread over sources; 0:
+    none. None: 16 where there are held-out pairs."""
+    sample_tokens: int = 128
+    """Most tokens of such an answer."""
+    best: Literal[
+        "loss/preference", "loss/total", "reward/accuracy", "reward/margin"
+    ] = "loss/preference"
+    """Held-out metric by which the best checkpoint is kept; losses count downwards."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; None: at the end only."""
     max_skipped: int = 10
@@ -487,7 +529,14 @@ class Training(Settings):
     run stops, at the next log line."""
 
     def _check(self) -> None:
+        self._require(
+            self.samples is None or self.samples >= 0,
+            "samples",
+            "must be at least 0",
+            "Use 0 for a run that looks at no answers.",
+        )
         self._require_positive(
+            "sample_tokens",
             "epochs",
             "steps",
             "log_every",
@@ -645,9 +694,13 @@ class Config(Settings):
             "",
         )
         if self.data.eval is None:
-            for section, name in (("data", "eval_limit"), ("training", "eval_every")):
+            for section, name in (
+                ("data", "eval_limit"),
+                ("training", "eval_every"),
+                ("training", "samples"),
+            ):
                 value = getattr(getattr(self, section), name)
-                if value is not None:
+                if value:
                     raise ValueError(
                         f"{section}.{name} has no effect without data.eval, expected"
                         f" None, got {value!r}. Name held-out pairs, or leave it out."

@@ -7,7 +7,6 @@ devices add up exactly. Knows nothing of optimizers, files or logging.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,8 @@ from lpc_jax import config as cfg
 from lpc_jax.losses import latent as latent_losses
 from lpc_jax.losses import preference, sequence
 from lpc_jax.models import latent as latent_models
-from lpc_jax.models.policy import Policy, read_at
+from lpc_jax.models.latent import Steering
+from lpc_jax.models.policy import Policy, States, read_at
 from lpc_jax.types import Batch, HostOrDevice, LatentCodes
 
 # A metric is (sum, count); its value is their ratio over all that was added up.
@@ -38,12 +38,15 @@ class PairScores:
         end_logp: Log-probability of each answer's last token.
         prior: Belief from the prompt, or None without a latent.
         posterior: Belief from the judged pair, or None.
+        effect: KL(pi(. | z) || pi(. | 0)) summed over each pair's scored positions,
+            where it was asked for.
     """
 
     logp: Float[Array, "R P 2"]
     end_logp: Float[Array, "R P 2"]
     prior: LatentCodes | None
     posterior: LatentCodes | None
+    effect: Float[Array, "R P"] | None = None
 
 
 def prior_share(schedule: str, progress: Float[Array, ""]) -> Float[Array, ""]:
@@ -64,14 +67,13 @@ def temperature(latent: cfg.Latent, progress: Float[Array, ""]) -> Float[Array, 
     return jnp.asarray(first)
 
 
-def _draw(
-    policy: Policy, logits: Array, gumbel: Array, latent: cfg.Latent, tau: Array
-) -> LatentCodes:
-    assert policy.latent is not None
-    weights = latent_models.gumbel_softmax(logits, gumbel, temperature=tau)
-    if latent.draw == "straight_through":
-        weights = latent_models.straight_through(weights)
-    return policy.latent.codes(logits, weights)
+def inference(latent: cfg.Latent) -> Steering:
+    """How z is chosen at evaluation; a draw is as the last step's."""
+    return Steering(
+        latent.inference,
+        temperature=float(temperature(latent, jnp.asarray(1.0))),
+        one_code=latent.draw == "straight_through",
+    )
 
 
 def _gumbel(key: Array, batch: Batch, num_codes: int) -> Float[Array, "2 R P C"]:
@@ -83,40 +85,43 @@ def _gumbel(key: Array, batch: Batch, num_codes: int) -> Float[Array, "2 R P C"]
     return jnp.moveaxis(jax.vmap(jax.vmap(noise))(batch.pair_id), 2, 0)
 
 
-def _beliefs(
-    policy: Policy, hidden: Array, batch: Batch, latent: cfg.Latent
-) -> tuple[Array, Array]:
+def _beliefs(policy: Policy, states: States, *, stop: bool) -> tuple[Array, Array]:
     """Logits of prior and posterior for every pair slot."""
     assert policy.latent is not None
-    if latent.backbone_gradient == "stop":
-        hidden = jax.lax.stop_gradient(hidden)
-    prior = policy.latent.prior(read_at(hidden, batch.prompt_end))
-    posterior = policy.latent.posterior(
-        read_at(hidden, batch.chosen_end), read_at(hidden, batch.rejected_end)
-    )
-    return prior, posterior
+    assert states.prompt is not None
+    assert states.judged is not None
+    prompt, judged = states.prompt, states.judged
+    if stop:
+        prompt, judged = jax.lax.stop_gradient((prompt, judged))
+    return policy.latent.prior(prompt), policy.latent.posterior(judged)
 
 
-def _answer_logp(
+def _token_logp(
     policy: Policy,
-    hidden: Float[Array, "R T D"],
+    states: States,
     batch: Batch,
     vector: Float[Array, "R P D"] | None,
     chunk: int,
-) -> tuple[Float[Array, "R P 2"], Float[Array, "R P 2"]]:
-    """Log-probability of each answer given z (eq. 10), and of its last token."""
-    scored = read_at(hidden, batch.score_from)
+) -> Float[Array, "R S"]:
+    """Log-probability of each scored token given z (eq. 10)."""
+    scored = states.scored
     if vector is not None:
         # The codebook's columns lie over fsdp; left alone, so would all rows' vectors.
         vector = axes.constrain(vector, "R P D")
         scored = scored + read_at(vector, batch.score_slot // 2).astype(scored.dtype)
-    token_logp = sequence.token_logp(
+    return sequence.token_logp(
         scored,
         policy.decoder.head_weight,
         batch.score_token,
         batch.score_mask,
         chunk=chunk,
     )
+
+
+def _by_answer(
+    token_logp: Float[Array, "R S"], batch: Batch
+) -> tuple[Float[Array, "R P 2"], Float[Array, "R P 2"]]:
+    """Log-probability of each answer, and of its last token."""
     slots = batch.pair_mask.shape[1]
     logp = sequence.sum_by_answer(
         token_logp, batch.score_slot, batch.score_mask, pair_slots=slots
@@ -149,63 +154,101 @@ def score_training(
         progress: Share of the run that is done, for g and tau.
         chunk: Scored positions that meet the head at a time.
     """
-    hidden = policy.hidden(batch)
+    states = policy.states(batch)
     if latent is None:
-        logp, end_logp = _answer_logp(policy, hidden, batch, None, chunk)
-        return PairScores(logp, end_logp, None, None)
-    prior_logits, posterior_logits = _beliefs(policy, hidden, batch, latent)
+        token_logp = _token_logp(policy, states, batch, None, chunk)
+        return PairScores(*_by_answer(token_logp, batch), None, None)
+    assert policy.latent is not None
+    stop = latent.backbone_gradient == "stop"
+    prior_logits, posterior_logits = _beliefs(policy, states, stop=stop)
     noise = _gumbel(key, batch, latent.num_codes)
     tau = temperature(latent, progress)
-    posterior = _draw(policy, posterior_logits, noise[0], latent, tau)
-    prior = _draw(policy, prior_logits, noise[1], latent, tau)
+
+    def drawn(logits: Array, gumbel: Array) -> LatentCodes:
+        weights = latent_models.draw(
+            logits, gumbel, temperature=tau, one_code=latent.draw == "straight_through"
+        )
+        assert policy.latent is not None
+        return policy.latent.codes(logits, weights)
+
+    posterior = drawn(posterior_logits, noise[0])
+    prior = drawn(prior_logits, noise[1])
     g = prior_share(latent.prior_share, progress)
     vector = (1 - g) * posterior.vector + g * prior.vector
-    logp, end_logp = _answer_logp(policy, hidden, batch, vector, chunk)
-    return PairScores(logp, end_logp, prior, posterior)
+    token_logp = _token_logp(policy, states, batch, vector, chunk)
+    return PairScores(*_by_answer(token_logp, batch), prior, posterior)
 
 
 def score_inference(
     policy: Policy,
     batch: Batch,
     *,
-    latent: cfg.Latent | None,
+    steering: Steering | None,
     key: Array,
     chunk: int,
-    choose: Callable[[Array, Array], Array] | None = None,
+    with_effect: bool = False,
 ) -> PairScores:
-    """Scores as inference will run: z from the prior alone.
+    """Scores as inference will run: z from the prior alone, or given.
 
     Args:
-        policy: With a latent iff ``latent`` is given.
+        policy: With a latent iff ``steering`` is given.
         batch: One micro-batch.
-        latent: ``latent.inference`` chooses the prior's mean, a draw at the final
-            temperature, or its largest code.
-        key: Seeds the draw of ``sample``; each pair folds in its own id.
+        steering: How z is chosen, such as ``inference(latent)``.
+        key: Seeds a draw; each pair folds in its own id.
         chunk: Scored positions that meet the head at a time.
-        choose: From one pair's prior logits [C] and a key of its own to the weights of
-            its codes [C], in place of ``latent.inference``.
+        with_effect: Whether to measure what z changes, which meets the head thrice.
     """
-    hidden = policy.hidden(batch)
-    if latent is None:
-        logp, end_logp = _answer_logp(policy, hidden, batch, None, chunk)
-        return PairScores(logp, end_logp, None, None)
+    states = policy.states(batch)
+    if steering is None:
+        token_logp = _token_logp(policy, states, batch, None, chunk)
+        return PairScores(*_by_answer(token_logp, batch), None, None)
     assert policy.latent is not None
-    prior_logits, posterior_logits = _beliefs(policy, hidden, batch, latent)
-    if choose is not None:
-        keys = jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(batch.pair_id)
-        weights = jax.vmap(jax.vmap(choose))(prior_logits, keys)
-        prior = policy.latent.codes(prior_logits, weights)
-    elif latent.inference == "sample":
-        noise = _gumbel(key, batch, latent.num_codes)[1]
-        tau = temperature(latent, jnp.asarray(1.0))
-        prior = _draw(policy, prior_logits, noise, latent, tau)
-    elif latent.inference == "argmax":
-        prior = policy.latent.codes(prior_logits, latent_models.one_code(prior_logits))
-    else:
-        prior = policy.latent.codes(prior_logits, jax.nn.softmax(prior_logits, axis=-1))
+    prior_logits, posterior_logits = _beliefs(policy, states, stop=False)
+    keys = jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(batch.pair_id)
+    weights = jax.vmap(jax.vmap(steering.weights))(prior_logits, keys)
+    prior = policy.latent.codes(prior_logits, weights)
     posterior = policy.latent.codes(posterior_logits, jax.nn.softmax(posterior_logits))
-    logp, end_logp = _answer_logp(policy, hidden, batch, prior.vector, chunk)
-    return PairScores(logp, end_logp, prior, posterior)
+
+    token_logp = _token_logp(policy, states, batch, prior.vector, chunk)
+    found = PairScores(*_by_answer(token_logp, batch), prior, posterior)
+    if not with_effect:
+        return found
+    effect = _effect(policy, states, batch, prior.vector, token_logp, chunk)
+    return dataclasses.replace(found, effect=effect)
+
+
+def _effect(
+    policy: Policy,
+    states: States,
+    batch: Batch,
+    vector: Float[Array, "R P D"],
+    token_logp: Float[Array, "R S"],
+    chunk: int,
+) -> Float[Array, "R P"]:
+    """KL(pi(. | z) || pi(. | 0)), summed over the scored positions of each pair.
+
+    With f(s) the log-probability of any one token under s z, it is f(1) - f(0) - f'(1):
+    the token's own logit cancels, and what is left is E_{pi(. | z)}[b] less the change
+    of the log-normaliser, b being what z adds to each logit.
+    """
+    without = _token_logp(policy, states, batch, None, chunk)
+
+    def under(scored: Float[Array, "R S D"]) -> Float[Array, "R S"]:
+        return _token_logp(
+            policy, dataclasses.replace(states, scored=scored), batch, vector, chunk
+        )
+
+    _, backward = jax.vjp(under, states.scored)
+    (slope,) = backward(jnp.ones_like(token_logp))
+    along = read_at(axes.constrain(vector, "R P D"), batch.score_slot // 2)
+    rate = jnp.sum(slope.astype(jnp.float32) * along, axis=-1)
+    effect = sequence.sum_by_answer(
+        token_logp - without - rate,
+        batch.score_slot,
+        batch.score_mask,
+        pair_slots=batch.pair_mask.shape[1],
+    )
+    return effect.sum(axis=-1)
 
 
 def needs_reference(loss: cfg.Loss) -> bool:
@@ -276,13 +319,14 @@ def terms(
     """The objective (eq. 7) summed over pairs, with everything worth logging.
 
     Returns:
-        The sum over pairs of base loss + lambda KL(q || p); metrics as (sum, count);
-        and what each pair slot got: ``loss``, ``rewards`` and, with a latent, the
-        ``prior`` probabilities.
+        The sum over pairs of base loss + sft_weight x NLL per chosen token + lambda
+        KL(q || p); metrics as (sum, count); and what each pair slot got: ``loss``,
+        ``rewards`` and, with a latent, the ``prior`` probabilities.
     """
     mask = batch.pair_mask.astype(jnp.float32)
     base, rewards = pair_losses(loss, scores, batch)
-    total = base
+    nll = -scores.logp[..., 0] / batch.lengths[..., 0]
+    total = base + loss.sft_weight * nll if loss.sft_weight else base
     pairs = jnp.sum(mask)
     sums: Sums = {}
     by_pair = {"loss": base, "rewards": rewards}
@@ -294,7 +338,7 @@ def terms(
         assert scores.prior is not None
         assert scores.posterior is not None
         kl = _kl(scores)
-        total = base + latent.kl_weight * jnp.maximum(kl, latent.free_bits)
+        total = total + latent.kl_weight * jnp.maximum(kl, latent.free_bits)
         add("latent/kl", kl)
         add("latent/prior_entropy", latent_losses.entropy(scores.prior.logits))
         prior = jax.nn.softmax(scores.prior.logits, axis=-1)
@@ -303,7 +347,12 @@ def terms(
         add("code/agreement", agree.astype(jnp.float32))
         sums["code/usage"] = (jnp.einsum("RPC,RP->C", prior, mask), pairs)
         by_pair["prior"] = prior
+        if scores.effect is not None:
+            positions = jnp.sum(jnp.sum(batch.lengths, axis=-1) * mask)
+            sums["latent/effect"] = (jnp.sum(scores.effect * mask), positions)
     add("loss/preference", base)
+    if loss.sft_weight:
+        add("loss/sft", nll)
     add("loss/total", total)
     margin = rewards[..., 0] - rewards[..., 1]
     accurate = (margin > 0).astype(jnp.float32)
@@ -377,7 +426,8 @@ def formula(loss: cfg.Loss, latent: cfg.Latent | None) -> str:
         if isinstance(loss, cfg.Ipo):
             target = 1 / (2 * loss.beta)
             text = f"({difference[1:-1]} - {target:g})^2"
-            return _with_kl(text, latent, f"{note}; 1/(2 beta) = {target:g}")
+            note = f"{note}; 1/(2 beta) = {target:g}"
+            return _with_terms(text, loss, latent, note)
         inner = f"{loss.beta:g} * {difference}"
     text = f"-log sigmoid({inner})"
     if smoothing:
@@ -385,10 +435,13 @@ def formula(loss: cfg.Loss, latent: cfg.Latent | None) -> str:
             f"-{1 - smoothing:g} log sigmoid(m) - {smoothing:g} log sigmoid(-m),"
             f" m = {inner}"
         )
-    return _with_kl(text, latent, note)
+    return _with_terms(text, loss, latent, note)
 
 
-def _with_kl(text: str, latent: cfg.Latent | None, note: str) -> str:
+def _with_terms(text: str, loss: cfg.Loss, latent: cfg.Latent | None, note: str) -> str:
+    if loss.sft_weight:
+        given = "x, z" if latent is not None else "x"
+        text += f" - {loss.sft_weight:g} log pi(y_w|{given})/|y_w|"
     if latent is None:
         return f"loss = {text}\n       {note}; no latent"
     kl = "KL(q||p)"

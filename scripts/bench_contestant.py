@@ -171,7 +171,9 @@ class _OurRun:
         )
         path = Path(spec.model)
         start = setup.load_start(config, path, weights.read_architecture(path), mesh)
-        optimizer = optimizers.build(config, start.shapes, len(self.pairs))
+        optimizer = optimizers.build(
+            config, start.shapes, len(self.pairs), codebook_unit=start.codebook_unit
+        )
         layout = step.state_shardings(start.shapes, start.shardings, optimizer, mesh)
         self.programs = step.build(
             config, start.graph, layout, optimizer, len(self.pairs)
@@ -250,7 +252,7 @@ class _OurRun:
             self.column[[pair.id for pair in some]] = self.score(some)
         gradients, loss = self.gradients(some)
         self.state, norm, _ = self.programs.update(
-            self.state, gradients, jnp.asarray(len(some))
+            self.state, gradients, jnp.asarray(len(some)), {}
         )
         jax.block_until_ready((self.state, norm))
         return float(loss) / len(some)

@@ -25,7 +25,7 @@ from lpc_jax.evaluation.system import System
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("tiny_llama", "tiny_llama31", "tiny_mistral", "tiny_llama_tied")
-LATENT = cfg.Latent(num_codes=6, hidden_width=5, codebook_scale=1.0)
+LATENT = cfg.Latent(num_codes=6, hidden_width=5)
 # Rows of one shape, so that one program serves all lengths.
 _LENGTH = 64
 

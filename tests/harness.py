@@ -58,7 +58,7 @@ class Harness:
         placed = [sharding.place_batch(batch, self.mesh) for batch in batches]
         gradients, sums = self.programs.summed_gradients(self.state, {}, placed)
         self.state, norm, finite = self.programs.update(
-            self.state, gradients, jnp.asarray(pairs)
+            self.state, gradients, jnp.asarray(pairs), {}
         )
         return objective.values(sums), float(norm), bool(finite)
 
@@ -204,7 +204,7 @@ def follow(
         return objective.score_inference(
             nnx.merge(graph, params),
             batch,
-            latent=None,
+            steering=None,
             key=jax.random.key(0),
             chunk=_SCORE_CHUNK,
         ).logp

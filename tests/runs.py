@@ -44,7 +44,7 @@ def config(folder: Path, **changes: Any) -> cfg.Config:
         "name": "tiny",
         "model": cfg.Model(path=str(MODEL), score_chunk=32),
         "loss": cfg.Dpo(beta=0.1),
-        "latent": cfg.Latent(num_codes=8, codebook_scale=0.5, learning_rate=3e-3),
+        "latent": cfg.Latent(num_codes=8, effect=1.0, learning_rate=3e-3),
         "data": cfg.Data(
             train=str(PAIRS),
             eval=str(held_out_file(folder)),
@@ -59,7 +59,7 @@ def config(folder: Path, **changes: Any) -> cfg.Config:
             pairs_per_row=8,
         ),
         "optimizer": cfg.Optimizer(learning_rate=3e-3),
-        "training": cfg.Training(steps=6, checkpoint_every=3),
+        "training": cfg.Training(steps=6, checkpoint_every=3, samples=0),
         "reference": cfg.Reference(cache=str(folder / "reference")),
         "run": cfg.Run(folder=str(folder / "runs"), compilation_cache=None),
     }

@@ -40,7 +40,7 @@ def with_codes(
         path: The decoder's.
     """
     base = plain(where, path)
-    latent = cfg.Latent(num_codes=CODES, codebook_scale=codebook_scale)
+    latent = cfg.Latent(num_codes=CODES)
     config = dataclasses.replace(base.config, latent=latent)
     make, graph, shapes = assembly.abstract(
         config, base.architecture, "cpu", plain=False
@@ -48,7 +48,8 @@ def with_codes(
     shardings = sharding.parameter_shardings(shapes, where)
 
     def head(key: jax.Array) -> dict:
-        return nnx.to_pure_dict(nnx.split(make(key))[1])["latent"]
+        made = nnx.to_pure_dict(nnx.split(make(key))[1])["latent"]
+        return made | {"codebook": codebook_scale * made["codebook"]}
 
     params = jax.jit(head, out_shardings=shardings["latent"])(jax.random.key(7))
     return dataclasses.replace(

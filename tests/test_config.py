@@ -391,7 +391,7 @@ ABOVE_ZERO = [
 AT_LEAST_ZERO = [
     ("latent", cfg.Latent, "kl_weight"),
     ("latent", cfg.Latent, "free_bits"),
-    ("latent", cfg.Latent, "codebook_scale"),
+    ("latent", cfg.Latent, "effect"),
     ("latent", cfg.Latent, "learning_rate"),
     ("optimizer", cfg.Optimizer, "learning_rate"),
     ("hub", cfg.Hub, "wait"),

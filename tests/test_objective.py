@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
 from lpc_jax import config as cfg
 from lpc_jax import objective
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import policy
+from lpc_jax.models.latent import Steering
 from tests import tiny
 
 PAIRS = tiny.pairs(6, seed=3)
@@ -81,8 +83,15 @@ def padded_loss(graph, config, params, reference=None, width=24):
     vectors, kl = jnp.zeros((len(PAIRS), head.shape[1])), 0.0
     latent = config.latent
     if latent is not None:
-        last = states[np.arange(len(ids)), ends].reshape(len(PAIRS), -1)
-        q = model.latent.posterior_mlp(last)
+        own = (positions > np.repeat(prompts, 2)[:, None] - 1) & real
+        means = jnp.einsum("sp,spd->sd", own / own.sum(axis=1, keepdims=True), states)
+        last = states[np.arange(len(ids)), ends]
+        if model.latent.posterior_input == "concat":
+            read = last.reshape(len(PAIRS), -1)
+        else:
+            both = jnp.concatenate([last, means], axis=-1)
+            read = both[::2] - both[1::2]
+        q = model.latent.posterior_mlp(read)
         p = model.latent.prior_mlp(states[2 * np.arange(len(PAIRS)), prompts - 1])
         noise = jnp.stack(
             [
@@ -127,7 +136,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("latent", [None, "lpc"])
+@pytest.mark.parametrize("latent", [None, "concat", "both"])
 @pytest.mark.parametrize("window", [None, 5])
 def test_packed_and_shared_equals_one_padded_sequence_per_answer(loss, latent, window):
     if window is not None and not isinstance(loss, cfg.Simpo):
@@ -137,7 +146,9 @@ def test_packed_and_shared_equals_one_padded_sequence_per_answer(loss, latent, w
     if latent is None:
         config = dataclasses.replace(config, latent=None)
     graph, params = tiny.split_policy(
-        architecture, tiny.LATENT if latent else None, seed=1
+        architecture,
+        tiny.LATENT | {"posterior_input": latent} if latent else None,
+        seed=1,
     )
     reference = reference_column() if objective.needs_reference(loss) else None
     batches = tiny.batches(PAIRS, reference_logp=reference)
@@ -187,7 +198,7 @@ def test_the_first_dpo_loss_is_ln_2():
         scores = objective.score_inference(
             nnx.merge(plain_graph, {"decoder": params["decoder"]}),
             batch,
-            latent=None,
+            steering=None,
             key=KEY,
             chunk=8,
         )
@@ -200,33 +211,104 @@ def test_the_first_dpo_loss_is_ln_2():
     assert found["reward/margin"] == pytest.approx(0.0, abs=1e-6)
 
 
-def scores_of(pairs, graph, params, latent):
+def scores_of(pairs, graph, params, steering):
     (batch,) = tiny.batches(pairs)
 
     @jax.jit
     def score(params, batch):
         return objective.score_inference(
-            nnx.merge(graph, params), batch, latent=latent, key=KEY, chunk=8
+            nnx.merge(graph, params),
+            batch,
+            steering=steering,
+            key=KEY,
+            chunk=8,
+            with_effect=steering is not None,
         )
 
     return score(params, batch)
 
 
+@pytest.mark.parametrize("steering", [Steering("mean"), Steering("argmax")])
+def test_the_effect_is_the_divergence_that_z_makes(steering):
+    graph, params = tiny.split_policy()
+    pairs = PAIRS[:3]
+    (batch,) = tiny.batches(pairs, rows=4)
+    found = objective.score_inference(
+        nnx.merge(graph, params),
+        batch,
+        steering=steering,
+        key=KEY,
+        chunk=8,
+        with_effect=True,
+    )
+    policy = nnx.merge(graph, params)
+    head = np.asarray(policy.decoder.head_weight, np.float64)
+    hidden = np.asarray(policy.hidden(batch), np.float64)
+    vector = np.asarray(found.prior.vector, np.float64)
+    for row, slot in np.argwhere(np.asarray(batch.pair_mask)):
+        wanted = 0.0
+        for at in np.flatnonzero(np.asarray(batch.score_mask[row])):
+            if int(batch.score_slot[row, at]) // 2 == slot:
+                state = hidden[row, int(batch.score_from[row, at])]
+                q, p = (
+                    scipy.special.log_softmax(head @ h)
+                    for h in (state + vector[row, slot], state)
+                )
+                wanted += np.sum(np.exp(q) * (q - p))
+        assert wanted > 0.01
+        assert float(found.effect[row, slot]) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_likelihood_term_adds_the_chosen_answers_mean_and_its_gradient():
+    graph, params = tiny.split_policy(latent=None)
+    batches = tiny.batches(PAIRS)
+    plain = tiny.config(latent=None, loss=cfg.Simpo(beta=2.0, gamma=0.5))
+    weighted = dataclasses.replace(
+        plain, loss=cfg.Simpo(beta=2.0, gamma=0.5, sft_weight=0.7)
+    )
+
+    def difference(params):
+        one, _ = loss_of(graph, weighted, batches, params)
+        other, _ = loss_of(graph, plain, batches, params)
+        return one - other
+
+    def likelihood(params):
+        """Each chosen answer by itself, unpacked."""
+        total = 0.0
+        for pair in PAIRS:
+            alone = dataclasses.replace(pair, rejected=pair.chosen)
+            (batch,) = tiny.batches([alone], rows=1)
+            scores = objective.score_inference(
+                nnx.merge(graph, params), batch, steering=None, key=KEY, chunk=8
+            )
+            total -= scores.logp[0, 0, 0] / len(pair.chosen)
+        return 0.7 * total
+
+    ours, gradient = jax.value_and_grad(difference)(params)
+    wanted, second = jax.value_and_grad(likelihood)(params)
+    assert float(ours) == pytest.approx(float(wanted), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()) + 1e-5)
+
+
 def test_changing_an_answer_leaves_the_prior_as_it_is():
     graph, params = tiny.split_policy()
-    latent = tiny.config().latent
+    steering = Steering("mean")
     changed = dataclasses.replace(
         PAIRS[0], chosen=(PAIRS[0].chosen + 1) % 97, rejected=PAIRS[0].rejected[:1]
     )
-    before = scores_of([PAIRS[0]], graph, params, latent)
-    after = scores_of([changed], graph, params, latent)
+    before = scores_of([PAIRS[0]], graph, params, steering)
+    after = scores_of([changed], graph, params, steering)
     np.testing.assert_array_equal(before.prior.logits[0, 0], after.prior.logits[0, 0])
     difference = before.posterior.logits[0, 0] - after.posterior.logits[0, 0]
     assert np.abs(difference).max() > 1e-3
 
 
 def test_unscored_positions_do_not_change_the_loss():
-    graph, params = tiny.split_policy()
+    # Means over answers would read the states of all their tokens.
+    graph, params = tiny.split_policy(
+        latent=tiny.LATENT | {"posterior_input": "concat"}
+    )
     config = tiny.config()
     (batch,) = tiny.batches(PAIRS[:2])
     model = nnx.merge(graph, params)
@@ -293,7 +375,7 @@ def test_stopping_the_backbone_gradient_keeps_the_value_and_changes_the_gradient
         latent=dataclasses.replace(flow.latent, backbone_gradient="stop")
     )
     grads = [gradient_of(graph, c, batches, params) for c in (flow, stop)]
-    np.testing.assert_array_equal(grads[0][0], grads[1][0])
+    np.testing.assert_allclose(grads[0][0], grads[1][0], rtol=1e-6)
     embedding = [g[1]["decoder"]["embedding"] for g in grads]
     assert np.abs(embedding[0] - embedding[1]).max() > 1e-6
     codebook = [g[1]["latent"]["codebook"] for g in grads]
@@ -306,7 +388,10 @@ def test_inference_modes_take_mean_draw_or_largest_code_of_the_prior():
     codebook = np.asarray(params["latent"]["codebook"])
     found = {
         mode: scores_of(
-            PAIRS[:2], graph, params, dataclasses.replace(latent, inference=mode)
+            PAIRS[:2],
+            graph,
+            params,
+            objective.inference(dataclasses.replace(latent, inference=mode)),
         )
         for mode in ("mean", "sample", "argmax")
     }

@@ -34,7 +34,12 @@ ARCHITECTURE = Architecture(
     tied=False,
     context_length=128,
 )
-LATENT = {"num_codes": 6, "hidden_width": None, "codebook_scale": 0.5}
+LATENT = {
+    "num_codes": 6,
+    "hidden_width": None,
+    "codebook_scale": 0.5,
+    "posterior_input": "both",
+}
 # Random weights this large make attention and logits far from uniform.
 SHARPENING = 4.0
 
@@ -45,7 +50,7 @@ def config(**changes: Any) -> cfg.Config:
         "name": "tiny",
         "model": cfg.Model(path="unused", score_chunk=8),
         "loss": cfg.Simpo(beta=2.0, gamma=0.5),
-        "latent": cfg.Latent(num_codes=6, codebook_scale=0.5),
+        "latent": cfg.Latent(num_codes=6),
         "data": cfg.Data(train="unused"),
         "optimizer": cfg.Optimizer(
             learning_rate=1e-3, schedule="constant", warmup_fraction=0.0

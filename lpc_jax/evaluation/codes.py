@@ -32,7 +32,6 @@ from lpc_jax.evaluation import pairs as pair_scores
 from lpc_jax.evaluation import steering
 from lpc_jax.evaluation.code_measures import Measures
 from lpc_jax.evaluation.system import System
-from lpc_jax.models.policy import read_at
 from lpc_jax.types import Batch, LatentCodes
 
 PROMPTS_SHOWN, TOKENS_SHOWN = 8, 16
@@ -334,12 +333,11 @@ def _program(
     )
     def program(params: dict[str, Any], batch: Batch) -> tuple[LatentCodes, Array]:
         policy = nnx.merge(system.graph, params)
-        hidden, latent = policy.hidden(batch), policy.latent
+        states, latent = policy.states(batch), policy.latent
         assert latent is not None
-        prior = latent.prior(read_at(hidden, batch.prompt_end))
-        posterior = latent.posterior(
-            read_at(hidden, batch.chosen_end), read_at(hidden, batch.rejected_end)
-        )
+        assert states.prompt is not None
+        assert states.judged is not None
+        prior, posterior = latent.prior(states.prompt), latent.posterior(states.judged)
         return latent.codes(prior, jax.nn.softmax(prior, axis=-1)), posterior
 
     return program

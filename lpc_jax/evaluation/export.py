@@ -26,6 +26,7 @@ from lpc_jax.evaluation import steering
 from lpc_jax.evaluation.generate import end_tokens
 from lpc_jax.evaluation.system import Outline, System
 from lpc_jax.models import architectures, weights
+from lpc_jax.models import latent as latent_models
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -150,6 +151,7 @@ def _lpc_config(system: System) -> dict[str, Any]:
     """What the ``config.json`` of a folder with codes has of its own."""
     latent, family = system.latent, system.architecture.family
     assert latent is not None
+    width, chosen = system.architecture.width, steering.of_settings(latent)
     names = {family: name for name, family in architectures.LPC_FAMILIES.items()}
     module = MODULE.removesuffix(".py")
     return {
@@ -162,9 +164,13 @@ def _lpc_config(system: System) -> dict[str, Any]:
         },
         "lpc": {
             "num_codes": latent.num_codes,
-            "hidden_width": latent.hidden_width or system.architecture.width,
-            "how": latent.inference,
-            "temperature": steering.of_settings(latent).temperature,
+            "hidden_width": latent.hidden_width or width,
+            "posterior_inputs": latent_models.judged_width(
+                latent.posterior_input, width
+            ),
+            "how": chosen.how,
+            "temperature": chosen.temperature,
+            "one_code": chosen.one_code,
             "settings": dataclasses.asdict(latent),
         },
     }

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from lpc_jax import axes, untrusted
@@ -24,8 +25,11 @@ from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
 from lpc_jax.models.cached import Cache, CachedDecoder
 from lpc_jax.models.latent import LatentHead
+from lpc_jax.types import HostOrDevice
 
 Ids = Int32[np.ndarray, "_"]
+# NumPy's as the host has it, JAX's inside jit.
+Scalar = np.float32 | Array
 
 # Tokens of a prompt that are read at a time; a prompt is padded to a multiple of the
 # last.
@@ -117,7 +121,7 @@ class _State:
     slot: Int[Array, ""]
     tokens: Int[Array, "R T"]
     count: Int[Array, ""]
-    done: Bool[Array, "R"]
+    done: Bool[HostOrDevice, "R"]
     vector: Float[Array, "R D"] | None
     keys: Any
 
@@ -137,10 +141,7 @@ class Generator:
     def __init__(self, system: System, *, batch: int) -> None:
         self.system, self._batch = system, batch
         with jax.set_mesh(system.mesh):
-            policy = system.policy
-            self._graph, self._params = nnx.split(
-                (CachedDecoder(policy.decoder), policy.latent)
-            )
+            self._graph, self._params = _laid_apart(system.graph, system.params)
         self.ends = end_tokens(system)
 
     def require_room(self, prompts: Sequence[Ids]) -> None:
@@ -224,6 +225,17 @@ class Generator:
             yield from answers.completions()
 
 
+def _laid_apart(graph: Any, params: Any) -> tuple[Any, Any]:
+    """Decoder and latent for ``nnx.merge``, the decoder's layers apart."""
+
+    def make(params: Any) -> tuple[CachedDecoder, LatentHead | None]:
+        policy = nnx.merge(graph, params)
+        return CachedDecoder(policy.decoder), policy.latent
+
+    apart, _ = nnx.split(nnx.eval_shape(make, params))
+    return apart, jax.jit(lambda params: nnx.split(make(params))[1])(params)
+
+
 class _Answers:
     """The answers to one batch of prompts."""
 
@@ -259,9 +271,10 @@ class _Answers:
             nucleus=sampling.top_p < 1,
             ends=generator.ends,
         )
+        # NumPy's: every process of several hands in the same.
         self._scales = (
-            jnp.float32(sampling.temperature or 1.0),
-            jnp.float32(sampling.top_p),
+            np.float32(sampling.temperature or 1.0),
+            np.float32(sampling.top_p),
         )
         ids = np.zeros(rows, np.int32)
         ids[: len(chosen)] = numbers
@@ -270,7 +283,7 @@ class _Answers:
                 generator,
                 tokens,
                 first,
-                jax.random.key(seed),
+                np.uint32(seed),
                 ids,
                 len(chosen),
                 self._limit,
@@ -280,7 +293,8 @@ class _Answers:
             )
         self._picking = picking
         self._prior, self._weights = (
-            None if x is None else np.asarray(x) for x in (prior, weights)
+            None if x is None else np.asarray(jax.device_get(x))
+            for x in (prior, weights)
         )
         self._look()
 
@@ -298,7 +312,7 @@ class _Answers:
                 generator._graph,
                 generator._params,
                 self._state,
-                jnp.int32(limit),
+                np.int32(limit),
                 self._scales,
                 picking=self._picking,
             )
@@ -327,7 +341,7 @@ class _Answers:
             if found:
                 row.text, row.reason = row.text[: min(found)], "stop"
             done[number] |= bool(row.reason)
-        self._state = dataclasses.replace(self._state, done=jnp.asarray(done))
+        self._state = dataclasses.replace(self._state, done=done)
 
     def completions(self) -> list[Completion]:
         """The answers so far; what may not stay in a text is held back from it."""
@@ -376,13 +390,13 @@ def _begin(
     generator: Generator,
     tokens: Int[np.ndarray, "R T"],
     first: Int[np.ndarray, "R"],
-    key: Array,
+    seed: Any,
     ids: Int[np.ndarray, "R"],
     used: int,
     limit: int,
     steering: Steering,
     picking: _Picking,
-    scales: tuple[Array, Array],
+    scales: tuple[Scalar, Scalar],
 ) -> tuple[_State, Array | None, Array | None]:
     """Reads the prompts, chooses z and the first token."""
     graph, params = generator._graph, generator._params
@@ -410,7 +424,7 @@ def _begin(
         first,
         np.int32(tokens.shape[1]),
         np.arange(tokens.shape[0]) >= used,
-        key,
+        seed,
         ids,
         scales,
         limit=_round_up(limit, _SLOTS),
@@ -455,16 +469,16 @@ def _choose_z(
     first: Int[Array, "R"],
     slot: Int[Array, ""],
     unused: Bool[Array, "R"],
-    key: Any,
+    seed: Any,
     ids: Int[Array, "R"],
-    scales: tuple[Array, Array],
+    scales: tuple[Scalar, Scalar],
     *,
     limit: int,
     steering: Steering,
     picking: _Picking,
 ) -> tuple[_State, Float[Array, "R C"] | None, Float[Array, "R C"] | None]:
     decoder, latent = nnx.merge(graph, params)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(ids)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(ids)
     prior = weights = vector = None
     if latent is not None:
         assert isinstance(latent, LatentHead)
@@ -483,7 +497,8 @@ def _choose_z(
         vector=vector,
         keys=keys,
     )
-    return _written(decoder, state, hidden, scales, picking), prior, weights
+    written = _written(decoder, state, hidden, scales, picking)
+    return written, _everywhere(prior), _everywhere(weights)
 
 
 @functools.partial(
@@ -494,7 +509,7 @@ def _write(
     params: Any,
     state: _State,
     limit: Int[Array, ""],
-    scales: tuple[Array, Array],
+    scales: tuple[Scalar, Scalar],
     *,
     picking: _Picking,
 ) -> _State:
@@ -518,7 +533,7 @@ def _written(
     decoder: CachedDecoder,
     state: _State,
     hidden: Float[Array, "R D"],
-    scales: tuple[Array, Array],
+    scales: tuple[Scalar, Scalar],
     picking: _Picking,
 ) -> _State:
     """With one more token in each row: pi(y_t | x, y_<t, z) = softmax(head (h + z))."""
@@ -538,15 +553,23 @@ def _written(
     tokens = jax.lax.dynamic_update_slice_in_dim(
         state.tokens, token[:, None], state.count, axis=1
     )
-    return dataclasses.replace(
-        state, tokens=tokens, count=state.count + 1, done=state.done | ended
+    tokens, count, done = map(
+        _everywhere, (tokens, state.count + 1, state.done | ended)
     )
+    return dataclasses.replace(state, tokens=tokens, count=count, done=done)
+
+
+def _everywhere(x: Any) -> Any:
+    """Whole on every device, so that every process can read it."""
+    if x is None or jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def _pick(
     logits: Float[Array, "R V"],
     keys: Any,
-    scales: tuple[Array, Array],
+    scales: tuple[Scalar, Scalar],
     picking: _Picking,
 ) -> Int[Array, "R"]:
     if picking.greedy:
@@ -565,7 +588,7 @@ def keep_likeliest(
     logits: Float[Array, "R V"],
     *,
     top_k: int | None,
-    top_p: float | Float[Array, ""] | None,
+    top_p: float | Scalar | None,
 ) -> Float[Array, "R V"]:
     """Logits with all but the likeliest tokens at minus infinity.
 

@@ -261,10 +261,9 @@ def _program(
         scores = objective.score_inference(
             nnx.merge(system.graph, params),
             batch,
-            latent=system.latent,
+            steering=steering,
             key=jax.random.key(seed),
             chunk=chunk,
-            choose=None if steering is None else steering.weights,
         )
         return scores.logp
 

@@ -9,68 +9,12 @@ import dataclasses
 import math
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 from lpc_jax import config as cfg
 from lpc_jax import objective
-from lpc_jax.models import latent as latent_models
+from lpc_jax.models.latent import Steering
 
 # A mix given by hand must sum to 1 within this.
 _TOLERANCE = 1e-3
-
-
-@dataclasses.dataclass(frozen=True)
-class Steering:
-    """Where the weights of a prompt's codes come from.
-
-    Attributes:
-        how: ``mean``: the prior's probabilities (the default of LPC at inference);
-            ``sample``: a Gumbel-softmax draw from it; ``argmax``: its largest code;
-            ``mix``: the same given weights for every prompt.
-        mix: Of ``mix``: the weight of each code that has one.
-        temperature: tau of ``sample``.
-    """
-
-    how: Literal["mean", "sample", "argmax", "mix"]
-    mix: tuple[tuple[int, float], ...] = ()
-    temperature: float = 1.0
-
-    def weights(
-        self, prior_logits: Float[Array, "*pairs C"], key: Array
-    ) -> Float[Array, "*pairs C"]:
-        """Each prompt's weights of the codes, on the simplex.
-
-        Args:
-            prior_logits: The prior's, of each prompt.
-            key: Seeds the noise of ``sample``; the others don't read it.
-        """
-        if self.how == "mix":
-            given = jnp.zeros(prior_logits.shape[-1])
-            for code, weight in self.mix:
-                given = given.at[code].set(weight)
-            return jnp.broadcast_to(given, prior_logits.shape)
-        if self.how == "argmax":
-            return latent_models.one_code(prior_logits)
-        if self.how == "sample":
-            noise = jax.random.gumbel(key, prior_logits.shape)
-            return latent_models.gumbel_softmax(
-                prior_logits, noise, temperature=self.temperature
-            )
-        return jax.nn.softmax(prior_logits, axis=-1)
-
-    def said(self) -> str:
-        """In words, for a person."""
-        if self.how == "mix":
-            return "codes " + ", ".join(
-                f"{code}: {weight:g}" for code, weight in self.mix
-            )
-        return {
-            "mean": "the prior's mean",
-            "sample": f"a draw from the prior (tau {self.temperature:g})",
-            "argmax": "the prior's largest code",
-        }[self.how]
 
 
 def of_settings(
@@ -82,8 +26,8 @@ def of_settings(
         latent: The run's settings.
         how: None: what they say; ``sample`` draws at the last step's temperature.
     """
-    tau = float(objective.temperature(latent, jnp.asarray(1.0)))
-    return Steering(how or latent.inference, temperature=tau)
+    settings = objective.inference(latent)
+    return dataclasses.replace(settings, how=how or settings.how)
 
 
 def code(text: str, num_codes: int) -> Steering:

@@ -22,6 +22,7 @@ from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.models import adapters, policy, weights
+from lpc_jax.models import latent as latent_models
 from lpc_jax.models.architectures import Architecture
 
 CHECKPOINTS = "checkpoints"
@@ -228,6 +229,47 @@ def _system(found: Outline, params: dict[str, Any], mesh: Mesh) -> System:
     )
 
 
+def of_run(
+    config: cfg.Config,
+    architecture: Architecture,
+    tokenizer: Tokenizer,
+    params: dict[str, Any],
+    mesh: Mesh,
+    model_path: Path,
+) -> System:
+    """A run as it is while it trains, its adapters merged.
+
+    Args:
+        config: Of the run.
+        architecture: The decoder's.
+        tokenizer: With its chat template.
+        params: Of the whole policy; they stay as they are.
+        mesh: Where they are.
+        model_path: Of the start weights.
+    """
+    platform = sharding.platform(mesh)
+    merged = dataclasses.replace(config, adapters=None)
+    _, graph, _ = assembly.abstract(merged, architecture, platform, plain=False)
+    params = dict(params)
+    if config.adapters is not None:
+        scale = config.adapters.alpha / config.adapters.rank
+        params["decoder"] = adapters.merge(
+            params["decoder"], params.pop("adapters"), scale=scale
+        )
+    params["decoder"] = _cast(params["decoder"], _dtype_of(config, mesh, None))
+    return System(
+        name=config.name,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        graph=graph,
+        params=params,
+        latent=config.latent,
+        config=config,
+        mesh=mesh,
+        model_path=model_path,
+    )
+
+
 def _dtype_of(
     config: cfg.Config, mesh: Mesh, dtype: jnp.dtype | None
 ) -> Callable[[str], jnp.dtype]:
@@ -270,8 +312,12 @@ def _load_model(found: Outline, mesh: Mesh, dtype: jnp.dtype | None) -> dict[str
     settings = found.config.latent
     if settings is None:
         return {"decoder": _load_decoder(found, mesh, dtype)}
-    hidden_width = settings.hidden_width or found.architecture.width
-    latent = weights.LatentSizes(settings.num_codes, hidden_width)
+    width = found.architecture.width
+    latent = weights.LatentSizes(
+        settings.num_codes,
+        settings.hidden_width or width,
+        latent_models.judged_width(settings.posterior_input, width),
+    )
     params = {"decoder": _load_decoder(found, mesh, dtype, latent)}
     _, shardings = _shapes(found.config, found.architecture, mesh)
     params["latent"] = weights.load_latent(

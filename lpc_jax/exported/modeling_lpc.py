@@ -53,11 +53,11 @@ class CodeMlp(nn.Module):
 class LatentHead(nn.Module):
     """Codebook, prior and posterior; only pairs of answers have a posterior."""
 
-    def __init__(self, width, hidden_width, num_codes):
+    def __init__(self, width, hidden_width, num_codes, posterior_inputs):
         super().__init__()
         self.codebook = nn.Parameter(torch.zeros(num_codes, width))
         self.prior_mlp = CodeMlp(width, hidden_width, num_codes)
-        self.posterior_mlp = CodeMlp(2 * width, hidden_width, num_codes)
+        self.posterior_mlp = CodeMlp(posterior_inputs, hidden_width, num_codes)
 
 
 class LpcMixin:
@@ -86,7 +86,10 @@ class LpcMixin:
         super().__init__(config)
         lpc = config.lpc
         self.latent = LatentHead(
-            config.hidden_size, lpc["hidden_width"], lpc["num_codes"]
+            config.hidden_size,
+            lpc["hidden_width"],
+            lpc["num_codes"],
+            lpc["posterior_inputs"],
         )
         self.post_init()
 
@@ -184,6 +187,10 @@ class LpcMixin:
         if how == "sample":
             gumbel = -torch.log(torch.empty_like(logits).exponential_())
             logits = (logits + gumbel) / temperature
+            if lpc["one_code"]:
+                return nn.functional.one_hot(
+                    logits.argmax(-1), lpc["num_codes"]
+                ).float()
         return logits.softmax(-1)
 
     def code_bias(self, code_weights):
@@ -272,13 +279,13 @@ def mix_weights(mix, num_codes):
 
 
 class LpcLlamaConfig(LlamaConfig):
-    """Llama's, with ``lpc``: num_codes, hidden_width, how, temperature."""
+    """Llama's, with ``lpc``: sizes of the latent and how z is chosen."""
 
     model_type = "lpc_llama"
 
 
 class LpcMistralConfig(MistralConfig):
-    """Mistral's, with ``lpc``: num_codes, hidden_width, how, temperature."""
+    """Mistral's, with ``lpc``: sizes of the latent and how z is chosen."""
 
     model_type = "lpc_mistral"
 

@@ -6,11 +6,14 @@ schedules or losses. Everything here is fp32.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.cluster.vq
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -19,6 +22,15 @@ from lpc_jax.types import LatentCodes
 # Keeps a coordinate that hardly varies from being blown up: its standard deviation
 # counts as at least this share of the hidden states' root mean square.
 _LEAST_SPREAD = 0.01
+
+# Of the start from clusters: principal components in which clusters are sought, logit
+# of a pair's cluster above the others', and the ridge as a share of the mean variance.
+_COMPONENTS, _CLUSTER_LOGIT, _RIDGE = 20, 3.0, 0.01
+
+# What is kept of a limit for products in another order or precision.
+_ROUNDING = 1e-3
+
+PosteriorInput = Literal["concat", "difference", "mean_difference", "both"]
 
 
 class CodeMlp(nnx.Module):
@@ -49,49 +61,174 @@ class CodeMlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "*pairs inputs"]) -> Float[Array, "*pairs C"]:
         """Logits over codes."""
+        hidden = self.hidden(self.standard(x))
+        return hidden @ self.output_kernel[...] + self.output_bias[...]
+
+    def standard(
+        self, x: Float[Array, "*pairs inputs"]
+    ) -> Float[Array, "*pairs inputs"]:
+        """The standardised inputs."""
         mean, spread = jax.lax.stop_gradient(
             (self.input_mean[...], self.input_spread[...])
         )
-        x = (x - mean) / spread
+        return (x - mean) / spread
+
+    def hidden(
+        self, standard: Float[Array, "*pairs inputs"]
+    ) -> Float[Array, "*pairs W"]:
+        """What the output layer reads, its scaling included."""
         inputs, hidden_width = self.hidden_kernel.shape
-        hidden = x @ self.hidden_kernel[...] / math.sqrt(inputs)
-        hidden = jax.nn.silu(hidden + self.hidden_bias[...])
-        logits = hidden @ self.output_kernel[...] / math.sqrt(hidden_width)
-        return logits + self.output_bias[...]
+        hidden = standard @ self.hidden_kernel[...] / math.sqrt(inputs)
+        return jax.nn.silu(hidden + self.hidden_bias[...]) / math.sqrt(hidden_width)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AnswerStates:
+    """Last hidden states over answers, by side.
+
+    Attributes:
+        end: At each answer's last token.
+        mean: The mean over each answer's tokens.
+    """
+
+    end: Float[Array, "*pairs 2 D"]
+    mean: Float[Array, "*pairs 2 D"]
+
+
+def judged_width(posterior_input: PosteriorInput, width: int) -> int:
+    """How many numbers the posterior reads of a pair, at model width D."""
+    return width * (2 if posterior_input in ("concat", "both") else 1)
+
+
+def judged(
+    states: AnswerStates, posterior_input: PosteriorInput
+) -> Float[Array, "*pairs inputs"]:
+    """What the posterior reads of a judged pair, in fp32.
+
+    Args:
+        states: Of the chosen (0) and the rejected (1) answer.
+        posterior_input: ``concat``: both ends side by side (LPC eq. 8);
+            ``difference``: chosen minus rejected of the ends, ``mean_difference`` of
+            the means, ``both`` of each. A network over the concatenation has to learn
+            the subtraction first, and on data/dsp_hidden does not (docs/results.md).
+    """
+    end, mean = states.end.astype(jnp.float32), states.mean.astype(jnp.float32)
+    if posterior_input == "concat":
+        return jnp.concatenate([end[..., 0, :], end[..., 1, :]], axis=-1)
+    of_end, of_mean = (x[..., 0, :] - x[..., 1, :] for x in (end, mean))
+    if posterior_input == "difference":
+        return of_end
+    if posterior_input == "mean_difference":
+        return of_mean
+    return jnp.concatenate([of_end, of_mean], axis=-1)
 
 
 def standardization(
     prompt: Float[np.ndarray, "B D"],
-    chosen: Float[np.ndarray, "B D"],
-    rejected: Float[np.ndarray, "B D"],
+    pairs: Float[np.ndarray, "B inputs"],
+    *,
+    posterior_input: PosteriorInput,
 ) -> dict[str, dict[str, Float[np.ndarray, "_"]]]:
     """The fixed inputs' means and spreads of both MLPs, from some pairs of the data.
 
     Data-dependent initialisation (Salimans & Kingma 2016, section 3). Chosen and
-    rejected answers share theirs, so that nothing tells them apart but their states.
+    rejected answers share theirs, and differences have mean 0, so that nothing tells
+    the two apart but their states.
 
     Args:
         prompt: Last hidden states of the start model where the prior reads.
-        chosen: Where the posterior reads.
-        rejected: Likewise.
+        pairs: What the posterior reads, from ``judged``.
+        posterior_input: What that is.
 
     Returns:
         ``input_mean`` and ``input_spread`` for ``prior_mlp`` and ``posterior_mlp``.
     """
+    concat = posterior_input == "concat"
+    sides = np.concatenate(np.split(pairs, 2, axis=1)) if concat else pairs
 
-    def moments(states: np.ndarray, copies: int) -> dict[str, np.ndarray]:
+    def moments(states: np.ndarray, centre: bool, copies: int) -> dict[str, np.ndarray]:
         states = states.astype(np.float64)
         least = _LEAST_SPREAD**2 * np.mean(states**2)
-        found = {
-            "input_mean": states.mean(axis=0),
-            "input_spread": np.sqrt(states.var(axis=0) + least),
-        }
+        mean = states.mean(axis=0) if centre else np.zeros(states.shape[1])
+        spread = np.sqrt(np.mean((states - mean) ** 2, axis=0) + least)
+        found = {"input_mean": mean, "input_spread": spread}
         return {k: np.tile(v, copies).astype(np.float32) for k, v in found.items()}
 
     return {
-        "prior_mlp": moments(prompt, 1),
-        "posterior_mlp": moments(np.concatenate([chosen, rejected]), 2),
+        "prior_mlp": moments(prompt, True, 1),
+        "posterior_mlp": moments(sides, concat, 1 + concat),
     }
+
+
+def cluster_output(
+    hidden: Float[np.ndarray, "B W"], inputs: Float[np.ndarray, "B inputs"], codes: int
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """An output layer under which a belief tells clusters of its inputs apart.
+
+    From random networks the codes compete for all pairs at once and often one wins; a
+    codebook that starts from clusters of the data does not collapse (Zeghidour et al.
+    2021, section III.C, start vector quantisation so). Clusters are k-means' on the
+    inputs' first principal components; the layer is fitted to them by ridge regression.
+
+    Args:
+        hidden: What the layer reads of some pairs, scaled as the network scales it.
+        inputs: The network's standardised inputs for these.
+        codes: C; with fewer pairs than codes the last codes start without a cluster.
+
+    Returns:
+        ``output_kernel`` and ``output_bias`` for a layer that reads ``hidden``.
+    """
+    centred = inputs - inputs.mean(axis=0)
+    directions = np.linalg.svd(centred, full_matrices=False)[2][:_COMPONENTS]
+    _, cluster = scipy.cluster.vq.kmeans2(
+        centred @ directions.T, min(codes, len(inputs)), minit="++", rng=0
+    )
+    wanted = _CLUSTER_LOGIT * (np.eye(codes)[cluster] - 1 / codes)
+    features = (hidden - hidden.mean(axis=0)).astype(np.float64)
+    products = features @ features.T
+    ridge = _RIDGE * np.trace(products) / min(products.shape[0], hidden.shape[1])
+    dual = np.linalg.solve(
+        products + ridge * np.eye(len(products)), wanted - wanted.mean(axis=0)
+    )
+    kernel = features.T @ dual
+    bias = wanted.mean(axis=0) - hidden.mean(axis=0) @ kernel
+    return {
+        "output_kernel": kernel.astype(np.float32),
+        "output_bias": bias.astype(np.float32),
+    }
+
+
+@jax.jit
+def codebook_unit(head: Float[Array, "V D"]) -> Float[Array, ""]:
+    """Standard deviation of a random code that moves logits by 1 nat r.m.s.
+
+    What a code e does is the spread of head @ e over the vocabulary: a constant changes
+    nothing under the softmax. For e of independent coordinates of deviation s its mean
+    square is s^2 times the trace of the covariance of the head's rows.
+    """
+    rows = head.astype(jnp.float32)
+    return 1 / jnp.sqrt(jnp.sum(jnp.var(rows, axis=0)))
+
+
+def limit_codes(
+    codebook: Float[Array, "C D"], head: Float[Array, "V D"], limit: float
+) -> Float[Array, "C D"]:
+    """Codes scaled down to where no mix of them can change what is said by more.
+
+    For logits moved by b, KL(pi(. | z) || pi(. | 0)) is at most (max b - min b)^2 / 8
+    (the variance in Hoeffding's lemma), and the range of a convex mix is at most its
+    codes' largest.
+
+    Args:
+        codebook: E.
+        head: The LM head.
+        limit: In nats, at any position of any answer.
+    """
+    moved = jnp.einsum("CD,VD->CV", codebook, head.astype(jnp.float32))
+    spread = jnp.max(moved, axis=-1) - jnp.min(moved, axis=-1)
+    allowed = math.sqrt(8 * limit) * (1 - _ROUNDING)
+    return codebook * jnp.minimum(1.0, allowed / spread)[:, None]
 
 
 class LatentHead(nnx.Module):
@@ -103,6 +240,7 @@ class LatentHead(nnx.Module):
         num_codes: C.
         codebook_scale: Standard deviation of the codebook; 0 starts as the plain
             policy, exactly.
+        posterior_input: As ``judged``.
     """
 
     def __init__(
@@ -112,30 +250,101 @@ class LatentHead(nnx.Module):
         hidden_width: int,
         num_codes: int,
         codebook_scale: float,
+        posterior_input: PosteriorInput,
         rngs: nnx.Rngs,
     ):
+        self.posterior_input: PosteriorInput = posterior_input
         self.codebook = nnx.Param(
             codebook_scale * jax.random.normal(rngs.params(), (num_codes, width))
         )
         self.prior_mlp = CodeMlp(width, hidden_width, num_codes, rngs=rngs)
-        self.posterior_mlp = CodeMlp(2 * width, hidden_width, num_codes, rngs=rngs)
+        self.posterior_mlp = CodeMlp(
+            judged_width(posterior_input, width), hidden_width, num_codes, rngs=rngs
+        )
 
     def prior(self, prompt: Float[Array, "*pairs D"]) -> Float[Array, "*pairs C"]:
         """Logits of p(z | x), eq. 9, from the hidden state at the prompt's end."""
         return self.prior_mlp(prompt.astype(jnp.float32))
 
     def posterior(
-        self, chosen: Float[Array, "*pairs D"], rejected: Float[Array, "*pairs D"]
+        self, pairs: Float[Array, "*pairs inputs"]
     ) -> Float[Array, "*pairs C"]:
-        """Logits of q(z | x, y_w > y_l), eq. 8, from both answers' last states."""
-        both = jnp.concatenate([chosen, rejected], axis=-1)
-        return self.posterior_mlp(both.astype(jnp.float32))
+        """Logits of q(z | x, y_w > y_l), eq. 8, from what ``judged`` read."""
+        return self.posterior_mlp(pairs)
 
     def codes(
         self, logits: Float[Array, "*pairs C"], weights: Float[Array, "*pairs C"]
     ) -> LatentCodes:
         """The mix of codes that given weights make."""
         return LatentCodes(logits, weights, weights @ self.codebook[...])
+
+
+@dataclasses.dataclass(frozen=True)
+class Steering:
+    """How the weights of codes come from a belief: the one place where z is chosen.
+
+    Attributes:
+        how: ``mean``: the belief's probabilities (the default of LPC at inference);
+            ``sample``: a Gumbel-softmax draw from it; ``argmax``: its largest code;
+            ``mix``: the same given weights for every belief.
+        mix: Of ``mix``: the weight of each code that has one.
+        temperature: tau of ``sample``.
+        one_code: Of ``sample``: the draw's largest code alone, with the draw's gradient
+            (Bengio et al. 2013).
+    """
+
+    how: Literal["mean", "sample", "argmax", "mix"]
+    mix: tuple[tuple[int, float], ...] = ()
+    temperature: float = 1.0
+    one_code: bool = False
+
+    def weights(
+        self, logits: Float[Array, "*pairs C"], key: Array
+    ) -> Float[Array, "*pairs C"]:
+        """Each belief's weights of the codes, on the simplex.
+
+        Args:
+            logits: The beliefs, as a rule the prior's.
+            key: Seeds the noise of ``sample``; the others don't read it.
+        """
+        if self.how == "mix":
+            given = jnp.zeros(logits.shape[-1])
+            for code, weight in self.mix:
+                given = given.at[code].set(weight)
+            return jnp.broadcast_to(given, logits.shape)
+        if self.how == "argmax":
+            return one_code(logits)
+        if self.how == "sample":
+            noise = jax.random.gumbel(key, logits.shape)
+            return draw(
+                logits, noise, temperature=self.temperature, one_code=self.one_code
+            )
+        return jax.nn.softmax(logits, axis=-1)
+
+    def said(self) -> str:
+        """In words, for a person."""
+        if self.how == "mix":
+            return "codes " + ", ".join(
+                f"{code}: {weight:g}" for code, weight in self.mix
+            )
+        kind = "one code" if self.one_code else "a draw"
+        return {
+            "mean": "the prior's mean",
+            "sample": f"{kind} from the prior (tau {self.temperature:g})",
+            "argmax": "the prior's largest code",
+        }[self.how]
+
+
+def draw(
+    logits: Float[Array, "*pairs C"],
+    gumbel: Float[Array, "*pairs C"],
+    *,
+    temperature: float | Float[Array, ""],
+    one_code: bool,
+) -> Float[Array, "*pairs C"]:
+    """A relaxed draw, or with ``one_code`` its largest code, straight through."""
+    weights = gumbel_softmax(logits, gumbel, temperature=temperature)
+    return straight_through(weights) if one_code else weights
 
 
 def gumbel_softmax(

@@ -5,6 +5,7 @@ Knows nothing of losses or schedules.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -15,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from lpc_jax.models.adapters import BlockAdapters
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.decoder import Decoder, stacked
-from lpc_jax.models.latent import LatentHead
-from lpc_jax.types import Batch
+from lpc_jax.models.latent import AnswerStates, LatentHead, judged
+from lpc_jax.types import CHOSEN, REJECTED, Batch
 
 # Folded into a policy's key to seed its adapters.
 _ADAPTERS = 1
@@ -40,6 +41,52 @@ class Policy(nnx.Module):
         return self.decoder(
             batch.tokens, batch.positions, batch.pair, batch.branch, self.adapters
         )
+
+    def states(self, batch: Batch) -> States:
+        """One decoder pass, and what is read of it."""
+        hidden = self.hidden(batch)
+        scored = read_at(hidden, batch.score_from)
+        if self.latent is None:
+            return States(scored, None, None)
+        return States(
+            scored,
+            read_at(hidden, batch.prompt_end),
+            judged(answer_states(hidden, batch), self.latent.posterior_input),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class States:
+    """Last hidden states of a micro-batch where something reads them.
+
+    Attributes:
+        scored: Those that predict an answer's token.
+        prompt: At each prompt's end, where the prior reads; None without a latent.
+        judged: What the posterior reads of each pair, likewise.
+    """
+
+    scored: Float[Array, "R S D"]
+    prompt: Float[Array, "R P D"] | None
+    judged: Float[Array, "R P inputs"] | None
+
+
+def answer_states(hidden: Float[Array, "R T D"], batch: Batch) -> AnswerStates:
+    """Each pair's answers at their ends and in the mean over their tokens."""
+    ends = jnp.stack([batch.chosen_end, batch.rejected_end], axis=-1)
+    slots = batch.pair_mask.shape[1]
+    sides = jnp.stack([batch.branch == CHOSEN, batch.branch == REJECTED], axis=-1)
+    of_slot = batch.pair[..., None] == jnp.arange(slots)  # R T P
+    share = (of_slot[..., None] & sides[:, :, None, :]) / batch.lengths[:, None]
+    mean = jnp.einsum(
+        "RTD,RTPA->RPAD",
+        hidden,
+        share.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    rows = ends.shape[0]
+    end = read_at(hidden, ends.reshape(rows, -1)).reshape(rows, slots, 2, -1)
+    return AnswerStates(end, mean)
 
 
 def read_at(
@@ -67,8 +114,8 @@ def build(
         attention_backend: From ``attention.choose``.
         remat: As ``model.remat``.
         adapters: ``targets``, ``rank`` and ``alpha`` of the adapters, or None.
-        latent: ``num_codes``, ``hidden_width`` (None is D) and ``codebook_scale`` of
-            the latent head, or None.
+        latent: ``num_codes``, ``hidden_width`` (None is D), ``codebook_scale`` and
+            ``posterior_input`` of the latent head, or None.
         key: Seeds the weights; none of the three parts' depend on another's.
     """
     decoder_key, latent_key = jax.random.split(key)
@@ -93,6 +140,7 @@ def build(
             hidden_width=latent["hidden_width"] or architecture.width,
             num_codes=latent["num_codes"],
             codebook_scale=latent["codebook_scale"],
+            posterior_input=latent["posterior_input"],
             rngs=nnx.Rngs(latent_key),
         )
     return Policy(decoder, low_rank, head)

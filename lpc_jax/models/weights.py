@@ -152,7 +152,7 @@ _LATENT = "latent."
 LATENT_KEYS = (
     Key("codebook", _LATENT + "codebook", "C D", "C D"),
     *_mlp_keys("prior_mlp", "D"),
-    *_mlp_keys("posterior_mlp", "(two D)"),
+    *_mlp_keys("posterior_mlp", "X"),
 )
 
 # Tensors that hold nothing a decoder does not know, and that may be there or not.
@@ -167,10 +167,12 @@ class LatentSizes:
     Attributes:
         num_codes: C.
         hidden_width: W, the hidden width of prior and posterior.
+        posterior_inputs: X, how many numbers the posterior reads.
     """
 
     num_codes: int
     hidden_width: int
+    posterior_inputs: int
 
 
 def _is_gguf(path: Path) -> bool:
@@ -260,7 +262,13 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Path]:
 def _sizes(
     architecture: Architecture, latent: LatentSizes | None = None
 ) -> dict[str, int]:
-    of_latent = {"C": latent.num_codes, "W": latent.hidden_width} if latent else {}
+    of_latent = {}
+    if latent is not None:
+        of_latent = {
+            "C": latent.num_codes,
+            "W": latent.hidden_width,
+            "X": latent.posterior_inputs,
+        }
     return of_latent | {
         "L": architecture.layers,
         "V": architecture.vocabulary,
@@ -615,7 +623,8 @@ def save(
 
 def _latent_sizes(latent: dict[str, Any]) -> LatentSizes:
     num_codes, _ = latent["codebook"].shape
-    return LatentSizes(num_codes, latent["prior_mlp"]["hidden_kernel"].shape[1])
+    inputs, width = latent["posterior_mlp"]["hidden_kernel"].shape
+    return LatentSizes(num_codes, width, inputs)
 
 
 def write(

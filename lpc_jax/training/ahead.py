@@ -197,7 +197,9 @@ def besides_gradients(
     programs = run.programs
     pairs = jax.ShapeDtypeStruct((), jnp.int32)
     jobs: dict[str, Callable[[], Any]] = {
-        "update": lambda: programs.update.lower(run.state, run.state.params, pairs)
+        "update": lambda: programs.update.lower(
+            run.state, run.state.params, pairs, run.frozen
+        )
     }
     if several:
         summed = jax.eval_shape(programs.gradients, *run.given)[1]

@@ -20,13 +20,11 @@ from rich.console import Console
 
 from lpc_jax import assembly, checkpoint, objective, processes, sharding
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import preference
-from lpc_jax.training import memory, nonfinite, runfolder
-from lpc_jax.training.runlog import RunLog, require_trackers
+from lpc_jax.evaluation import preference, samples
+from lpc_jax.training import health, memory, nonfinite, runfolder
+from lpc_jax.training.runlog import EVALUATION, TRAIN, RunLog, require_trackers
 from lpc_jax.training.trainer import Trainer
 from lpc_jax.types import TrainState
-
-BEST_METRIC = "reward/accuracy"
 
 # Settings that a resumed run may change: they alter no update.
 FREE_ON_RESUME = (
@@ -39,19 +37,12 @@ FREE_ON_RESUME = (
     "training.eval_every",
     "training.checkpoint_every",
     "training.max_skipped",
+    "training.samples",
+    "training.sample_tokens",
 )
 
 # Updates before a trace begins.
 _UNPROFILED = 2
-
-# A codebook counts as unused below this KL (nats) with usage this near uniform, or
-# with one code this near to taking all.
-_UNUSED_KL = 1e-3
-_UNIFORM_SHARE = 0.98
-_COLLAPSED_SHARE = 0.95
-# Chosen answers may lose this much per token against the reference before a warning.
-_FALLING_LOGP = -0.5
-
 
 # Exit statuses: as a shell has it, 128 + SIGTERM; and one that nothing else has.
 TERMINATED, NONFINITE = 143, 3
@@ -95,30 +86,6 @@ def _require_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
     checkpoint.require_same(fixed(saved), fixed(json.loads(json.dumps(now))))
 
 
-def health_warnings(metrics: dict[str, float], num_codes: int | None) -> list[str]:
-    """What a person should look at, in plain words; empty when all is well."""
-    found = []
-    if num_codes is not None and "code/perplexity" in metrics:
-        uniform = metrics["code/perplexity"] > _UNIFORM_SHARE * num_codes
-        if metrics["latent/kl"] < _UNUSED_KL and uniform:
-            found.append(
-                "codes are unused: KL is near 0 and usage uniform. Raise"
-                " latent.learning_rate or latent.codebook_scale."
-            )
-        if metrics["code/largest_share"] > _COLLAPSED_SHARE:
-            found.append(
-                "one code takes all: lower latent.kl_weight or raise"
-                " latent.codebook_scale."
-            )
-    if metrics.get("logp_per_token/chosen_over_reference", 0.0) < _FALLING_LOGP:
-        found.append(
-            "chosen answers lose more than"
-            f" {-_FALLING_LOGP:g} nats per token against the reference. Lower"
-            " optimizer.learning_rate or raise loss.beta."
-        )
-    return found
-
-
 def _profiled(config: cfg.Config, first: int) -> range:
     """The updates that are traced: not the first two, which are like no other."""
     begin = first + _UNPROFILED
@@ -133,7 +100,7 @@ def _due(every: int | None, done: int, total: int) -> bool:
 def _checkpoints(trainer: Trainer) -> Iterator[checkpoint.Checkpoints]:
     kept = checkpoint.Checkpoints(
         trainer.folder / "checkpoints",
-        best_metric=BEST_METRIC if trainer.held_out else None,
+        best_metric=trainer.config.training.best if trainer.held_out else None,
         say=trainer.say,
     )
     try:
@@ -238,11 +205,28 @@ def _updates(
     codes = config.latent.num_codes if config.latent is not None else None
     before = after = None
     warned: set[str] = set()
+
+    def warn(done: int, metrics: dict[str, float], start: dict[str, Any]) -> None:
+        for warning in health.warnings(metrics, start, codes):
+            if warning not in warned:
+                warned.add(warning)
+                log.say(f"step {done}: warning: {warning}")
+
+    def evaluate(done: int) -> preference.Evaluation:
+        found = trainer.evaluate(state)
+        answers = trainer.answers(state)
+        start = log.first(EVALUATION) if done else found.metrics
+        found.metrics.update(samples.measure(answers))
+        found.metrics.update(health.over_start(found.metrics, start))
+        log.evaluation(done, found.metrics, found.accuracy_by_source)
+        log.samples(answers)
+        warn(done, found.metrics, start)
+        return found
+
     if resume_from is not None:
         log.say(f"resumed after step {resume_from}")
     elif trainer.held_out:
-        before = trainer.evaluate(state)
-        log.evaluation(0, before.metrics, before.accuracy_by_source)
+        before = evaluate(0)
     since, tokens, pairs_done = time.perf_counter(), 0, 0
     logged: objective.Sums = {}  # over the steps since the last line
     finites: list[jax.Array] = []  # likewise, of each
@@ -282,14 +266,13 @@ def _updates(
                 "speed/tokens_per_second": tokens / elapsed,
                 "speed/pairs_per_second": pairs_done / elapsed,
             }
+            if not trainer.held_out:
+                metrics |= health.over_start(metrics, log.first(TRAIN) or metrics)
             log.train(done, metrics)
             if metrics["gradient/skipped"]:
                 share = f"{metrics['gradient/skipped']:.0%}"
                 log.say(f"step {done}: {share} of updates skipped: gradient not finite")
-            for warning in health_warnings(metrics, codes):
-                if warning not in warned:
-                    warned.add(warning)
-                    log.say(f"step {done}: warning: {warning}")
+            warn(done, metrics, {})
             since, tokens, pairs_done = time.perf_counter(), 0, 0
             logged, finites = {}, []
             if skipped_in_a_row >= config.training.max_skipped:
@@ -300,8 +283,7 @@ def _updates(
                 )
         evaluation = None
         if trainer.held_out and _due(config.training.eval_every, done, total):
-            evaluation = after = trainer.evaluate(state)
-            log.evaluation(done, after.metrics, after.accuracy_by_source)
+            evaluation = after = evaluate(done)
             since, tokens, pairs_done = time.perf_counter(), 0, 0
         ended = done < total and termination.reached(done)
         if ended or _due(config.training.checkpoint_every, done, total):

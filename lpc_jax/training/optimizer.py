@@ -1,7 +1,8 @@
 """The optimizer: one optax transformation per group, one schedule shape for both.
 
-The decoder (or its adapters) and the latent each have their own peak learning rate:
-with one rate for everything the codes are never used. Knows nothing of losses or data.
+The decoder (or its adapters), prior and posterior, and the codebook each have their own
+peak learning rate: with one rate for everything the codes are never used. Knows nothing
+of losses or data.
 """
 
 from __future__ import annotations
@@ -135,23 +136,31 @@ def peaks(config: cfg.Config) -> dict[str, float]:
     rates = {trained_part(config): config.optimizer.learning_rate}
     if config.latent is not None:
         rates["latent"] = config.latent.learning_rate
+        rates["codebook"] = config.latent.codebook_rate
     return rates
 
 
 def _group(path: Any) -> str:
     name = sharding.path_name(path)
+    if name == "latent/codebook":
+        return "codebook"
     return "fixed" if _FIXED.fullmatch(name) else name.split("/")[0]
 
 
 def build(
-    config: cfg.Config, params: Any, total_steps: int
+    config: cfg.Config, params: Any, total_steps: int, *, codebook_unit: float = 1.0
 ) -> optax.GradientTransformation:
     """Clipping over all parameters, then each group's own optimizer.
 
+    A coordinate of the codebook reaches every logit through the head at once, so that
+    its rate is in units of what that does: under Adam, whose updates have size 1, one
+    of size ``codebook_unit`` in every coordinate moves logits by 1 nat r.m.s.
+
     Args:
-        config: Names optimizer, options, schedule and both peaks.
+        config: Names optimizer, options, schedule and the peaks.
         params: The trained parameters or their shapes, for masks and groups.
         total_steps: Updates in the run.
+        codebook_unit: From ``latent.codebook_unit`` of the start model's head.
 
     Raises:
         ValueError: An optimizer or option that optax does not have.
@@ -161,6 +170,8 @@ def build(
         group: _named(optimizer, schedule(optimizer, peak, total_steps), params)
         for group, peak in peaks(config).items()
     }
+    if "codebook" in groups:
+        groups["codebook"] = optax.chain(groups["codebook"], optax.scale(codebook_unit))
     labels = jax.tree_util.tree_map_with_path(lambda path, _: _group(path), params)
     by_group = optax.multi_transform({**groups, "fixed": optax.set_to_zero()}, labels)
     if optimizer.clip_norm is None:

@@ -8,6 +8,7 @@ floats, and any of them may be absent.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import importlib
 import json
@@ -28,7 +29,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lpc_jax import untrusted
+from lpc_jax.evaluation import samples
 from lpc_jax.evaluation.preference import Evaluation
+from lpc_jax.evaluation.samples import Sample
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "plot.png"
@@ -57,8 +60,14 @@ _TABLE = (
     (_SOURCE_ACCURACY, ""),
     ("reward/margin", "reward margin"),
     ("loss/preference", "preference loss"),
+    ("logp_per_token/chosen", "log-prob per chosen token"),
     ("latent/kl", "KL(posterior || prior)"),
+    ("latent/effect", "KL(under z || without)"),
     ("code/source_nmi", "NMI of code and source"),
+    ("answers/ended", "answers that ended"),
+    ("answers/circle", "answers in a circle"),
+    ("answers/tokens", "tokens an answer"),
+    ("answers/length_ratio", "  over the chosen's"),
 )
 
 _CODES_SHOWN = 3
@@ -75,6 +84,10 @@ class Tracker(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of one step, named ``train/...`` or ``eval/...``."""
+        ...
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes rows of texts and numbers, such as answers."""
         ...
 
     def close(self) -> None:
@@ -106,6 +119,13 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds a text for each row."""
+        for number, row in enumerate(rows):
+            text = "  \n".join(f"**{key}**: {value}" for key, value in row.items())
+            self._writer.add_text(f"{name}/{number}", text, step)
+        self._writer.flush()
+
     def close(self) -> None:
         """Closes the event file."""
         self._writer.close()
@@ -127,6 +147,7 @@ class WeightsAndBiases:
         kept = folder / "wandb_id"
         if resume_from is None or not kept.exists():
             kept.write_text(uuid.uuid4().hex)
+        self._module = module
         self._run = module.init(
             project=project,
             name=name,
@@ -139,6 +160,12 @@ class WeightsAndBiases:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs; W&B ignores steps that the earlier attempt had already reached."""
         self._run.log(dict(metrics), step=step)
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Logs a table."""
+        data = [list(row.values()) for row in rows]
+        table = self._module.Table(columns=list(rows[0]), data=data)
+        self._run.log({name: table}, step=step)
 
     def close(self) -> None:
         """Ends the W&B run."""
@@ -157,6 +184,7 @@ class Trackio:
         name: str,
         project: str,
     ) -> None:
+        self._module = module
         self._run = module.init(
             project=project,
             name=name,
@@ -167,6 +195,12 @@ class Trackio:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs."""
         self._run.log(dict(metrics), step=step)
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Logs a table."""
+        data = [list(row.values()) for row in rows]
+        table = self._module.Table(columns=list(rows[0]), data=data)
+        self._run.log({name: table}, step=step)
 
     def close(self) -> None:
         """Ends the trackio run."""
@@ -242,9 +276,11 @@ class RunLog:
         self._console = console if console is not None else Console(quiet=True)
         self._pace: tuple[int, float] | None = None  # step and time of the first line
         self._progress: Progress | None = None
+        self._first: dict[str, dict[str, Any]] = {}
         packages = {tracker: _tracker_package(tracker) for tracker in trackers}
         folder.mkdir(parents=True, exist_ok=True)
         _rewind(folder / METRICS_FILE, resume_from)
+        samples.rewind(folder / samples.FILE, resume_from)
         self._closing = contextlib.ExitStack()
         self._trackers: list[Tracker] = []
         with contextlib.ExitStack() as on_error:
@@ -357,6 +393,25 @@ class RunLog:
         self._record(step, EVALUATION, {**metrics, **by_source})
         self.say(f"step {step}: held out: {', '.join(_brief(metrics, *_WATCHED))}")
 
+    def samples(self, answers: Sequence[Sample]) -> None:
+        """Keeps the answers of an evaluation."""
+        if not answers:
+            return
+        samples.append(self._folder / samples.FILE, answers)
+        rows = [dataclasses.asdict(one) for one in answers]
+        for tracker in self._trackers:
+            tracker.table(answers[0].step, f"{EVALUATION}/samples", rows)
+
+    def first(self, split: str) -> dict[str, Any]:
+        """The first record of a split, or nothing where there is none yet."""
+        if split not in self._first:
+            records = (r for r in read(self._folder) if r[_SPLIT] == split)
+            found = next(records, None)
+            if found is None:
+                return {}
+            self._first[split] = found
+        return self._first[split]
+
     def _record(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
         self._file.write(_line(step, split, time.time(), values) + "\n")
@@ -378,12 +433,13 @@ class RunLog:
         if after is not None:
             first = _all_metrics(before) if before is not None else None
             if first is None:
-                first = next(
-                    (r for r in read(self._folder) if r[_SPLIT] == EVALUATION), {}
-                )
+                first = self.first(EVALUATION)
             self._console.print(summary_table(first, _all_metrics(after)))
             if after.usage_by_source:
                 self._console.print(usage_table(after.usage_by_source))
+            answers = samples.read(self._folder / samples.FILE)
+            for line in samples.before_and_after(answers) if answers else ():
+                self.say(line)
         self.say(f"plot: {plot(self._folder)}")
 
 

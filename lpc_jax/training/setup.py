@@ -25,6 +25,7 @@ from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Report
+from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import policy, weights
 from lpc_jax.models.architectures import Architecture
@@ -34,6 +35,8 @@ from lpc_jax.types import Batch
 # Pairs from which the latent's inputs are standardised: enough for a coordinate's
 # spread to within a tenth, few enough to take seconds.
 STANDARDIZATION_PAIRS = 64
+# For clusters so many for each code.
+_PAIRS_PER_CLUSTER = 8
 
 # Row lengths are chosen on the run's first steps of so many pairs.
 _PLANNED_PAIRS = 2048
@@ -43,19 +46,23 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Training and held-out pairs, and the shapes they are packed into."""
+    """Training and held-out pairs, and the shapes they are packed into.
+
+    ``held_out_prompts`` has the last turn before the answer of each held-out pair id.
+    """
 
     train: list[TokenizedPair]
     held_out: list[TokenizedPair]
     train_report: Report
     held_out_report: Report | None
     shape: packing.RowShape
-    tokenizer_digest: str
+    tokenizer: Tokenizer
+    held_out_prompts: dict[int, str]
 
     def digests(self) -> dict[str, str]:
         """SHA-256 over the token ids of each set's pairs, in order; the tokenizer's."""
         sets = {"data_digest": self.train, "held_out_digest": self.held_out}
-        return {"tokenizer_digest": self.tokenizer_digest} | {
+        return {"tokenizer_digest": tokenizer.digest(self.tokenizer)} | {
             name: hashlib.sha256(b"".join(map(reference.pair_key, pairs))).hexdigest()
             for name, pairs in sets.items()
         }
@@ -75,6 +82,7 @@ class Start:
         frozen: The decoder under adapters, matrices in the compute dtype; else empty.
         weights_digest: Of the files.
         compute_dtype: Of matrix products.
+        codebook_unit: From ``latent.codebook_unit``; 1 without a latent.
     """
 
     architecture: Architecture
@@ -85,6 +93,7 @@ class Start:
     frozen: dict[str, Any]
     weights_digest: str
     compute_dtype: jnp.dtype
+    codebook_unit: float
 
 
 def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
@@ -106,11 +115,11 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
 
     def read(
         path: str, setting: str, split: str, limit: int | None
-    ) -> tuple[list[TokenizedPair], Report]:
+    ) -> tuple[list[TokenizedPair], Report, dict[int, str]]:
         found, drops = examples.read(
             path, setting=setting, split=split, limit=limit, retry=retry
         )
-        return chat.tokenize(
+        pairs, report = chat.tokenize(
             found,
             tokens,
             drops=drops,
@@ -120,12 +129,15 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
             truncation=data.truncation,
             prefix_mismatch=data.prefix_mismatch,
         )
+        return pairs, report, {one.index: one.prompt[-1]["content"] for one in found}
 
-    train, train_report = read(data.train, "data.train", data.train_split, data.limit)
+    train, train_report, _ = read(
+        data.train, "data.train", data.train_split, data.limit
+    )
     held_out: list[TokenizedPair] = []
-    held_out_report = None
+    held_out_report, prompts = None, {}
     if data.eval is not None:
-        held_out, held_out_report = read(
+        held_out, held_out_report, prompts = read(
             data.eval, "data.eval", data.eval_split, data.eval_limit
         )
     lengths = packing.pair_lengths([*train, *held_out])
@@ -159,7 +171,8 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
         train_report,
         held_out_report,
         shape,
-        tokenizer.digest(tokens),
+        tokens,
+        prompts,
     )
 
 
@@ -203,6 +216,13 @@ def load_start(
     }
     if "adapters" in params:
         _require_no_addition(params["adapters"])
+    unit = 1.0
+    if config.latent is not None:
+        whole = nnx.merge(graph, decoder | params)
+        unit = float(latent_models.codebook_unit(whole.decoder.head_weight))
+        latent = params["latent"]
+        codebook = latent["codebook"] * (config.latent.effect * unit)
+        params |= {"latent": latent | {"codebook": codebook}}
     frozen = {} if config.adapters is None else decoder
     params = params if frozen else decoder | params
     return Start(
@@ -214,6 +234,7 @@ def load_start(
         frozen,
         weights.digest(model_path),
         dtype,
+        unit,
     )
 
 
@@ -225,48 +246,90 @@ def _require_no_addition(adapters: dict[str, Any]) -> None:
         raise RuntimeError("new adapters change the decoder: a fault of lpc_jax")
 
 
-def standardize_latent(
+def prepare_latent(
     config: cfg.Config, start: Start, pairs: Pairs, mesh: Mesh
 ) -> dict[str, Any]:
-    """The start's parameters, with the latent's inputs standardised on some pairs."""
-    if "latent" not in start.params:
+    """The start's parameters, with the latent's networks made for some of the pairs.
+
+    Their inputs are standardised, and with ``latent.posterior_start`` the posterior
+    tells clusters of these pairs apart.
+    """
+    if config.latent is None:
         return start.params
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def read(params: dict[str, Any], batch: Batch) -> list[Array]:
-        hidden = nnx.merge(start.graph, params).hidden(batch)
-        ends = (batch.prompt_end, batch.chosen_end, batch.rejected_end)
-        return [policy.read_at(hidden, end) for end in ends]
+    def read(params: dict[str, Any], batch: Batch) -> tuple[Array | None, Array | None]:
+        states = nnx.merge(start.graph, params).states(batch)
+        return states.prompt, states.judged
 
+    wanted = STANDARDIZATION_PAIRS
+    if config.latent.posterior_start == "clusters":
+        wanted = max(wanted, _PAIRS_PER_CLUSTER * config.latent.num_codes)
     some = packing.step_indices(
-        len(pairs.train),
-        step=0,
-        pairs_per_step=STANDARDIZATION_PAIRS,
-        seed=config.training.seed,
+        len(pairs.train), step=0, pairs_per_step=wanted, seed=config.training.seed
     )
-    states: list[list[np.ndarray]] = []
+    found: list[list[np.ndarray]] = []
+    ids: list[np.ndarray] = []
     for batch in packing.micro_batches(
         [pairs.train[i] for i in some], pairs.shape, reference_logp=None
     ):
         placed = sharding.place_batch(batch, mesh)
-        found = jax.device_get(read(start.params | start.frozen, placed))
-        states.append([np.asarray(x, np.float32)[batch.pair_mask] for x in found])
-    moments = latent_models.standardization(
-        *map(np.concatenate, zip(*states, strict=True))
+        states = jax.device_get(read(start.params | start.frozen, placed))
+        found.append([np.asarray(x, np.float32)[batch.pair_mask] for x in states])
+        ids.append(batch.pair_id[batch.pair_mask])
+    # However they were packed.
+    order = np.argsort(np.concatenate(ids))
+    prompt, judged = (np.concatenate(some)[order] for some in zip(*found, strict=True))
+    new = latent_models.standardization(
+        prompt, judged, posterior_input=config.latent.posterior_input
     )
-    placed_moments = {
+    latent = start.params["latent"]
+    if config.latent.posterior_start == "clusters":
+        new["posterior_mlp"] |= _cluster_output(
+            latent["posterior_mlp"] | new["posterior_mlp"], judged, config.latent, mesh
+        )
+    placed_new = {
         mlp: {
             name: sharding.place(value, start.shardings["latent"][mlp][name])
             for name, value in values.items()
         }
-        for mlp, values in moments.items()
+        for mlp, values in new.items()
     }
     return start.params | {
         "latent": {
-            name: part | placed_moments[name] if name in placed_moments else part
-            for name, part in start.params["latent"].items()
+            name: part | placed_new[name] if name in placed_new else part
+            for name, part in latent.items()
         }
     }
+
+
+def _cluster_output(
+    mlp: dict[str, Any],
+    judged: Float[np.ndarray, "B inputs"],
+    latent: cfg.Latent,
+    mesh: Mesh,
+) -> dict[str, np.ndarray]:
+    """The posterior's last layer for clusters of what it reads of some pairs."""
+    width = mlp["hidden_kernel"].shape[1]
+    graph = nnx.graphdef(
+        nnx.eval_shape(
+            lambda: latent_models.CodeMlp(
+                judged.shape[1], width, latent.num_codes, rngs=nnx.Rngs(0)
+            )
+        )
+    )
+
+    # Replicated: small, and every process computes the same.
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    @functools.partial(jax.jit, out_shardings=whole)
+    def read(params: dict[str, Any], x: Array) -> tuple[Array, Array]:
+        network = nnx.merge(graph, params)
+        standard = network.standard(x)
+        return standard, network.hidden(standard)
+
+    standard, hidden = map(np.asarray, jax.device_get(read(mlp, judged)))
+    return latent_models.cluster_output(hidden, standard, latent.num_codes)
 
 
 def reference_program(
@@ -282,7 +345,7 @@ def reference_program(
         scores = objective.score_inference(
             nnx.merge(graph, params),
             batch,
-            latent=None,
+            steering=None,
             key=jax.random.key(0),
             chunk=assembly.score_chunk(config, platform),
         )

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from lpc_jax import assembly, objective, sharding
 from lpc_jax import config as cfg
+from lpc_jax.models.latent import limit_codes
 from lpc_jax.models.policy import Policy
 from lpc_jax.types import Batch, TrainState
 
@@ -36,9 +37,9 @@ class Programs:
         gradients: (params, frozen, batch, key, step) -> gradients of the params,
             summed over pairs, and metric sums.
         add: (tree, tree) -> their sum; the first is donated.
-        update: (state, gradients, pairs) -> state, gradient norm, whether the update
-            was finite. The state is donated. A non-finite update changes
-            nothing but the step number.
+        update: (state, gradients, pairs, frozen) -> state, gradient norm, whether the
+            update was finite. The state is donated. A non-finite update changes nothing
+            but the step number.
         evaluate: (params, frozen, batch, key) -> metric sums and what each pair slot
             got.
 
@@ -86,6 +87,8 @@ def build(
     """
     replicated: Any = layout.step
     chunk = assembly.score_chunk(config, sharding.platform(replicated.mesh))
+    latent = config.latent
+    steering = None if latent is None else objective.inference(latent)
 
     def loss_sum(
         params: Params, frozen: Params, batch: Batch, key: Array, step: Int[Array, ""]
@@ -94,12 +97,12 @@ def build(
         scores = objective.score_training(
             policy,
             batch,
-            latent=config.latent,
+            latent=latent,
             key=jax.random.fold_in(key, step),
             progress=step / max(total_steps - 1, 1),
             chunk=chunk,
         )
-        total, sums, _ = objective.terms(config.loss, config.latent, scores, batch)
+        total, sums, _ = objective.terms(config.loss, latent, scores, batch)
         return total, sums
 
     @functools.partial(jax.jit, out_shardings=(layout.params, replicated))
@@ -118,13 +121,18 @@ def build(
         out_shardings=(layout, replicated, replicated),
     )
     def update(
-        state: TrainState, gradients: Params, pairs: Int[Array, ""]
+        state: TrainState, gradients: Params, pairs: Int[Array, ""], frozen: Params
     ) -> tuple[TrainState, Array, Array]:
         mean = jax.tree.map(lambda g: g / pairs, gradients)
         norm = optax.global_norm(mean)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(mean, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
+        if latent is not None and latent.effect_limit is not None:
+            head = nnx.merge(graph, params | frozen).decoder.head_weight
+            codebook = params["latent"]["codebook"]
+            codes = limit_codes(codebook, head, latent.effect_limit)
+            params = params | {"latent": params["latent"] | {"codebook": codes}}
 
         def keep(new: Array, old: Array) -> Array:
             return jnp.where(finite, new, old)
@@ -144,9 +152,14 @@ def build(
     ) -> tuple[objective.Sums, dict[str, Array]]:
         policy = nnx.merge(graph, params | frozen)
         scores = objective.score_inference(
-            policy, batch, latent=config.latent, key=key, chunk=chunk
+            policy,
+            batch,
+            steering=steering,
+            key=key,
+            chunk=chunk,
+            with_effect=True,
         )
-        _, sums, by_pair = objective.terms(config.loss, config.latent, scores, batch)
+        _, sums, by_pair = objective.terms(config.loss, latent, scores, batch)
         return sums, by_pair
 
     return Programs(gradients, add, update, evaluate)

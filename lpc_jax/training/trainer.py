@@ -20,11 +20,16 @@ from rich.console import Console
 from lpc_jax import assembly, objective, processes, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
-from lpc_jax.evaluation import preference
+from lpc_jax.evaluation import preference, samples, system
+from lpc_jax.evaluation.generate import Generator
 from lpc_jax.models import weights
+from lpc_jax.models.latent import Steering
 from lpc_jax.training import memory, setup, step
 from lpc_jax.training import optimizer as optimizers
 from lpc_jax.types import Batch, TrainState
+
+# Of ``training.samples`` where it is None, and prompts answered together.
+_SAMPLES, _ANSWERED_AT_A_TIME = 16, 16
 
 
 def _manifest(
@@ -62,7 +67,7 @@ class Trainer:
         """Prepares everything that comes before the first update."""
         self.config, self.folder, self.mesh = config, folder, mesh
         self.console = console
-        model_path = weights.find(
+        self.model_path = model_path = weights.find(
             config.model.path,
             setting="model.path",
             revision=config.model.revision,
@@ -92,7 +97,15 @@ class Trainer:
         self.held_out = packing.micro_batches(
             pairs.held_out, pairs.shape, reference_logp=held_out_reference
         )
-        self.optimizer = optimizers.build(config, start.shapes, self.total_steps)
+        wanted = config.training.samples
+        self.sampled = samples.choose(
+            pairs.held_out,
+            _SAMPLES if wanted is None else wanted,
+            most_tokens=architecture.context_length - 1,
+        )
+        self.optimizer = optimizers.build(
+            config, start.shapes, self.total_steps, codebook_unit=start.codebook_unit
+        )
         self.layout = step.state_shardings(
             start.shapes, start.shardings, self.optimizer, mesh
         )
@@ -157,7 +170,7 @@ class Trainer:
                 ).compile()
         pairs = np.int32(config.packing.pairs_per_step)
         compiled["update"] = self.programs.update.lower(
-            state, state.params, pairs
+            state, state.params, pairs, frozen
         ).compile()
         tokens = float(packing.pair_lengths(self.pairs.train).sum(axis=1).mean())
         in_a_step = min(config.packing.pairs_per_step, len(self.pairs.train)) * tokens
@@ -180,9 +193,7 @@ class Trainer:
     def initial_state(self) -> TrainState:
         """The state before the first update."""
         key = jax.random.key(self.config.training.seed)
-        params = setup.standardize_latent(
-            self.config, self.start, self.pairs, self.mesh
-        )
+        params = setup.prepare_latent(self.config, self.start, self.pairs, self.mesh)
         return step.initial_state(params, self.optimizer, key, self.layout)
 
     def abstract_state(self) -> Any:
@@ -224,7 +235,9 @@ class Trainer:
         gradients, sums = self.programs.summed_gradients(
             state, self.start.frozen, batches
         )
-        state, norm, finite = self.programs.update(state, gradients, np.int32(pairs))
+        state, norm, finite = self.programs.update(
+            state, gradients, np.int32(pairs), self.start.frozen
+        )
         return state, sums, norm, finite
 
     def evaluate(self, state: TrainState) -> preference.Evaluation:
@@ -241,6 +254,34 @@ class Trainer:
             sources={pair.id: pair.source for pair in self.pairs.held_out},
         )
 
+    def answers(self, state: TrainState) -> list[samples.Sample]:
+        """Greedy answers to some held-out prompts, z chosen as at inference."""
+        if not self.sampled:
+            return []
+        latent = self.config.latent
+        # Made anew, since it holds the layers apart: their memory is free in between.
+        generator = Generator(
+            system.of_run(
+                self.config,
+                self.start.architecture,
+                self.pairs.tokenizer,
+                state.params | self.start.frozen,
+                self.mesh,
+                self.model_path,
+            ),
+            batch=min(len(self.sampled), _ANSWERED_AT_A_TIME),
+        )
+        return samples.answer(
+            generator,
+            self.sampled,
+            self.pairs.held_out_prompts,
+            step=int(state.step),
+            steering=Steering("mean")
+            if latent is None
+            else objective.inference(latent),
+            max_new_tokens=self.config.training.sample_tokens,
+        )
+
     def schedules(self, number: int) -> dict[str, float]:
         """What the schedules give the update of this number, counted from 0."""
         found = {
@@ -255,6 +296,9 @@ class Trainer:
             found |= {
                 "schedule/latent_learning_rate": float(
                     np.asarray(self.rates["latent"](number))
+                ),
+                "schedule/codebook_rate": float(
+                    np.asarray(self.rates["codebook"](number))
                 ),
                 "schedule/g": float(share),
                 "schedule/temperature": float(objective.temperature(latent, progress)),

@@ -173,8 +173,10 @@ def test_the_config_says_what_the_module_needs_and_what_the_run_had(folder, lpc)
     assert config["lpc"] == {
         "num_codes": C,
         "hidden_width": W,
+        "posterior_inputs": 2 * config["hidden_size"],
         "how": "mean",
         "temperature": 1.0,
+        "one_code": False,
         "settings": dataclasses.asdict(exports.LATENT),
     }
 

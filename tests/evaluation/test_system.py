@@ -63,8 +63,8 @@ def test_a_run_is_read_onto_several_devices(trained):
 
 def test_a_step_of_a_run_is_named_by_number_or_as_the_best(trained):
     reader = checkpoint.Reader(trained.folder / "checkpoints")
-    accuracy = {r["step"]: r["reward/accuracy"] for r in trained.lines("eval")}
-    best = max((s for s in accuracy if s), key=lambda s: (accuracy[s], s))
+    loss = {r["step"]: r["loss/preference"] for r in trained.lines("eval")}
+    best = min((s for s in loss if s), key=lambda s: (loss[s], -s))
     assert reader.step("best") == best
     earlier = system.load(str(trained.folder), mesh=mesh(), step="3")
     changed = earlier.params["latent"]["codebook"]

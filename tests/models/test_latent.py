@@ -1,13 +1,21 @@
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from lpc_jax.models import latent
-from lpc_jax.models.latent import LatentHead
+from lpc_jax.models.latent import AnswerStates, LatentHead
 
 HEAD = LatentHead(
-    width=8, hidden_width=16, num_codes=5, codebook_scale=0.3, rngs=nnx.Rngs(0)
+    width=8,
+    hidden_width=16,
+    num_codes=5,
+    codebook_scale=0.3,
+    posterior_input="concat",
+    rngs=nnx.Rngs(0),
 )
 RNG = np.random.default_rng(0)
 
@@ -32,7 +40,8 @@ def test_prior_equals_float64_mlp():
 
 def test_standardized_inputs_have_mean_0_and_spread_1():
     prompt, chosen, rejected = RNG.normal(3.0, [[[2.0]], [[5.0]], [[0.5]]], (3, 50, 8))
-    found = latent.standardization(prompt, chosen, rejected)
+    sides = np.concatenate([chosen, rejected], axis=1)
+    found = latent.standardization(prompt, sides, posterior_input="concat")
     prior, posterior = found["prior_mlp"], found["posterior_mlp"]
     standard = (prompt - prior["input_mean"]) / prior["input_spread"]
     np.testing.assert_allclose(standard.mean(0), 0.0, atol=1e-6)
@@ -47,7 +56,7 @@ def test_standardized_inputs_have_mean_0_and_spread_1():
 
 def test_a_coordinate_that_never_varies_is_not_blown_up():
     states = np.ones((4, 8), np.float32)
-    found = latent.standardization(states, states, states)
+    found = latent.standardization(states, states, posterior_input="difference")
     np.testing.assert_allclose(found["prior_mlp"]["input_spread"], 0.01, rtol=1e-5)
 
 
@@ -56,8 +65,8 @@ def test_inputs_stay_standardised_as_they_were():
 
     def total(params):
         head = nnx.merge(graph, params)
-        x = jnp.ones((2, 8))
-        return jnp.sum(head.prior(x) ** 2) + jnp.sum(head.posterior(x, x) ** 2)
+        x = jnp.ones((2, 16))
+        return jnp.sum(head.prior(x[:, :8]) ** 2) + jnp.sum(head.posterior(x) ** 2)
 
     gradient = nnx.to_pure_dict(jax.grad(total)(state))
     for mlp in ("prior_mlp", "posterior_mlp"):
@@ -66,10 +75,123 @@ def test_inputs_stay_standardised_as_they_were():
             np.testing.assert_array_equal(gradient[mlp][name], 0.0)
 
 
-def test_posterior_tells_the_chosen_answer_from_the_rejected():
-    one, other = jnp.float32(RNG.normal(size=(2, 3, 8)))
-    difference = HEAD.posterior(one, other) - HEAD.posterior(other, one)
-    assert np.abs(difference).max() > 1e-2
+INPUTS = typing.get_args(latent.PosteriorInput)
+
+
+def answers() -> AnswerStates:
+    return AnswerStates(*jnp.float32(RNG.normal(size=(2, 3, 2, 8))))
+
+
+@pytest.mark.parametrize("posterior_input", INPUTS)
+def test_swapped_answers_change_the_posterior(posterior_input):
+    head = LatentHead(
+        width=8,
+        hidden_width=16,
+        num_codes=5,
+        codebook_scale=0.3,
+        posterior_input=posterior_input,
+        rngs=nnx.Rngs(0),
+    )
+    states = answers()
+    swapped = jax.tree.map(lambda x: x[:, ::-1], states)
+    one, other = (
+        head.posterior(latent.judged(s, posterior_input)) for s in (states, swapped)
+    )
+    assert np.abs(one - other).max(axis=-1).min() > 1e-2
+
+
+def test_what_the_posterior_reads_of_two_answers():
+    states = answers()
+    end, mean = np.asarray(states.end), np.asarray(states.mean)
+    wanted = {
+        "concat": np.concatenate([end[:, 0], end[:, 1]], axis=1),
+        "difference": end[:, 0] - end[:, 1],
+        "mean_difference": mean[:, 0] - mean[:, 1],
+        "both": np.concatenate(
+            [end[:, 0] - end[:, 1], mean[:, 0] - mean[:, 1]], axis=1
+        ),
+    }
+    assert wanted.keys() == set(INPUTS)
+    for name in INPUTS:
+        found = latent.judged(states, name)
+        np.testing.assert_array_equal(found, wanted[name])
+        assert found.shape[-1] == latent.judged_width(name, 8)
+
+
+def test_differences_are_scaled_and_not_moved():
+    pairs = RNG.normal(3.0, 2.0, (50, 8)).astype(np.float32)
+    found = latent.standardization(pairs, pairs, posterior_input="difference")
+    np.testing.assert_array_equal(found["posterior_mlp"]["input_mean"], 0.0)
+    np.testing.assert_allclose(
+        found["posterior_mlp"]["input_spread"],
+        np.sqrt(np.mean(pairs.astype(np.float64) ** 2, axis=0)),
+        rtol=1e-3,
+    )
+
+
+def test_a_start_from_clusters_tells_them_apart():
+    kind = np.arange(60) % 3
+    centres = 5 * np.eye(8)[:3]
+    inputs = (centres[kind] + RNG.normal(0, 0.3, (60, 8))).astype(np.float32)
+    mlp = nnx.to_pure_dict(nnx.split(HEAD.prior_mlp)[1])
+    hidden = np.asarray(HEAD.prior_mlp.hidden(jnp.asarray(inputs)))
+    made = latent.cluster_output(hidden, inputs, 3)
+    graph = nnx.graphdef(
+        LatentHead(
+            width=8,
+            hidden_width=16,
+            num_codes=3,
+            codebook_scale=1.0,
+            posterior_input="concat",
+            rngs=nnx.Rngs(0),
+        ).prior_mlp
+    )
+    network = nnx.merge(graph, mlp | {k: jnp.asarray(v) for k, v in made.items()})
+    beliefs = jax.nn.softmax(network(jnp.asarray(inputs)), axis=-1)
+    code = np.asarray(beliefs).argmax(axis=-1)
+    # One code a kind, each its own, and sure of it.
+    assert len(set(zip(kind.tolist(), code.tolist(), strict=True))) == 3
+    assert np.asarray(beliefs).max(axis=-1).mean() > 0.8
+
+
+def test_more_codes_than_pairs_start_without_a_cluster():
+    inputs = RNG.normal(size=(4, 8)).astype(np.float32)
+    made = latent.cluster_output(inputs, inputs, 6)
+    assert made["output_kernel"].shape == (8, 6)
+    assert np.isfinite(made["output_kernel"]).all()
+
+
+def test_a_random_code_of_the_unit_moves_logits_by_one_nat():
+    head = RNG.normal(size=(300, 64)) * RNG.uniform(0.1, 3.0, 64) + 5.0
+    unit = float(latent.codebook_unit(jnp.float32(head)))
+    codes = unit * RNG.normal(size=(4000, 64))
+    moved = codes @ head.T  # float64; a mean over the vocabulary changes nothing
+    found = np.sqrt(np.mean(np.var(moved, axis=1)))
+    assert found == pytest.approx(1.0, rel=0.03)
+
+
+def test_limited_codes_change_what_is_said_by_no_more():
+    limit, head = 0.2, jnp.float32(RNG.normal(size=(50, 8)))
+    codes = jnp.float32(RNG.normal(size=(5, 8))) * jnp.asarray(
+        [[0.01], [1], [2], [5], [9]]
+    )
+    limited = latent.limit_codes(codes, head, limit)
+    np.testing.assert_array_equal(limited[0], codes[0])  # was within it already
+    moved = np.asarray(limited, np.float64) @ np.asarray(head, np.float64).T
+    # The worst mix and the worst start distribution: two tokens far apart.
+    worst = 0.0
+    for _ in range(300):
+        bias = RNG.dirichlet(np.full(5, 0.1)) @ moved
+        start = RNG.dirichlet(np.full(50, 0.05))
+        under = start * np.exp(bias)
+        under /= under.sum()
+        kept = under > 0
+        worst = max(
+            worst, float(np.sum(under[kept] * np.log(under[kept] / start[kept])))
+        )
+    assert 0.25 * limit < worst <= limit
+    for code in moved[1:]:
+        assert (code.max() - code.min()) ** 2 / 8 == pytest.approx(limit, rel=3e-3)
 
 
 def test_codes_mix_the_codebook():
@@ -113,6 +235,11 @@ def test_straight_through_is_one_code_forward_and_the_mix_backward():
 
 def test_scale_zero_makes_a_zero_codebook():
     head = LatentHead(
-        width=8, hidden_width=8, num_codes=3, codebook_scale=0.0, rngs=nnx.Rngs(0)
+        width=8,
+        hidden_width=8,
+        num_codes=3,
+        codebook_scale=0.0,
+        posterior_input="both",
+        rngs=nnx.Rngs(0),
     )
     np.testing.assert_array_equal(head.codebook[...], 0.0)

@@ -397,7 +397,8 @@ def test_no_leaf_is_silently_on_every_device(step_on):
     state = run.state
     with jax.set_mesh(mesh):
         pairs = jax.ShapeDtypeStruct((), jnp.int32)
-        update = run.programs.update.lower(state, state.params, pairs).compile()
+        given = (state, state.params, pairs, run.frozen)
+        update = run.programs.update.lower(*given).compile()
     gradients, _ = program.output_shardings
     after, _, _ = update.output_shardings
     shapes = flat({"state": state, "gradients": state.params})

@@ -114,7 +114,7 @@ def trained(updates: Any) -> list[Any]:
 
 
 def test_each_group_moves_by_its_own_rate(params):
-    latent = cfg.Latent(num_codes=6, learning_rate=0.25)
+    latent = cfg.Latent(num_codes=6, learning_rate=0.25, codebook_rate=0.5)
     made = optimizers.build(
         config(latent, name="sgd", options={}, clip_norm=None), params, 10
     )
@@ -125,20 +125,25 @@ def test_each_group_moves_by_its_own_rate(params):
     assert len(fixed) == 4  # mean and spread of prior and posterior
     for path, update in paths(updates["latent"]).items():
         expected = 0.0 if f"latent/{path}" in fixed else -0.25
+        if path == "codebook":
+            expected = -0.5
         np.testing.assert_allclose(update, expected)
 
 
 def test_both_rates_follow_one_schedule(params):
-    latent = cfg.Latent(num_codes=6, learning_rate=0.25)
+    latent = cfg.Latent(num_codes=6, learning_rate=0.25, codebook_rate=0.5)
     made = optimizers.build(
         config(latent, name="sgd", options={}, clip_norm=None, schedule="linear"),
         params,
         4,
+        codebook_unit=0.1,
     )
     state = made.init(params)
     gradients = filled(params, 1.0)
     for left in (1.0, 0.75, 0.5, 0.25):
         updates, state = made.update(gradients, state, params)
+        codebook = updates["latent"].pop("codebook")
+        np.testing.assert_allclose(codebook, -0.5 * 0.1 * left, rtol=1e-5)
         for group, peak in (("decoder", PEAK), ("latent", 0.25)):
             for leaf in trained(updates[group]):
                 np.testing.assert_allclose(leaf, -peak * left, rtol=1e-5)
@@ -146,8 +151,12 @@ def test_both_rates_follow_one_schedule(params):
 
 def test_peaks_of_a_run_without_codes_are_the_decoder_s_alone():
     assert optimizers.peaks(config()) == {"decoder": PEAK}
-    latent = cfg.Latent(learning_rate=0.25)
-    assert optimizers.peaks(config(latent)) == {"decoder": PEAK, "latent": 0.25}
+    latent = cfg.Latent(learning_rate=0.25, codebook_rate=0.5)
+    assert optimizers.peaks(config(latent)) == {
+        "decoder": PEAK,
+        "latent": 0.25,
+        "codebook": 0.5,
+    }
 
 
 def test_adamw_is_adamw(plain):
@@ -175,7 +184,7 @@ def test_adamw_is_adamw(plain):
 
 @pytest.mark.parametrize("size", [0.001, 3.0])
 def test_clipping_is_of_the_norm_over_both_groups(params, size):
-    latent = cfg.Latent(num_codes=6, learning_rate=PEAK)
+    latent = cfg.Latent(num_codes=6, learning_rate=PEAK, codebook_rate=PEAK)
     made = optimizers.build(
         config(latent, name="sgd", options={}, clip_norm=0.5), params, 10
     )

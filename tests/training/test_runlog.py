@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -17,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from lpc_jax.evaluation.preference import Evaluation
+from lpc_jax.evaluation.samples import Sample
 from lpc_jax.training import runlog
 
 SETTINGS = {"loss.beta": 2.0, "run.trackers": ["wandb"]}
@@ -311,6 +313,19 @@ def test_wandb_is_told_and_resumes_under_its_id(
         "id": "",
         "resume": "allow",
     }
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_answers_are_tables_in_trackers(tmp_path, monkeypatch, name):
+    told = fake(monkeypatch, name, FakeRun())
+    sys.modules[name].Table = lambda columns, data: (columns, data)  # type: ignore[attr-defined]
+    answer = Sample(3, 7, "facts", "Why?", "So.", 1, 2, True, False)
+    with make(tmp_path, trackers=(name,)) as log:
+        log.samples([answer])
+        log.samples([])
+    fields = dataclasses.asdict(answer)
+    table = (list(fields), [list(fields.values())])
+    assert told.logged == [(3, {"eval/samples": table})]
 
 
 def test_trackio_is_told_and_resumes_under_its_name(

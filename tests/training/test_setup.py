@@ -49,11 +49,16 @@ TESTED_IN = {
     "latent.draw": "tests/test_objective.py",
     "latent.prior_share": "tests/test_objective.py",
     "latent.inference": "tests/test_objective.py",
-    "latent.codebook_scale": "test_sizes_of_the_latent",
+    "latent.posterior_input": "tests/models/test_latent.py",
+    "latent.posterior_start": "test_a_start_from_clusters_is_surer_of_its_codes",
+    "latent.effect": "test_codes_start_with_the_effect_asked_for",
+    "latent.effect_limit": "tests/training/test_step.py",
     "latent.backbone_gradient": "tests/test_objective.py",
     "latent.learning_rate": "tests/training/test_optimizer.py",
+    "latent.codebook_rate": "tests/training/test_optimizer.py",
     "loss.beta": "test_each_loss_setting_changes_the_loss",
     "loss.label_smoothing": "test_each_loss_setting_changes_the_loss",
+    "loss.sft_weight": "test_each_loss_setting_changes_the_loss",
     "loss.reduction": "test_each_loss_setting_changes_the_loss",
     "loss.gamma": "test_each_loss_setting_changes_the_loss",
     "loss.gamma_beta_ratio": "test_each_loss_setting_changes_the_loss",
@@ -84,6 +89,9 @@ TESTED_IN = {
     "training.log_every": "test_how_often_a_run_logs_evaluates_and_saves",
     "training.eval_every": "test_how_often_a_run_logs_evaluates_and_saves",
     "training.checkpoint_every": "test_how_often_a_run_logs_evaluates_and_saves",
+    "training.samples": "tests/training/test_samples.py",
+    "training.sample_tokens": "tests/training/test_samples.py",
+    "training.best": "tests/training/test_loop.py",
     "training.max_skipped": "tests/training/test_faults.py",
     "distributed.coordinator": "tests/test_processes.py",
     "distributed.processes": "tests/test_processes.py",
@@ -140,7 +148,7 @@ def config(folder: Path, **changes: Any) -> cfg.Config:
 
 
 def lpc(**changes: Any) -> cfg.Latent:
-    return cfg.Latent(**{"num_codes": 8, "codebook_scale": 0.5} | changes)
+    return cfg.Latent(**{"num_codes": 8, "effect": 1.0} | changes)
 
 
 @contextmanager
@@ -254,7 +262,8 @@ def test_score_chunks_change_no_number(folder, base, chunk):
 
 def test_the_latent_s_inputs_are_standardised_on_the_data(folder, monkeypatch):
     monkeypatch.setattr(setup, "STANDARDIZATION_PAIRS", 7)
-    with prepared(config(folder, latent=lpc())) as trainer:
+    made = lpc(posterior_input="concat", posterior_start="random")
+    with prepared(config(folder, latent=made)) as trainer:
         count = len(trainer.pairs.train)
         order = np.random.default_rng([trainer.config.training.seed, 0])
         some = [trainer.pairs.train[i] for i in order.permutation(count)[:7]]
@@ -290,14 +299,33 @@ def test_the_latent_s_inputs_are_standardised_on_the_data(folder, monkeypatch):
 
 
 def test_sizes_of_the_latent(folder):
-    latent = lpc(num_codes=5, hidden_width=12, codebook_scale=3.0)
+    latent = lpc(num_codes=5, hidden_width=12)
     with prepared(config(folder, latent=latent)) as trainer:
         found = jax.device_get(trainer.start.params["latent"])
     assert found["codebook"].shape == (5, 32)
     assert found["prior_mlp"]["hidden_kernel"].shape == (32, 12)
     assert found["posterior_mlp"]["hidden_kernel"].shape == (64, 12)
-    # 160 normal draws: their deviation is within 4 standard errors, 22 %.
-    assert np.std(found["codebook"]) == pytest.approx(3.0, rel=0.22)
+
+
+def test_codes_start_with_the_effect_asked_for(folder):
+    with prepared(config(folder, latent=lpc(num_codes=200, effect=0.3))) as trainer:
+        params = jax.device_get(trainer.start.params)
+    head = np.asarray(params["decoder"]["head"], np.float64)
+    moved = np.asarray(params["latent"]["codebook"], np.float64) @ head.T
+    found = np.sqrt(np.mean(np.var(moved, axis=1)))
+    # The head's rows are not round, so that 200 codes say it to a tenth.
+    assert found == pytest.approx(0.3, rel=0.1)
+
+
+def test_a_start_from_clusters_is_surer_of_its_codes(folder):
+    entropy = {}
+    for start in ("random", "clusters"):
+        with prepared(config(folder, latent=lpc(posterior_start=start))) as trainer:
+            state = trainer.initial_state()
+            sums = trainer.evaluate(state).metrics
+        entropy[start] = sums["latent/kl"]
+    # The prior knows nothing of it yet.
+    assert entropy["clusters"] > 2 * entropy["random"]
 
 
 @pytest.mark.parametrize(
@@ -305,6 +333,9 @@ def test_sizes_of_the_latent(folder):
     [
         (cfg.Dpo(), {"beta": 0.3}),
         (cfg.Dpo(), {"label_smoothing": 0.2}),
+        (cfg.Dpo(), {"sft_weight": 0.5}),
+        (cfg.Ipo(), {"sft_weight": 0.5}),
+        (cfg.Simpo(gamma=0.5), {"sft_weight": 0.5}),
         (cfg.Ipo(), {"beta": 0.3}),
         (cfg.Ipo(), {"reduction": "sum"}),
         (cfg.Simpo(gamma=0.5), {"beta": 1.0}),
@@ -320,7 +351,7 @@ def test_each_loss_setting_changes_the_loss(plain, change):
     reference = np.random.default_rng(0).normal(-30, 5, (6, 2)).astype(np.float32)
     (batch,) = tiny.batches(pairs, rows=4, reference_logp=reference)
     scores = objective.score_inference(
-        nnx.merge(graph, params), batch, latent=None, key=jax.random.key(0), chunk=8
+        nnx.merge(graph, params), batch, steering=None, key=jax.random.key(0), chunk=8
     )
     one, two = (
         float(objective.terms(loss, None, scores, batch)[0])

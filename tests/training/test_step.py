@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lpc_jax import config as cfg
-from lpc_jax import sharding
+from lpc_jax import objective, sharding
 from lpc_jax.data import packing
 from tests import tiny
 from tests.harness import TRL_LOSSES, Harness, follow, recorded
@@ -103,7 +103,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_step():
         before = jax.device_get((harness.state.params, harness.state.opt_state))
         bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), harness.state.params)
         state, norm, finite = harness.programs.update(
-            harness.state, bad, jnp.asarray(2)
+            harness.state, bad, jnp.asarray(2), {}
         )
     assert not finite
     assert np.isnan(norm)
@@ -117,7 +117,7 @@ def test_the_latent_group_has_its_own_learning_rate():
         optimizer=cfg.Optimizer(
             learning_rate=0.0, schedule="constant", warmup_fraction=0.0
         ),
-        latent=cfg.Latent(num_codes=6, learning_rate=1e-2),
+        latent=cfg.Latent(num_codes=6, learning_rate=1e-2, codebook_rate=3e-2),
     )
     harness = Harness(graph, params, config, steps=4)
     with jax.set_mesh(harness.mesh):
@@ -132,7 +132,37 @@ def test_the_latent_group_has_its_own_learning_rate():
     for mlp in ("prior_mlp", "posterior_mlp"):  # found once, then fixed
         assert moved[mlp].pop("input_mean") == moved[mlp].pop("input_spread") == 0.0
     # Adam's first update is the learning rate itself.
+    assert moved.pop("codebook") == pytest.approx(3e-2, rel=0.01)
     assert all(m == pytest.approx(1e-2, rel=0.01) for m in jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_effect_limit_holds_after_every_update(devices):
+    graph, params = tiny.split_policy()
+    limit = 0.05
+    config = tiny.config(
+        latent=cfg.Latent(num_codes=6, codebook_rate=1.0, effect_limit=limit)
+    )
+    harness = Harness(graph, params, config, steps=4, devices=devices)
+    with jax.set_mesh(harness.mesh):
+        for number in range(3):
+            some = tiny.pairs(4, seed=number)
+            batches = tiny.batches(some, rows=8)
+            harness.update(batches, len(some))
+            placed = [sharding.place_batch(batch, harness.mesh) for batch in batches]
+            (sums, _), *_ = [
+                harness.programs.evaluate(
+                    harness.state.params, {}, batch, harness.state.key
+                )
+                for batch in placed
+            ]
+            assert 0 < objective.values(sums)["latent/effect"] <= limit
+    now = jax.device_get(harness.state.params)
+    moved = now["latent"]["codebook"] @ np.asarray(now["decoder"]["head"]).T
+    ranges = moved.max(axis=1) - moved.min(axis=1)
+    assert np.all(ranges**2 / 8 <= limit)
+    # Updates this large reach it.
+    assert np.max(ranges**2 / 8) == pytest.approx(limit, rel=3e-3)
 
 
 def test_activations_are_split_over_rows_and_heads():

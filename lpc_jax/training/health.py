@@ -1,0 +1,87 @@
+"""What a person should look at while a run goes, in plain words.
+
+Knows nothing of how a number was made; any of them may be absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# A codebook counts as unused below this KL (nats) with usage this near uniform, or
+# with one code this near to taking all.
+_UNUSED_KL = 1e-3
+_UNIFORM_SHARE = 0.98
+_COLLAPSED_SHARE = 0.95
+# Nats per token that chosen answers may lose against the start before a warning.
+_FALLING_LOGP = 0.3
+# Likewise of shares of answers: more that run in a circle, fewer that end.
+_CIRCLES, _ENDED = 0.1, 0.2
+
+CHOSEN_LOGP = "logp_per_token/chosen"
+OVER_START = "logp_per_token/chosen_over_start"
+_OVER_REFERENCE = "logp_per_token/chosen_over_reference"
+
+_MORE_LIKELIHOOD = "Raise loss.sft_weight or lower optimizer.learning_rate."
+
+
+def over_start(
+    metrics: Mapping[str, float], start: Mapping[str, Any]
+) -> dict[str, float]:
+    """How far the chosen answers' log-prob per token is from the start's.
+
+    Under a loss with a reference that is the start model it is the reference's too;
+    every loss has the first numbers of the run itself.
+    """
+    if CHOSEN_LOGP not in start:
+        return {}
+    return {OVER_START: metrics[CHOSEN_LOGP] - start[CHOSEN_LOGP]}
+
+
+def warnings(
+    metrics: Mapping[str, float],
+    start: Mapping[str, Any],
+    num_codes: int | None,
+) -> list[str]:
+    """What is wrong, and what to change; empty when all is well.
+
+    Args:
+        metrics: Of training or of held-out pairs, by path.
+        start: The same before the first update.
+        num_codes: C, or None without a latent.
+    """
+    found = []
+    if num_codes is not None and "code/perplexity" in metrics:
+        uniform = metrics["code/perplexity"] > _UNIFORM_SHARE * num_codes
+        if metrics["latent/kl"] < _UNUSED_KL and uniform:
+            found.append(
+                "codes are unused: KL is near 0 and usage uniform. Raise"
+                " latent.learning_rate or latent.codebook_rate."
+            )
+        if metrics["code/largest_share"] > _COLLAPSED_SHARE:
+            found.append(
+                "one code takes all: lower latent.kl_weight or latent.codebook_rate, or"
+                " set latent.posterior_start to clusters."
+            )
+    fallen = metrics.get(OVER_START, metrics.get(_OVER_REFERENCE, 0.0))
+    if fallen < -_FALLING_LOGP:
+        found.append(
+            f"chosen answers have lost more than {_FALLING_LOGP:g} nats per token"
+            f" since the start: the model unlearns to say them. {_MORE_LIKELIHOOD}"
+        )
+    circles, ended = (
+        metrics[name] - start[name] if name in metrics and name in start else 0.0
+        for name in ("answers/circle", "answers/ended")
+    )
+    if circles >= _CIRCLES:
+        found.append(
+            f"{metrics['answers/circle']:.0%} of its answers run in a circle, of the"
+            f" start model's {start['answers/circle']:.0%}. {_MORE_LIKELIHOOD}"
+        )
+    if -ended >= _ENDED:
+        found.append(
+            f"{metrics['answers/ended']:.0%} of its answers end within"
+            f" training.sample_tokens, of the start model's"
+            f" {start['answers/ended']:.0%}. {_MORE_LIKELIHOOD}"
+        )
+    return found
