@@ -37,7 +37,7 @@ config = Config(
         remat="dots",  # what a row of 512 tokens keeps fits
     ),
     loss=Simpo(beta=2.0, gamma_beta_ratio=0.5, sft_weight=3.0),
-    latent=Latent(num_codes=16, learning_rate=1e-2, codebook_rate=2e-2),
+    latent=Latent(num_codes=8, learning_rate=1e-2, codebook_rate=2e-2),
     data=Data(
         train=str(PAIRS / "quickstart.train.jsonl"),
         eval=str(PAIRS / "quickstart.test.jsonl"),

@@ -258,13 +258,19 @@ class Latent(Settings):
     """g, the prior's share of z in training (eq. 11): rising 0 to 1, or fixed."""
     inference: Literal["mean", "sample", "argmax"] = "mean"
     """z from the prior at evaluation: its mean, a draw, or its largest code."""
-    posterior_input: Literal["concat", "difference", "mean_difference", "both"] = "both"
+    posterior_input: Literal[
+        "concat", "difference", "mean_difference", "both", "all"
+    ] = "all"
     """What of the judged pair the posterior reads: both answers' last states side by
     side (the paper); chosen minus rejected, of the last states, of the means over each
-    answer's states, or of both."""
+    answer's states, or of both; or all: these two and the prompt's last state."""
     posterior_start: Literal["random", "clusters"] = "clusters"
     """A random network, as the paper's, or one that tells clusters of some training
     pairs apart, one a code, before the first update."""
+    pool: Literal["pair", "user"] = "pair"
+    """Whose judgements a pair's posterior is of: its own (the paper), or those of the
+    step's other pairs of the same user (data.user), so that codes learn what a user
+    wants whom no prompt tells."""
     effect: float = 0.1
     """What a code does to the logits at the start: root mean square over the
     vocabulary, in nats, whatever the model's width; 0 is the plain policy."""
@@ -409,6 +415,8 @@ class Data(Settings):
     """Held-out pairs, likewise; None: no evaluation."""
     eval_split: str = "test"
     """Split of a hub dataset."""
+    user: str = "user"
+    """Field of a row that says who judged; read by latent.pool = "user"."""
     limit: int | None = None
     """Use only the first pairs of train."""
     eval_limit: int | None = None

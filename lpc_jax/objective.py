@@ -19,7 +19,7 @@ from lpc_jax.losses import preference, sequence
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models.latent import Steering
 from lpc_jax.models.policy import Policy, States, read_at
-from lpc_jax.types import Batch, HostOrDevice, LatentCodes
+from lpc_jax.types import Batch, Companions, HostOrDevice, LatentCodes
 
 # A metric is (sum, count); its value is their ratio over all that was added up.
 Sums = dict[str, tuple[HostOrDevice, HostOrDevice]]
@@ -135,6 +135,20 @@ def _by_answer(
     return logp, end_logp
 
 
+def _pooled(
+    logits: Float[Array, "B C"], companions: Companions, batch: Batch
+) -> Float[Array, "R P C"]:
+    """Each slot's mean of the step's other pairs of its user; uniform without any.
+
+    Its own pair is left out: a belief that has read the label needs no user.
+    """
+    own = batch.pair_id[..., None] == companions.pair_id  # R P B
+    user = jnp.sum(own * companions.user, axis=-1)
+    others = (user[..., None] == companions.user) & ~own & (companions.pair_id >= 0)
+    count = jnp.maximum(jnp.sum(others, axis=-1, keepdims=True), 1)
+    return jnp.einsum("RPB,BC->RPC", others / count, logits)
+
+
 def score_training(
     policy: Policy,
     batch: Batch,
@@ -143,6 +157,7 @@ def score_training(
     key: Array,
     progress: Float[Array, ""],
     chunk: int,
+    companions: Companions | None = None,
 ) -> PairScores:
     """Scores with z = (1 - g) z_posterior + g z_prior, both drawn (eqs. 8-11).
 
@@ -153,6 +168,7 @@ def score_training(
         key: The step's key; each pair folds in its own id.
         progress: Share of the run that is done, for g and tau.
         chunk: Scored positions that meet the head at a time.
+        companions: All pairs of the step, for ``latent.pool = "user"``.
     """
     states = policy.states(batch)
     if latent is None:
@@ -161,6 +177,9 @@ def score_training(
     assert policy.latent is not None
     stop = latent.backbone_gradient == "stop"
     prior_logits, posterior_logits = _beliefs(policy, states, stop=stop)
+    if companions is not None:
+        of_step = policy.latent.posterior(companions.judged)
+        posterior_logits = _pooled(of_step, companions, batch)
     noise = _gumbel(key, batch, latent.num_codes)
     tau = temperature(latent, progress)
 
@@ -215,6 +234,30 @@ def score_inference(
         return found
     effect = _effect(policy, states, batch, prior.vector, token_logp, chunk)
     return dataclasses.replace(found, effect=effect)
+
+
+def logp_under(
+    policy: Policy, batch: Batch, mixes: Float[Array, "M C"], *, chunk: int
+) -> Float[Array, "M R P 2"]:
+    """Log-probability of each answer under each of some mixes of the codes.
+
+    Args:
+        policy: With a latent.
+        batch: One micro-batch.
+        mixes: Weights of the codes, the same for every pair.
+        chunk: Scored positions that meet the head at a time.
+    """
+    states = policy.states(batch)
+    assert policy.latent is not None
+
+    def under(weights: Float[Array, "C"]) -> Float[Array, "R P 2"]:
+        assert policy.latent is not None
+        vector = weights @ policy.latent.codebook[...]
+        vectors = jnp.broadcast_to(vector, (*batch.pair_mask.shape, vector.shape[0]))
+        token_logp = _token_logp(policy, states, batch, vectors, chunk)
+        return _by_answer(token_logp, batch)[0]
+
+    return jax.lax.map(under, mixes)
 
 
 def _effect(

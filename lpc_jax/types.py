@@ -77,6 +77,22 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Companions:
+    """What the posterior reads of all pairs of a step, for one that pools over users.
+
+    Attributes:
+        judged: As ``models.latent.judged``; no gradient flows into it.
+        user: Who judged, numbered.
+        pair_id: As in ``Batch``; -1 where there is no pair.
+    """
+
+    judged: Float[HostOrDevice, "B inputs"]
+    user: Int[HostOrDevice, "B"]
+    pair_id: Int[HostOrDevice, "B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LatentCodes:
     """A belief over codes and the vector drawn from it, of prior or posterior alike.
 

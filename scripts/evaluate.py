@@ -165,6 +165,8 @@ def evaluate_pairs(
         how=asked.z,
         code=asked.code,
         mix=asked.mix,
+        like=asked.like,
+        like_by=asked.like_by,
         reward=asked.reward,
         max_length=asked.max_length,
         max_prompt_length=asked.max_prompt_length,
@@ -224,7 +226,7 @@ def look_at_codes(
             "--codes needs --output FOLDER and one --pairs FILE, got"
             f" {asked.output} and {len(asked.pairs)}."
         )
-    for flag in ("z", "code", "mix"):
+    for flag in ("z", "code", "mix", "like"):
         if getattr(asked, flag) is not None:
             raise ValueError(
                 f"--{flag} has no effect with --codes, which looks at all of them."
@@ -268,8 +270,9 @@ def evaluate_tasks(
 
     _require_writable(asked)
     tasks = task_command.load(asked)
-    steering = command.read_steering(asked, command.outline_system(asked))
+    command.require_steering(asked, command.outline_system(asked))
     loaded = command.load_system(asked)
+    steering = command.read_steering(asked, loaded)
     files = [asked.json, asked.output and asked.output / "tasks.json"]
     results = task_command.main(
         asked,

@@ -99,6 +99,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         top_k=arguments.top_k,
         top_p=(CHAT_TOP_P if talks else 1.0) if top_p is None else top_p,
     )
+    command.require_steering(arguments, command.outline_system(arguments))
     system = command.load_system(arguments)
     steering = command.read_steering(arguments, system)
     if talks:

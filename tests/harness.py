@@ -30,6 +30,7 @@ TRL_LOSSES = {
     "ipo": cfg.Ipo(beta=0.1, reduction="mean"),
     "simpo": cfg.Simpo(beta=2.0, gamma=1.0),
     "dpo_accumulated": cfg.Dpo(beta=0.1),
+    "dpo_sft": cfg.Dpo(beta=0.1, sft_weight=0.5),
 }
 _SCORE_CHUNK = 32
 

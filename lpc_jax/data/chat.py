@@ -55,6 +55,7 @@ class TokenizedPair:
         cut_prompt: Whether the prompt's start was cut away.
         cut_chosen: Whether the chosen answer's end was cut away.
         cut_rejected: Whether the rejected answer's end was cut away.
+        user: Who judged; empty where nobody says.
     """
 
     prompt: Ids
@@ -65,6 +66,7 @@ class TokenizedPair:
     cut_prompt: bool
     cut_chosen: bool
     cut_rejected: bool
+    user: str = ""
 
 
 class _Dropped(Exception):
@@ -333,6 +335,7 @@ def _split(
         cut_prompt=False,
         cut_chosen=False,
         cut_rejected=False,
+        user=example.user,
     )
 
 

@@ -28,6 +28,8 @@ Message = dict[str, str]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 NO_SOURCE = "unknown"
+# Field of a row that says who judged.
+USER = "user"
 
 # What is read at a time, in bytes. A line is one pair: of English, a million tokens are
 # about 4 MB. A .json file is parsed whole, and then takes several times its size.
@@ -64,6 +66,7 @@ class PreferenceExample:
         source: Where the prompt comes from, for reports.
         origin: The row as ``file:line``, for messages.
         index: The row's position in what was read, dropped rows counted.
+        user: Who judged; empty where the row does not say.
     """
 
     prompt: tuple[Message, ...]
@@ -72,6 +75,7 @@ class PreferenceExample:
     source: str
     origin: str
     index: int
+    user: str = ""
 
 
 class _Dropped(Exception):
@@ -85,6 +89,7 @@ def read(
     split: str | None,
     limit: int | None,
     retry: sources.Retry,
+    user: str = USER,
 ) -> tuple[list[PreferenceExample], Drops]:
     """Preference pairs of a file or a hub data set.
 
@@ -94,6 +99,7 @@ def read(
         split: Split of a hub data set; a file has none.
         limit: Read only this many rows, from the first; None: all.
         retry: When a download fails.
+        user: Field of a row that says who judged.
 
     Returns:
         The pairs in order, and the rows that hold no preference.
@@ -108,7 +114,7 @@ def read(
     )
     for index, (origin, row) in enumerate(found):
         try:
-            examples.append(parse(row, origin=origin, index=index))
+            examples.append(parse(row, origin=origin, index=index, user=user))
         except _Dropped as drop:
             events.append((str(drop), origin))
     drops = Drops.count(events)
@@ -304,7 +310,7 @@ def _hub(
         yield f"{path}/{split}:{number}", row
 
 
-def parse(row: Any, *, origin: str, index: int) -> PreferenceExample:
+def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceExample:
     """One row of any known form as a pair.
 
     Args:
@@ -312,6 +318,7 @@ def parse(row: Any, *, origin: str, index: int) -> PreferenceExample:
             has one; an optional ``source`` is kept.
         origin: The row as ``file:line``, for messages.
         index: The row's position in what was read.
+        user: Field that says who judged.
 
     Raises:
         ValueError: The row is of no known form.
@@ -349,9 +356,11 @@ def parse(row: Any, *, origin: str, index: int) -> PreferenceExample:
         )
     source = row.get("source")
     source = source if isinstance(source, str) and source else NO_SOURCE
+    judge = row.get(user)
+    judge = str(judge) if isinstance(judge, str | int) else ""
     for message in (*prompt, chosen, rejected):
         _require_characters(origin, *message.values())
-    _require_characters(origin, source)
+    _require_characters(origin, source, judge)
     _require_preference(prompt, chosen, rejected)
     return PreferenceExample(
         prompt=tuple(prompt),
@@ -360,6 +369,7 @@ def parse(row: Any, *, origin: str, index: int) -> PreferenceExample:
         source=source,
         origin=origin,
         index=index,
+        user=judge,
     )
 
 

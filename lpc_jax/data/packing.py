@@ -19,6 +19,9 @@ from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED, Batch
 # pairs out of a row. Chunks that stay empty cost no pass through the LM head.
 _SCORED_SLACK = 1.3
 
+# Pairs of one user that come together, at least, where a user has so many.
+_TOGETHER = 4
+
 # Row lengths that are tried: a finer choice saves less than a thirtieth of a row.
 _CANDIDATES = 32
 
@@ -318,7 +321,12 @@ def steps_per_epoch(count: int, *, pairs_per_step: int) -> int:
 
 
 def step_indices(
-    count: int, *, step: int, pairs_per_step: int, seed: int
+    count: int,
+    *,
+    step: int,
+    pairs_per_step: int,
+    seed: int,
+    users: Int[np.ndarray, "_"] | None = None,
 ) -> Int[np.ndarray, "B"]:
     """Which pairs a step reads: a function of its number alone.
 
@@ -327,7 +335,19 @@ def step_indices(
         step: 0 for the first update of the run.
         pairs_per_step: B; the last step of an epoch has what is left.
         seed: With the epoch's number it seeds the order of that epoch.
+        users: Who judged each pair, numbered; pairs of one user then come a few
+            together, as ``latent.pool = "user"`` needs them. None: in any order.
     """
     epoch, within = divmod(step, steps_per_epoch(count, pairs_per_step=pairs_per_step))
-    order = np.random.default_rng([seed, epoch]).permutation(count)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(count)
+    if users is not None:
+        by_user = order[np.argsort(users[order], kind="stable")]
+        ends = np.flatnonzero(np.diff(users[by_user])) + 1
+        some = [
+            group
+            for own in np.split(by_user, ends)
+            for group in np.array_split(own, max(len(own) // _TOGETHER, 1))
+        ]
+        order = np.concatenate([some[i] for i in rng.permutation(len(some))])
     return order[within * pairs_per_step : (within + 1) * pairs_per_step]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import steering, system
+from lpc_jax.evaluation import like, steering, system
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import Outline, System
 
@@ -59,6 +59,18 @@ def add_system(parser: argparse.ArgumentParser) -> None:
     )
 
 
+LIKE: dict[str, Any] = {
+    "metavar": "FILE",
+    "help": "that of the reader who judged these pairs",
+}
+LIKE_BY: dict[str, Any] = {
+    "choices": like.BY,
+    "default": like.BY[0],
+    "help": "of --like: the posterior pooled over the pairs, or each code by how well"
+    " it alone ranks them [%(default)s]",
+}
+
+
 def add_steering(parser: argparse.ArgumentParser) -> None:
     """How z is chosen."""
     chosen = parser.add_mutually_exclusive_group()
@@ -67,6 +79,8 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
     )
     chosen.add_argument("--code", metavar="7", help="this code, whatever the prompt")
     chosen.add_argument("--mix", metavar="3:0.7,12:0.3", help="these, likewise")
+    chosen.add_argument("--like", **LIKE)
+    parser.add_argument("--like-by", **LIKE_BY)
 
 
 def model_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -122,12 +136,30 @@ def load_system(
     )
 
 
-def read_steering(arguments: argparse.Namespace, asked: System | Outline) -> Steering:
+def require_steering(arguments: argparse.Namespace, outline: Outline) -> None:
+    """Refuses, before any compute, what ``read_steering`` would.
+
+    Raises:
+        ValueError: As ``read_steering``.
+    """
+    latent = outline.config.latent
+    if arguments.like is not None:
+        like.read(arguments.like, arguments.like_by, latent, outline.name)
+        return
+    steering.choose(arguments.z, arguments.code, arguments.mix, latent, outline.name)
+
+
+def read_steering(arguments: argparse.Namespace, asked: System) -> Steering:
     """How z is chosen for a system; of no effect where it has none.
 
     Raises:
-        ValueError: Codes of a system without any, an unknown one, a mix that is none.
+        ValueError: Codes of a system without any, an unknown one, a mix that is none,
+            or examples that hold no pair.
     """
+    if arguments.like is not None:
+        by = arguments.like_by
+        examples = like.read(arguments.like, by, asked.config.latent, asked.name)
+        return like.steering(asked, examples)
     latent = asked.config.latent
     chosen = steering.choose(
         arguments.z, arguments.code, arguments.mix, latent, asked.name

@@ -21,7 +21,7 @@ from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Report
-from lpc_jax.evaluation import pairs, steering, system
+from lpc_jax.evaluation import like, pairs, steering, system
 from lpc_jax.evaluation.pairs import Reward
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
@@ -47,6 +47,8 @@ class Options:
         how: How the system's z is chosen from its prior.
         code: Or one code, as ``--code`` has it.
         mix: Or several, as ``--mix`` has them.
+        like: Or those of the reader who judged the pairs of this file.
+        like_by: How these are found.
         reward: One of ``pairs.REWARDS``; None: of the run's loss.
         max_length: As ``data.max_length``.
         max_prompt_length: As ``data.max_prompt_length``.
@@ -67,6 +69,8 @@ class Options:
     how: Literal["mean", "sample", "argmax"] | None = None
     code: str | None = None
     mix: str | None = None
+    like: str | None = None
+    like_by: Literal["posterior", "bayes"] = "posterior"
     reward: str | None = None
     max_length: int | None = None
     max_prompt_length: int | None = None
@@ -187,7 +191,11 @@ def hold(
     """
     config = settings(options.system, options.step)
     if config is not None:
-        _steering(options, config.latent, options.system)  # before anything is loaded
+        # Before anything is loaded.
+        if options.like is None:
+            _steering(options, config.latent, options.system)
+        else:
+            like.read(options.like, options.like_by, config.latent, options.system)
     hub = config.hub if config is not None else cfg.Hub()
     some, drops = pairs.read(
         options.files,
@@ -317,7 +325,12 @@ def _contenders(
         return found
 
     main = systems.load_asked(options.system, options.step)
-    how = _steering(options, main.latent, options.system)
+    if options.like is None:
+        how = _steering(options, main.latent, options.system)
+    else:
+        by, name = options.like_by, options.system
+        examples = like.read(options.like, by, main.latent, name)
+        how = like.steering(main, examples)
     found = [(SYSTEM, main, how, reward, reference(main, config))]
     if options.with_start and start is not None:
         begun = systems.load_start(start, config if options.start is None else None)

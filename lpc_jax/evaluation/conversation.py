@@ -13,7 +13,7 @@ from rich.table import Table
 
 from lpc_jax.data import chat
 from lpc_jax.data.examples import Message
-from lpc_jax.evaluation import answers, steering
+from lpc_jax.evaluation import answers, like, steering
 from lpc_jax.evaluation.generate import Completion, Generator, Ids, Sampling
 from lpc_jax.evaluation.steering import Steering
 
@@ -23,6 +23,7 @@ _SHOWN = 8
 HELP = """\
 /code 7            answer under this code alone
 /mix 3:0.7,12:0.3  answer under a mix of codes
+/like FILE         answer as the reader would want it who judged these pairs
 /mean  /sample  /argmax   choose z from the prior again
 /codes             the prior's mix for the last prompt, and z of the last answer
 /again             another answer to the last prompt
@@ -133,7 +134,7 @@ class Conversation:
             if not value.isdecimal():
                 raise ValueError(f"/seed must be a whole number, got {value!r}.")
             self.seed = int(value)
-        elif name in ("/code", "/mix", "/mean", "/sample", "/argmax"):
+        elif name in ("/code", "/mix", "/like", "/mean", "/sample", "/argmax"):
             self._steer(name, value, line)
         elif name == "/codes":
             self._show_codes(line)
@@ -151,6 +152,10 @@ class Conversation:
             self.steering = steering.code(value, codes)
         elif name == "/mix":
             self.steering = steering.mix(value, codes)
+        elif name == "/like":
+            asked = self.generator.system
+            examples = like.read(value, like.BY[0], asked.latent, asked.name)
+            self.steering = like.steering(asked, examples)
         elif name == "/mean":
             self.steering = Steering("mean")
         elif name == "/argmax":

@@ -247,6 +247,50 @@ def score(
     return found
 
 
+def score_under(
+    system: System,
+    some: Sequence[TokenizedPair],
+    mixes: Float[np.ndarray, "M C"],
+    *,
+    on_progress: Callable[[int], None],
+) -> Float[np.ndarray, "M B 2"]:
+    """Summed log-probabilities of answers under each of some mixes of the codes.
+
+    The decoder reads every pair once; each mix meets the head.
+
+    Args:
+        system: With codes.
+        some: Pairs in its tokens.
+        mixes: Weights of the codes; all 0 is no z.
+        on_progress: Told how many pairs are done.
+    """
+    chunk = assembly.score_chunk(system.config, sharding.platform(system.mesh))
+
+    @functools.partial(
+        jax.jit, out_shardings=NamedSharding(system.mesh, PartitionSpec())
+    )
+    def program(params: dict[str, Any], batch: Batch, mixes: Array) -> Array:
+        policy = nnx.merge(system.graph, params)
+        return objective.logp_under(policy, batch, mixes, chunk=chunk)
+
+    shape = row_shape(system, some)
+    found = np.full((len(mixes), len(some), 2), np.nan, np.float32)
+    place = {pair.id: i for i, pair in enumerate(some)}
+    done = 0
+    with jax.set_mesh(system.mesh):
+        for first in range(0, len(some), _GROUP):
+            group = some[first : first + _GROUP]
+            for batch in packing.micro_batches(group, shape, reference_logp=None):
+                mask = np.asarray(batch.pair_mask)
+                placed = sharding.place_batch(batch, system.mesh)
+                logp = program(system.params, placed, mixes.astype(np.float32))
+                at = [place[i] for i in np.asarray(batch.pair_id)[mask].tolist()]
+                found[:, at] = np.asarray(jax.device_get(logp))[:, mask]
+                done += int(mask.sum())
+                on_progress(done)
+    return found
+
+
 def _program(
     system: System, steering: Steering | None, seed: int
 ) -> Callable[[dict[str, Any], Batch], Array]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.cluster.vq
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lpc_jax.types import LatentCodes
 
@@ -30,7 +30,7 @@ _COMPONENTS, _CLUSTER_LOGIT, _RIDGE = 20, 3.0, 0.01
 # What is kept of a limit for products in another order or precision.
 _ROUNDING = 1e-3
 
-PosteriorInput = Literal["concat", "difference", "mean_difference", "both"]
+PosteriorInput = Literal["concat", "difference", "mean_difference", "both", "all"]
 
 
 class CodeMlp(nnx.Module):
@@ -84,25 +84,27 @@ class CodeMlp(nnx.Module):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AnswerStates:
-    """Last hidden states over answers, by side.
+class PairStates:
+    """Last hidden states of a pair, those of answers by side.
 
     Attributes:
+        prompt: At the prompt's end.
         end: At each answer's last token.
         mean: The mean over each answer's tokens.
     """
 
+    prompt: Float[Array, "*pairs D"]
     end: Float[Array, "*pairs 2 D"]
     mean: Float[Array, "*pairs 2 D"]
 
 
 def judged_width(posterior_input: PosteriorInput, width: int) -> int:
     """How many numbers the posterior reads of a pair, at model width D."""
-    return width * (2 if posterior_input in ("concat", "both") else 1)
+    return width * {"concat": 2, "both": 2, "all": 3}.get(posterior_input, 1)
 
 
 def judged(
-    states: AnswerStates, posterior_input: PosteriorInput
+    states: PairStates, posterior_input: PosteriorInput
 ) -> Float[Array, "*pairs inputs"]:
     """What the posterior reads of a judged pair, in fp32.
 
@@ -110,8 +112,9 @@ def judged(
         states: Of the chosen (0) and the rejected (1) answer.
         posterior_input: ``concat``: both ends side by side (LPC eq. 8);
             ``difference``: chosen minus rejected of the ends, ``mean_difference`` of
-            the means, ``both`` of each. A network over the concatenation has to learn
-            the subtraction first, and on data/dsp_hidden does not (docs/results.md).
+            the means, ``both`` of each, ``all`` the prompt's state beside these. A
+            network over the concatenation has to learn the subtraction first, and does
+            not where no prompt tells the factor (docs/results.md).
     """
     end, mean = states.end.astype(jnp.float32), states.mean.astype(jnp.float32)
     if posterior_input == "concat":
@@ -121,7 +124,10 @@ def judged(
         return of_end
     if posterior_input == "mean_difference":
         return of_mean
-    return jnp.concatenate([of_end, of_mean], axis=-1)
+    differences = [of_end, of_mean]
+    if posterior_input == "all":
+        differences.append(states.prompt.astype(jnp.float32))
+    return jnp.concatenate(differences, axis=-1)
 
 
 def standardization(
@@ -144,54 +150,85 @@ def standardization(
     Returns:
         ``input_mean`` and ``input_spread`` for ``prior_mlp`` and ``posterior_mlp``.
     """
-    concat = posterior_input == "concat"
-    sides = np.concatenate(np.split(pairs, 2, axis=1)) if concat else pairs
 
-    def moments(states: np.ndarray, centre: bool, copies: int) -> dict[str, np.ndarray]:
+    def moments(states: np.ndarray, *, centred: bool) -> dict[str, np.ndarray]:
         states = states.astype(np.float64)
         least = _LEAST_SPREAD**2 * np.mean(states**2)
-        mean = states.mean(axis=0) if centre else np.zeros(states.shape[1])
+        mean = states.mean(axis=0) if centred else np.zeros(states.shape[1])
         spread = np.sqrt(np.mean((states - mean) ** 2, axis=0) + least)
-        found = {"input_mean": mean, "input_spread": spread}
-        return {k: np.tile(v, copies).astype(np.float32) for k, v in found.items()}
+        return {"input_mean": mean, "input_spread": spread}
 
+    of_prompt = moments(prompt, centred=True)
+    if posterior_input == "concat":
+        sides = np.concatenate(np.split(pairs, 2, axis=1))
+        parts = [moments(sides, centred=True)] * 2
+    elif posterior_input == "all":
+        differences = pairs[:, : -prompt.shape[1]]
+        parts = [moments(differences, centred=False), of_prompt]
+    else:
+        parts = [moments(pairs, centred=False)]
     return {
-        "prior_mlp": moments(prompt, True, 1),
-        "posterior_mlp": moments(sides, concat, 1 + concat),
+        mlp: {
+            name: np.concatenate([part[name] for part in some]).astype(np.float32)
+            for name in ("input_mean", "input_spread")
+        }
+        for mlp, some in (("prior_mlp", [of_prompt]), ("posterior_mlp", parts))
     }
 
 
-def cluster_output(
-    hidden: Float[np.ndarray, "B W"], inputs: Float[np.ndarray, "B inputs"], codes: int
-) -> dict[str, Float[np.ndarray, "..."]]:
-    """An output layer under which a belief tells clusters of its inputs apart.
+def clusters(
+    inputs: Float[np.ndarray, "B inputs"], num_codes: int
+) -> Int[np.ndarray, "B"]:
+    """A cluster for each of some pairs, by k-means on their principal components.
 
     From random networks the codes compete for all pairs at once and often one wins; a
     codebook that starts from clusters of the data does not collapse (Zeghidour et al.
-    2021, section III.C, start vector quantisation so). Clusters are k-means' on the
-    inputs' first principal components; the layer is fitted to them by ridge regression.
+    2021, section III.C, start vector quantisation so).
 
     Args:
-        hidden: What the layer reads of some pairs, scaled as the network scales it.
-        inputs: The network's standardised inputs for these.
-        codes: C; with fewer pairs than codes the last codes start without a cluster.
-
-    Returns:
-        ``output_kernel`` and ``output_bias`` for a layer that reads ``hidden``.
+        inputs: What the posterior reads of the pairs, standardised.
+        num_codes: C; of fewer pairs than codes each is a cluster.
     """
     centred = inputs - inputs.mean(axis=0)
     directions = np.linalg.svd(centred, full_matrices=False)[2][:_COMPONENTS]
-    _, cluster = scipy.cluster.vq.kmeans2(
-        centred @ directions.T, min(codes, len(inputs)), minit="++", rng=0
+    _, found = scipy.cluster.vq.kmeans2(
+        centred @ directions.T, min(num_codes, len(inputs)), minit="++", rng=0
     )
-    wanted = _CLUSTER_LOGIT * (np.eye(codes)[cluster] - 1 / codes)
+    return found
+
+
+def means_of_others(
+    inputs: Float[np.ndarray, "B inputs"], users: Int[np.ndarray, "B"]
+) -> Float[np.ndarray, "B inputs"]:
+    """The mean over the other pairs of each pair's user; itself where it is alone."""
+    same = (users[:, None] == users).astype(inputs.dtype)
+    others = same - np.eye(len(users), dtype=inputs.dtype)
+    alone = others.sum(axis=1) == 0
+    others[alone] = same[alone]
+    return others @ inputs / others.sum(axis=1, keepdims=True)
+
+
+def output_for(
+    hidden: Float[np.ndarray, "B W"], cluster: Int[np.ndarray, "B"], num_codes: int
+) -> dict[str, Float[np.ndarray, "..."]]:
+    """An output layer whose logits name each pair's cluster, by ridge regression.
+
+    Args:
+        hidden: What the layer reads of the pairs.
+        cluster: From ``clusters``.
+        num_codes: C.
+
+    Returns:
+        ``output_kernel`` and ``output_bias``.
+    """
+    wanted = _CLUSTER_LOGIT * (np.eye(num_codes)[cluster] - 1 / num_codes)
     features = (hidden - hidden.mean(axis=0)).astype(np.float64)
     products = features @ features.T
-    ridge = _RIDGE * np.trace(products) / min(products.shape[0], hidden.shape[1])
-    dual = np.linalg.solve(
+    ridge = _RIDGE * np.trace(products) / min(features.shape)
+    weights = np.linalg.solve(
         products + ridge * np.eye(len(products)), wanted - wanted.mean(axis=0)
     )
-    kernel = features.T @ dual
+    kernel = features.T @ weights
     bias = wanted.mean(axis=0) - hidden.mean(axis=0) @ kernel
     return {
         "output_kernel": kernel.astype(np.float32),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from lpc_jax.models.adapters import BlockAdapters
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.decoder import Decoder, stacked
-from lpc_jax.models.latent import AnswerStates, LatentHead, judged
+from lpc_jax.models.latent import LatentHead, PairStates, judged
 from lpc_jax.types import CHOSEN, REJECTED, Batch
 
 # Folded into a policy's key to seed its adapters.
@@ -48,11 +48,8 @@ class Policy(nnx.Module):
         scored = read_at(hidden, batch.score_from)
         if self.latent is None:
             return States(scored, None, None)
-        return States(
-            scored,
-            read_at(hidden, batch.prompt_end),
-            judged(answer_states(hidden, batch), self.latent.posterior_input),
-        )
+        pairs = pair_states(hidden, batch)
+        return States(scored, pairs.prompt, judged(pairs, self.latent.posterior_input))
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +68,8 @@ class States:
     judged: Float[Array, "R P inputs"] | None
 
 
-def answer_states(hidden: Float[Array, "R T D"], batch: Batch) -> AnswerStates:
-    """Each pair's answers at their ends and in the mean over their tokens."""
+def pair_states(hidden: Float[Array, "R T D"], batch: Batch) -> PairStates:
+    """Each pair at its prompt's end, its answers' ends, and in the mean over these."""
     ends = jnp.stack([batch.chosen_end, batch.rejected_end], axis=-1)
     slots = batch.pair_mask.shape[1]
     sides = jnp.stack([batch.branch == CHOSEN, batch.branch == REJECTED], axis=-1)
@@ -86,7 +83,7 @@ def answer_states(hidden: Float[Array, "R T D"], batch: Batch) -> AnswerStates:
     )
     rows = ends.shape[0]
     end = read_at(hidden, ends.reshape(rows, -1)).reshape(rows, slots, 2, -1)
-    return AnswerStates(end, mean)
+    return PairStates(read_at(hidden, batch.prompt_end), end, mean)
 
 
 def read_at(

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from lpc_jax import assembly, objective, sharding
+from lpc_jax import assembly, objective, processes, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
@@ -36,7 +36,7 @@ from lpc_jax.types import Batch
 # spread to within a tenth, few enough to take seconds.
 STANDARDIZATION_PAIRS = 64
 # For clusters so many for each code.
-_PAIRS_PER_CLUSTER = 8
+_PAIRS_PER_CLUSTER = 16
 
 # Row lengths are chosen on the run's first steps of so many pairs.
 _PLANNED_PAIRS = 2048
@@ -48,7 +48,8 @@ Say = Callable[[str], None]
 class Pairs:
     """Training and held-out pairs, and the shapes they are packed into.
 
-    ``held_out_prompts`` has the last turn before the answer of each held-out pair id.
+    ``held_out_prompts`` has the last turn before the answer of each held-out pair id;
+    ``users`` who judged each training pair, numbered, where the latent pools over them.
     """
 
     train: list[TokenizedPair]
@@ -58,6 +59,7 @@ class Pairs:
     shape: packing.RowShape
     tokenizer: Tokenizer
     held_out_prompts: dict[int, str]
+    users: Int[np.ndarray, "_"] | None
 
     def digests(self) -> dict[str, str]:
         """SHA-256 over the token ids of each set's pairs, in order; the tokenizer's."""
@@ -117,7 +119,12 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
         path: str, setting: str, split: str, limit: int | None
     ) -> tuple[list[TokenizedPair], Report, dict[int, str]]:
         found, drops = examples.read(
-            path, setting=setting, split=split, limit=limit, retry=retry
+            path,
+            setting=setting,
+            split=split,
+            limit=limit,
+            retry=retry,
+            user=data.user,
         )
         pairs, report = chat.tokenize(
             found,
@@ -134,6 +141,9 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
     train, train_report, _ = read(
         data.train, "data.train", data.train_split, data.limit
     )
+    users = None
+    if config.latent is not None and config.latent.pool == "user":
+        users = _users(train, data)
     held_out: list[TokenizedPair] = []
     held_out_report, prompts = None, {}
     if data.eval is not None:
@@ -159,6 +169,7 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
                     step=number,
                     pairs_per_step=packed.pairs_per_step,
                     seed=config.training.seed,
+                    users=users,
                 )
                 for number in range(min(planned, total_steps(config, train)))
             ],
@@ -173,7 +184,34 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
         shape,
         tokens,
         prompts,
+        users,
     )
+
+
+def _users(train: Sequence[TokenizedPair], data: cfg.Data) -> Int[np.ndarray, "B"]:
+    """Who judged each pair, numbered.
+
+    Raises:
+        ValueError: Some pairs don't say, or some user judged only one.
+    """
+    names = [pair.user for pair in train]
+    nameless = names.count("")
+    if nameless:
+        raise ValueError(
+            "latent.pool='user' needs a user in every row, named by data.user ="
+            f" {data.user!r}, got {nameless} of {len(names)} pairs of {data.train}"
+            " without. Add the field, name another with --data.user, or use"
+            " latent.pool='pair'."
+        )
+    _, numbers, counts = np.unique(names, return_inverse=True, return_counts=True)
+    alone = int(np.sum(counts == 1))
+    if alone:
+        raise ValueError(
+            "latent.pool='user' needs at least two pairs of every user, got"
+            f" {alone} of {len(counts)} users of {data.train} with one. Leave these"
+            " out, or use latent.pool='pair'."
+        )
+    return numbers.astype(np.int32)
 
 
 def total_steps(config: cfg.Config, train: Sequence[TokenizedPair]) -> int:
@@ -285,8 +323,11 @@ def prepare_latent(
     )
     latent = start.params["latent"]
     if config.latent.posterior_start == "clusters":
-        new["posterior_mlp"] |= _cluster_output(
-            latent["posterior_mlp"] | new["posterior_mlp"], judged, config.latent, mesh
+        read_by = {"posterior_mlp": judged, "prior_mlp": prompt}
+        networks = {name: latent[name] | new[name] for name in read_by}
+        users = None if pairs.users is None else pairs.users[np.sort(some)]
+        new |= _cluster_outputs(
+            networks, read_by, new, config.latent.num_codes, users, mesh
         )
     placed_new = {
         mlp: {
@@ -303,33 +344,60 @@ def prepare_latent(
     }
 
 
-def _cluster_output(
-    mlp: dict[str, Any],
-    judged: Float[np.ndarray, "B inputs"],
-    latent: cfg.Latent,
+def _cluster_outputs(
+    networks: dict[str, Any],
+    read_by: dict[str, Float[np.ndarray, "B inputs"]],
+    new: dict[str, dict[str, np.ndarray]],
+    num_codes: int,
+    users: Int[np.ndarray, "_"] | None,
     mesh: Mesh,
-) -> dict[str, np.ndarray]:
-    """The posterior's last layer for clusters of what it reads of some pairs."""
-    width = mlp["hidden_kernel"].shape[1]
+) -> dict[str, dict[str, np.ndarray]]:
+    """The networks' last layers for clusters of what the posterior reads.
+
+    The prior's too, so that what of a cluster can be known from the prompt is known
+    from the start.
+    """
+    found = {
+        name: _hidden_layer(network, read_by[name], num_codes, mesh)
+        for name, network in networks.items()
+    }
+    standard, _ = found["posterior_mlp"]
+    if users is not None:
+        standard = latent_models.means_of_others(standard, users)
+    cluster = np.asarray(
+        processes.from_main(
+            lambda: latent_models.clusters(standard, num_codes).tolist()
+        )
+    )
+    return {
+        name: new[name] | latent_models.output_for(hidden, cluster, num_codes)
+        for name, (_, hidden) in found.items()
+    }
+
+
+def _hidden_layer(
+    network: dict[str, Any],
+    x: Float[np.ndarray, "B inputs"],
+    num_codes: int,
+    mesh: Mesh,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A network's standardised inputs and what its last layer reads."""
+    inputs, width = network["hidden_kernel"].shape
     graph = nnx.graphdef(
         nnx.eval_shape(
-            lambda: latent_models.CodeMlp(
-                judged.shape[1], width, latent.num_codes, rngs=nnx.Rngs(0)
-            )
+            lambda: latent_models.CodeMlp(inputs, width, num_codes, rngs=nnx.Rngs(0))
         )
     )
 
-    # Replicated: small, and every process computes the same.
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    @functools.partial(jax.jit, out_shardings=whole)
+    # Whole on every device, so that every process reads all of it.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def read(params: dict[str, Any], x: Array) -> tuple[Array, Array]:
-        network = nnx.merge(graph, params)
-        standard = network.standard(x)
-        return standard, network.hidden(standard)
+        made = nnx.merge(graph, params)
+        standard = made.standard(x)
+        return standard, made.hidden(standard)
 
-    standard, hidden = map(np.asarray, jax.device_get(read(mlp, judged)))
-    return latent_models.cluster_output(hidden, standard, latent.num_codes)
+    standard, hidden = jax.device_get(read(network, x))
+    return np.asarray(standard), np.asarray(hidden)
 
 
 def reference_program(

@@ -24,7 +24,7 @@ from lpc_jax import assembly, objective, sharding
 from lpc_jax import config as cfg
 from lpc_jax.models.latent import limit_codes
 from lpc_jax.models.policy import Policy
-from lpc_jax.types import Batch, TrainState
+from lpc_jax.types import Batch, Companions, TrainState
 
 Params = dict[str, Any]
 
@@ -34,8 +34,11 @@ class Programs:
     """The compiled parts of training.
 
     Attributes:
-        gradients: (params, frozen, batch, key, step) -> gradients of the params,
-            summed over pairs, and metric sums.
+        gradients: (params, frozen, batch, key, step, companions) -> gradients of the
+            params, summed over pairs, and metric sums. ``companions`` is None unless
+            the latent pools over users.
+        judged: (params, frozen, batch) -> what the posterior reads of each pair slot,
+            and which pair that is.
         add: (tree, tree) -> their sum; the first is donated.
         update: (state, gradients, pairs, frozen) -> state, gradient norm, whether the
             update was finite. The state is donated. A non-finite update changes nothing
@@ -47,12 +50,17 @@ class Programs:
     """
 
     gradients: Callable[..., tuple[Params, objective.Sums]]
+    judged: Callable[..., tuple[Array, Array, Array]]
     add: Callable[[Any, Any], Any]
     update: Callable[..., tuple[TrainState, Array, Array]]
     evaluate: Callable[..., tuple[objective.Sums, dict[str, Array]]]
 
     def summed_gradients(
-        self, state: TrainState, frozen: Params, batches: Iterable[Batch]
+        self,
+        state: TrainState,
+        frozen: Params,
+        batches: Iterable[Batch],
+        companions: Companions | None = None,
     ) -> tuple[Params, objective.Sums]:
         """``gradients`` of all micro-batches of a step, added up.
 
@@ -60,10 +68,13 @@ class Programs:
             state: Before the update.
             frozen: What of the policy is not trained.
             batches: At least one, on the mesh.
+            companions: Of the step, where the latent pools over users.
         """
         total = None
         for batch in batches:
-            term = self.gradients(state.params, frozen, batch, state.key, state.step)
+            term = self.gradients(
+                state.params, frozen, batch, state.key, state.step, companions
+            )
             total = term if total is None else self.add(total, term)
         assert total is not None, "a step has at least one pair"
         return total
@@ -91,7 +102,12 @@ def build(
     steering = None if latent is None else objective.inference(latent)
 
     def loss_sum(
-        params: Params, frozen: Params, batch: Batch, key: Array, step: Int[Array, ""]
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        key: Array,
+        step: Int[Array, ""],
+        companions: Companions | None,
     ) -> tuple[Float[Array, ""], objective.Sums]:
         policy = nnx.merge(graph, params | frozen)
         scores = objective.score_training(
@@ -101,15 +117,31 @@ def build(
             key=jax.random.fold_in(key, step),
             progress=step / max(total_steps - 1, 1),
             chunk=chunk,
+            companions=companions,
         )
         total, sums, _ = objective.terms(config.loss, latent, scores, batch)
         return total, sums
 
     @functools.partial(jax.jit, out_shardings=(layout.params, replicated))
     def gradients(
-        params: Params, frozen: Params, batch: Batch, key: Array, step: Int[Array, ""]
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        key: Array,
+        step: Int[Array, ""],
+        companions: Companions | None = None,
     ) -> tuple[Params, objective.Sums]:
-        return jax.grad(loss_sum, has_aux=True)(params, frozen, batch, key, step)
+        gradient = jax.grad(loss_sum, has_aux=True)
+        return gradient(params, frozen, batch, key, step, companions)
+
+    # Whole on every device, so that every process reads all of it.
+    @functools.partial(jax.jit, out_shardings=replicated)
+    def judged(
+        params: Params, frozen: Params, batch: Batch
+    ) -> tuple[Array, Array, Array]:
+        found = nnx.merge(graph, params | frozen).states(batch).judged
+        assert found is not None
+        return found, batch.pair_mask, batch.pair_id
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(total: Any, term: Any) -> Any:
@@ -162,7 +194,7 @@ def build(
         _, sums, by_pair = objective.terms(config.loss, latent, scores, batch)
         return sums, by_pair
 
-    return Programs(gradients, add, update, evaluate)
+    return Programs(gradients, judged, add, update, evaluate)
 
 
 def state_shardings(

@@ -22,11 +22,12 @@ from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.evaluation import preference, samples, system
 from lpc_jax.evaluation.generate import Generator
+from lpc_jax.models import latent as latent_models
 from lpc_jax.models import weights
 from lpc_jax.models.latent import Steering
 from lpc_jax.training import memory, setup, step
 from lpc_jax.training import optimizer as optimizers
-from lpc_jax.types import Batch, TrainState
+from lpc_jax.types import Batch, Companions, TrainState
 
 # Of ``training.samples`` where it is None, and prompts answered together.
 _SAMPLES, _ANSWERED_AT_A_TIME = 16, 16
@@ -218,6 +219,7 @@ class Trainer:
             step=number,
             pairs_per_step=self.config.packing.pairs_per_step,
             seed=self.config.training.seed,
+            users=self.pairs.users,
         )
 
     def pack(self, indices: np.ndarray) -> list[Batch]:
@@ -233,12 +235,37 @@ class Trainer:
     ) -> tuple[TrainState, objective.Sums, jax.Array, jax.Array]:
         """One update over exactly the given pairs."""
         gradients, sums = self.programs.summed_gradients(
-            state, self.start.frozen, batches
+            state, self.start.frozen, batches, self._companions(state, batches)
         )
         state, norm, finite = self.programs.update(
             state, gradients, np.int32(pairs), self.start.frozen
         )
         return state, sums, norm, finite
+
+    def _companions(self, state: TrainState, batches: list[Batch]) -> Companions | None:
+        """What the posterior reads of all pairs of a step, where it pools users."""
+        latent, users = self.config.latent, self.pairs.users
+        if latent is None or users is None:
+            return None
+        size = self.config.packing.pairs_per_step
+        width = latent_models.judged_width(
+            latent.posterior_input, self.start.architecture.width
+        )
+        judged = np.zeros((size, width), np.float32)
+        ids = np.full(size, -1, np.int32)
+        done = 0
+        for batch in batches:
+            read, mask, pair_id = jax.device_get(
+                self.programs.judged(state.params, self.start.frozen, batch)
+            )
+            some = slice(done, done + int(mask.sum()))
+            judged[some], ids[some] = read[mask], pair_id[mask]
+            done = some.stop
+        known = {
+            pair.id: user for pair, user in zip(self.pairs.train, users, strict=True)
+        }
+        user = np.asarray([known.get(i, -1) for i in ids.tolist()], np.int32)
+        return Companions(judged, user, ids)
 
     def evaluate(self, state: TrainState) -> preference.Evaluation:
         """All held-out pairs, once, z from the prior."""

@@ -414,3 +414,14 @@ def test_real_pairs_read_whole(shared_data, name, rows):
     found, drops = read(shared_data / f"{name}.jsonl.gz")
     assert len(found) == rows
     assert drops.total == 0
+
+
+def test_a_row_may_say_who_judged():
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "user": "ann", "reader": 7}
+
+    def user(**named):
+        return examples.parse(row, origin="x:1", index=0, **named).user
+
+    assert user() == "ann"
+    assert user(user="reader") == "7"
+    assert user(user="nobody") == ""

@@ -30,7 +30,7 @@ FP32 = jnp.dtype("float32")
 C, D, W = 6, 32, 5
 NAMES = {"latent.codebook": (C, D)} | {
     f"latent.{name}.{leaf}": shape
-    for name, inputs in (("prior_mlp", D), ("posterior_mlp", 2 * D))
+    for name, inputs in (("prior_mlp", D), ("posterior_mlp", 3 * D))
     for leaf, shape in {
         "input_mean": (inputs,),
         "input_spread": (inputs,),
@@ -173,7 +173,7 @@ def test_the_config_says_what_the_module_needs_and_what_the_run_had(folder, lpc)
     assert config["lpc"] == {
         "num_codes": C,
         "hidden_width": W,
-        "posterior_inputs": 2 * config["hidden_size"],
+        "posterior_inputs": 3 * config["hidden_size"],
         "how": "mean",
         "temperature": 1.0,
         "one_code": False,

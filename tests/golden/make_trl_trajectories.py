@@ -2,8 +2,9 @@
 
     python tests/golden/make_trl_trajectories.py
 
-Needs torch and TRL 1.16.0 (the parity extra), tiny_llama/ and pairs.jsonl. Four runs of
-8 steps in fp32: DPO, IPO, SimPO, and DPO with two micro-batches of two pairs a step.
+Needs torch and TRL 1.16.0 (the parity extra), tiny_llama/ and pairs.jsonl. Five runs of
+8 steps in fp32: DPO, IPO, SimPO, DPO with two micro-batches of two pairs a step, and
+DPO with a likelihood term, a pair a micro-batch.
 
 What TRL 1.16.0 does, read in its sources (trl/trainer/dpo_trainer.py,
 trl/experimental/cpo/cpo_trainer.py, transformers' trainer.py):
@@ -25,6 +26,9 @@ trl/experimental/cpo/cpo_trainer.py, transformers' trainer.py):
 - SimPO: -log sigmoid(beta (s_w/n_w - s_l/n_l - simpo_gamma/beta)), so simpo_gamma is
   gamma itself and not gamma/beta. CPOTrainer adds cpo_alpha (1.0 by default, 0 here)
   times the cross-entropy of the whole chosen sequence.
+- A likelihood term, loss_type=["sigmoid", "sft"] with loss_weights: the mean over all
+  chosen tokens of a micro-batch, so that long answers count for more; ours is each
+  answer's mean. With one pair a micro-batch the two are one.
 - Defaults that a parity run must change: bf16=True, gradient checkpointing on, linear
   decay to zero, sampling at random. Dropout is off by default, weight decay is zero.
 - torch.nn.Embedding gives the row config.pad_token_id no gradient. tiny_llama names no
@@ -91,6 +95,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.0,
     },
     "dpo_accumulated": DPO | {"gradient_accumulation_steps": 2},
+    "dpo_sft": DPO
+    | {
+        "loss_type": ["sigmoid", "sft"],
+        "loss_weights": [1.0, 0.5],
+        "gradient_accumulation_steps": 4,
+    },
 }
 # Two ways to compute the same attention: how far rounding alone takes a trajectory.
 ROUNDING = 1e-5
@@ -314,6 +324,7 @@ def check_first_step(
     expected = {
         "dpo": np.log(2),
         "dpo_accumulated": np.log(2),
+        "dpo_sft": np.log(2) - 0.5 * np.mean(mean[:, 0]),
         "ipo": (1 / (2 * settings["beta"])) ** 2,
         "simpo": np.mean(
             np.logaddexp(

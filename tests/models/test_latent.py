@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from lpc_jax.models import latent
-from lpc_jax.models.latent import AnswerStates, LatentHead
+from lpc_jax.models.latent import LatentHead, PairStates
 
 HEAD = LatentHead(
     width=8,
@@ -78,8 +78,9 @@ def test_inputs_stay_standardised_as_they_were():
 INPUTS = typing.get_args(latent.PosteriorInput)
 
 
-def answers() -> AnswerStates:
-    return AnswerStates(*jnp.float32(RNG.normal(size=(2, 3, 2, 8))))
+def answers() -> PairStates:
+    shapes = ((3, 8), (3, 2, 8), (3, 2, 8))
+    return PairStates(*(jnp.float32(RNG.normal(size=shape)) for shape in shapes))
 
 
 @pytest.mark.parametrize("posterior_input", INPUTS)
@@ -93,7 +94,7 @@ def test_swapped_answers_change_the_posterior(posterior_input):
         rngs=nnx.Rngs(0),
     )
     states = answers()
-    swapped = jax.tree.map(lambda x: x[:, ::-1], states)
+    swapped = PairStates(states.prompt, states.end[:, ::-1], states.mean[:, ::-1])
     one, other = (
         head.posterior(latent.judged(s, posterior_input)) for s in (states, swapped)
     )
@@ -111,6 +112,7 @@ def test_what_the_posterior_reads_of_two_answers():
             [end[:, 0] - end[:, 1], mean[:, 0] - mean[:, 1]], axis=1
         ),
     }
+    wanted["all"] = np.concatenate([wanted["both"], states.prompt], axis=1)
     assert wanted.keys() == set(INPUTS)
     for name in INPUTS:
         found = latent.judged(states, name)
@@ -129,13 +131,33 @@ def test_differences_are_scaled_and_not_moved():
     )
 
 
+def test_the_prompt_s_state_is_centred_beside_the_differences():
+    prompt = RNG.normal(3.0, 2.0, (50, 8)).astype(np.float32)
+    pairs = np.concatenate([RNG.normal(3.0, 2.0, (50, 16)), prompt], axis=1)
+    found = latent.standardization(prompt, np.float32(pairs), posterior_input="all")[
+        "posterior_mlp"
+    ]
+    np.testing.assert_allclose(found["input_mean"][16:], prompt.mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(found["input_mean"][:16], 0.0)
+    np.testing.assert_allclose(found["input_spread"][16:], prompt.std(0), rtol=1e-3)
+
+
+def test_others_of_a_user_are_averaged_without_the_pair_itself():
+    inputs = np.arange(10.0).reshape(5, 2)
+    found = latent.means_of_others(inputs, np.asarray([3, 1, 3, 3, 7]))
+    np.testing.assert_allclose(found[0], (inputs[2] + inputs[3]) / 2)
+    np.testing.assert_allclose(found[3], (inputs[0] + inputs[2]) / 2)
+    np.testing.assert_allclose(found[1], inputs[1])  # alone
+
+
 def test_a_start_from_clusters_tells_them_apart():
     kind = np.arange(60) % 3
     centres = 5 * np.eye(8)[:3]
     inputs = (centres[kind] + RNG.normal(0, 0.3, (60, 8))).astype(np.float32)
     mlp = nnx.to_pure_dict(nnx.split(HEAD.prior_mlp)[1])
     hidden = np.asarray(HEAD.prior_mlp.hidden(jnp.asarray(inputs)))
-    made = latent.cluster_output(hidden, inputs, 3)
+    cluster = latent.clusters(inputs, 3)
+    made = latent.output_for(hidden, cluster, 3)
     graph = nnx.graphdef(
         LatentHead(
             width=8,
@@ -156,7 +178,9 @@ def test_a_start_from_clusters_tells_them_apart():
 
 def test_more_codes_than_pairs_start_without_a_cluster():
     inputs = RNG.normal(size=(4, 8)).astype(np.float32)
-    made = latent.cluster_output(inputs, inputs, 6)
+    cluster = latent.clusters(inputs, 6)
+    assert sorted(cluster) == [0, 1, 2, 3]
+    made = latent.output_for(inputs, cluster, 6)
     assert made["output_kernel"].shape == (8, 6)
     assert np.isfinite(made["output_kernel"]).all()
 

@@ -1,0 +1,117 @@
+"""z from a handful of one reader's judgements.
+
+What LPC can do that no plain loss can: of codes that were learnt from many readers'
+pairs, the mix that speaks to the reader who judged these. Knows nothing of who that is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import scipy.special
+from jaxtyping import Float
+
+from lpc_jax import config as cfg
+from lpc_jax import sources
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.examples import PreferenceExample
+from lpc_jax.data.report import Drops
+from lpc_jax.evaluation import codes, pairs
+from lpc_jax.evaluation.steering import Steering, require_codes
+from lpc_jax.evaluation.system import System
+
+By = Literal["posterior", "bayes"]
+BY: tuple[By, ...] = ("posterior", "bayes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Judged pairs of one reader, read and not yet used.
+
+    Attributes:
+        name: Of the file.
+        found: The pairs.
+        drops: Rows that hold none.
+        by: How the mix is found.
+    """
+
+    name: str
+    found: list[PreferenceExample]
+    drops: Drops
+    by: By
+
+
+def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
+    """The examples of a file, before anything is loaded or computed.
+
+    Args:
+        file: Of preference pairs, in any form that training reads.
+        by: One of ``BY``.
+        latent: Of the system that is to be asked under their z.
+        name: Of that system.
+
+    Raises:
+        ValueError: It has no codes, or the file no pair.
+    """
+    num_codes = None if latent is None else latent.num_codes
+    require_codes(num_codes, f"--like {file}", name)
+    hub = cfg.Hub()
+    retry = sources.Retry(hub.retries, hub.wait)
+    found, drops = pairs.read([file], split="train", limit=None, retry=retry)
+    return Examples(file, found, drops, by)
+
+
+def steering(system: System, examples: Examples) -> Steering:
+    """The mix of codes that examples call for.
+
+    Args:
+        system: With codes.
+        examples: From ``read``.
+
+    Raises:
+        ValueError: No example is left as tokens.
+    """
+    some, _ = pairs.tokenize(
+        examples.found, system.tokenizer, examples.drops, data=system.config.data
+    )
+    weigh = {"posterior": by_posterior, "bayes": by_bayes}[examples.by]
+    return mix(weigh(system, some))
+
+
+def mix(weights: Float[np.ndarray, "C"]) -> Steering:
+    """Steering by given weights of all codes."""
+    return Steering("mix", tuple(enumerate(weights.tolist())))
+
+
+def by_posterior(
+    system: System, some: Sequence[TokenizedPair]
+) -> Float[np.ndarray, "C"]:
+    """The posterior pooled over pairs: the softmax of its mean logits (LPC eq. 8).
+
+    As in training with ``latent.pool = "user"``.
+    """
+    beliefs = codes.believe(system, some, on_progress=lambda _: None)
+    return scipy.special.softmax(beliefs.posterior.astype(np.float64).mean(axis=0))
+
+
+def by_bayes(system: System, some: Sequence[TokenizedPair]) -> Float[np.ndarray, "C"]:
+    """Each code weighted by how well it alone ranks the pairs.
+
+    By Bayes from a uniform belief over codes, under the loss's model of a judgement
+    (Rafailov et al. 2023, eq. 1): softmax over codes of sum log sigmoid(margin), the
+    margin being beta times what the code adds to the chosen answer's log-prob, per
+    token where the loss is, less what it adds to the rejected one's.
+    """
+    latent = system.latent
+    assert latent is not None
+    every = np.concatenate([np.zeros((1, latent.num_codes)), np.eye(latent.num_codes)])
+    logp = pairs.score_under(system, some, every, on_progress=lambda _: None)
+    reward = pairs.reward(None, system.config.loss)
+    alone = dataclasses.replace(reward, over_reference=False)
+    rewards = np.stack([alone.of(x, pairs.lengths(some), None) for x in logp])
+    added = rewards[1:] - rewards[:1]
+    margin = added[..., 0] - added[..., 1]
+    return scipy.special.softmax(-np.logaddexp(0, -margin).sum(axis=1))

