@@ -54,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plain", action="store_true", help="without the codes")
     parser.add_argument("--bias", type=Path, metavar="PROMPTS", help="see above")
+    parser.add_argument("--like", **command.LIKE)
+    parser.add_argument("--like-by", **command.LIKE_BY)
     return parser
 
 
@@ -76,13 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(given: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
-    from lpc_jax.evaluation import command, export, logit_bias, steering
+    from lpc_jax.evaluation import command, export, like, logit_bias, steering
 
+    if given.like is not None and given.bias is None:
+        raise ValueError(
+            f"--like {given.like} is of --bias PROMPTS, got none. Name prompts, or"
+            " leave it out: an exported folder has all codes."
+        )
     export.require_output(given.output)
     outline = command.outline_system(given)
-    prompts = None
+    prompts = examples = None
     if given.bias is not None:
-        export.require_codes(outline, "--bias")
+        latent = export.require_codes(outline, "--bias")
+        if given.like is not None:
+            examples = like.read(given.like, given.like_by, latent, outline.name)
         prompts = logit_bias.read_prompts(given.bias)
     else:
         export.require_space(
@@ -91,6 +100,8 @@ def _export(given: argparse.Namespace) -> None:
     loaded = command.load_system(given, dtype=jnp.dtype("float32"))
     if prompts is not None:
         how = steering.of_settings(export.require_codes(outline, "--bias"))
+        if examples is not None:
+            how = like.steering(loaded, examples)
         logit_bias.write(loaded, prompts, how, given.output)
         print(f"{given.output}: {loaded.name}'s codes and {len(prompts)} prompts")
         return

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lpc_jax import config as cfg
+from lpc_jax import objective
 from lpc_jax.evaluation import steering
 from lpc_jax.evaluation.steering import Steering
 
@@ -78,3 +80,20 @@ def test_codes_of_a_system_without_any_are_refused():
 def test_it_says_what_it_is():
     assert steering.mix("3:0.7,12:0.3", 16).said() == "codes 3: 0.7, 12: 0.3"
     assert Steering("mean").said() == "the prior's mean"
+
+
+@pytest.mark.parametrize("draw", ["soft", "straight_through"])
+@pytest.mark.parametrize("how", ["mean", "sample", "argmax"])
+def test_training_and_asking_choose_z_alike(draw, how):
+    latent = cfg.Latent(
+        num_codes=4,
+        draw=draw,
+        inference=how,
+        temperature_schedule="linear",
+        final_temperature=0.5,
+    )
+    chosen = steering.of_settings(latent)
+    assert chosen == objective.inference(latent)
+    found = np.asarray(chosen.weights(jnp.asarray(LOGITS), KEY))
+    one = (found.max(axis=-1) == 1).all()
+    assert one == (how == "argmax" or (how == "sample" and draw == "straight_through"))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lpc_jax import config as cfg
+from lpc_jax.evaluation import samples
 from tests import cluster, runs
 
 STEPS = 6
@@ -31,7 +32,13 @@ def lpc(folder: Path, name: str) -> cfg.Config:
         folder,
         name=name,
         packing={"rows": 4},
-        training={"steps": STEPS, "eval_every": 3, "checkpoint_every": 3},
+        training={
+            "steps": STEPS,
+            "eval_every": 3,
+            "checkpoint_every": 3,
+            "samples": 3,
+            "sample_tokens": 6,
+        },
     )
 
 
@@ -96,7 +103,14 @@ def test_two_processes_under_slurm_give_the_run_of_one(folder, start):
     # A checkpoint of two processes is read by one, on one device.
     run = read_state(made)
     assert "resumed after step 6" in run.said
-    require_alike(run, runs.train(lpc(folder, "one"), on=4))
+    alone = runs.train(lpc(folder, "one"), on=4)
+    require_alike(run, alone)
+    answers = [
+        [one.answer for one in samples.read(each.folder / samples.FILE)]
+        for each in (run, alone)
+    ]
+    assert answers[0] == answers[1]
+    assert len(answers[0]) == 3 * 3
 
 
 def test_a_terminated_run_of_two_goes_on_as_four_processes(folder, start):
