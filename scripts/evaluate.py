@@ -6,6 +6,7 @@ python scripts/evaluate.py runs/mine --pairs a.jsonl --pairs b.jsonl --json out.
 python scripts/evaluate.py path/to/model --pairs test.jsonl --limit 40
 python scripts/evaluate.py runs/mine --pairs test.jsonl --code 3
 python scripts/evaluate.py runs/mine --pairs test.jsonl --codes --output report
+python scripts/evaluate.py runs/mine --pairs test.jsonl --like-own 16
 python scripts/evaluate.py runs/mine --tasks arc_easy,gsm8k --limit 100
 
 SYSTEM is a run folder, a Hugging Face folder, a .gguf file, package:NAME/FILE or a hub
@@ -15,6 +16,7 @@ id. A run brings its own lengths, truncation, reward, z and start model.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -93,6 +95,8 @@ def _mode(asked: argparse.Namespace) -> Callable[..., None]:
         )
     if asked.tasks:
         return evaluate_tasks
+    if asked.like_own is not None:
+        return compare_readers
     return look_at_codes if asked.codes else evaluate_pairs
 
 
@@ -126,6 +130,13 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
         help=from_run,
     )
     pairs.add_argument("--resamples", type=_count, help="draws for the intervals")
+    pairs.add_argument(
+        "--like-own",
+        type=_count,
+        metavar="K",
+        help="rank each user's (or source's) pairs under z of K training pairs of its"
+        " own and of every other; training pairs are the run's, or of --like FILE",
+    )
     pairs.add_argument(
         "--codes",
         action="store_true",
@@ -200,6 +211,82 @@ def evaluate_pairs(
     plain.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     plain.print(table)
     for file in _write(asked, "pairs", record, text.getvalue()):
+        console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
+
+
+# --- readers --------------------------------------------------------------------------
+
+
+def compare_readers(
+    asked: argparse.Namespace, arguments: Sequence[str], console: Console
+) -> None:
+    """Whether a few of a reader's judgements say what that reader wants.
+
+    Args:
+        asked: The flags.
+        arguments: The command line, for the record.
+        console: Where to print.
+
+    Raises:
+        ValueError: Something that the user can mend.
+    """
+    from lpc_jax import sources
+    from lpc_jax.evaluation import command, pairs, readers, steering, system
+
+    _require_writable(asked)
+    count = asked.like_own
+    for flag in ("z", "code", "mix", "against"):
+        if getattr(asked, flag) is not None:
+            raise ValueError(
+                f"--{flag} has no effect with --like-own, which chooses z from"
+                " judgements. Leave it out."
+            )
+    outline = command.outline_system(asked)
+    config = outline.config
+    num_codes = None if config.latent is None else config.latent.num_codes
+    steering.require_codes(num_codes, f"--like-own {count}", asked.system)
+    if asked.like is None and outline.checkpoint is None:
+        raise ValueError(
+            f"--like-own {count} takes examples from a run's training pairs, got"
+            f" {asked.system}, which is no run. Name a file of them with --like."
+        )
+    retry = sources.Retry(config.hub.retries, config.hub.wait)
+    source = {"retry": retry, "user": config.data.user}
+    some = pairs.read(asked.pairs, split=asked.pairs_split, limit=asked.limit, **source)
+    known = pairs.read(
+        [asked.like or config.data.train],
+        split=config.data.train_split,
+        limit=config.data.limit if asked.like is None else None,
+        **source,
+    )
+    loaded = command.load_system(asked)
+    reference = None
+    if pairs.reward(None, config.loss).over_reference:
+        start = system.load(
+            config.reference.path or config.model.path, mesh=loaded.mesh
+        )
+        reference = functools.partial(
+            pairs.score, start, steering=None, seed=0, on_progress=lambda _: None
+        )
+    found = readers.measure(
+        loaded,
+        known,
+        some,
+        count=count,
+        by=asked.like_by,
+        reference=reference,
+        seed=asked.seed,
+        on_progress=lambda done, total: None,
+    )
+    said = "\n".join([f"system: {loaded.name}", *readers.lines(found)])
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
+    console.print(readers.table(found))
+    text = io.StringIO()
+    plain = Console(file=text, width=TABLE_WIDTH)
+    plain.print(said, highlight=False, markup=False, soft_wrap=True)
+    plain.print(readers.table(found))
+    record = {"command": ["scripts/evaluate.py", *arguments]} | readers.as_json(found)
+    for file in _write(asked, "readers", record, text.getvalue()):
         console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 
 

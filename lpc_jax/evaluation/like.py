@@ -77,34 +77,31 @@ def steering(system: System, examples: Examples) -> Steering:
     some, _ = pairs.tokenize(
         examples.found, system.tokenizer, examples.drops, data=system.config.data
     )
-    weigh = {"posterior": by_posterior, "bayes": by_bayes}[examples.by]
-    return mix(weigh(system, some))
+    return mix(weights(evidence(system, some, examples.by), examples.by))
 
 
-def mix(weights: Float[np.ndarray, "C"]) -> Steering:
+def mix(given: Float[np.ndarray, "C"]) -> Steering:
     """Steering by given weights of all codes."""
-    return Steering("mix", tuple(enumerate(weights.tolist())))
+    return Steering("mix", tuple(enumerate(given.tolist())))
 
 
-def by_posterior(
-    system: System, some: Sequence[TokenizedPair]
-) -> Float[np.ndarray, "C"]:
-    """The posterior pooled over pairs: the softmax of its mean logits (LPC eq. 8).
+def evidence(
+    system: System, some: Sequence[TokenizedPair], by: By
+) -> Float[np.ndarray, "B C"]:
+    """What each judged pair says for each code.
 
-    As in training with ``latent.pool = "user"``.
+    Args:
+        system: With codes.
+        some: Pairs in its tokens.
+        by: ``posterior``: the posterior's logits (LPC eq. 8). ``bayes``: the
+            log-likelihood of the judgement under that code alone, log sigmoid(margin)
+            (Rafailov et al. 2023, eq. 1); the margin is beta times what the code adds
+            to the chosen answer's log-prob, per token where the loss is, less what it
+            adds to the rejected one's.
     """
-    beliefs = codes.believe(system, some, on_progress=lambda _: None)
-    return scipy.special.softmax(beliefs.posterior.astype(np.float64).mean(axis=0))
-
-
-def by_bayes(system: System, some: Sequence[TokenizedPair]) -> Float[np.ndarray, "C"]:
-    """Each code weighted by how well it alone ranks the pairs.
-
-    By Bayes from a uniform belief over codes, under the loss's model of a judgement
-    (Rafailov et al. 2023, eq. 1): softmax over codes of sum log sigmoid(margin), the
-    margin being beta times what the code adds to the chosen answer's log-prob, per
-    token where the loss is, less what it adds to the rejected one's.
-    """
+    if by == "posterior":
+        beliefs = codes.believe(system, some, on_progress=lambda _: None)
+        return beliefs.posterior.astype(np.float64)
     latent = system.latent
     assert latent is not None
     every = np.concatenate([np.zeros((1, latent.num_codes)), np.eye(latent.num_codes)])
@@ -113,5 +110,17 @@ def by_bayes(system: System, some: Sequence[TokenizedPair]) -> Float[np.ndarray,
     alone = dataclasses.replace(reward, over_reference=False)
     rewards = np.stack([alone.of(x, pairs.lengths(some), None) for x in logp])
     added = rewards[1:] - rewards[:1]
-    margin = added[..., 0] - added[..., 1]
-    return scipy.special.softmax(-np.logaddexp(0, -margin).sum(axis=1))
+    return -np.logaddexp(0, added[..., 1] - added[..., 0]).T
+
+
+def weights(evidence: Float[np.ndarray, "B C"], by: By) -> Float[np.ndarray, "C"]:
+    """The mix that the evidence of some pairs calls for.
+
+    Args:
+        evidence: Of the pairs of one reader.
+        by: ``posterior``: the softmax of the mean logits, as training with
+            ``latent.pool = "user"`` pools them. ``bayes``: the softmax of the summed
+            log-likelihoods, Bayes' rule from a uniform belief over codes.
+    """
+    pooled = evidence.mean(axis=0) if by == "posterior" else evidence.sum(axis=0)
+    return scipy.special.softmax(pooled)

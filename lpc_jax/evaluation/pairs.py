@@ -112,7 +112,12 @@ def reward(name: str | None, loss: cfg.Loss | None) -> Reward:
 
 
 def read(
-    paths: Sequence[str], *, split: str | None, limit: int | None, retry: sources.Retry
+    paths: Sequence[str],
+    *,
+    split: str | None,
+    limit: int | None,
+    retry: sources.Retry,
+    user: str = examples.USER,
 ) -> tuple[list[PreferenceExample], Drops]:
     """The pairs of some files or hub data sets, one after the other.
 
@@ -121,6 +126,7 @@ def read(
         split: Of hub data sets.
         limit: Read only so many rows of each, from the first; None: all.
         retry: When a download fails.
+        user: Field of a row that says who judged.
 
     Returns:
         The pairs, ``index`` their place in the list, and rows that hold none.
@@ -132,7 +138,7 @@ def read(
     drops = Drops.count([])
     for path in paths:
         some, dropped = examples.read(
-            path, setting="pairs", split=split, limit=limit, retry=retry
+            path, setting="pairs", split=split, limit=limit, retry=retry, user=user
         )
         found += some
         drops += dropped

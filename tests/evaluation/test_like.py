@@ -41,6 +41,10 @@ def scored(coded, some, steering):
     )
 
 
+def weigh(coded, some, by):
+    return like.weights(like.evidence(coded, some, by), by)
+
+
 def test_answers_under_several_mixes_are_those_under_each_alone(coded, some):
     mixes = np.zeros((3, systems.CODES))
     mixes[1, 2], mixes[2, :2] = 1.0, 0.5
@@ -68,18 +72,18 @@ def test_a_code_s_weight_is_its_likelihood_of_the_judgements(coded, some):
         margin = added[:, 0] - added[:, 1]
         logs.append(np.sum(np.log(1 / (1 + np.exp(-margin)))))
     wanted = np.exp(logs) / np.sum(np.exp(logs))
-    np.testing.assert_allclose(like.by_bayes(coded, some), wanted, rtol=1e-3)
+    np.testing.assert_allclose(weigh(coded, some, "bayes"), wanted, rtol=1e-3)
     assert wanted.max() > 2 / systems.CODES
 
 
 def test_the_pooled_posterior_is_of_the_mean_logits(coded, some):
     alone = [
-        np.log(like.by_posterior(coded, [dataclasses.replace(pair, id=0)]))
+        np.log(weigh(coded, [dataclasses.replace(pair, id=0)], "posterior"))
         for pair in some
     ]
     # A softmax forgets a constant, which the mean of logits keeps for all codes alike.
     wanted = scipy.special.softmax(np.mean(alone, axis=0))
-    np.testing.assert_allclose(like.by_posterior(coded, some), wanted, rtol=1e-4)
+    np.testing.assert_allclose(weigh(coded, some, "posterior"), wanted, rtol=1e-4)
 
 
 def test_the_same_judgements_swapped_speak_of_another_reader(coded, some):
@@ -87,8 +91,9 @@ def test_the_same_judgements_swapped_speak_of_another_reader(coded, some):
         dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen)
         for pair in some
     ]
-    for way in (like.by_posterior, like.by_bayes):
-        assert np.abs(way(coded, some) - way(coded, swapped)).max() > 1e-3
+    for by in like.BY:
+        found = weigh(coded, some, by) - weigh(coded, swapped, by)
+        assert np.abs(found).max() > 1e-3
 
 
 def test_examples_are_refused_before_anything_is_computed(tmp_path, capsys):
