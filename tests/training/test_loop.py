@@ -27,7 +27,7 @@ VARIANTS = {
         # Every source of randomness that a resumed run must find again.
         "latent": cfg.Latent(
             num_codes=8,
-            effect=1.0,
+            effect=0.1,
             draw="straight_through",
             inference="sample",
             temperature_schedule="linear",
