@@ -69,9 +69,10 @@ def temperature(latent: cfg.Latent, progress: Float[Array, ""]) -> Float[Array, 
 
 def inference(latent: cfg.Latent) -> Steering:
     """How z is chosen at evaluation; a draw is as the last step's."""
+    constant = latent.temperature_schedule == "constant"
     return Steering(
         latent.inference,
-        temperature=float(temperature(latent, jnp.asarray(1.0))),
+        temperature=latent.temperature if constant else latent.final_temperature,
         one_code=latent.draw == "straight_through",
     )
 
