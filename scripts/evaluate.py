@@ -16,6 +16,7 @@ id. A run brings its own lengths, truncation, reward, z and start model.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import io
 import json
@@ -199,19 +200,10 @@ def evaluate_pairs(
     resamples = asked.resamples or bootstrap.RESAMPLES
     drawn = {"resamples": resamples, "seed": asked.seed}
     groups = pairs_report.summarize(held, **drawn)
-    lines = pairs_report.header(held)
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    command_line = ["scripts/evaluate.py", *arguments]
+    record = pairs_report.as_json(held, groups, command=command_line, **drawn)
     table = pairs_report.table(groups, resamples=resamples)
-    console.print(table)
-    said = ["scripts/evaluate.py", *arguments]
-    record = pairs_report.as_json(held, groups, command=said, **drawn)
-    text = io.StringIO()
-    plain = Console(file=text, width=TABLE_WIDTH)
-    plain.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-    plain.print(table)
-    for file in _write(asked, "pairs", record, text.getvalue()):
-        console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
+    _tell(asked, console, "pairs", record, pairs_report.header(held), table)
 
 
 # --- readers --------------------------------------------------------------------------
@@ -262,9 +254,12 @@ def compare_readers(
     loaded = command.load_system(asked)
     reference = None
     if pairs.reward(None, config.loss).over_reference:
-        start = system.load(
-            config.reference.path or config.model.path, mesh=loaded.mesh
-        )
+        model = dataclasses.asdict(config.model)
+        own = model.pop("path")
+        path = config.reference.path or own
+        if path != own:
+            model["revision"] = None
+        start = system.load(path, mesh=loaded.mesh, model=model, hub=config.hub)
         reference = functools.partial(
             pairs.score, start, steering=None, seed=0, on_progress=lambda _: None
         )
@@ -278,16 +273,9 @@ def compare_readers(
         seed=asked.seed,
         on_progress=lambda done, total: None,
     )
-    said = "\n".join([f"system: {loaded.name}", *readers.lines(found)])
-    console.print(said, highlight=False, markup=False, soft_wrap=True)
-    console.print(readers.table(found))
-    text = io.StringIO()
-    plain = Console(file=text, width=TABLE_WIDTH)
-    plain.print(said, highlight=False, markup=False, soft_wrap=True)
-    plain.print(readers.table(found))
     record = {"command": ["scripts/evaluate.py", *arguments]} | readers.as_json(found)
-    for file in _write(asked, "readers", record, text.getvalue()):
-        console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
+    said = [f"system: {loaded.name}", *readers.lines(found)]
+    _tell(asked, console, "readers", record, said, readers.table(found))
 
 
 # --- the codes ------------------------------------------------------------------------
@@ -393,6 +381,23 @@ def _require_writable(asked: argparse.Namespace) -> None:
         command.require_writable(asked.output, flag="--output")
     if asked.json is not None:
         command.require_new_file(asked.json, overwrite=True, flag="--json")
+
+
+def _tell(
+    asked: argparse.Namespace,
+    console: Console,
+    name: str,
+    record: dict[str, Any],
+    lines: Sequence[str],
+    table: Any,
+) -> None:
+    """Prints lines and a table, and writes them and the record where flags say."""
+    text = io.StringIO()
+    for where in (console, Console(file=text, width=TABLE_WIDTH)):
+        where.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        where.print(table)
+    for file in _write(asked, name, record, text.getvalue()):
+        console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _write(

@@ -252,9 +252,8 @@ def of_run(
     _, graph, _ = assembly.abstract(merged, architecture, platform, plain=False)
     params = dict(params)
     if config.adapters is not None:
-        scale = config.adapters.alpha / config.adapters.rank
-        params["decoder"] = adapters.merge(
-            params["decoder"], params.pop("adapters"), scale=scale
+        params["decoder"] = _merged(
+            params["decoder"], params.pop("adapters"), config.adapters
         )
     params["decoder"] = _cast(params["decoder"], _dtype_of(config, mesh, None))
     return System(
@@ -268,6 +267,12 @@ def of_run(
         mesh=mesh,
         model_path=model_path,
     )
+
+
+def _merged(
+    decoder: dict[str, Any], low_rank: dict[str, Any], settings: cfg.Adapters
+) -> dict[str, Any]:
+    return adapters.merge(decoder, low_rank, scale=settings.alpha / settings.rank)
 
 
 def _dtype_of(
@@ -364,8 +369,7 @@ def _load_run(
         # Added in fp32 to the matrices that they were trained beside.
         computed = assembly.compute_dtype(config, sharding.platform(mesh))
         frozen = _load_decoder(found, mesh, computed)
-        scale = config.adapters.alpha / config.adapters.rank
-        params["decoder"] = adapters.merge(frozen, params.pop("adapters"), scale=scale)
+        params["decoder"] = _merged(frozen, params.pop("adapters"), config.adapters)
     dtype_of = _dtype_of(config, mesh, dtype)
     params["decoder"] = _cast(params["decoder"], dtype_of)
     return params
