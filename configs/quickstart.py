@@ -9,8 +9,8 @@ Run:
 Expected: held-out accuracy from 0.65 to about 0.88, chosen answers likelier than they
 were, answers of its own scored 0.79 to 0.86 by the kinds' rules (0.46 before;
 scripts/score_quickstart.py), NMI of code and kind 0.5 to 0.7 (seeds 1 to 3 and 42;
-docs/results.md). Some 5 to 12 answers in a hundred still run in a circle. The rates are
-high because the run is short.
+docs/results.md). Some 5 to 12 answers in a hundred still run in a circle, and one in
+nine harmless requests is refused. The rates are high because the run is short.
 
 Hardware: 2 CPU cores, 5 GB, less than 5 minutes when nothing else runs.
 """
