@@ -12,7 +12,7 @@ scripts/score_quickstart.py), NMI of code and kind 0.5 to 0.7 (seeds 1 to 3 and 
 docs/results.md). Some 5 to 12 answers in a hundred still run in a circle, and one in
 nine harmless requests is refused. The rates are high because the run is short.
 
-Hardware: 2 CPU cores, 5 GB, less than 5 minutes when nothing else runs.
+Hardware: 2 CPU cores, 5.3 GB, less than 5 minutes when nothing else runs.
 """
 
 from pathlib import Path
