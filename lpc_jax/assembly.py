@@ -6,6 +6,7 @@ What training and evaluation share. Knows nothing of pairs, losses or optimizers
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import platform
@@ -16,12 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding, sources
 from lpc_jax.models import attention, policy, weights
 from lpc_jax.models.architectures import Architecture
+from lpc_jax.types import Batch
 
 # Row lengths are multiples of the blocks that attention walks: 64 on CPU, 128 in
 # kernels.
@@ -108,9 +111,22 @@ def abstract(
 
 
 def decoder_dtype(config: cfg.Config, path: str, dtype: jnp.dtype) -> jnp.dtype:
-    """fp32 masters; the compute dtype for matrices that adapters leave frozen."""
-    frozen = config.adapters is not None and not path.endswith("norm/scale")
+    """fp32 masters; the compute dtype for matrices that are not trained."""
+    frozen = not config.trains_decoder and not path.endswith("norm/scale")
     return dtype if frozen else jnp.dtype("float32")
+
+
+def hidden_program(
+    graph: nnx.GraphDef[policy.Policy], mesh: Mesh
+) -> Callable[[dict[str, Any], Batch], Array]:
+    """Jitted: a policy's parameters and a placed micro-batch to last hidden states."""
+
+    # Whole on every device, so that every process reads all of it.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def read(params: dict[str, Any], batch: Batch) -> Array:
+        return nnx.merge(graph, params).hidden(batch)
+
+    return read
 
 
 def load_decoder(

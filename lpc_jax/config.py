@@ -200,6 +200,9 @@ class Model(Settings):
     """Scored positions of a row that meet the LM head at a time; those that are all
     padding are left out. None: 128 on CPU, 512 on accelerators."""
 
+    states_cache: str = ".cache/states"
+    """Folder where the hidden states of pairs are kept under decoder = "frozen"."""
+
     def _check(self) -> None:
         self._require_positive("score_chunk")
 
@@ -679,6 +682,9 @@ class Config(Settings):
     model: Model
     loss: Dpo | Ipo | Simpo
     data: Data
+    decoder: Literal["trained", "frozen"] = "trained"
+    """frozen: neither it nor adapters are trained, the latent alone. Hidden states are
+    then read once and kept, and an update costs the LM head."""
     adapters: Adapters | None = None
     latent: Latent | None = dataclasses.field(default_factory=Latent)
     packing: Packing = dataclasses.field(default_factory=Packing)
@@ -701,6 +707,18 @@ class Config(Settings):
             " bytes",
             "",
         )
+        if self.decoder == "frozen":
+            for name, wrong, remedy in (
+                ("adapters", self.adapters is not None, "Leave the adapters out"),
+                ("latent", self.latent is None, "Give it a latent"),
+            ):
+                if wrong:
+                    raise ValueError(
+                        "decoder must be 'trained' with"
+                        f" {name}={'Adapters' if self.adapters else None}, got"
+                        f" 'frozen', which trains the latent alone. {remedy}, or train"
+                        " the decoder."
+                    )
         if self.data.eval is None:
             for section, name in (
                 ("data", "eval_limit"),
@@ -718,6 +736,11 @@ class Config(Settings):
                 "reference.path has no effect on SimPO, which has no reference,"
                 f" expected None, got {self.reference.path!r}. Leave it out."
             )
+
+    @property
+    def trains_decoder(self) -> bool:
+        """Whether the decoder's own parameters are updated."""
+        return self.adapters is None and self.decoder == "trained"
 
     def of_all_processes(self) -> Config:
         """This config without what is of one process alone."""

@@ -107,9 +107,7 @@ def _token_logp(
     """Log-probability of each scored token given z (eq. 10)."""
     scored = states.scored
     if vector is not None:
-        # The codebook's columns lie over fsdp; left alone, so would all rows' vectors.
-        vector = axes.constrain(vector, "R P D")
-        scored = scored + read_at(vector, batch.score_slot // 2).astype(scored.dtype)
+        scored = _add(scored, vector, batch)
     return sequence.token_logp(
         scored,
         policy.decoder.head_weight,
@@ -117,6 +115,56 @@ def _token_logp(
         batch.score_mask,
         chunk=chunk,
     )
+
+
+def _logp_by_answer(
+    policy: Policy,
+    states: States,
+    batch: Batch,
+    vector: Float[Array, "R P D"] | None,
+    chunk: int,
+) -> tuple[Float[Array, "R P 2"], Float[Array, "R P 2"]]:
+    """Log-probability of each answer given z, and of its last token.
+
+    Where the decoder is frozen a gradient reaches z alone, and the head is met once for
+    both; none then flows through the last token's.
+    """
+    if batch.hidden is None or vector is None:
+        return _by_answer(_token_logp(policy, states, batch, vector, chunk), batch)
+    logp, end_logp, slope = _with_slope(policy, states, batch, vector, chunk)
+    # 0, with the gradient of z.
+    change = vector - jax.lax.stop_gradient(vector)
+    return logp + jnp.einsum("RPAD,RPD->RPA", slope, change), end_logp
+
+
+def _with_slope(
+    policy: Policy,
+    states: States,
+    batch: Batch,
+    vector: Float[Array, "R P D"],
+    chunk: int,
+) -> tuple[Float[Array, "R P 2"], Float[Array, "R P 2"], Float[Array, "R P 2 D"]]:
+    """As ``_by_answer`` given z, and each answer's gradient in z; nothing flows."""
+    scored = _add(states.scored, jax.lax.stop_gradient(vector), batch)
+    token_logp, slope = sequence.token_logp_and_slope(
+        scored,
+        policy.decoder.head_weight,
+        batch.score_token,
+        batch.score_slot,
+        batch.score_mask,
+        pair_slots=batch.pair_mask.shape[1],
+        chunk=chunk,
+    )
+    return *_by_answer(token_logp, batch), slope
+
+
+def _add(
+    scored: Float[Array, "R S D"], vector: Float[Array, "R P D"], batch: Batch
+) -> Float[Array, "R S D"]:
+    """h + z at the scored positions."""
+    # The codebook's columns lie over fsdp; left alone, so would all rows' vectors.
+    vector = axes.constrain(vector, "R P D")
+    return scored + read_at(vector, batch.score_slot // 2).astype(scored.dtype)
 
 
 def _by_answer(
@@ -173,8 +221,8 @@ def score_training(
     """
     states = policy.states(batch)
     if latent is None:
-        token_logp = _token_logp(policy, states, batch, None, chunk)
-        return PairScores(*_by_answer(token_logp, batch), None, None)
+        logp = _logp_by_answer(policy, states, batch, None, chunk)
+        return PairScores(*logp, None, None)
     assert policy.latent is not None
     stop = latent.backbone_gradient == "stop"
     prior_logits, posterior_logits = _beliefs(policy, states, stop=stop)
@@ -195,8 +243,8 @@ def score_training(
     prior = drawn(prior_logits, noise[1])
     g = prior_share(latent.prior_share, progress)
     vector = (1 - g) * posterior.vector + g * prior.vector
-    token_logp = _token_logp(policy, states, batch, vector, chunk)
-    return PairScores(*_by_answer(token_logp, batch), prior, posterior)
+    logp = _logp_by_answer(policy, states, batch, vector, chunk)
+    return PairScores(*logp, prior, posterior)
 
 
 def score_inference(
@@ -216,12 +264,12 @@ def score_inference(
         steering: How z is chosen, such as ``inference(latent)``.
         key: Seeds a draw; each pair folds in its own id.
         chunk: Scored positions that meet the head at a time.
-        with_effect: Whether to measure what z changes, which meets the head thrice.
+        with_effect: Whether to measure what z changes, which meets the head twice.
     """
     states = policy.states(batch)
     if steering is None:
-        token_logp = _token_logp(policy, states, batch, None, chunk)
-        return PairScores(*_by_answer(token_logp, batch), None, None)
+        logp = _logp_by_answer(policy, states, batch, None, chunk)
+        return PairScores(*logp, None, None)
     assert policy.latent is not None
     prior_logits, posterior_logits = _beliefs(policy, states, stop=False)
     keys = jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(batch.pair_id)
@@ -229,12 +277,18 @@ def score_inference(
     prior = policy.latent.codes(prior_logits, weights)
     posterior = policy.latent.codes(posterior_logits, jax.nn.softmax(posterior_logits))
 
-    token_logp = _token_logp(policy, states, batch, prior.vector, chunk)
-    found = PairScores(*_by_answer(token_logp, batch), prior, posterior)
     if not with_effect:
-        return found
-    effect = _effect(policy, states, batch, prior.vector, token_logp, chunk)
-    return dataclasses.replace(found, effect=effect)
+        logp = _logp_by_answer(policy, states, batch, prior.vector, chunk)
+        return PairScores(*logp, prior, posterior)
+    logp, end_logp, slope = _with_slope(policy, states, batch, prior.vector, chunk)
+    without, _ = _logp_by_answer(policy, states, batch, None, chunk)
+    # With f(s) the log-probability of any one token under s z, its position's KL is
+    # f(1) - f(0) - f'(1): the token's own logit cancels, and what is left is
+    # E_{pi(. | z)}[b] less the change of the log-normaliser, b being what z adds to
+    # each logit.
+    rate = jnp.einsum("RPAD,RPD->RPA", slope, prior.vector)
+    effect = jnp.sum(logp - without - rate, axis=-1)
+    return PairScores(logp, end_logp, prior, posterior, effect)
 
 
 def logp_under(
@@ -251,48 +305,15 @@ def logp_under(
     states = policy.states(batch)
     assert policy.latent is not None
 
-    def under(weights: Float[Array, "C"]) -> Float[Array, "R P 2"]:
-        assert policy.latent is not None
-        vector = weights @ policy.latent.codebook[...]
-        vectors = jnp.broadcast_to(vector, (*batch.pair_mask.shape, vector.shape[0]))
-        token_logp = _token_logp(policy, states, batch, vectors, chunk)
-        return _by_answer(token_logp, batch)[0]
-
-    return jax.lax.map(under, mixes)
-
-
-def _effect(
-    policy: Policy,
-    states: States,
-    batch: Batch,
-    vector: Float[Array, "R P D"],
-    token_logp: Float[Array, "R S"],
-    chunk: int,
-) -> Float[Array, "R P"]:
-    """KL(pi(. | z) || pi(. | 0)), summed over the scored positions of each pair.
-
-    With f(s) the log-probability of any one token under s z, it is f(1) - f(0) - f'(1):
-    the token's own logit cancels, and what is left is E_{pi(. | z)}[b] less the change
-    of the log-normaliser, b being what z adds to each logit.
-    """
-    without = _token_logp(policy, states, batch, None, chunk)
-
-    def under(scored: Float[Array, "R S D"]) -> Float[Array, "R S"]:
-        return _token_logp(
-            policy, dataclasses.replace(states, scored=scored), batch, vector, chunk
-        )
-
-    _, backward = jax.vjp(under, states.scored)
-    (slope,) = backward(jnp.ones_like(token_logp))
-    along = read_at(axes.constrain(vector, "R P D"), batch.score_slot // 2)
-    rate = jnp.sum(slope.astype(jnp.float32) * along, axis=-1)
-    effect = sequence.sum_by_answer(
-        token_logp - without - rate,
-        batch.score_slot,
+    token_logp = sequence.token_logp_under(
+        states.scored,
+        policy.decoder.head_weight,
+        mixes @ policy.latent.codebook[...],
+        batch.score_token,
         batch.score_mask,
-        pair_slots=batch.pair_mask.shape[1],
+        chunk=chunk,
     )
-    return effect.sum(axis=-1)
+    return jax.vmap(lambda one: _by_answer(one, batch)[0])(token_logp)
 
 
 def needs_reference(loss: cfg.Loss) -> bool:

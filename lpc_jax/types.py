@@ -56,6 +56,8 @@ class Batch:
         lengths: Scored tokens of the chosen and the rejected answer; 1 on padding.
         reference_logp: Summed log-probabilities under the reference, or None for a
             loss that has no reference.
+        hidden: The decoder's last hidden states, where it is frozen and they were read
+            before; of each prompt a row then holds the last token alone.
     """
 
     tokens: Int[HostOrDevice, "R T"]
@@ -73,6 +75,7 @@ class Batch:
     pair_id: Int[HostOrDevice, "R P"]
     lengths: Int[HostOrDevice, "R P 2"]
     reference_logp: Float[HostOrDevice, "R P 2"] | None
+    hidden: Float[HostOrDevice, "R T D"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 # Nested lists and objects: rows of messages have 4, tokenizer.json about 10. Well below
 # what exhausts Python's stack in whoever walks or prints the value.
@@ -97,6 +101,27 @@ def read_json(file: Path, *, most: int, repeats: bool = False) -> Any:
     if size > most:
         raise ValueError(f"{size:,} bytes, expected at most {most:,}")
     return parse_json(file.read_bytes(), repeats=repeats)
+
+
+def read_arrays(file: Path, wanted: dict[str, str]) -> dict[str, np.ndarray] | None:
+    """Arrays of an .npz file, or None where it is not whole or holds others.
+
+    Args:
+        file: The file.
+        wanted: The type of each array's items, as NumPy's ``dtype.str`` has it.
+    """
+    try:
+        # Arrays of objects are pickles, which can run code: NumPy refuses them.
+        with np.load(file, allow_pickle=False) as stored:
+            found = {name: stored[name] for name in wanted}
+    except (
+        *(ValueError, EOFError, LookupError, TypeError, MemoryError),
+        *(zipfile.BadZipFile, zlib.error, RuntimeError, OSError),
+    ):
+        return None
+    types = {name: np.dtype(kind) for name, kind in wanted.items()}
+    right = all(found[name].dtype == kind for name, kind in types.items())
+    return found if right else None
 
 
 def own_file(folder: Path, name: str) -> Path | None:

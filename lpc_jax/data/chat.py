@@ -10,12 +10,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jinja2
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float, Int32
 
 from lpc_jax import untrusted
 from lpc_jax.data.examples import EMPTY, PreferenceExample
@@ -56,6 +57,8 @@ class TokenizedPair:
         cut_chosen: Whether the chosen answer's end was cut away.
         cut_rejected: Whether the rejected answer's end was cut away.
         user: Who judged; empty where nobody says.
+        states: A frozen decoder's hidden states of the prompt's last token and of both
+            answers' tokens, one after the other; None where it has to read the pair.
     """
 
     prompt: Ids
@@ -67,6 +70,17 @@ class TokenizedPair:
     cut_chosen: bool
     cut_rejected: bool
     user: str = ""
+    states: Float[np.ndarray, "_ D"] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
+
+    def key(self) -> bytes:
+        """Digest of the three token strings and where they end (20 bytes)."""
+        content = hashlib.sha1(usedforsecurity=False)
+        for ids in (self.prompt, self.chosen, self.rejected):
+            content.update(len(ids).to_bytes(8, "little"))
+            content.update(np.asarray(ids, "<i4").tobytes())
+        return content.digest()
 
 
 class _Dropped(Exception):

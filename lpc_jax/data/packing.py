@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.chat import Ids, TokenizedPair
 from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED, Batch
 
 # Room for scored positions beyond the data's average share of a row: enough not to keep
@@ -49,9 +49,14 @@ class RowShape:
 
 
 def pair_lengths(pairs: Sequence[TokenizedPair]) -> Int[np.ndarray, "B 3"]:
-    """Tokens of prompt, chosen and rejected of each pair."""
-    lengths = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
+    """Tokens of prompt, chosen and rejected that each pair takes of a row."""
+    lengths = [(len(_prompt(p)), len(p.chosen), len(p.rejected)) for p in pairs]
     return np.asarray(lengths, np.int32).reshape(-1, 3)
+
+
+def _prompt(pair: TokenizedPair) -> Ids:
+    """What of the prompt a row holds: where its states are known, its last token."""
+    return pair.prompt if pair.states is None else pair.prompt[-1:]
 
 
 def row_shape(
@@ -219,8 +224,21 @@ def _fill_rows(
     return plan
 
 
-def empty_batch(shape: RowShape, length: int, *, with_reference: bool) -> Batch:
-    """A micro-batch of padding alone, its rows of one of the shape's lengths."""
+def empty_batch(
+    shape: RowShape,
+    length: int,
+    *,
+    with_reference: bool,
+    states: Float[np.ndarray, "_ D"] | None = None,
+) -> Batch:
+    """A micro-batch of padding alone.
+
+    Args:
+        shape: The shapes that it may have.
+        length: Of its rows, one of the shape's.
+        with_reference: Whether it holds a reference's log-probabilities.
+        states: Any of the hidden states that it holds, or None where it holds none.
+    """
 
     def zeros(*axes: int) -> np.ndarray:
         return np.zeros((shape.rows, *axes), np.int32)
@@ -242,6 +260,9 @@ def empty_batch(shape: RowShape, length: int, *, with_reference: bool) -> Batch:
         pair_id=zeros(slots),
         lengths=zeros(slots, 2) + 1,
         reference_logp=zeros(slots, 2).astype(np.float32) if with_reference else None,
+        hidden=None
+        if states is None
+        else np.zeros((shape.rows, length, states.shape[1]), states.dtype),
     )
 
 
@@ -249,17 +270,18 @@ def _write_pair(
     batch: Batch, pair: TokenizedPair, row: int, slot: int, start: int, scored: int
 ) -> tuple[int, int]:
     """Writes one pair at ``start``; returns where tokens and scores go on."""
-    prompt_end = start + len(pair.prompt) - 1
+    prompt = _prompt(pair)
+    prompt_end = start + len(prompt) - 1
     batch.prompt_end[row, slot] = prompt_end
     ends = (batch.chosen_end, batch.rejected_end)
     parts = (
-        (PROMPT, pair.prompt),
+        (PROMPT, prompt),
         (CHOSEN, pair.chosen),
         (REJECTED, pair.rejected),
     )
     for branch, tokens in parts:
         stop = start + len(tokens)
-        first_position = 0 if branch == PROMPT else len(pair.prompt)
+        first_position = 0 if branch == PROMPT else len(prompt)
         batch.tokens[row, start:stop] = tokens
         batch.positions[row, start:stop] = first_position + np.arange(len(tokens))
         batch.pair[row, start:stop] = slot
@@ -276,6 +298,9 @@ def _write_pair(
             ends[side][row, slot] = stop - 1
             scored = span.stop
         start = stop
+    if pair.states is not None:
+        assert batch.hidden is not None
+        batch.hidden[row, prompt_end:start] = pair.states
     batch.pair_mask[row, slot] = True
     batch.pair_id[row, slot] = pair.id
     return start, scored
@@ -301,7 +326,12 @@ def micro_batches(
     """
     batches = []
     for length, rows in plan_micro_batches(pair_lengths(pairs), shape):
-        batch = empty_batch(shape, length, with_reference=reference_logp is not None)
+        batch = empty_batch(
+            shape,
+            length,
+            with_reference=reference_logp is not None,
+            states=pairs[0].states,
+        )
         for row, indices in enumerate(rows):
             start = scored = 0
             for slot, index in enumerate(indices):

@@ -360,16 +360,19 @@ def _load_run(
     trained = {
         part: shapes[part]
         for part in shapes
-        if part != "decoder" or config.adapters is None
+        if part != "decoder" or config.trains_decoder
     }
-    if config.adapters is not None:
+    if not config.trains_decoder:
         _require_weights(found.model_path, origin.meta, origin.run)
     params = _read(origin.reader, origin.step, trained, shardings)
-    if config.adapters is not None:
-        # Added in fp32 to the matrices that they were trained beside.
+    if not config.trains_decoder:
+        # Adapters are added in fp32 to the matrices that they were trained beside.
         computed = assembly.compute_dtype(config, sharding.platform(mesh))
-        frozen = _load_decoder(found, mesh, computed)
-        params["decoder"] = _merged(frozen, params.pop("adapters"), config.adapters)
+        params["decoder"] = _load_decoder(found, mesh, computed)
+    if config.adapters is not None:
+        params["decoder"] = _merged(
+            params["decoder"], params.pop("adapters"), config.adapters
+        )
     dtype_of = _dtype_of(config, mesh, dtype)
     params["decoder"] = _cast(params["decoder"], dtype_of)
     return params
@@ -378,8 +381,7 @@ def _load_run(
 def _require_weights(found: Path, meta: dict[str, Any], run: Path) -> None:
     if weights.digest(found) != meta["weights_digest"]:
         raise ValueError(
-            f"{found} must hold the weights that the adapters of {run} were trained"
-            " over, got others (their digest differs). Put those back."
+            f"{found} must hold the weights that {run} was trained over, got others (their digest differs). Put those back."
         )
 
 

@@ -30,6 +30,9 @@ TILE = 4096
 # each keeps its part (docs/pods.md).
 _TILE_UNIT = 32
 
+# Positions of a row whose probabilities are held at once for the whole vocabulary.
+HELD = 128
+
 # Below any logit; finite, so that nothing seen yet has no NaN.
 _UNSEEN = -1e30
 
@@ -91,6 +94,89 @@ def token_logp_and_greedy(
     run = split.run(_rank_part, (chunks, split.head, chunks, chunks), (chunks, chunks))
     logp, greedy = run(hidden, head, tokens, mask)
     return _from_chunks(logp, positions), _from_chunks(greedy, positions)
+
+
+def token_logp_and_slope(
+    hidden: Float[Array, "R S D"],
+    head: Float[Array, "V D"],
+    tokens: Int[Array, "R S"],
+    slot: Int[Array, "R S"],
+    mask: Bool[Array, "R S"],
+    *,
+    pair_slots: int,
+    chunk: int,
+) -> tuple[Float[Array, "R S"], Float[Array, "R P 2 D"]]:
+    """``token_logp``, and how each answer's sum changes with a vector added to it.
+
+    One product with the head where ``token_logp`` and its gradient take three: what is
+    the same for all of an answer's hidden states meets the head once, after their
+    probabilities are summed. A chunk's probabilities are held for the whole vocabulary.
+
+    Args:
+        hidden: As in ``token_logp``; likewise head, tokens, mask and chunk. No gradient
+            flows into any of them.
+        head: The LM head.
+        tokens: The token to score at each position.
+        slot: ``2 * pair slot + side`` of each position.
+        mask: False where a position is padding.
+        pair_slots: P.
+        chunk: Positions of a row scored at a time.
+
+    Returns:
+        Log-probabilities in nats; and the gradient of each answer's summed one in a
+        vector that is added to all its hidden states, in fp32.
+    """
+    positions = tokens.shape[1]
+    chunk = min(chunk, positions, HELD)
+    inputs = (_in_chunks(x, chunk) for x in (hidden, tokens, slot, mask))
+    hidden, tokens, slot, mask = jax.lax.stop_gradient(tuple(inputs))
+    split = _Split.of(tokens, head)
+    chunks = split.chunks
+    run = split.run(
+        functools.partial(_slope_part, answers=2 * pair_slots),
+        (chunks, split.head, *3 * (chunks,)),
+        (chunks, P(split.rows)),
+    )
+    logp, slope = run(hidden, jax.lax.stop_gradient(head), tokens, slot, mask)
+    slope = slope.reshape(slope.shape[0], pair_slots, 2, -1)
+    return _from_chunks(logp, positions), slope
+
+
+def token_logp_under(
+    hidden: Float[Array, "R S D"],
+    head: Float[Array, "V D"],
+    vectors: Float[Array, "M D"],
+    tokens: Int[Array, "R S"],
+    mask: Bool[Array, "R S"],
+    *,
+    chunk: int,
+) -> Float[Array, "M R S"]:
+    """``token_logp`` under each of some vectors added to all hidden states.
+
+    The hidden states meet the head once for all of them, since
+    exp((h + z) w) = exp(h w) exp(z w). No gradient flows.
+
+    Args:
+        hidden: As in ``token_logp``; likewise head, tokens, mask and chunk.
+        head: The LM head.
+        vectors: What is added. Their logits must lie within 80 nats of each other.
+        tokens: The token to score at each position.
+        mask: False where a position is padding.
+        chunk: Positions of a row scored at a time.
+    """
+    positions = tokens.shape[1]
+    chunk = min(chunk, positions)
+    hidden, tokens, mask = (_in_chunks(x, chunk) for x in (hidden, tokens, mask))
+    moved = jnp.einsum("MD,VD->MV", vectors, head.astype(jnp.float32))
+    split = _Split.of(tokens, head)
+    chunks = split.chunks
+    run = split.run(
+        _under_part,
+        (chunks, split.head, P(None, split.vocabulary), chunks, chunks),
+        P(None, None, split.rows),
+    )
+    logp = run(hidden, head, moved, tokens, mask)
+    return jax.vmap(lambda x: _from_chunks(x, positions))(logp)
 
 
 def _in_chunks(
@@ -364,6 +450,143 @@ def _differentiate_part(
 
 
 _score.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
+
+
+def _exponentials(tile: _Tile, hidden: Array) -> tuple[Array, Array, Array]:
+    """Logits of a chunk, the largest of each position, and exp of what is below it."""
+    logits = tile.logits(hidden)
+    largest = logits.max(axis=-1)
+    return logits, largest, jnp.exp(logits - largest[..., None])
+
+
+def _slope_part(hidden, head, tokens, slot, mask, *, answers, split):
+    """Scores of one device's rows, and its answers' slopes."""
+    tokens = tokens - split.first_token(head.shape[0])
+    count, size = _tiles(head.shape[0])
+    rows, positions = tokens.shape[1:]
+
+    def meet_chunk(j, carry):
+        scores, said = carry
+
+        def meet_tile(i, carry):
+            exps, shift, total, picked = carry
+            tile = _tile(head, i, hidden.dtype, split)
+            logits, largest, exp = _exponentials(tile, hidden[j])
+            place = tile.places(tokens[j])
+            logit = jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
+            return (
+                exps.at[i].set(exp),
+                shift.at[i].set(largest),
+                total.at[i].set(exp.sum(axis=-1)),
+                jnp.where(place < 0, picked, logit),
+            )
+
+        zeros = jnp.zeros((count, rows, positions), jnp.float32)
+        exps, shift, total, picked = jax.lax.fori_loop(
+            0,
+            count,
+            meet_tile,
+            (jnp.zeros((*zeros.shape, size), jnp.float32), zeros, zeros, zeros[0]),
+        )
+        normaliser = _normaliser(shift, total, split)
+        if split.vocabulary is not None:
+            picked = jax.lax.psum(picked, split.vocabulary)
+        of_answer = jax.nn.one_hot(slot[j], answers) * mask[j][..., None]
+
+        def sum_tile(i, said):
+            share = of_answer * jnp.exp(shift[i] - normaliser)[..., None]
+            found = jnp.einsum(
+                "RQA,RQV->RAV", share, exps[i], precision=jax.lax.Precision.HIGHEST
+            )
+            start = jnp.minimum(i * size, head.shape[0] - size)
+            before = jax.lax.dynamic_slice_in_dim(said, start, size, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(
+                said, before + found, start, axis=2
+            )
+
+        said = jax.lax.fori_loop(0, count, sum_tile, said)
+        return scores.at[j].set(picked - normaliser), said
+
+    said = jnp.zeros((rows, answers, head.shape[0]), jnp.float32)
+    scores, said = jax.lax.fori_loop(
+        0,
+        _chunks_to_score(mask),
+        meet_chunk,
+        (jnp.zeros(tokens.shape, jnp.float32), said),
+    )
+    # d log p(token) = one-hot(token) - p.
+    known = mask & (tokens >= 0) & (tokens < head.shape[0])
+    row = jnp.broadcast_to(jnp.arange(rows)[:, None], tokens.shape)
+    token = jnp.where(known, tokens, head.shape[0])
+    d_logits = (-said).at[row, slot, token].add(1.0, mode="drop")
+
+    def meet_head(i, slope):
+        tile = _tile(head, i, hidden.dtype, split)
+        of_tile = jax.lax.dynamic_slice_in_dim(d_logits, tile.start, size, axis=2)
+        if tile.repeated is not None:
+            of_tile = jnp.where(jnp.arange(size) < tile.repeated, 0.0, of_tile)
+        return slope + jnp.einsum(
+            "RAV,VD->RAD", of_tile, tile.weight.astype(jnp.float32)
+        )
+
+    zeros = jnp.zeros((rows, answers, hidden.shape[-1]), jnp.float32)
+    slope = jax.lax.fori_loop(0, count, meet_head, zeros)
+    if split.vocabulary is not None:
+        slope = jax.lax.psum(slope, split.vocabulary)
+    return scores, slope
+
+
+def _under_part(hidden, head, moved, tokens, mask, *, split):
+    """Scores of one device's rows under each of some changes of the logits."""
+    tokens = tokens - split.first_token(head.shape[0])
+    count, size = _tiles(head.shape[0])
+    vectors = len(moved)
+
+    def meet_chunk(j, scores):
+        def meet_tile(i, carry):
+            shift, total, picked = carry
+            tile = _tile(head, i, hidden.dtype, split)
+            logits, largest, exp = _exponentials(tile, hidden[j])
+            place = tile.places(tokens[j])
+            logit = jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
+            change = jax.lax.dynamic_slice_in_dim(moved, tile.start, size, axis=1)
+            most = change.max(axis=1)
+            found = jnp.einsum(
+                "RQV,MV->MRQ",
+                exp,
+                jnp.exp(change - most[:, None]),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            now = jnp.where(place < 0, picked, logit + change[:, place])
+            return (
+                shift.at[i].set(largest + most[:, None, None]),
+                total.at[i].set(found),
+                now,
+            )
+
+        zeros = jnp.zeros((count, vectors, *tokens.shape[1:]), jnp.float32)
+        shift, total, picked = jax.lax.fori_loop(
+            0, count, meet_tile, (zeros, zeros, zeros[0])
+        )
+        if split.vocabulary is not None:
+            picked = jax.lax.psum(picked, split.vocabulary)
+        return scores.at[:, j].set(picked - _normaliser(shift, total, split))
+
+    scores = jnp.zeros((vectors, *tokens.shape), jnp.float32)
+    return jax.lax.fori_loop(0, _chunks_to_score(mask), meet_chunk, scores)
+
+
+def _normaliser(
+    shift: Float[Array, "tiles ..."], total: Float[Array, "tiles ..."], split: _Split
+) -> Float[Array, "..."]:
+    """log of the sum of exp(shift) * total over the tiles of every device."""
+    largest = shift.max(axis=0)
+    if split.vocabulary is not None:
+        largest = jax.lax.pmax(largest, split.vocabulary)
+    whole = jnp.sum(total * jnp.exp(shift - largest), axis=0)
+    if split.vocabulary is not None:
+        whole = jax.lax.psum(whole, split.vocabulary)
+    return largest + jnp.log(whole)
 
 
 def sum_by_answer(

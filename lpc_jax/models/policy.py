@@ -37,7 +37,9 @@ class Policy(nnx.Module):
         self.latent = latent
 
     def hidden(self, batch: Batch) -> Float[Array, "R T D"]:
-        """One decoder pass over rows of whole pairs."""
+        """One decoder pass over rows of whole pairs, unless the batch has its own."""
+        if batch.hidden is not None:
+            return batch.hidden
         return self.decoder(
             batch.tokens, batch.positions, batch.pair, batch.branch, self.adapters
         )

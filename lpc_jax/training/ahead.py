@@ -137,7 +137,7 @@ def abstract(
     dtype = assembly.compute_dtype(config, platform)
     _, graph, shapes = assembly.abstract(config, architecture, platform, plain=False)
     shardings = sharding.parameter_shardings(shapes, mesh)
-    trained = [part for part in shapes if config.adapters is None or part != "decoder"]
+    trained = [part for part in shapes if config.trains_decoder or part != "decoder"]
 
     def placed(path: Any, shape: Any, where: Any) -> jax.ShapeDtypeStruct:
         kept = assembly.decoder_dtype(config, sharding.path_name(path), dtype)
@@ -148,14 +148,18 @@ def abstract(
             placed, shapes["decoder"], shardings["decoder"]
         )
     }
-    frozen = {} if config.adapters is None else decoder
+    frozen = {} if config.trains_decoder else decoder
     trained_shapes = {part: shapes[part] for part in trained}
     trained_shardings = {part: shardings[part] for part in trained}
     optimizer = optimizers.build(config, trained_shapes, _STEPS)
     layout = step.state_shardings(trained_shapes, trained_shardings, optimizer, mesh)
     packed = config.packing
+    states = None
+    if config.decoder == "frozen":
+        states = np.empty((0, architecture.width), dtype)
+    prompt = pair.prompt if states is None else 1
     shape = packing.row_shape(
-        np.asarray([[pair.prompt, pair.answer, pair.answer]], np.int32),
+        np.asarray([[prompt, pair.answer, pair.answer]], np.int32),
         rows=packed.rows,
         row_length=packed.row_length,
         pairs_per_row=packed.pairs_per_row,
@@ -165,6 +169,7 @@ def abstract(
         shape,
         packed.row_length,
         with_reference=objective.needs_reference(config.loss),
+        states=states,
     )
     return Abstract(
         step.build(config, graph, layout, optimizer, _STEPS),

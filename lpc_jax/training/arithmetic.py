@@ -11,6 +11,7 @@ import dataclasses
 
 from lpc_jax import config as cfg
 from lpc_jax import objective
+from lpc_jax.losses import sequence
 from lpc_jax.models.architectures import Architecture
 
 _FP32, _BF16 = 4, 2
@@ -107,7 +108,7 @@ def flops(
             others those that are seen (and, uncounted, the rest of their blocks).
     """
     a, layers, tokens = architecture, architecture.layers, pair.tokens
-    frozen = config.adapters is not None
+    frozen = not config.trains_decoder
     blocks = 2.0 * layers * block_matrices(a) * tokens
     added = 0.0
     if config.adapters is not None:
@@ -118,6 +119,11 @@ def flops(
     latent = 0.0
     if config.latent is not None:
         latent = 2.0 * _latent_matrices(a, config.latent)
+    needed = objective.needs_reference(config.loss)
+    if config.decoder == "frozen":
+        # Hidden states are known, and z's gradient meets the head once for an answer.
+        alone = head + 3 * latent
+        return Flops(alone, alone, head if needed else 0.0)
     forward = blocks + added + attention + head + latent
     # Of each product two more, by its input and by its weight; a frozen weight's isn't.
     one_or_two = 1 if frozen else 2
@@ -136,7 +142,6 @@ def flops(
     model = forward + backward
     hardware = model + 3 * (computed - attention) + again
     scored_once = blocks + computed + head
-    needed = objective.needs_reference(config.loss)
     return Flops(model, hardware, scored_once if needed else 0.0)
 
 
@@ -148,6 +153,8 @@ def weights_read(config: cfg.Config, architecture: Architecture) -> int:
     embedding a few rows are.
     """
     a, once = architecture, block_matrices(architecture)
+    if config.decoder == "frozen":
+        return _BF16 * a.vocabulary * a.width
     block = 2 * once
     if config.model.remat == "block":
         block += once - a.width * a.mlp_width
@@ -231,6 +238,9 @@ def temporary(
         tensor: Devices that share a row.
     """
     a = architecture
+    if config.decoder == "frozen":  # probabilities of a chunk
+        rows = tokens / config.packing.row_length
+        return round(rows * sequence.HELD * a.vocabulary * _FP32)
     stream = tokens * a.width * _BF16
     heads = (2 * a.query_heads + 2 * a.kv_heads) * a.head_width
     products = tokens * (heads + a.width + 3 * a.mlp_width) * _BF16
@@ -246,7 +256,7 @@ def temporary(
     }[config.model.remat]
     block = block_matrices(a) // tensor
     weights, copies = block * _BF16, 0
-    if config.adapters is None:
+    if config.trains_decoder:
         weights += block * _FP32
         copies = a.parameter_count() // split * _BF16
     return a.layers * kept + 2 * products + scores + weights + copies

@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "mesh.",
     "distributed.",
     "reference.cache",
+    "model.states_cache",
     "training.log_every",
     "training.eval_every",
     "training.checkpoint_every",

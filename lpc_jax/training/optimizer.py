@@ -1,8 +1,8 @@
 """The optimizer: one optax transformation per group, one schedule shape for both.
 
-The decoder (or its adapters), prior and posterior, and the codebook each have their own
-peak learning rate: with one rate for everything the codes are never used. Knows nothing
-of losses or data.
+The decoder or its adapters (unless it is frozen), prior and posterior, and the codebook
+each have their own peak learning rate: with one rate for everything the codes are never
+used. Knows nothing of losses or data.
 """
 
 from __future__ import annotations
@@ -126,14 +126,17 @@ def _known() -> dict[str, set[str]]:
     }
 
 
-def trained_part(config: cfg.Config) -> str:
-    """What of the policy the decoder's optimizer moves: the decoder or its adapters."""
+def trained_part(config: cfg.Config) -> str | None:
+    """What of the policy beside the latent is trained: decoder, adapters or nothing."""
+    if config.decoder == "frozen":
+        return None
     return "decoder" if config.adapters is None else "adapters"
 
 
 def peaks(config: cfg.Config) -> dict[str, float]:
     """Peak learning rate of each group of trained parameters."""
-    rates = {trained_part(config): config.optimizer.learning_rate}
+    part = trained_part(config)
+    rates = {} if part is None else {part: config.optimizer.learning_rate}
     if config.latent is not None:
         rates["latent"] = config.latent.learning_rate
         rates["codebook"] = config.latent.codebook_rate

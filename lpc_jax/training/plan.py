@@ -390,7 +390,7 @@ def _by_hand(subject: _Subject, flags: tuple[str, ...], notes: tuple[str, ...]) 
     mesh, sizes = subject.mesh_sizes, _sizes(subject)
     split = mesh["fsdp"] * mesh["tensor"]
     trained = sum(
-        n for part, n in sizes.items() if config.adapters is None or part != "decoder"
+        n for part, n in sizes.items() if config.trains_decoder or part != "decoder"
     )
     dtype = assembly.compute_dtype(config, chip.platform)
     frozen = sum(sizes.values()) - trained
@@ -478,9 +478,7 @@ def _assembled(
         compute_dtype=assembly.compute_dtype(config, chip.platform).name,
         parameters=sum(sizes.values()),
         trained=sum(
-            n
-            for part, n in sizes.items()
-            if config.adapters is None or part != "decoder"
+            n for part, n in sizes.items() if config.trains_decoder or part != "decoder"
         ),
         pair=subject.pair,
         pairs_per_step=pairs,

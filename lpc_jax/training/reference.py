@@ -8,17 +8,14 @@ beta or order of the data finds them again. Knows nothing of losses.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from lpc_jax import processes
+from lpc_jax import processes, untrusted
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.types import Batch
@@ -32,15 +29,6 @@ CHECK_TOLERANCE = 0.02
 _GROUP = 512
 
 ScoreBatch = Callable[[Batch], Float[np.ndarray, "R P 2"]]
-
-
-def pair_key(pair: TokenizedPair) -> bytes:
-    """Digest of the three token strings and where they end (20 bytes)."""
-    content = hashlib.sha1(usedforsecurity=False)
-    for ids in (pair.prompt, pair.chosen, pair.rejected):
-        content.update(len(ids).to_bytes(8, "little"))
-        content.update(np.asarray(ids, "<i4").tobytes())
-    return content.digest()
 
 
 def score_pairs(
@@ -86,19 +74,11 @@ class ReferenceCache:
     def _read(self) -> None:
         if not self.path.exists():
             return
-        try:
-            # Arrays of objects are pickles, which can run code: NumPy refuses them.
-            with np.load(self.path, allow_pickle=False) as stored:
-                keys, logp = stored["keys"], stored["logp"]
-            whole = (keys.dtype, logp.dtype) == (np.uint8, np.float32) and (
-                keys.ndim == 2 and logp.shape == (len(keys), 2)
-            )
-        except (
-            *(ValueError, EOFError, LookupError, TypeError, MemoryError),
-            *(zipfile.BadZipFile, zlib.error, RuntimeError, OSError),
-        ) as e:
-            raise self._broken() from e
-        if not whole:
+        found = untrusted.read_arrays(self.path, {"keys": "u1", "logp": "f4"})
+        if found is None:
+            raise self._broken()
+        keys, logp = found["keys"], found["logp"]
+        if keys.ndim != 2 or logp.shape != (len(keys), 2):
             raise self._broken()
         self._known = {k.tobytes(): v for k, v in zip(keys, logp, strict=True)}
 
@@ -137,7 +117,7 @@ class ReferenceCache:
             ValueError: Kept values are not what the reference says now, or it says
                 something that is not finite.
         """
-        keys = [pair_key(pair) for pair in pairs]
+        keys = [pair.key() for pair in pairs]
         unknown = np.full(2, np.nan, np.float32)
         column = np.stack([self._known.get(key, unknown) for key in keys])
         # One process's file decides what all of them score together.

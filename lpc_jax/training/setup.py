@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from lpc_jax import assembly, objective, processes, sharding
 from lpc_jax import config as cfg
-from lpc_jax.data import chat, examples, packing, tokenizer
+from lpc_jax.data import chat, examples, hidden_states, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Report
 from lpc_jax.data.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class Pairs:
         """SHA-256 over the token ids of each set's pairs, in order; the tokenizer's."""
         sets = {"data_digest": self.train, "held_out_digest": self.held_out}
         return {"tokenizer_digest": tokenizer.digest(self.tokenizer)} | {
-            name: hashlib.sha256(b"".join(map(reference.pair_key, pairs))).hexdigest()
+            name: hashlib.sha256(b"".join(pair.key() for pair in pairs)).hexdigest()
             for name, pairs in sets.items()
         }
 
@@ -81,7 +81,8 @@ class Start:
         shardings: Of the parameters that are trained.
         params: fp32 masters of what is trained: the decoder from its files or adapters
             from the seed, and the latent from the seed.
-        frozen: The decoder under adapters, matrices in the compute dtype; else empty.
+        frozen: The decoder where it is not trained, matrices in the compute dtype;
+            else empty.
         weights_digest: Of the files.
         compute_dtype: Of matrix products.
         codebook_unit: From ``latent.codebook_unit``; 1 without a latent.
@@ -104,7 +105,7 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
     Raises:
         ValueError: Data or tokenizer that cannot be used, by file and line.
     """
-    data, packed, retry = config.data, config.packing, assembly.retry(config)
+    data, retry = config.data, assembly.retry(config)
     tokenizer_path = model_path
     if config.model.tokenizer is not None:
         tokenizer_path = weights.find(
@@ -132,7 +133,7 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
             drops=drops,
             max_length=data.max_length,
             max_prompt_length=data.max_prompt_length,
-            row_length=packed.row_length,
+            row_length=config.packing.row_length,
             truncation=data.truncation,
             prefix_mismatch=data.prefix_mismatch,
         )
@@ -150,6 +151,27 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
         held_out, held_out_report, prompts = read(
             data.eval, "data.eval", data.eval_split, data.eval_limit
         )
+    shape = _shape(config, train, held_out, users, platform)
+    return Pairs(
+        train,
+        held_out,
+        train_report,
+        held_out_report,
+        shape,
+        tokens,
+        prompts,
+        users,
+    )
+
+
+def _shape(
+    config: cfg.Config,
+    train: Sequence[TokenizedPair],
+    held_out: Sequence[TokenizedPair],
+    users: Int[np.ndarray, "_"] | None,
+    platform: str,
+) -> packing.RowShape:
+    packed = config.packing
     lengths = packing.pair_lengths([*train, *held_out])
     shape = packing.row_shape(
         lengths,
@@ -176,16 +198,7 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
             choices=packed.length_choices,
             unit=assembly.row_unit(config, platform),
         )
-    return Pairs(
-        train,
-        held_out,
-        train_report,
-        held_out_report,
-        shape,
-        tokens,
-        prompts,
-        users,
-    )
+    return shape
 
 
 def _users(train: Sequence[TokenizedPair], data: cfg.Data) -> Int[np.ndarray, "B"]:
@@ -261,7 +274,7 @@ def load_start(
         latent = params["latent"]
         codebook = latent["codebook"] * (config.latent.effect * unit)
         params |= {"latent": latent | {"codebook": codebook}}
-    frozen = {} if config.adapters is None else decoder
+    frozen = {} if config.trains_decoder else decoder
     params = params if frozen else decoder | params
     return Start(
         architecture,
@@ -398,6 +411,38 @@ def _hidden_layer(
 
     standard, hidden = jax.device_get(read(network, x))
     return np.asarray(standard), np.asarray(hidden)
+
+
+def with_states(
+    config: cfg.Config, start: Start, pairs: Pairs, mesh: Mesh, say: Say
+) -> Pairs:
+    """The pairs with the frozen decoder's hidden states, from cache where kept.
+
+    Raises:
+        ValueError: As ``HiddenStates``, or several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"decoder='frozen' runs in one process, got {jax.process_count()}. Start"
+            " one, with all devices that it can have."
+        )
+    program = assembly.hidden_program(start.graph, mesh)
+    kept = hidden_states.HiddenStates(
+        Path(config.model.states_cache),
+        weights_digest=start.weights_digest,
+        dtype=start.compute_dtype,
+        width=start.architecture.width,
+    )
+
+    def read(batch: Batch) -> np.ndarray:
+        placed = sharding.place_batch(batch, mesh)
+        found = program(start.params | start.frozen, placed)
+        return np.asarray(jax.device_get(found))
+
+    every = kept.attach([*pairs.train, *pairs.held_out], read, pairs.shape, say)
+    train, held_out = every[: len(pairs.train)], every[len(pairs.train) :]
+    shape = _shape(config, train, held_out, pairs.users, sharding.platform(mesh))
+    return dataclasses.replace(pairs, train=train, held_out=held_out, shape=shape)
 
 
 def reference_program(

@@ -88,11 +88,21 @@ class Trainer:
             {"weights": start.weights_digest},
             "Give every process the same model files.",
         )
+        as_read = pairs
+        if config.decoder == "frozen":
+            pairs = setup.with_states(config, start, pairs, mesh, self.say)
+            self.pairs = pairs
         self.reference: np.ndarray | None = None
         held_out_reference, reference_digest = None, ""
         if objective.needs_reference(config.loss):
             self.reference, held_out_reference, reference_digest = (
-                setup.reference_column(config, start, pairs, mesh, self.say)
+                setup.reference_column(
+                    config,
+                    start,
+                    pairs if config.reference.path is None else as_read,
+                    mesh,
+                    self.say,
+                )
             )
         self.manifest = _manifest(config, start, pairs, reference_digest)
         self.held_out = packing.micro_batches(
@@ -158,7 +168,10 @@ class Trainer:
         for length in shape.row_lengths:
             batch = sharding.abstract_batch(
                 packing.empty_batch(
-                    shape, length, with_reference=self.reference is not None
+                    shape,
+                    length,
+                    with_reference=self.reference is not None,
+                    states=self.pairs.train[0].states,
                 ),
                 mesh,
             )
@@ -311,11 +324,10 @@ class Trainer:
 
     def schedules(self, number: int) -> dict[str, float]:
         """What the schedules give the update of this number, counted from 0."""
-        found = {
-            "schedule/learning_rate": float(
-                np.asarray(self.rates[self.trained](number))
-            )
-        }
+        found = {}
+        if self.trained is not None:
+            rate = float(np.asarray(self.rates[self.trained](number)))
+            found["schedule/learning_rate"] = rate
         latent = self.config.latent
         if latent is not None:
             progress = jnp.asarray(number / max(self.total_steps - 1, 1))
@@ -349,6 +361,6 @@ def _remedies(config: cfg.Config, mesh: Mesh) -> list[str]:
         )
     if mesh.shape["data"] > 1:
         found.append("Give mesh.data's devices to mesh.fsdp, which splits parameters.")
-    if config.adapters is None:
+    if config.trains_decoder:
         found.append("Train adapters=Adapters() over a frozen decoder.")
     return [*found, "Use more devices, or lower packing.row_length."]
