@@ -134,6 +134,7 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     pairs.add_argument(
         "--like-own",
         type=_count,
+        nargs="+",
         metavar="K",
         help="rank each user's (or source's) pairs under z of K training pairs of its"
         " own and of every other; training pairs are the run's, or of --like FILE",
@@ -226,7 +227,7 @@ def compare_readers(
     from lpc_jax.evaluation import command, pairs, readers, steering, system
 
     _require_writable(asked)
-    count = asked.like_own
+    counts = asked.like_own
     for flag in ("z", "code", "mix", "against"):
         if getattr(asked, flag) is not None:
             raise ValueError(
@@ -236,10 +237,10 @@ def compare_readers(
     outline = command.outline_system(asked)
     config = outline.config
     num_codes = None if config.latent is None else config.latent.num_codes
-    steering.require_codes(num_codes, f"--like-own {count}", asked.system)
+    steering.require_codes(num_codes, "--like-own", asked.system)
     if asked.like is None and outline.checkpoint is None:
         raise ValueError(
-            f"--like-own {count} takes examples from a run's training pairs, got"
+            "--like-own takes examples from a run's training pairs, got"
             f" {asked.system}, which is no run. Name a file of them with --like."
         )
     retry = sources.Retry(config.hub.retries, config.hub.wait)
@@ -259,23 +260,32 @@ def compare_readers(
         path = config.reference.path or own
         if path != own:
             model["revision"] = None
-        start = system.load(path, mesh=loaded.mesh, model=model, hub=config.hub)
-        reference = functools.partial(
-            pairs.score, start, steering=None, seed=0, on_progress=lambda _: None
-        )
+        if path == own and config.decoder == "frozen":
+            reference = functools.partial(readers.without_codes, loaded)
+        else:
+            start = system.load(path, mesh=loaded.mesh, model=model, hub=config.hub)
+            reference = functools.partial(
+                pairs.score, start, steering=None, seed=0, on_progress=lambda _: None
+            )
     found = readers.measure(
         loaded,
         known,
         some,
-        count=count,
+        counts=counts,
         by=asked.like_by,
         reference=reference,
         seed=asked.seed,
         on_progress=lambda done, total: None,
     )
-    record = {"command": ["scripts/evaluate.py", *arguments]} | readers.as_json(found)
-    said = [f"system: {loaded.name}", *readers.lines(found)]
-    _tell(asked, console, "readers", record, said, readers.table(found))
+    record = {
+        "command": ["scripts/evaluate.py", *arguments],
+        "readers": [readers.as_json(one) for one in found],
+    }
+    said = [
+        f"system: {loaded.name}",
+        *(line for x in found for line in readers.lines(x)),
+    ]
+    _tell(asked, console, "readers", record, said, *map(readers.table, found))
 
 
 # --- the codes ------------------------------------------------------------------------
@@ -389,13 +399,14 @@ def _tell(
     name: str,
     record: dict[str, Any],
     lines: Sequence[str],
-    table: Any,
+    *tables: Any,
 ) -> None:
-    """Prints lines and a table, and writes them and the record where flags say."""
+    """Prints lines and tables, and writes them and the record where flags say."""
     text = io.StringIO()
     for where in (console, Console(file=text, width=TABLE_WIDTH)):
         where.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-        where.print(table)
+        for table in tables:
+            where.print(table)
     for file in _write(asked, name, record, text.getvalue()):
         console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 

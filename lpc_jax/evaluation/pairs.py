@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,13 +22,14 @@ from jaxtyping import Array, Float, Int
 
 from lpc_jax import assembly, objective, sharding, sources
 from lpc_jax import config as cfg
-from lpc_jax.data import chat, examples, packing
+from lpc_jax.data import chat, examples, hidden_states, packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops, Report
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
+from lpc_jax.models import weights
 from lpc_jax.types import Batch
 
 # Rows of each device: one keeps a CPU busy and wastes least, a few an accelerator.
@@ -262,7 +264,7 @@ def score_under(
 ) -> Float[np.ndarray, "M B 2"]:
     """Summed log-probabilities of answers under each of some mixes of the codes.
 
-    The decoder reads every pair once; each mix meets the head.
+    Decoder and head meet every pair once.
 
     Args:
         system: With codes.
@@ -295,6 +297,33 @@ def score_under(
                 done += int(mask.sum())
                 on_progress(done)
     return found
+
+
+def with_states(
+    system: System, some: Sequence[TokenizedPair]
+) -> Sequence[TokenizedPair]:
+    """Pairs with the decoder's hidden states where a run has kept them, else as given.
+
+    Raises:
+        ValueError: As ``HiddenStates``.
+    """
+    config, mesh = system.config, system.mesh
+    if config.decoder != "frozen":
+        return some
+    kept = hidden_states.HiddenStates(
+        Path(config.model.states_cache),
+        weights_digest=weights.digest(system.model_path),
+        dtype=assembly.compute_dtype(config, sharding.platform(mesh)),
+        width=system.architecture.width,
+    )
+    program = assembly.hidden_program(system.graph, mesh)
+
+    def read(batch: Batch) -> np.ndarray:
+        placed = sharding.place_batch(batch, mesh)
+        return np.asarray(jax.device_get(program(system.params, placed)))
+
+    with jax.set_mesh(mesh):
+        return kept.attach(some, read, row_shape(system, some), lambda _: None)
 
 
 def _program(

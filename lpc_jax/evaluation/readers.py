@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lpc_jax import untrusted
+from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
 from lpc_jax.evaluation import bootstrap, like, pairs
@@ -66,19 +67,19 @@ def measure(
     examples: tuple[Sequence[PreferenceExample], Drops],
     held_out: tuple[Sequence[PreferenceExample], Drops],
     *,
-    count: int,
+    counts: Sequence[int],
     by: By,
     reference: Callable[[Sequence[Any]], Float[np.ndarray, "B 2"]] | None,
     seed: int,
     on_progress: Callable[[int, int], None],
-) -> Readers:
+) -> list[Readers]:
     """Ranks every reader's pairs under z of every reader's judgements.
 
     Args:
         system: With codes.
         examples: Pairs that z may be of, with the rows that hold none.
         held_out: Pairs to be ranked, likewise.
-        count: Judgements that z is of.
+        counts: Judgements that z is of; each gives a result.
         by: How z is found from them.
         reference: Log-probs of tokenized pairs under the reference, for a loss that has
             one.
@@ -97,29 +98,27 @@ def measure(
         for (some, _), tokens in ((examples, known), (held_out, judged))
     )
     names = sorted(set(judged_by.tolist()))
-    _require(names, known_by, count)
+    _require(names, known_by, max(counts))
     rng = np.random.default_rng(seed)
     drawn = [
-        [
-            rng.choice(np.flatnonzero(known_by == name), count, replace=False)
-            for _ in range(DRAWS)
-        ]
+        rng.choice(np.flatnonzero(known_by == name), count, replace=False)
+        for count in counts
         for name in names
+        for _ in range(DRAWS)
     ]
-    used = np.unique(np.concatenate([np.concatenate(some) for some in drawn]))
+    used = np.unique(np.concatenate(drawn))
     place = {int(i): at for at, i in enumerate(used)}
     said = like.evidence(
         system,
-        [dataclasses.replace(known[i], id=at) for at, i in enumerate(used)],
+        pairs.with_states(
+            system, [dataclasses.replace(known[i], id=at) for at, i in enumerate(used)]
+        ),
         by,
     )
     mixes = np.stack(
-        [
-            like.weights(said[[place[int(i)] for i in some]], by)
-            for of_one in drawn
-            for some in of_one
-        ]
+        [like.weights(said[[place[int(i)] for i in some]], by) for some in drawn]
     )
+    judged = pairs.with_states(system, judged)
     logp = pairs.score_under(
         system, judged, mixes, on_progress=lambda done: on_progress(done, len(judged))
     )
@@ -128,9 +127,23 @@ def measure(
     rewards = np.stack(
         [reward.of(x, pairs.lengths(judged), of_reference) for x in logp]
     )
-    right = (rewards[..., 0] > rewards[..., 1]).reshape(len(names), DRAWS, -1)
+    right = (rewards[..., 0] > rewards[..., 1]).reshape(
+        len(counts), len(names), DRAWS, -1
+    )
     prompts = [pairs.prompt_key(held_out[0][pair.id]) for pair in judged]
-    return _summary(names, judged_by, right, prompts, count, by, seed)
+    return [
+        _summary(names, judged_by, of_count, prompts, count, by, seed)
+        for count, of_count in zip(counts, right, strict=True)
+    ]
+
+
+def without_codes(
+    system: System, some: Sequence[TokenizedPair]
+) -> Float[np.ndarray, "B 2"]:
+    """Log-probs of pairs without z, which is a frozen decoder's own reference."""
+    assert system.latent is not None
+    nothing = np.zeros((1, system.latent.num_codes))
+    return pairs.score_under(system, some, nothing, on_progress=lambda _: None)[0]
 
 
 def _require(names: list[str], known_by: np.ndarray, count: int) -> None:
@@ -196,7 +209,8 @@ def lines(found: Readers) -> list[str]:
         return f"{name}: {estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
     return [
-        f"{found.pairs} pairs of {len(found.names)} readers, z by {found.by}",
+        f"{found.pairs} pairs of {len(found.names)} readers, z of {found.count}"
+        f" judgements by {found.by}",
         said("under their own reader's judgements", found.own),
         said("under another reader's", found.other),
         said("own less other", found.difference),

@@ -381,7 +381,8 @@ def _load_run(
 def _require_weights(found: Path, meta: dict[str, Any], run: Path) -> None:
     if weights.digest(found) != meta["weights_digest"]:
         raise ValueError(
-            f"{found} must hold the weights that {run} was trained over, got others (their digest differs). Put those back."
+            f"{found} must hold the weights that {run} was trained over, got others"
+            " (their digest differs). Put those back."
         )
 
 

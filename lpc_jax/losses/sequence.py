@@ -305,6 +305,12 @@ def _chunks_to_score(mask: Bool[Array, "chunks R chunk"]) -> Int[Array, ""]:
     return jnp.max(jnp.where(scored, jnp.arange(1, scored.shape[0] + 1), 0))
 
 
+def _most_chunks(mask: Bool[Array, "chunks R chunk"], split: _Split) -> Int[Array, ""]:
+    """Of any device: where each chunk meets all tiles, they gather these together."""
+    chunks = _chunks_to_score(mask)
+    return chunks if split.rows is None else jax.lax.pmax(chunks, split.rows)
+
+
 # By hand, since JAX differentiates no loop whose length the data decides.
 @jax.custom_vjp
 def _score(
@@ -510,7 +516,7 @@ def _slope_part(hidden, head, tokens, slot, mask, *, answers, split):
     said = jnp.zeros((rows, answers, head.shape[0]), jnp.float32)
     scores, said = jax.lax.fori_loop(
         0,
-        _chunks_to_score(mask),
+        _most_chunks(mask, split),
         meet_chunk,
         (jnp.zeros(tokens.shape, jnp.float32), said),
     )
@@ -573,7 +579,7 @@ def _under_part(hidden, head, moved, tokens, mask, *, split):
         return scores.at[:, j].set(picked - _normaliser(shift, total, split))
 
     scores = jnp.zeros((vectors, *tokens.shape), jnp.float32)
-    return jax.lax.fori_loop(0, _chunks_to_score(mask), meet_chunk, scores)
+    return jax.lax.fori_loop(0, _most_chunks(mask, split), meet_chunk, scores)
 
 
 def _normaliser(

@@ -130,6 +130,11 @@ def train(config: cfg.Config, console: Console) -> Result:
     """
     if not processes.is_main():
         console = Console(quiet=True)
+    if config.decoder == "frozen" and jax.process_count() > 1:
+        raise ValueError(
+            f"decoder='frozen' runs in one process, got {jax.process_count()}. Start"
+            " one, with all devices that it can have."
+        )
     mesh = sharding.make_mesh(
         data=config.mesh.data,
         fsdp=config.mesh.fsdp,

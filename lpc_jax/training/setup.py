@@ -419,13 +419,8 @@ def with_states(
     """The pairs with the frozen decoder's hidden states, from cache where kept.
 
     Raises:
-        ValueError: As ``HiddenStates``, or several processes.
+        ValueError: As ``HiddenStates``.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"decoder='frozen' runs in one process, got {jax.process_count()}. Start"
-            " one, with all devices that it can have."
-        )
     program = assembly.hidden_program(start.graph, mesh)
     kept = hidden_states.HiddenStates(
         Path(config.model.states_cache),

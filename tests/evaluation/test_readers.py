@@ -28,7 +28,7 @@ def test_own_and_other_are_means_over_pairs_of_the_matrix_s_rows():
     assert found.own.mean == pytest.approx((1 + 0.5 + 1) / 3)
     assert found.other.mean == pytest.approx((0 + 0.5 + 0) / 3)
     assert found.difference.mean == pytest.approx(found.own.mean - found.other.mean)
-    assert readers.lines(found)[0] == "3 pairs of 2 readers, z by bayes"
+    assert readers.lines(found)[0] == "3 pairs of 2 readers, z of 5 judgements by bayes"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
             folder,
             data={"train": str(file), "user": "source"},
             latent={"pool": "user", "num_codes": 4, "codebook_rate": 0.3},
-            optimizer={"learning_rate": 0.0},
+            decoder="frozen",
+            model={"states_cache": str(folder / "states")},
             training={"steps": 30, "checkpoint_every": None},
         )
     )
@@ -56,10 +57,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
 @pytest.mark.parametrize("by", ["posterior", "bayes"])
 def test_a_reader_s_own_judgements_rank_better_than_another_s(run, by, tmp_path):
     console = Console(file=io.StringIO(), width=100)
-    arguments = [str(run.folder), "--pairs", run.config.data.train, "--like-own", "8"]
-    arguments += ["--like-by", by, "--output", str(tmp_path)]
+    arguments = [str(run.folder), "--pairs", run.config.data.train, "--like-own"]
+    arguments += ["8", "2", "--like-by", by, "--output", str(tmp_path)]
     assert evaluate.main(arguments, console) == 0
-    said = json.loads((tmp_path / "readers.json").read_text())
+    found = json.loads((tmp_path / "readers.json").read_text())["readers"]
+    assert [one["count"] for one in found] == [8, 2]
+    assert found[1]["own"]["mean"] > found[1]["other"]["mean"]
+    said = found[0]
     accuracy = np.asarray(said["accuracy"])
     assert said["names"] == ["one", "other"]
     assert said["own"]["mean"] > 0.7 > 0.3 > said["other"]["mean"]
@@ -88,5 +92,5 @@ def test_what_cannot_be_compared_is_refused(run, capsys, given, message):
 def test_a_plain_model_has_no_readers(capsys):
     arguments = [str(runs.MODEL), "--pairs", str(runs.PAIRS), "--like-own", "4"]
     assert evaluate.main(arguments) == 2
-    assert "--like-own 4 needs codes, got" in capsys.readouterr().err
+    assert "--like-own needs codes, got" in capsys.readouterr().err
     assert system.outline(str(runs.MODEL)).config.latent is None

@@ -79,6 +79,51 @@ def test_gradients_of_chunks_equal_the_unchunked_ones():
     )
 
 
+SLOTS = RNG.integers(0, 4, size=(2, 11))
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_slopes_are_gradients_of_answers_in_what_is_added_to_them(chunk):
+    mask = np.arange(11) < np.array([[11], [6]])
+    logp, slope = sequence.token_logp_and_slope(
+        *(jnp.float32(HIDDEN), jnp.float32(HEAD)),
+        *(jnp.asarray(x) for x in (TOKENS, SLOTS, mask)),
+        pair_slots=2,
+        chunk=chunk,
+    )
+    np.testing.assert_allclose(logp[mask], float64_logp()[mask], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        slope, slopes(HIDDEN, HEAD, TOKENS, SLOTS, mask), atol=1e-5
+    )
+
+
+def slopes(hidden, head, tokens, slot, mask):
+    """Of each answer, by float64 NumPy."""
+    probabilities = np.exp(hidden @ head.T)
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    of_position = (np.eye(len(head))[tokens] - probabilities) @ head
+    of_answer = np.eye(4)[slot] * mask[..., None]
+    found = np.einsum("RSA,RSD->RAD", of_answer, of_position)
+    return found.reshape(len(hidden), 2, 2, -1)
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_scores_under_vectors_are_those_with_each_added(chunk):
+    vectors = 3 * RNG.normal(size=(5, 8))
+    mask = jnp.asarray(np.arange(11) < np.array([[11], [6]]))
+    inputs = jnp.float32(HEAD), jnp.asarray(TOKENS), mask
+    head, tokens, _ = inputs
+    found = sequence.token_logp_under(
+        jnp.float32(HIDDEN), head, jnp.float32(vectors), tokens, mask, chunk=chunk
+    )
+    for one, vector in zip(found, vectors, strict=True):
+        added = jnp.float32(HIDDEN + vector)
+        alone = sequence.token_logp(added, *inputs, chunk=chunk)
+        np.testing.assert_allclose(one[mask], alone[mask], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("scored", "computed"), [(0, 0), (1, 4), (4, 4), (5, 8)])
 def test_chunks_without_a_scored_position_are_not_computed(scored, computed):
     """NaN where nothing may be read: it would show in values and gradients."""
@@ -207,6 +252,41 @@ def test_a_split_head_and_rows_give_the_same_values_and_gradients(
     np.testing.assert_allclose(logp[mask], picked[mask], atol=1e-5)
     for found, wanted in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize("size", [4096, 5])
+def test_a_split_head_and_rows_give_the_same_slopes_and_changes(
+    shape, size, monkeypatch
+):
+    small_tiles(monkeypatch, size)
+    (hidden, head, tokens, mask, _), picked, _ = mesh_case()
+    slot = np.random.default_rng(2).integers(0, 4, size=tokens.shape)
+    given = [jnp.float32(hidden), jnp.float32(head)]
+    where = [jnp.asarray(x) for x in (tokens, slot, mask)]
+
+    @jax.jit
+    def find(hidden, head):
+        steered = sequence.token_logp_and_slope(
+            hidden, head, *where, pair_slots=2, chunk=4
+        )
+        vectors = jnp.stack([jnp.zeros(WIDTH), jnp.ones(WIDTH)])
+        under = sequence.token_logp_under(
+            hidden, head, vectors, where[0], where[2], chunk=4
+        )
+        return steered, under
+
+    with jax.set_mesh(on_mesh(*shape)):
+        (logp, slope), under = find(*given)
+    np.testing.assert_allclose(logp[mask], picked[mask], atol=1e-5)
+    np.testing.assert_allclose(under[0][mask], picked[mask], atol=1e-5)
+    np.testing.assert_allclose(
+        slope, slopes(hidden, head, tokens, slot, mask), atol=1e-5
+    )
+    logits = (hidden + 1) @ head.T
+    moved = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    moved = np.take_along_axis(moved, tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(under[1][mask], moved[mask], atol=1e-5)
 
 
 def test_devices_exchange_tiles_of_the_head_and_never_all_of_it(monkeypatch):

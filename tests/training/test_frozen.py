@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from lpc_jax import config as cfg
+from lpc_jax import sharding
+from lpc_jax.evaluation import system
+from scripts import evaluate, export, generate
 from tests import runs
 
 LOSSES = {
@@ -76,3 +83,83 @@ def test_updates_are_those_that_a_decoder_at_rate_0_gives(folder, name):
             for metric, value in shared.items():
                 near = pytest.approx(theirs[metric], rel=2e-4, abs=2e-5)
                 assert value == near, metric
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> runs.Run:
+    return runs.train(config(folder, "run", training={"steps": 3, "samples": 2}))
+
+
+def test_states_are_read_once_for_all_runs_over_the_same_pairs(folder, run):
+    other = config(
+        folder,
+        "other",
+        loss=cfg.Simpo(beta=2.0, gamma=1.0),
+        latent={"posterior_input": "concat", "num_codes": 3},
+        packing={"pairs_per_step": 5},
+    )
+    said = runs.train(other).said
+    assert re.search(r"hidden states: 40 pairs, .*; 0 pairs \(0\.00 GB\) to read", said)
+    assert "schedule/learning_rate" not in run.lines("train")[0]
+
+
+def test_the_decoder_is_the_start_s_and_everything_follows_from_the_run(
+    run, tmp_path
+):
+    mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1])
+    start = system.load(str(runs.MODEL), mesh=mesh)
+    loaded = system.load(str(run.folder), mesh=mesh)
+    assert runs.bits(loaded.params["decoder"]) == runs.bits(start.params["decoder"])
+    latent = run.result.state.params["latent"]
+    assert runs.bits(loaded.params["latent"]) == runs.bits(latent)
+    assert set(run.result.state.params) == {"latent"}
+
+    out = tmp_path / "exported"
+    assert export.main([str(run.folder), str(out)]) == 0
+    exported = system.load(str(out), mesh=mesh)
+    assert runs.bits(exported.params) == runs.bits(loaded.params)
+
+    output = ["--output", str(tmp_path / "answers.jsonl"), "--max-new-tokens", "4"]
+    prompts = runs.write_pairs(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
+    flags = [str(run.folder), "--prompts", str(prompts), *output]
+    assert generate.main([*flags, "--compilation-cache", "none"]) == 0
+    assert json.loads((tmp_path / "answers.jsonl").read_text())["output"]
+
+    flags = ["--pairs", run.config.data.eval, "--no-start", "--output", str(tmp_path)]
+    assert evaluate.main([str(run.folder), *flags]) == 0
+    pairs = json.loads((tmp_path / "pairs.json").read_text())["pairs"]
+    margins = [one["said"]["system"]["margin"] for one in pairs]
+    assert run.result.after is not None
+    metrics = run.result.after.metrics
+    assert np.mean(margins) == pytest.approx(metrics["reward/margin"], abs=1e-5)
+
+
+def test_other_weights_than_the_run_s_are_refused(run, tmp_path):
+    other = tmp_path / "model"
+    shutil.copytree(runs.GOLDEN / "tiny_llama31", other)
+    with pytest.raises(ValueError, match="must hold the weights that"):
+        system.load(
+            str(run.folder),
+            mesh=sharding.make_mesh(
+                data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1]
+            ),
+            model={"path": str(other)},
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent": None}, r"decoder must be 'trained' with latent=None, got 'frozen'"),
+        ({"adapters": cfg.Adapters()}, r"decoder must be 'trained' with adapters="),
+    ],
+)
+def test_nothing_to_train_and_adapters_are_refused(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(folder, "refused", **changes)
+
+
+def test_several_processes_are_refused_before_anything_is_read(folder, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"runs in one process, got 2"):
+        runs.train(config(folder, "two"))

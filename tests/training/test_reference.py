@@ -125,9 +125,7 @@ def test_a_token_that_moves_from_prompt_to_answer_is_another_pair():
     whole = np.arange(7, dtype=np.int32)
     pair = tiny.pairs(1)[0]
     keys = {
-        reference.pair_key(
-            dataclasses.replace(pair, prompt=whole[:cut], chosen=whole[cut:])
-        )
+        dataclasses.replace(pair, prompt=whole[:cut], chosen=whole[cut:]).key()
         for cut in range(1, 6)
     }
     assert len(keys) == 5
@@ -154,7 +152,7 @@ def test_values_that_the_reference_does_not_say_now_are_refused(tmp_path):
     column(kept, Scorer(), pairs)
     with np.load(kept.path) as stored:
         keys, logp = stored["keys"], stored["logp"]
-    place = keys.tolist().index(list(reference.pair_key(pairs[1])))
+    place = keys.tolist().index(list(pairs[1].key()))
     logp[place, 1] -= 0.5 * len(pairs[1].rejected)  # half a nat per token
     np.savez(kept.path, keys=keys, logp=logp)
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
