@@ -9,6 +9,7 @@ runs. ``generate`` reads z at the prompt's end and keeps it for the answer (Gong
 which never imports this file.
 """
 
+import json
 import math
 
 import torch
@@ -193,6 +194,52 @@ class LpcMixin:
                 ).float()
         return logits.softmax(-1)
 
+    @torch.no_grad()
+    def mix_like(self, judged, tokenizer):
+        """The mix of codes that one reader's judgements call for, as an ``lpc_mix``.
+
+        The softmax of the mean of the pairs' posterior logits (eq. 8), which is what
+        ``--like FILE`` of lpc_jax's scripts does.
+
+        Args:
+            judged: A .jsonl file or its rows: ``prompt``, ``chosen`` and ``rejected``,
+                each a text or a list of messages.
+            tokenizer: Of this folder, with its chat template.
+
+        Raises:
+            ValueError: No pairs, or one without these fields.
+        """
+        if not isinstance(judged, list):
+            with open(judged, encoding="utf-8") as file:
+                judged = [json.loads(line) for line in file if line.strip()]
+        if not judged:
+            raise ValueError("mix_like needs judged pairs, got none.")
+        logits = [
+            self.latent.posterior_mlp(self._judged(*pair_ids(row, tokenizer)))
+            for row in judged
+        ]
+        weights = torch.stack(logits).mean(0).softmax(-1).tolist()
+        return dict(enumerate(weights))
+
+    def _judged(self, prompt, *answers):
+        """What the posterior reads of a pair's token ids."""
+        ends, means = [], []
+        for answer in answers:
+            ids = torch.tensor([prompt + answer], device=self.lm_head.weight.device)
+            hidden = self.model(input_ids=ids).last_hidden_state[0].float()
+            ends.append(hidden[-1])
+            means.append(hidden[len(prompt) :].mean(0))
+            at_prompt = hidden[len(prompt) - 1]
+        of_end, of_mean = ends[0] - ends[1], means[0] - means[1]
+        parts = {
+            "concat": ends,
+            "difference": [of_end],
+            "mean_difference": [of_mean],
+            "both": [of_end, of_mean],
+            "all": [of_end, of_mean, at_prompt],
+        }[self.config.lpc["settings"]["posterior_input"]]
+        return torch.cat(parts)
+
     def code_bias(self, code_weights):
         """What z adds to all logits of an answer: weights [rows, C] -> [rows, V]."""
         vector = code_weights @ self.latent.codebook.float()
@@ -252,6 +299,50 @@ def prompt_end(hidden, attention_mask=None, prompt_lengths=None, labels=None):
             f" prompt in labels with {IGNORED}."
         )
     return end
+
+
+def pair_ids(row, tokenizer):
+    """Token ids of a judged pair: prompt, chosen and rejected, each answer with EOS.
+
+    Args:
+        row: As in ``mix_like``.
+        tokenizer: With a chat template.
+
+    Raises:
+        ValueError: A field is missing.
+    """
+    missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
+    if missing:
+        raise ValueError(
+            f"a judged pair needs prompt, chosen and rejected, got none of {missing}."
+        )
+
+    def messages(value, role):
+        return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+    def encoded(conversation, **options):
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    asked = messages(row["prompt"], "user")
+    header = encoded(asked, add_generation_prompt=True)
+    whole = [
+        encoded(asked + messages(row[name], "assistant"))
+        for name in ("chosen", "rejected")
+    ]
+    shared = min(_shared(header, ids) for ids in whole)
+    eos, answers = tokenizer.eos_token_id, []
+    for ids in whole:
+        answer = ids[shared:]
+        length = answer.index(eos) if eos in answer else len(answer)
+        answers.append([*answer[:length], eos])
+    return header[:shared], *answers
+
+
+def _shared(a, b):
+    """Items that two lists begin with alike."""
+    differ = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]  # noqa: B905
+    return differ[0] if differ else min(len(a), len(b))
 
 
 def mix_weights(mix, num_codes):

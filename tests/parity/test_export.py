@@ -1,5 +1,7 @@
 """Exported folders in transformers: log-probs, and greedy answers under z, are ours."""
 
+import dataclasses
+import json
 import sys
 import types
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from lpc_jax import sharding
 from lpc_jax.data import tokenizer as tokenizers
-from lpc_jax.evaluation import export, logit_bias, system
+from lpc_jax.evaluation import export, like, logit_bias, system
 from lpc_jax.evaluation.steering import Steering
 from tests import exports
 
@@ -194,6 +196,35 @@ def test_z_is_chosen_as_we_choose_it(options, steering, torch, lpc):
     found = generate(torch, ours, model, prompts(), **options)
     assert found == expected(ours, steering)
     assert found != expected(ours)
+
+
+def judged_pairs() -> list[dict]:
+    lines = (exports.GOLDEN / "pairs.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines[:5]]
+
+
+@pytest.mark.parametrize("posterior_input", ["concat", "both", "all"])
+def test_a_mix_like_judged_pairs_is_ours(posterior_input, torch, tmp_path):
+    from transformers import AutoTokenizer
+
+    latent = dataclasses.replace(exports.LATENT, posterior_input=posterior_input)
+    ours, folder = exports.with_codes("tiny_llama", latent), tmp_path / "model"
+    write(ours, folder, plain=False)
+    file = tmp_path / "judged.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in judged_pairs()))
+    examples = like.read(str(file), "posterior", latent, "ours")
+    expected = like.steering(ours, examples)
+    model = loaded(torch, folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for given in (file, judged_pairs()):
+        mix = model.mix_like(given, tokenizer)
+        np.testing.assert_allclose(
+            list(mix.values()), [weight for _, weight in expected.mix], atol=1e-5
+        )
+    with pytest.raises(ValueError, match="needs judged pairs, got none"):
+        model.mix_like([], tokenizer)
+    with pytest.raises(ValueError, match="needs prompt, chosen and rejected"):
+        model.mix_like([{"prompt": "x", "chosen": "y"}], tokenizer)
 
 
 def test_a_beam_has_the_score_that_we_give_its_tokens_under_its_prompt_s_z(torch, lpc):

