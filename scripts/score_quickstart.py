@@ -23,7 +23,7 @@ from lpc_jax import config as cfg
 from lpc_jax import sources
 from lpc_jax.evaluation import answers, command, samples
 from lpc_jax.evaluation.generate import Generator, Sampling
-from scripts.make_quickstart_pairs import OUTPUT_FOLDER, RULES
+from scripts.make_quickstart_pairs import OUTPUT_FOLDER, RULES, refuses
 
 PROMPTS = OUTPUT_FOLDER / "quickstart.test.jsonl"
 
@@ -55,16 +55,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     by_kind: dict[str, list[float]] = defaultdict(list)
     scores: list[float] = []
+    refused = harmless = 0
     for prompt, answer in zip(prompts, found, strict=True):
         kind = prompt.row["source"]
         scores.append(RULES[kind](answer.text))
         by_kind[kind].append(scores[-1])
+        harmless += kind != "refusal"
+        refused += kind != "refusal" and refuses(answer.text)
     kinds = ", ".join(f"{k} {np.mean(v):.2f}" for k, v in sorted(by_kind.items()))
     print(
         f"{system.name}: rule {np.mean(scores):.3f} ({kinds});"
         f" in a circle {np.mean([samples.in_circle(a.tokens) for a in found]):.1%},"
         f" ended {np.mean([a.reason == 'end' for a in found]):.1%},"
-        f" {np.mean([len(a.tokens) for a in found]):.0f} tokens"
+        f" {np.mean([len(a.tokens) for a in found]):.0f} tokens,"
+        f" {refused} of {harmless} harmless requests refused"
     )
 
 

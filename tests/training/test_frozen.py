@@ -103,9 +103,7 @@ def test_states_are_read_once_for_all_runs_over_the_same_pairs(folder, run):
     assert "schedule/learning_rate" not in run.lines("train")[0]
 
 
-def test_the_decoder_is_the_start_s_and_everything_follows_from_the_run(
-    run, tmp_path
-):
+def test_the_decoder_is_the_start_s_and_everything_follows_from_the_run(run, tmp_path):
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1])
     start = system.load(str(runs.MODEL), mesh=mesh)
     loaded = system.load(str(run.folder), mesh=mesh)
