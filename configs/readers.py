@@ -1,10 +1,10 @@
 """Codes for readers whom no prompt tells apart, over a frozen SmolLM2: CPU, minutes.
 
-Paper: no row of it. Each pair has a reader who judged it (``data.user``); the answer that
-one reader chose another rejected, so that a plain loss can rank no better than chance.
-The posterior of a pair is pooled over its reader's other pairs, and a handful of
-judgements then calls for z: ``--like FILE`` (scripts/generate.py, evaluate.py, export.py).
-Nothing asks the prior, which reads the prompt alone and is not trained (lambda 0).
+Paper: no row of it. Each pair has a reader who judged it (``data.user``); what one
+reader chose another rejected, so that a plain loss can rank no better than chance. The
+posterior of a pair is pooled over its reader's other pairs, and a handful of judgements
+then calls for z: ``--like FILE`` of scripts/{generate,evaluate,export}.py. Nothing asks
+the prior, which reads the prompt alone and is not trained (lambda 0).
 
 Run:
     python scripts/train.py --config configs/readers.py \\
@@ -32,7 +32,7 @@ config = Config(
         prior_share="zero",
         pool="user",
         posterior_input="both",  # the prompt says nothing of who reads
-        learning_rate=1e-2,
+        learning_rate=3e-2,
         codebook_rate=1e-2,
     ),
     data=Data(
@@ -43,5 +43,5 @@ config = Config(
         max_prompt_length=256,
     ),
     packing=Packing(pairs_per_step=32, rows=1, row_length=1024),
-    training=Training(epochs=4, log_every=10, samples=5),
+    training=Training(epochs=3, log_every=10, samples=5),
 )

@@ -25,7 +25,7 @@ _LEAST_SPREAD = 0.01
 
 # Of the start from clusters: principal components in which clusters are sought, logit
 # of a pair's cluster above the others', and the ridge as a share of the mean variance.
-_COMPONENTS, _CLUSTER_LOGIT, _RIDGE = 20, 3.0, 1.0
+_COMPONENTS, _CLUSTER_LOGIT, _RIDGE = 20, 3.0, 0.01
 
 # What is kept of a limit for products in another order or precision.
 _ROUNDING = 1e-3

@@ -11,6 +11,7 @@ from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.losses import sequence
 from lpc_jax.models import attention
 from lpc_jax.training import ahead, arithmetic
 from lpc_jax.training.arithmetic import Pair
@@ -75,10 +76,12 @@ def xlas_count(made):
         {"model": {"remat": "dots"}},
         {"latent": cfg.Latent(num_codes=32)},
         {"adapters": cfg.Adapters(rank=16, alpha=16.0)},
+        {"decoder": "frozen", "latent": cfg.Latent(num_codes=32)},
     ],
-    ids=["plain", "block", "dots", "latent", "adapters"],
+    ids=["plain", "block", "dots", "latent", "adapters", "frozen"],
 )
-def test_operations_are_those_that_xla_counts(changes):
+def test_operations_are_those_that_xla_counts(changes, monkeypatch):
+    monkeypatch.setattr(sequence, "HELD", PAIR.scored)
     model = dataclasses.replace(config().model, **changes.pop("model", {}))
     made = config(model=model, **changes)
     one_layer = dataclasses.replace(WIDE, layers=1)

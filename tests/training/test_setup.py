@@ -35,6 +35,7 @@ TESTED_IN = {
     "model.compute_dtype": "test_bfloat16_computes_otherwise_on_the_same_masters",
     "model.attention": "tests/models/test_attention.py",
     "model.remat": "test_remat_recomputes_blocks_and_changes_no_number",
+    "model.states_cache": "tests/training/test_frozen.py",
     "model.score_chunk": "test_score_chunks_change_no_number",
     "adapters.rank": "tests/models/test_adapters.py",
     "adapters.alpha": "tests/models/test_adapters.py",
