@@ -43,5 +43,5 @@ config = Config(
         max_prompt_length=256,
     ),
     packing=Packing(pairs_per_step=32, rows=1, row_length=1024),
-    training=Training(epochs=3, log_every=10, samples=5),
+    training=Training(epochs=4, log_every=10, samples=5),
 )

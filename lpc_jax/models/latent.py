@@ -25,7 +25,10 @@ _LEAST_SPREAD = 0.01
 
 # Of the start from clusters: principal components in which clusters are sought, logit
 # of a pair's cluster above the others', and the ridge as a share of the mean variance.
-_COMPONENTS, _CLUSTER_LOGIT, _RIDGE = 20, 3.0, 0.01
+_COMPONENTS, _CLUSTER_LOGIT, _RIDGE = 20, 3.0, 1.0
+
+# Where all pairs are one.
+_LEAST_RIDGE = 1e-12
 
 # What is kept of a limit for products in another order or precision.
 _ROUNDING = 1e-3
@@ -209,14 +212,22 @@ def means_of_others(
 
 
 def output_for(
-    hidden: Float[np.ndarray, "B W"], cluster: Int[np.ndarray, "B"], num_codes: int
+    hidden: Float[np.ndarray, "B W"],
+    cluster: Int[np.ndarray, "B"],
+    num_codes: int,
+    users: Int[np.ndarray, "B"] | None = None,
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """An output layer whose logits name each pair's cluster, by ridge regression.
+
+    A ridge that keeps the layer from learning these pairs by heart shrinks its logits,
+    so that a draw's noise would drown them: they are scaled up again to the spread that
+    was wanted.
 
     Args:
         hidden: What the layer reads of the pairs.
         cluster: From ``clusters``.
         num_codes: C.
+        users: Who judged each pair, where logits are pooled over others of the user's.
 
     Returns:
         ``output_kernel`` and ``output_bias``.
@@ -224,11 +235,14 @@ def output_for(
     wanted = _CLUSTER_LOGIT * (np.eye(num_codes)[cluster] - 1 / num_codes)
     features = (hidden - hidden.mean(axis=0)).astype(np.float64)
     products = features @ features.T
-    ridge = _RIDGE * np.trace(products) / min(features.shape)
+    ridge = _RIDGE * np.trace(products) / min(features.shape) + _LEAST_RIDGE
     weights = np.linalg.solve(
         products + ridge * np.eye(len(products)), wanted - wanted.mean(axis=0)
     )
     kernel = features.T @ weights
+    found = features @ kernel
+    read = found if users is None else means_of_others(found, users)
+    kernel *= wanted.std() / max(read.std(), _LEAST_RIDGE)
     bias = wanted.mean(axis=0) - hidden.mean(axis=0) @ kernel
     return {
         "output_kernel": kernel.astype(np.float32),

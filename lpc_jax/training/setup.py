@@ -382,8 +382,10 @@ def _cluster_outputs(
             lambda: latent_models.clusters(standard, num_codes).tolist()
         )
     )
+    pooled = {"posterior_mlp": users, "prior_mlp": None}
     return {
-        name: new[name] | latent_models.output_for(hidden, cluster, num_codes)
+        name: new[name]
+        | latent_models.output_for(hidden, cluster, num_codes, pooled[name])
         for name, (_, hidden) in found.items()
     }
 

@@ -176,6 +176,29 @@ def test_a_start_from_clusters_tells_them_apart():
     assert np.asarray(beliefs).max(axis=-1).mean() > 0.8
 
 
+def test_pooled_logits_are_as_far_apart_as_one_pair_s_are_where_none_are_pooled():
+    """Four users whose pairs differ by a tenth of what each pair differs by anyway."""
+    rng = np.random.default_rng(3)
+    users = np.repeat(np.arange(4), 60)
+    wants = rng.normal(size=(4, 32))
+
+    def drawn(who):
+        noise = rng.normal(size=(len(who), 32))
+        return (0.4 * wants[who] + noise).astype(np.float32)
+
+    read, later = drawn(users), drawn(users)
+    made = latent.output_for(read, users, 4, users)
+    spread = 3.0 * np.sqrt(3) / 4  # of 3 for one code of four and 0 for the others
+    logits = read @ made["output_kernel"] + made["output_bias"]
+    assert latent.means_of_others(logits, users).std() == pytest.approx(spread, rel=0.1)
+    alone = latent.output_for(read, users, 4)
+    assert (read @ alone["output_kernel"]).std() == pytest.approx(spread, rel=0.1)
+    # Pairs that were not there are told apart too, four of a user together.
+    said = later @ made["output_kernel"] + made["output_bias"]
+    said = said.reshape(4, 15, 4, 4).mean(axis=2)
+    assert np.mean(said.argmax(axis=-1) == np.arange(4)[:, None]) > 0.9
+
+
 def test_more_codes_than_pairs_start_without_a_cluster():
     inputs = RNG.normal(size=(4, 8)).astype(np.float32)
     cluster = latent.clusters(inputs, 6)
@@ -183,6 +206,8 @@ def test_more_codes_than_pairs_start_without_a_cluster():
     made = latent.output_for(inputs, cluster, 6)
     assert made["output_kernel"].shape == (8, 6)
     assert np.isfinite(made["output_kernel"]).all()
+    alone = latent.output_for(inputs[:1], latent.clusters(inputs[:1], 6), 6)
+    assert np.isfinite(alone["output_kernel"]).all()
 
 
 def test_a_random_code_of_the_unit_moves_logits_by_one_nat():
