@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding, sources
@@ -116,17 +117,20 @@ def decoder_dtype(config: cfg.Config, path: str, dtype: jnp.dtype) -> jnp.dtype:
     return dtype if frozen else jnp.dtype("float32")
 
 
-def hidden_program(
-    graph: nnx.GraphDef[policy.Policy], mesh: Mesh
-) -> Callable[[dict[str, Any], Batch], Array]:
-    """Jitted: a policy's parameters and a placed micro-batch to last hidden states."""
+def hidden_reader(
+    graph: nnx.GraphDef[policy.Policy], params: dict[str, Any], mesh: Mesh
+) -> Callable[[Batch], Float[np.ndarray, "R T D"]]:
+    """A function from a micro-batch to a policy's last hidden states, on the host."""
 
-    # Whole on every device, so that every process reads all of it.
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def read(params: dict[str, Any], batch: Batch) -> Array:
         return nnx.merge(graph, params).hidden(batch)
 
-    return read
+    def read_placed(batch: Batch) -> Float[np.ndarray, "R T D"]:
+        placed = sharding.place_batch(batch, mesh)
+        return np.asarray(jax.device_get(read(params, placed)))
+
+    return read_placed
 
 
 def load_decoder(

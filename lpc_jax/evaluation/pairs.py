@@ -316,12 +316,7 @@ def with_states(
         dtype=assembly.compute_dtype(config, sharding.platform(mesh)),
         width=system.architecture.width,
     )
-    program = assembly.hidden_program(system.graph, mesh)
-
-    def read(batch: Batch) -> np.ndarray:
-        placed = sharding.place_batch(batch, mesh)
-        return np.asarray(jax.device_get(program(system.params, placed)))
-
+    read = assembly.hidden_reader(system.graph, system.params, mesh)
     with jax.set_mesh(mesh):
         return kept.attach(some, read, row_shape(system, some), lambda _: None)
 

@@ -423,19 +423,13 @@ def with_states(
     Raises:
         ValueError: As ``HiddenStates``.
     """
-    program = assembly.hidden_program(start.graph, mesh)
+    read = assembly.hidden_reader(start.graph, start.params | start.frozen, mesh)
     kept = hidden_states.HiddenStates(
         Path(config.model.states_cache),
         weights_digest=start.weights_digest,
         dtype=start.compute_dtype,
         width=start.architecture.width,
     )
-
-    def read(batch: Batch) -> np.ndarray:
-        placed = sharding.place_batch(batch, mesh)
-        found = program(start.params | start.frozen, placed)
-        return np.asarray(jax.device_get(found))
-
     every = kept.attach([*pairs.train, *pairs.held_out], read, pairs.shape, say)
     train, held_out = every[: len(pairs.train)], every[len(pairs.train) :]
     shape = _shape(config, train, held_out, pairs.users, sharding.platform(mesh))
