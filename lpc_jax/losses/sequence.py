@@ -3,9 +3,9 @@
 Knows nothing of decoders or losses. No array of all scored positions x vocabulary is
 ever held: a chunk of positions meets a tile of the head's rows at a time, with a
 running log-sum-exp, and the backward pass computes each of these products again (or,
-where all hidden states of an answer share their gradient, none). On a mesh every device scores its own rows against its own part of the vocabulary; a tile of
-the head is gathered over ``fsdp`` when its turn comes, and its gradient summed and
-scattered then.
+where all hidden states of an answer share their gradient, none). On a mesh every device
+scores its own rows against its own part of the vocabulary; a tile of the head is
+gathered over ``fsdp`` when its turn comes, and its gradient summed and scattered then.
 """
 
 from __future__ import annotations
