@@ -69,8 +69,8 @@ def test_a_step_of_a_run_is_named_by_number_or_as_the_best(trained):
     earlier = system.load(str(trained.folder), mesh=mesh(), step="3")
     changed = earlier.params["latent"]["codebook"]
     assert np.any(changed != trained.result.state.params["latent"]["codebook"])
-    with pytest.raises(ValueError, match=r"--step must be latest, one of .*got '1'"):
-        system.load(str(trained.folder), mesh=mesh(), step="1")
+    with pytest.raises(ValueError, match=r"--step must be latest, one of .*got '99'"):
+        system.load(str(trained.folder), mesh=mesh(), step="99")
 
 
 def test_reading_changes_nothing_in_a_run_folder(trained):
@@ -131,7 +131,9 @@ def test_adapters_over_other_weights_are_refused(adapted, monkeypatch):
     meta = checkpoint.Reader(adapted.folder / "checkpoints").meta(2)
     other = meta | {"weights_digest": "0"}
     monkeypatch.setattr(checkpoint.Reader, "meta", lambda *_: other)
-    with pytest.raises(ValueError, match="the weights that the adapters of"):
+    with pytest.raises(
+        ValueError, match="must hold the weights that .* was trained over"
+    ):
         system.load(str(adapted.folder), mesh=mesh())
 
 
