@@ -132,7 +132,7 @@ def test_adapters_over_other_weights_are_refused(adapted, monkeypatch):
     other = meta | {"weights_digest": "0"}
     monkeypatch.setattr(checkpoint.Reader, "meta", lambda *_: other)
     with pytest.raises(
-        ValueError, match="must hold the weights that .* was trained over"
+        ValueError, match=r"must hold the weights that .* was trained over"
     ):
         system.load(str(adapted.folder), mesh=mesh())
 
