@@ -9,8 +9,8 @@ Run:
 Expected: held-out accuracy from 0.65 to about 0.88, chosen answers likelier than they
 were, answers of its own scored 0.77 to 0.85 by the kinds' rules (0.46 before;
 scripts/score_quickstart.py), NMI of code and kind 0.5 to 0.7 (seeds 1 to 4;
-docs/results.md). Some 2 to 11 answers in a hundred still run in a circle, and 4 to 15 of
-72 harmless requests are refused. The rates are high because the run is short.
+docs/results.md). Some 2 to 11 answers in a hundred still run in a circle, and 4 to 15
+of 72 harmless requests are refused. The rates are high because the run is short.
 
 Hardware: 2 CPU cores, 5.3 GB, less than 5 minutes when nothing else runs.
 """
