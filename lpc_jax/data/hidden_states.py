@@ -79,12 +79,14 @@ class HiddenStates:
         if found is None:
             raise self._damaged(index)
         keys, ends, checksums = found["keys"], found["ends"], found["checksums"]
+        if keys.ndim != 2 or not ends.shape == checksums.shape == keys.shape[:1] != (
+            0,
+        ):
+            raise self._damaged(index)
         starts = np.concatenate([[0], ends[:-1]])
         row = self.width * self.dtype.itemsize
         whole = (
-            keys.ndim == 2
-            and ends.shape == checksums.shape == (len(keys),)
-            and bool(np.all(starts < ends))
+            bool(np.all(starts < ends))
             and data.is_file()
             and data.stat().st_size == int(ends[-1]) * row
         )

@@ -167,6 +167,15 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def save_index(file: Path, keys: tuple[int, ...], rest: tuple[int, ...]) -> None:
+    np.savez(
+        file,
+        keys=np.zeros(keys, np.uint8),
+        ends=np.zeros(rest, np.int64),
+        checksums=np.zeros(rest, np.uint32),
+    )
+
+
 DAMAGE = {
     "a bit of the states": (".bin", flip),
     "the end of the states": (".bin", lambda f: f.write_bytes(f.read_bytes()[:-4])),
@@ -174,6 +183,8 @@ DAMAGE = {
     "a bit of the index": (".npz", flip),
     "the end of the index": (".npz", lambda f: f.write_bytes(f.read_bytes()[:-40])),
     "an empty index": (".npz", lambda f: f.write_bytes(b"")),
+    "an index of nothing": (".npz", lambda f: save_index(f, (0, 20), (0,))),
+    "an index of another rank": (".npz", lambda f: save_index(f, (1, 20), ())),
     "an index of other things": (".npz", lambda f: np.savez(f, keys=np.zeros(3))),
 }
 

@@ -36,7 +36,7 @@ VARIANTS = {
     },
     "LPC-DPO with adapters": {
         "adapters": cfg.Adapters(rank=8, alpha=16.0),
-        "optimizer": {"learning_rate": 2e-2},
+        "optimizer": {"learning_rate": 3e-2},
     },
 }
 
@@ -203,7 +203,7 @@ def test_training_lowers_the_loss_and_raises_the_accuracy(straight, variant):
     # The held-out pairs are among those trained on: can the run fit them at all?
     result = straight[variant].result
     before, after = result.before.metrics, result.after.metrics
-    assert after["loss/preference"] < 0.85 * before["loss/preference"]
+    assert after["loss/preference"] < 0.8 * before["loss/preference"]
     assert after["reward/accuracy"] >= before["reward/accuracy"] + 0.2
     first, *_, last = straight[variant].lines("train")
     assert last["loss/total"] < 0.8 * first["loss/total"]
