@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding, sources
+from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.models import attention, policy, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.types import Batch
@@ -115,6 +116,22 @@ def decoder_dtype(config: cfg.Config, path: str, dtype: jnp.dtype) -> jnp.dtype:
     """fp32 masters; the compute dtype for matrices that are not trained."""
     frozen = not config.trains_decoder and not path.endswith("norm/scale")
     return dtype if frozen else jnp.dtype("float32")
+
+
+def kept_states(
+    config: cfg.Config, architecture: Architecture, weights_digest: str, platform: str
+) -> HiddenStates:
+    """Where the hidden states of a frozen decoder are kept.
+
+    Raises:
+        ValueError: A file there is damaged.
+    """
+    return HiddenStates(
+        Path(config.model.states_cache),
+        weights_digest=weights_digest,
+        dtype=compute_dtype(config, platform),
+        width=architecture.width,
+    )
 
 
 def hidden_reader(

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from lpc_jax import assembly, objective, sharding, sources
 from lpc_jax import config as cfg
-from lpc_jax.data import chat, examples, hidden_states, packing
+from lpc_jax.data import chat, examples, packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops, Report
@@ -310,12 +309,9 @@ def with_states(
     config, mesh = system.config, system.mesh
     if config.decoder != "frozen":
         return some
-    kept = hidden_states.HiddenStates(
-        Path(config.model.states_cache),
-        weights_digest=weights.digest(system.model_path),
-        dtype=assembly.compute_dtype(config, sharding.platform(mesh)),
-        width=system.architecture.width,
-    )
+    digest = weights.digest(system.model_path)
+    platform = sharding.platform(mesh)
+    kept = assembly.kept_states(config, system.architecture, digest, platform)
     read = assembly.hidden_reader(system.graph, system.params, mesh)
     with jax.set_mesh(mesh):
         return kept.attach(some, read, row_shape(system, some), lambda _: None)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from lpc_jax import assembly, objective, processes, sharding
 from lpc_jax import config as cfg
-from lpc_jax.data import chat, examples, hidden_states, packing, tokenizer
+from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Report
 from lpc_jax.data.tokenizer import Tokenizer
@@ -424,15 +424,13 @@ def with_states(
         ValueError: As ``HiddenStates``.
     """
     read = assembly.hidden_reader(start.graph, start.params | start.frozen, mesh)
-    kept = hidden_states.HiddenStates(
-        Path(config.model.states_cache),
-        weights_digest=start.weights_digest,
-        dtype=start.compute_dtype,
-        width=start.architecture.width,
+    platform = sharding.platform(mesh)
+    kept = assembly.kept_states(
+        config, start.architecture, start.weights_digest, platform
     )
     every = kept.attach([*pairs.train, *pairs.held_out], read, pairs.shape, say)
     train, held_out = every[: len(pairs.train)], every[len(pairs.train) :]
-    shape = _shape(config, train, held_out, pairs.users, sharding.platform(mesh))
+    shape = _shape(config, train, held_out, pairs.users, platform)
     return dataclasses.replace(pairs, train=train, held_out=held_out, shape=shape)
 
 
