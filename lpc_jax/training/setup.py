@@ -35,8 +35,9 @@ from lpc_jax.types import Batch
 # Pairs from which the latent's inputs are standardised: enough for a coordinate's
 # spread to within a tenth, few enough to take seconds.
 STANDARDIZATION_PAIRS = 64
-# For clusters so many for each code.
-_PAIRS_PER_CLUSTER = 16
+# For clusters so many for each code; where a frozen decoder's states are kept anyway,
+# all, up to what a ridge regression solves in a second.
+_PAIRS_PER_CLUSTER, _MOST_START_PAIRS = 16, 4096
 
 # Row lengths are chosen on the run's first steps of so many pairs.
 _PLANNED_PAIRS = 2048
@@ -316,6 +317,8 @@ def prepare_latent(
     wanted = STANDARDIZATION_PAIRS
     if config.latent.posterior_start == "clusters":
         wanted = max(wanted, _PAIRS_PER_CLUSTER * config.latent.num_codes)
+        if config.decoder == "frozen":
+            wanted = max(wanted, min(len(pairs.train), _MOST_START_PAIRS))
     some = packing.step_indices(
         len(pairs.train), step=0, pairs_per_step=wanted, seed=config.training.seed
     )

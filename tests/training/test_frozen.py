@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.evaluation import system
+from lpc_jax.training import loop, setup
 from scripts import evaluate, export, generate
 from tests import runs
 
@@ -130,6 +132,20 @@ def test_the_decoder_is_the_start_s_and_everything_follows_from_the_run(run, tmp
     assert run.result.after is not None
     metrics = run.result.after.metrics
     assert np.mean(margins) == pytest.approx(metrics["reward/margin"], abs=1e-5)
+
+
+def test_a_start_from_clusters_reads_every_pair(folder, monkeypatch):
+    monkeypatch.setattr(setup, "STANDARDIZATION_PAIRS", 3)
+    monkeypatch.setattr(setup, "_PAIRS_PER_CLUSTER", 1)
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        made = config(folder, "start")
+        trainer = loop.Trainer(made, Path("unused"), mesh, Console(quiet=True))
+        latent = jax.device_get(trainer.initial_state().params["latent"])
+    prompts = [np.asarray(pair.states)[0] for pair in trainer.pairs.train]
+    np.testing.assert_allclose(
+        latent["prior_mlp"]["input_mean"], np.mean(prompts, axis=0), atol=1e-5
+    )
 
 
 def test_other_weights_than_the_run_s_are_refused(run, tmp_path):
