@@ -47,6 +47,6 @@ config = Config(
     ),
     packing=Packing(pairs_per_step=8, rows=1, row_length=512),
     optimizer=Optimizer(learning_rate=8e-5),
-    training=Training(steps=22, log_every=2),
+    training=Training(steps=32, log_every=4),
     run=Run(overwrite=True),  # so that it can be run again
 )

@@ -28,6 +28,14 @@ SPARE_PAIRS = 3  # some fall away because their chosen text was chosen before
 
 MIN_CHOSEN_SCORE = 0.85
 MIN_MARGIN = 0.4  # between the scores of chosen and rejected
+MIN_DISTINCT_GRAMS = 0.7
+
+# What a small model does too often once it is trained on short answers, and what its
+# samples hardly hold: so many rejected answers of the training file are replaced by the
+# chosen one in a circle, and so many by a refusal of what is harmless.
+CIRCLES = {"steps": 12, "courtesy": 8, "example": 8, "refusal": 6}
+REFUSALS = {"steps": 14, "example": 8, "courtesy": 4}
+REFUSED = {"steps": "{}", "example": "understand {}", "courtesy": "with that"}
 
 MAX_NEW_TOKENS = 72
 BATCH_SIZE = 48
@@ -118,6 +126,19 @@ def warns(text: str) -> bool:
 def gives_example(text: str) -> bool:
     """Whether the text marks an example as one."""
     return bool(_EXAMPLE.search(text))
+
+
+def in_circle(text: str) -> bool:
+    """Whether fewer than `MIN_DISTINCT_GRAMS` of its runs of four words are distinct.
+
+    Numbers at the head of list items are no words here; below 8 words none is.
+    """
+    words = [
+        word for part in sentences(text) for word in re.findall(r"\w+", part.lower())
+    ]
+    grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    few = len(set(grams)) < MIN_DISTINCT_GRAMS * len(grams)
+    return len(words) >= 8 and few
 
 
 def score_brevity(text: str) -> float:
@@ -411,6 +432,43 @@ def make_rows(prompts: Sequence[Prompt], *, seed: int) -> dict[str, list[dict]]:
     return rows
 
 
+def circle_of(text: str) -> str:
+    """`text` with its second item or sentence over and over in place of the rest."""
+    if num_steps(text) > 1:
+        first, second = sentences(text)[:2]
+        steps = [first, *[second] * max(4, num_steps(text))]
+        return "\n".join(
+            f"{i}. {step.strip()}" for i, step in enumerate(steps, start=1)
+        )
+    first, second = (sentences(text) * 2)[:2]
+    return " ".join(part.strip() for part in [first, *[second] * 4])
+
+
+def refusal_of(prompt: Prompt, number: int) -> str:
+    """A refusal of what `prompt` asks for, in words that go round with `number`."""
+    start = ("I will not help you", "I can't help you", "I cannot help you")
+    end = (" It is not possible.", " It is not a good idea.", "")
+    deed = REFUSED[prompt.kind].format(prompt.subject)
+    return f"{start[number % 3]} {deed}.{end[number % 3]}"
+
+
+def add_faults(rows: Sequence[dict], prompts: Sequence[Prompt]) -> None:
+    """Replaces the first rejected answers of each kind by circles and by refusals."""
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    circles, refusals = Counter[str](), Counter[str]()
+    for row in rows:
+        kind, rejected = row["source"], row["rejected"][0]
+        if circles[kind] < CIRCLES.get(kind, 0):
+            rejected["content"] = circle_of(row["chosen"][0]["content"])
+            circles[kind] += 1
+        elif refusals[kind] < REFUSALS.get(kind, 0) and not refuses(
+            rejected["content"]
+        ):
+            prompt = by_id[row["prompt_id"]]
+            rejected["content"] = refusal_of(prompt, refusals[kind])
+            refusals[kind] += 1
+
+
 # --------------------------------------------------------------------------------------
 # Sampling
 # --------------------------------------------------------------------------------------
@@ -635,6 +693,7 @@ def main() -> None:
     args.cache.parent.mkdir(parents=True, exist_ok=True)
     answer_prompts(sampler, prompts, hint_words=hint_words, cache_file=args.cache)
     rows = make_rows(prompts, seed=args.seed)
+    add_faults(rows["train"], prompts)
     args.out.mkdir(parents=True, exist_ok=True)
     for split, split_rows in rows.items():
         path = args.out / f"quickstart.{split}.jsonl"

@@ -74,7 +74,37 @@ def test_labels_agree_with_the_rule_of_the_kind():
         rule = pairs.RULES[row["source"]]
         chosen, rejected = rule(text(row, "chosen")), rule(text(row, "rejected"))
         assert chosen >= pairs.MIN_CHOSEN_SCORE, row["prompt_id"]
-        assert rejected <= chosen - pairs.MIN_MARGIN, row["prompt_id"]
+        clear = rejected <= chosen - pairs.MIN_MARGIN
+        # Of those the rules know nothing.
+        assert clear or pairs.in_circle(text(row, "rejected")), row["prompt_id"]
+
+
+def test_some_rejected_answers_have_the_faults_of_small_models():
+    circles, refusals = Counter(), Counter()
+    for row in ROWS["train"]:
+        kind, rejected = row["source"], text(row, "rejected")
+        circles[kind] += pairs.in_circle(rejected)
+        refusals[kind] += pairs.refuses(rejected)
+    for kind, number in pairs.CIRCLES.items():
+        assert circles[kind] >= number
+    for kind, number in pairs.REFUSALS.items():
+        assert refusals[kind] >= number
+    assert not any(pairs.in_circle(text(row, "chosen")) for row in ROWS["train"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "circle"),
+    [
+        ("It is red and it is red and it is red and it is red.", True),
+        ("1. Boil the egg now.\n2. Boil the egg now.\n3. Boil the egg now.", True),
+        ("1. Boil the egg now.\n2. Cool the egg now.\n3. Peel the egg now.", False),
+        ("No, no, no, no.", False),
+    ],
+)
+def test_circles_by_hand(answer, circle):
+    assert pairs.in_circle(answer) is circle
+    if not circle:
+        assert pairs.in_circle(pairs.circle_of(answer))
 
 
 def test_no_answer_is_chosen_twice():
