@@ -3,8 +3,8 @@
 Paper: no row of it. Each pair has a reader who judged it (``data.user``); what one
 reader chose another rejected, so that a plain loss can rank no better than chance. The
 posterior of a pair is pooled over its reader's other pairs, and a handful of judgements
-then calls for z: ``--like FILE`` of scripts/{generate,evaluate,export}.py. Nothing asks
-the prior, which reads the prompt alone and is not trained (lambda 0).
+then calls for z: ``--like FILE`` of scripts/{generate,evaluate,export}.py. The prior is
+distilled from it (g = 0): where the prompt says who reads, it gives z without judgements.
 
 Run:
     python scripts/train.py --config configs/readers.py \\
@@ -14,11 +14,11 @@ Run:
     python scripts/train.py --config configs/baselines/readers.py \\
         --data.train dsp_hidden.train.jsonl.gz --data.eval dsp_hidden.test.jsonl.gz
 
-Expected: held-out pairs ranked right in 70 to 72 % under z of 4 or 16 of their own
-reader's judgements and in 43 to 45 % under another's, where the plain twin gets 50
-(seeds 1 and 42; docs/results.md).
+Expected: held-out pairs ranked right in @ under z of 4 or 16 of their own reader's
+judgements and in @ under another's, where the plain twin gets 50; with prompts that say
+who reads (dsp_visible) in @ under the prior's z (docs/results.md).
 
-Hardware: 2 CPU cores, 4 GB and 1.4 GB of disk; 18 minutes, 7 of them a pass over all
+Hardware: 2 CPU cores, 4 GB and 1.4 GB of disk; 15 minutes, 7 of them a pass over all
 pairs that another run finds again.
 """
 
