@@ -6,11 +6,11 @@ want conflicting things (`scripts/make_quickstart_pairs.py` says which).
 Run:
     make quickstart
 
-Expected: held-out accuracy from 0.65 to about 0.88, chosen answers likelier than they
-were, answers of its own scored 0.77 to 0.85 by the kinds' rules (0.46 before;
-scripts/score_quickstart.py), NMI of code and kind 0.5 to 0.7 (seeds 1 to 4;
-docs/results.md). Some 2 to 11 answers in a hundred still run in a circle, and 4 to 15
-of 72 harmless requests are refused. The rates are high because the run is short.
+Expected: held-out accuracy from 0.65 to 0.90 to 0.93, chosen answers likelier than they
+were, answers of its own scored 0.86 to 0.90 by the kinds' rules (0.46 before;
+scripts/score_quickstart.py), 1 to 4 in a hundred in a circle, 0 to 6 of 72 harmless
+requests refused, NMI of code and kind 0.50 to 0.65 (seeds 1 to 5; docs/results.md). The
+rates are high because the run is short.
 
 Hardware: 2 CPU cores, 5.3 GB, less than 5 minutes when nothing else runs.
 """
