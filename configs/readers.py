@@ -4,7 +4,7 @@ Paper: no row of it. Each pair has a reader who judged it (``data.user``); what 
 reader chose another rejected, so that a plain loss can rank no better than chance. The
 posterior of a pair is pooled over its reader's other pairs, and a handful of judgements
 then calls for z: ``--like FILE`` of scripts/{generate,evaluate,export}.py. The prior is
-distilled from it (g = 0): where the prompt says who reads, it gives z without judgements.
+distilled from it (g = 0): where the prompt says who reads, it gives z by itself.
 
 Run:
     python scripts/train.py --config configs/readers.py \\
@@ -15,9 +15,9 @@ Run:
         --data.train dsp_hidden.train.jsonl.gz --data.eval dsp_hidden.test.jsonl.gz
 
 Expected: held-out pairs ranked right in 75 % under z of 4 or 16 of their own reader's
-judgements and in 43 to 45 % under another's, where no plain loss gets more than 50; with
-prompts that say who reads (dsp_visible) in 61 to 64 % under the prior's z (seeds 1 to 3;
-docs/results.md).
+judgements and in 43 to 45 % under another's, where no plain loss gets more than 50;
+where prompts say who reads (dsp_visible), in 61 to 64 % under the prior's z (seeds 1 to
+3; docs/results.md).
 
 Hardware: 2 CPU cores, 4 GB and 1.4 GB of disk; 15 minutes, 7 of them a pass over all
 pairs that another run finds again.
