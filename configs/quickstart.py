@@ -6,7 +6,7 @@ want conflicting things (`scripts/make_quickstart_pairs.py` says which).
 Run:
     make quickstart
 
-Expected: held-out accuracy from 0.65 to 0.90 to 0.93, chosen answers likelier than they
+Expected: held-out accuracy of 0.90 to 0.93 from 0.65, chosen answers likelier than they
 were, answers of its own scored 0.86 to 0.90 by the kinds' rules (0.46 before;
 scripts/score_quickstart.py), 1 to 4 in a hundred in a circle, 0 to 6 of 72 harmless
 requests refused, NMI of code and kind 0.50 to 0.65 (seeds 1 to 5; docs/results.md). The

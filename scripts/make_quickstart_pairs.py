@@ -28,7 +28,6 @@ SPARE_PAIRS = 3  # some fall away because their chosen text was chosen before
 
 MIN_CHOSEN_SCORE = 0.85
 MIN_MARGIN = 0.4  # between the scores of chosen and rejected
-MIN_DISTINCT_GRAMS = 0.7
 
 # What a small model does too often once it is trained on short answers, and what its
 # samples hardly hold: so many rejected answers of the training file are replaced by the
@@ -126,19 +125,6 @@ def warns(text: str) -> bool:
 def gives_example(text: str) -> bool:
     """Whether the text marks an example as one."""
     return bool(_EXAMPLE.search(text))
-
-
-def in_circle(text: str) -> bool:
-    """Whether fewer than `MIN_DISTINCT_GRAMS` of its runs of four words are distinct.
-
-    Numbers at the head of list items are no words here; below 8 words none is.
-    """
-    words = [
-        word for part in sentences(text) for word in re.findall(r"\w+", part.lower())
-    ]
-    grams = list(zip(words, words[1:], words[2:], words[3:], strict=False))
-    few = len(set(grams)) < MIN_DISTINCT_GRAMS * len(grams)
-    return len(words) >= 8 and few
 
 
 def score_brevity(text: str) -> float:

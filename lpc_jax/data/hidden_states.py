@@ -79,9 +79,9 @@ class HiddenStates:
         if found is None:
             raise self._damaged(index)
         keys, ends, checksums = found["keys"], found["ends"], found["checksums"]
-        if keys.ndim != 2 or not ends.shape == checksums.shape == keys.shape[:1] != (
-            0,
-        ):
+        pairs = keys.shape[:1]
+        one_each = ends.shape == checksums.shape == pairs
+        if keys.ndim != 2 or pairs == (0,) or not one_each:
             raise self._damaged(index)
         starts = np.concatenate([[0], ends[:-1]])
         row = self.width * self.dtype.itemsize

@@ -36,7 +36,7 @@ from lpc_jax.types import Batch
 # spread to within a tenth, few enough to take seconds.
 STANDARDIZATION_PAIRS = 64
 # For clusters so many for each code; where a frozen decoder's states are kept anyway,
-# all, up to what a ridge regression solves in a second.
+# all, up to so many that clusters and ridge regressions take 4 seconds.
 _PAIRS_PER_CLUSTER, _MOST_START_PAIRS = 16, 4096
 
 # Row lengths are chosen on the run's first steps of so many pairs.

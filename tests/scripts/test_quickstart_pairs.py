@@ -4,10 +4,13 @@ import importlib.util
 import json
 import re
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from lpc_jax.evaluation import samples
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "configs" / "data"
@@ -36,6 +39,16 @@ ALL_ROWS = [row for rows in ROWS.values() for row in rows]
 
 def text(row, field):
     return row[field][0]["content"]
+
+
+def is_circle_of_chosen(row):
+    return text(row, "rejected") == pairs.circle_of(text(row, "chosen"))
+
+
+def in_circle(answer):
+    """As the run's measure has it, of words in place of tokens."""
+    words = re.findall(r"\w+", " ".join(pairs.sentences(answer)).lower())
+    return samples.in_circle([zlib.crc32(word.encode()) for word in words])
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -75,36 +88,35 @@ def test_labels_agree_with_the_rule_of_the_kind():
         chosen, rejected = rule(text(row, "chosen")), rule(text(row, "rejected"))
         assert chosen >= pairs.MIN_CHOSEN_SCORE, row["prompt_id"]
         clear = rejected <= chosen - pairs.MIN_MARGIN
-        # Of those the rules know nothing.
-        assert clear or pairs.in_circle(text(row, "rejected")), row["prompt_id"]
+        # Of circles the rules know nothing.
+        assert clear or is_circle_of_chosen(row), row["prompt_id"]
 
 
 def test_some_rejected_answers_have_the_faults_of_small_models():
     circles, refusals = Counter(), Counter()
     for row in ROWS["train"]:
-        kind, rejected = row["source"], text(row, "rejected")
-        circles[kind] += pairs.in_circle(rejected)
-        refusals[kind] += pairs.refuses(rejected)
-    for kind, number in pairs.CIRCLES.items():
-        assert circles[kind] >= number
+        circles[row["source"]] += is_circle_of_chosen(row)
+        refusals[row["source"]] += pairs.refuses(text(row, "rejected"))
+        assert in_circle(text(row, "rejected")) or not is_circle_of_chosen(row)
+    assert circles == pairs.CIRCLES | {"brevity": 0}
     for kind, number in pairs.REFUSALS.items():
         assert refusals[kind] >= number
-    assert not any(pairs.in_circle(text(row, "chosen")) for row in ROWS["train"])
+    assert not any(in_circle(text(row, "chosen")) for row in ROWS["train"])
 
 
 @pytest.mark.parametrize(
     ("answer", "circle"),
     [
-        ("It is red and it is red and it is red and it is red.", True),
-        ("1. Boil the egg now.\n2. Boil the egg now.\n3. Boil the egg now.", True),
-        ("1. Boil the egg now.\n2. Cool the egg now.\n3. Peel the egg now.", False),
-        ("No, no, no, no.", False),
+        (
+            "1. Boil it.\n2. Cool it.",
+            "1. Boil it.\n" + "2. Cool it.\n3. Cool it.\n4. Cool it.\n5. Cool it.",
+        ),
+        ("It is red. It is hot. It is old.", "It is red." + 4 * " It is hot."),
+        ("It is red.", "It is red." + 4 * " It is red."),
     ],
 )
 def test_circles_by_hand(answer, circle):
-    assert pairs.in_circle(answer) is circle
-    if not circle:
-        assert pairs.in_circle(pairs.circle_of(answer))
+    assert pairs.circle_of(answer) == circle
 
 
 def test_no_answer_is_chosen_twice():
