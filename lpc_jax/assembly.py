@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from lpc_jax import config as cfg
 from lpc_jax import sharding, sources
 from lpc_jax.data.hidden_states import HiddenStates
+from lpc_jax.errors import UserError
 from lpc_jax.models import attention, policy, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.types import Batch
@@ -62,13 +63,13 @@ def attention_backend(config: cfg.Config, platform: str) -> str:
     """The backend that runs on a platform, as JAX names it.
 
     Raises:
-        ValueError: One that cannot run on this platform or in this precision.
+        UserError: One that cannot run on this platform or in this precision.
     """
     backend = attention.choose(
         config.model.attention, platform, row_unit=row_unit(config, platform)
     )
     if backend == "cudnn" and compute_dtype(config, platform) == jnp.float32:
-        raise ValueError(
+        raise UserError(
             "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32."
             " Use 'auto' for one of the two."
         )
@@ -124,7 +125,7 @@ def kept_states(
     """Where the hidden states of a frozen decoder are kept.
 
     Raises:
-        ValueError: A file there is damaged.
+        UserError: A file there is damaged.
     """
     return HiddenStates(
         Path(config.model.states_cache),
@@ -168,7 +169,7 @@ def load_decoder(
         latent: Of an exported LPC folder.
 
     Raises:
-        ValueError: As ``weights.load``.
+        UserError: As ``weights.load``.
     """
     return weights.load(
         model_path,

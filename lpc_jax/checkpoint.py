@@ -24,6 +24,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lpc_jax import processes
+from lpc_jax.errors import UserError
 
 # Beyond the arrays: their metadata, and room for whoever else writes to the disk.
 _MARGIN_SHARE = 0.05
@@ -133,12 +134,12 @@ class Checkpoints:
 
         Raises:
             OSError: An earlier save failed in the background.
-            ValueError: Too little free disk space, or no ``best_metric`` in
+            UserError: Too little free disk space, or no ``best_metric`` in
                 ``metrics``. Nothing was written.
         """
         self.wait()
         if metrics is not None and self._best_metric not in (None, *metrics):
-            raise ValueError(
+            raise UserError(
                 f"metrics of the checkpoint at step {step} must hold"
                 f" {self._best_metric!r}, got {sorted(metrics)}. Pass None where"
                 " there was no evaluation."
@@ -175,13 +176,13 @@ class Checkpoints:
         """Refuses a state that the disk has no room for; ``save`` does so itself.
 
         Raises:
-            ValueError: Too little free disk space.
+            UserError: Too little free disk space.
         """
         arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed = arrays + int(arrays * _MARGIN_SHARE) + _MARGIN_BYTES
         free = processes.from_main(lambda: shutil.disk_usage(self._folder).free)
         if free < needed:
-            raise ValueError(
+            raise UserError(
                 f"a checkpoint in {self._folder} needs"
                 f" {_size(needed)} of disk space ({_size(arrays)} of arrays and a"
                 f" margin), got {_size(free)} free. Nothing was written and older"
@@ -213,7 +214,7 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         if step not in self.steps():
-            raise ValueError(
+            raise UserError(
                 f"step must be one of the checkpoints in {self._folder}, got {step}."
                 f" There: {', '.join(map(str, self.steps())) or 'none'}."
             )
@@ -240,7 +241,7 @@ class Checkpoints:
                 from it.
 
         Raises:
-            ValueError: As ``accept`` and ``restore`` do.
+            UserError: As ``accept`` and ``restore`` do.
             OSError: All were damaged.
             DamagedError: With several processes, which can't read another before they
                 meet again: the latest was. It is moved all the same.
@@ -280,7 +281,7 @@ class Checkpoints:
                 mesh; of the structure that was saved.
 
         Raises:
-            ValueError: The checkpoint holds other leaves; all differences are listed
+            UserError: The checkpoint holds other leaves; all differences are listed
                 and no array was read.
             DamagedError: It cannot be read, or says something else than was saved.
         """
@@ -350,7 +351,7 @@ class Reader:
         folder: Where they are, as ``Checkpoints`` left them.
 
     Raises:
-        ValueError: There is no checkpoint.
+        UserError: There is no checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -359,7 +360,7 @@ class Reader:
         # Orbax gives a checkpoint its name once it is whole.
         self.steps = sorted(int(name) for name in names if name.isdigit())
         if not self.steps:
-            raise ValueError(
+            raise UserError(
                 f"{folder} must hold a checkpoint, got none. Let the run reach its"
                 " first one (training.checkpoint_every), or name another run."
             )
@@ -372,7 +373,7 @@ class Reader:
                 by, the later step of equals.
 
         Raises:
-            ValueError: No such checkpoint.
+            UserError: No such checkpoint.
         """
         if which == "latest":
             return self.steps[-1]
@@ -383,7 +384,7 @@ class Reader:
                 return max(found, key=lambda step: (found[step], step))
         elif which.isdigit() and int(which) in self.steps:
             return int(which)
-        raise ValueError(
+        raise UserError(
             f"--step must be latest, one of {', '.join(map(str, self.steps))}, or best"
             f" for a run with held-out pairs, got {which!r} for {self._folder}."
         )
@@ -422,7 +423,7 @@ class Reader:
                 ``params/latent/codebook``.
 
         Raises:
-            ValueError: The checkpoint has other arrays under these paths, or none.
+            UserError: The checkpoint has other arrays under these paths, or none.
             DamagedError: It cannot be read, or says something else than was saved.
         """
         described = self._record(step)["leaves"]
@@ -447,7 +448,7 @@ class Reader:
         return restored
 
 
-class DamagedError(Exception):
+class DamagedError(UserError):
     """A checkpoint that is not what was saved."""
 
 
@@ -474,7 +475,7 @@ def _require_same_leaves(
             for kind, lines in differences.items()
             for line in _shortened(lines)
         ]
-        raise ValueError(
+        raise UserError(
             f"the checkpoint of step {step} in {folder} must hold the state"
             " that this config describes, got one of another config:\n"
             + "\n".join(listed)
@@ -615,7 +616,7 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         now: Settings by dotted name, as this run has them.
 
     Raises:
-        ValueError: Naming every setting that differs, with both values.
+        UserError: Naming every setting that differs, with both values.
     """
     names = list(dict.fromkeys([*now, *saved]))
     lines = [
@@ -624,7 +625,7 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         if _value(saved, name) != _value(now, name)
     ]
     if lines:
-        raise ValueError(
+        raise UserError(
             "a resumed run must have the settings, weights and data that it was started"
             " with; these differ:\n"
             + "\n".join(lines)

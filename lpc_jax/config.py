@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import tyro
 
+from lpc_jax.errors import UserError
+
 # Of 64 bits, as arrays and files hold.
 _LARGEST_INTEGER = 2**63 - 1
 # What the file systems of Linux and macOS take, in bytes.
@@ -109,7 +111,7 @@ class Settings:
         """Refuses unknown names, with the near ones.
 
         Raises:
-            ValueError: A name that is no setting of this section.
+            UserError: A name that is no setting of this section.
         """
         known = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType] -- every subclass is a dataclass
         for name in given:
@@ -120,14 +122,14 @@ class Settings:
                     if near
                     else f"{cls.__name__} has: {', '.join(known)}."
                 )
-                raise ValueError(f"{cls.section}{name} is no setting. {hint}")
+                raise UserError(f"{cls.section}{name} is no setting. {hint}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Refuses wrong types and values.
 
         Raises:
-            ValueError: Naming the setting, what was expected, what came, the remedy.
+            UserError: Naming the setting, what was expected, what came, the remedy.
         """
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType] -- every subclass is a dataclass
@@ -155,7 +157,7 @@ class Settings:
 
     def _require(self, holds: bool, name: str, expected: str, remedy: str) -> None:
         if not holds:
-            raise ValueError(
+            raise UserError(
                 f"{self.section}{name} {expected}, got {_shown(getattr(self, name))}."
                 f" {remedy}".rstrip()
             )
@@ -713,7 +715,7 @@ class Config(Settings):
                 ("latent", self.latent is None, "Give it a latent"),
             ):
                 if wrong:
-                    raise ValueError(
+                    raise UserError(
                         "decoder must be 'trained' with"
                         f" {name}={'Adapters' if self.adapters else None}, got"
                         f" 'frozen', which trains the latent alone. {remedy}, or train"
@@ -727,12 +729,12 @@ class Config(Settings):
             ):
                 value = getattr(getattr(self, section), name)
                 if value:
-                    raise ValueError(
+                    raise UserError(
                         f"{section}.{name} has no effect without data.eval, expected"
                         f" None, got {value!r}. Name held-out pairs, or leave it out."
                     )
         if isinstance(self.loss, Simpo) and self.reference.path is not None:
-            raise ValueError(
+            raise UserError(
                 "reference.path has no effect on SimPO, which has no reference,"
                 f" expected None, got {self.reference.path!r}. Leave it out."
             )
@@ -752,11 +754,11 @@ def read(path: str) -> Config:
     """Runs a config file and returns its ``config``.
 
     Raises:
-        ValueError: The file is missing, holds a setting that is refused, or does not
+        UserError: The file is missing, holds a setting that is refused, or does not
             end in ``config = Config(...)``.
     """
     if not os.path.isfile(path):
-        raise ValueError(_no_config_file(path))
+        raise UserError(_no_config_file(path))
     try:
         config = runpy.run_path(path).get("config")
     except (ValueError, TypeError) as e:
@@ -766,9 +768,9 @@ def read(path: str) -> Config:
             if frame.filename == path
         ]
         where = ":".join(map(str, [path, *lines[-1:]]))
-        raise ValueError(f"{where}: {e}") from e
+        raise UserError(f"{where}: {e}") from e
     if not isinstance(config, Config):
-        raise ValueError(
+        raise UserError(
             f"{path} must end in config = Config(...), got {type(config).__name__}."
         )
     return config
@@ -797,7 +799,7 @@ def load(argv: Sequence[str] | None = None) -> Config:
     None`` runs the plain algorithm.
 
     Raises:
-        ValueError: No config named, or a value that its setting refuses.
+        UserError: No config named, or a value that its setting refuses.
         SystemExit: An unknown flag or a value of a wrong type, after tyro has said
             which and what comes near.
     """
@@ -808,7 +810,7 @@ def load(argv: Sequence[str] | None = None) -> Config:
     own.add_argument("--latent", nargs="?", default="as in the file")
     short, overrides = own.parse_known_args(argv)
     if short.config is None:
-        raise ValueError(
+        raise UserError(
             "--config FILE is required, such as --config configs/quickstart.py."
             " With it, --help lists every field."
         )
@@ -816,7 +818,7 @@ def load(argv: Sequence[str] | None = None) -> Config:
     if short.latent == "None":
         config = dataclasses.replace(config, latent=None)
     elif short.latent != "as in the file":
-        raise ValueError(
+        raise UserError(
             f"--latent must be None, got {short.latent!r}. Its settings have flags of"
             " their own, such as --latent.num-codes 32."
         )
@@ -873,7 +875,7 @@ def from_flat(settings: Mapping[str, Any]) -> Config:
     """The config that ``flat`` was given; settings of later versions have defaults.
 
     Raises:
-        ValueError: A name or value that is no setting's.
+        UserError: A name or value that is no setting's.
     """
 
     def build(cls: type[Settings], prefix: str) -> Settings:
@@ -892,7 +894,7 @@ def from_flat(settings: Mapping[str, Any]) -> Config:
                 }
                 kind = settings[f"{name}.type"]
                 if kind not in sections:
-                    raise ValueError(
+                    raise UserError(
                         f"{name} must be {' or '.join(sections)}, got {_shown(kind)}."
                     )
                 given[field.name] = build(sections[kind], f"{name}.")

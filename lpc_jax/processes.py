@@ -25,6 +25,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lpc_jax.errors import UserError
+
 T = TypeVar("T")
 
 # Seconds that a process which is done waits for the others.
@@ -94,7 +96,7 @@ def join(
             and all others end.
 
     Raises:
-        ValueError: Something that is needed is not known.
+        UserError: Something that is needed is not known.
         OSError: The coordinator did not answer in time.
     """
     if jax.distributed.is_initialized():
@@ -111,7 +113,7 @@ def join(
     complete = None not in (coordinator, processes, process)
     if not complete and not launcher(environment):
         got = ", ".join(f"{name} {value}" for name, value in given.items())
-        raise ValueError(
+        raise UserError(
             "several processes without a launcher that is known must be told the"
             f" coordinator, how many they are and which this is, got {got}. Give all:"
             " --distributed.coordinator HOST:PORT --distributed.processes N"
@@ -217,24 +219,24 @@ def from_main(make: Callable[[], T]) -> T:
         make: Called in the main process alone; gives what JSON can hold.
 
     Raises:
-        ValueError: The main process's, in all.
+        UserError: The main process's, in all.
         OSError: Likewise.
     """
     if jax.process_count() == 1:
         return make()
     outcome: dict[str, Any] = {}
-    own_error: ValueError | OSError | None = None
+    own_error: UserError | OSError | None = None
     if is_main():
         try:
             outcome = {"value": make()}
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             own_error = error
-            kind = "ValueError" if isinstance(error, ValueError) else "OSError"
+            kind = "UserError" if isinstance(error, UserError) else "OSError"
             outcome = {kind: str(error)}
     outcome = _broadcast_json(outcome)
     if own_error is not None:
         raise own_error
-    for kind in (ValueError, OSError):
+    for kind in (UserError, OSError):
         if kind.__name__ in outcome:
             raise kind(outcome[kind.__name__])
     return outcome["value"]
@@ -264,7 +266,7 @@ def require_agreement(values: Mapping[str, Any], remedy: str) -> None:
         remedy: What a person can do about a difference.
 
     Raises:
-        ValueError: In every process, naming what differs, in which and how.
+        UserError: In every process, naming what differs, in which and how.
     """
     if jax.process_count() == 1:
         return
@@ -278,7 +280,7 @@ def require_agreement(values: Mapping[str, Any], remedy: str) -> None:
             f"\n  {n}: {of_main.get(n)!r} in process 0, {mine.get(n)!r} here"
             for n in differing
         )
-        raise ValueError(
+        raise UserError(
             "every process must have the same settings and files, got others in"
             f" process {', '.join(map(str, wrong))}.{details}\n{remedy}"
         )

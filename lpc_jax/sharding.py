@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from lpc_jax import axes
+from lpc_jax.errors import UserError
 from lpc_jax.types import Batch
 
 _F, _T = ("fsdp",), ("tensor",)
@@ -51,7 +52,7 @@ def axis_sizes(*, data: int, fsdp: int, tensor: int, devices: int) -> dict[str, 
     """Sizes of the mesh's axes over so many devices; one of -1 takes what is left.
 
     Raises:
-        ValueError: The axes don't multiply to the number of devices.
+        UserError: The axes don't multiply to the number of devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     known = math.prod(size for size in sizes.values() if size != -1)
@@ -63,7 +64,7 @@ def axis_sizes(*, data: int, fsdp: int, tensor: int, devices: int) -> dict[str, 
             if -1 in (data, fsdp, tensor)
             else "Set one of them to -1 to take what is left."
         )
-        raise ValueError(
+        raise UserError(
             f"mesh axes data={data} fsdp={fsdp} tensor={tensor} must multiply to the"
             f" {devices} devices present. {remedy}"
         )
@@ -74,7 +75,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> M
     """A mesh of all given devices; an axis of -1 takes what the others leave.
 
     Raises:
-        ValueError: The axes don't multiply to the number of devices, or another axis
+        UserError: The axes don't multiply to the number of devices, or another axis
             than ``data`` would cross slices.
     """
     sizes = axis_sizes(data=data, fsdp=fsdp, tensor=tensor, devices=len(devices))
@@ -98,7 +99,7 @@ def _arranged(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     if slices == 1 or (sizes["data"] % slices and devices[0].platform != "tpu"):
         return mesh_utils.create_device_mesh(shape, devices)
     if sizes["data"] % slices:
-        raise ValueError(
+        raise UserError(
             f"mesh.data must be a multiple of the {slices} slices that the devices are"
             f" in, got {sizes['data']}. Use mesh.data {slices} and mesh.fsdp -1: only"
             " data may cross the network between slices."
@@ -116,11 +117,11 @@ def require_rows_divide(rows: int, mesh: Mesh) -> None:
     """Refuses a micro-batch that the mesh cannot split.
 
     Raises:
-        ValueError: ``rows`` is no multiple of data x fsdp.
+        UserError: ``rows`` is no multiple of data x fsdp.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
-        raise ValueError(
+        raise UserError(
             f"packing.rows must be a multiple of mesh.data x mesh.fsdp ="
             f" {mesh.shape['data']} x {mesh.shape['fsdp']} = {ways}, got {rows}. Use"
             f" packing.rows {rows + -rows % ways} or another mesh."
@@ -140,7 +141,7 @@ def claim(paths: list[str], table: dict[str, Any]) -> dict[str, Any]:
         table: Regular expressions that match whole paths, and their values.
 
     Raises:
-        ValueError: Some path is claimed by no pattern or by several.
+        UserError: Some path is claimed by no pattern or by several.
     """
     claims = {path: [p for p in table if re.fullmatch(p, path)] for path in paths}
     unclaimed = sorted(path for path, found in claims.items() if not found)
@@ -161,7 +162,7 @@ def parameter_shardings(shapes: Any, mesh: Mesh) -> Any:
         mesh: The mesh. An axis that it does not divide stays whole.
 
     Raises:
-        ValueError: As ``claim``.
+        UserError: As ``claim``.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
     rules = claim([path_name(path) for path, _ in leaves], PARAMETER_TABLE)

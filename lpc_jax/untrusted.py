@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from lpc_jax.errors import UserError
+
 # Nested lists and objects: rows of messages have 4, tokenizer.json about 10. Well below
 # what exhausts Python's stack in whoever walks or prints the value.
 DEEPEST = 100
@@ -45,7 +47,7 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the key {shown(repr(twice), most=80)} is there twice")
+        raise UserError(f"the key {shown(repr(twice), most=80)} is there twice")
     return found
 
 
@@ -57,7 +59,7 @@ def parse_json(text: bytes, *, repeats: bool = False) -> Any:
         repeats: Whether an object may have a key twice, of which the last counts.
 
     Raises:
-        ValueError: No JSON, no UTF-8, a key twice, or nested too deep; json's own
+        UserError: No JSON, no UTF-8, a key twice, or nested too deep; json's own
             kinds where it is json that refuses.
     """
     hook = None if repeats else _object_of_unique_keys
@@ -65,10 +67,10 @@ def parse_json(text: bytes, *, repeats: bool = False) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=hook)
     except RecursionError:
-        raise ValueError(too_deep) from None
+        raise UserError(too_deep) from None
     # Few brackets cannot nest deep; most texts end here.
     if text.count(b"[") + text.count(b"{") > DEEPEST and _nests_deeper(value):
-        raise ValueError(too_deep)
+        raise UserError(too_deep)
     return value
 
 
@@ -95,11 +97,11 @@ def read_json(file: Path, *, most: int, repeats: bool = False) -> Any:
         repeats: As in ``parse_json``.
 
     Raises:
-        ValueError: As ``parse_json``, or the file is larger.
+        UserError: As ``parse_json``, or the file is larger.
     """
     size = file.stat().st_size
     if size > most:
-        raise ValueError(f"{size:,} bytes, expected at most {most:,}")
+        raise UserError(f"{size:,} bytes, expected at most {most:,}")
     return parse_json(file.read_bytes(), repeats=repeats)
 
 
@@ -136,10 +138,10 @@ def own_file(folder: Path, name: str) -> Path | None:
         name: Of the file, without a folder.
 
     Raises:
-        ValueError: The name or its link leads out of the folder.
+        UserError: The name or its link leads out of the folder.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-        raise ValueError(
+        raise UserError(
             f"{folder}: expected the name of a file of this folder, got {name!r:.200}."
             " The folder may be made to mislead: download it again from where you trust"
             " it."
@@ -153,7 +155,7 @@ def own_file(folder: Path, name: str) -> Path | None:
         target.parent.parent.name,
     )
     if not is_blob and not target.is_relative_to(folder.resolve()):
-        raise ValueError(
+        raise UserError(
             f"{file} must be a file of its folder, got a link to {target}, outside it."
             " Copy the file there if you mean it."
         )

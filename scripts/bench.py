@@ -37,6 +37,7 @@ from rich.table import Table
 
 from lpc_jax import sources
 from lpc_jax.data import chat, examples, packing, tokenizer
+from lpc_jax.errors import UserError
 from lpc_jax.models import policy, weights
 from lpc_jax.models.architectures import Architecture
 
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "smollm2": _smollm2(folder, asked.pairs, asked.steps),
             "small": _small(folder, asked.steps),
         }
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     found: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in entries}

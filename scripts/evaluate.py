@@ -28,7 +28,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lpc_jax import faults
+from lpc_jax.errors import UserError
 
 REFUSED = 2
 TABLE_WIDTH = 100
@@ -43,14 +43,9 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     asked = _parser().parse_args(arguments)
-    # Imported by now, through the parser; named here for its error.
-    from lpc_jax import checkpoint
-
     try:
         _mode(asked)(asked, arguments, console or Console())
-    except (ValueError, OSError, checkpoint.DamagedError) as error:
-        if not faults.is_for_user(error):
-            raise  # a fault of the program: the traceback is what helps
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     return 0
@@ -88,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 def _mode(asked: argparse.Namespace) -> Callable[..., None]:
     """The evaluation whose flag is given."""
     if asked.codes and not asked.pairs:
-        raise ValueError("--codes needs --pairs FILE, whose prompts it looks at.")
+        raise UserError("--codes needs --pairs FILE, whose prompts it looks at.")
     if bool(asked.pairs) == bool(asked.tasks):
-        raise ValueError(
+        raise UserError(
             "exactly one of --pairs and --tasks is required, got"
             f" {'both' if asked.tasks else 'neither'}. Name what to evaluate on."
         )
@@ -157,7 +152,7 @@ def evaluate_pairs(
         console: Where to print.
 
     Raises:
-        ValueError: Something that the user can mend.
+        UserError: Something that the user can mend.
     """
     from rich.progress import Progress
 
@@ -221,7 +216,7 @@ def compare_readers(
         console: Where to print.
 
     Raises:
-        ValueError: Something that the user can mend.
+        UserError: Something that the user can mend.
     """
     from lpc_jax import sources
     from lpc_jax.evaluation import command, pairs, readers, steering, system
@@ -230,7 +225,7 @@ def compare_readers(
     counts = asked.like_own
     for flag in ("z", "code", "mix", "against"):
         if getattr(asked, flag) is not None:
-            raise ValueError(
+            raise UserError(
                 f"--{flag} has no effect with --like-own, which chooses z from"
                 " judgements. Leave it out."
             )
@@ -239,7 +234,7 @@ def compare_readers(
     num_codes = None if config.latent is None else config.latent.num_codes
     steering.require_codes(num_codes, "--like-own", asked.system)
     if asked.like is None and outline.checkpoint is None:
-        raise ValueError(
+        raise UserError(
             "--like-own takes examples from a run's training pairs, got"
             f" {asked.system}, which is no run. Name a file of them with --like."
         )
@@ -302,18 +297,18 @@ def look_at_codes(
         console: Where to print.
 
     Raises:
-        ValueError: Something that the user can mend.
+        UserError: Something that the user can mend.
     """
     from lpc_jax.evaluation import codes_report, command, steering
 
     if asked.output is None or len(asked.pairs) != 1:
-        raise ValueError(
+        raise UserError(
             "--codes needs --output FOLDER and one --pairs FILE, got"
             f" {asked.output} and {len(asked.pairs)}."
         )
     for flag in ("z", "code", "mix", "like"):
         if getattr(asked, flag) is not None:
-            raise ValueError(
+            raise UserError(
                 f"--{flag} has no effect with --codes, which looks at all of them."
                 " Leave it out."
             )
@@ -349,7 +344,7 @@ def evaluate_tasks(
         console: Where to print.
 
     Raises:
-        ValueError: Something that the user can mend.
+        UserError: Something that the user can mend.
     """
     from lpc_jax.evaluation import command, task_command
 

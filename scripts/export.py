@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lpc_jax import faults
+from lpc_jax.errors import UserError
 
 REFUSED = 2
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,14 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports; returns 0, or 2 for what the user can mend, when nothing was written."""
     given = _parser().parse_args(argv)
-    # Imported by now, through the parser; named here for its error.
-    from lpc_jax import checkpoint
-
     try:
         _export(given)
-    except (ValueError, OSError, checkpoint.DamagedError) as error:
-        if not faults.is_for_user(error):
-            raise  # a fault of the program: the traceback is what helps
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     return 0
@@ -81,7 +76,7 @@ def _export(given: argparse.Namespace) -> None:
     from lpc_jax.evaluation import command, export, like, logit_bias, steering
 
     if given.like is not None and given.bias is None:
-        raise ValueError(
+        raise UserError(
             f"--like {given.like} is of --bias PROMPTS, got none. Name prompts, or"
             " leave it out: an exported folder has all codes."
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lpc_jax import config as cfg
-from lpc_jax import faults
+from lpc_jax.errors import UserError
 
 # A conversation is drawn, so that /again differs; files are answered greedily.
 CHAT_TEMPERATURE, CHAT_TOP_P = 0.7, 0.95
@@ -70,14 +70,9 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     """Answers; returns 0, or 2 for what the user can mend."""
     arguments = _parser().parse_args(argv)
     console = console or Console()
-    # Imported by now, through the parser; named here for its error.
-    from lpc_jax import checkpoint
-
     try:
         _run(arguments, console)
-    except (ValueError, OSError, checkpoint.DamagedError) as error:
-        if not faults.is_for_user(error):
-            raise  # a fault of the program: the traceback is what helps
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -162,19 +157,19 @@ def _check(arguments: argparse.Namespace, talks: bool) -> None:
     """What can be told to be wrong before anything is loaded.
 
     Raises:
-        ValueError: Flags that mean nothing, or an output that cannot be written.
+        UserError: Flags that mean nothing, or an output that cannot be written.
     """
     from lpc_jax.evaluation import command
 
     for name in ("limit", "batch"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}.")
+            raise UserError(f"--{name} must be at least 1, got {value}.")
     if talks and arguments.output is not None:
-        raise ValueError("--output is of --prompts, got none. Name a file of them.")
+        raise UserError("--output is of --prompts, got none. Name a file of them.")
     if not talks:
         if arguments.output is None:
-            raise ValueError("--prompts needs --output FILE, got none.")
+            raise UserError("--prompts needs --output FILE, got none.")
         command.require_new_file(
             arguments.output, overwrite=arguments.overwrite, flag="--output"
         )

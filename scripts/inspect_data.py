@@ -20,6 +20,7 @@ from lpc_jax import config as cfg
 from lpc_jax import sources
 from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
+from lpc_jax.errors import UserError
 
 PAIRS_SHOWN = 3
 TOKENIZER_PATTERNS = ("*.json", "*.jinja", "tokenizer.model")
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     try:
         pairs, arguments = _take_pairs(list(sys.argv[1:] if argv is None else argv))
         inspect(cfg.load(arguments), console or Console(), pairs=pairs)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -52,7 +53,7 @@ def inspect(config: cfg.Config, console: Console, *, pairs: int) -> None:
         pairs: How many train pairs to show.
 
     Raises:
-        ValueError: Data or tokenizer cannot be had or used.
+        UserError: Data or tokenizer cannot be had or used.
     """
     retry = sources.Retry(config.hub.retries, config.hub.wait)
     loaded = _tokenizer(config.model, retry)
@@ -96,7 +97,7 @@ def _take_pairs(arguments: list[str]) -> tuple[int, list[str]]:
         else:
             rest.append(flag)
     if not value.isdecimal():
-        raise ValueError(
+        raise UserError(
             f"--pairs must be a whole number of pairs to show, got {value!r}. Give one,"
             f" such as --pairs {PAIRS_SHOWN}."
         )

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lpc_jax import config as cfg
-from lpc_jax import faults
+from lpc_jax.errors import UserError
 
 # The host needs none of its own devices, and libtpu is not to look for any, nor to
 # write of those that it doesn't find; nor, using none, to refuse a second process.
@@ -58,9 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(parser.format_help())
     try:
         return _plan(own, rest)
-    except (ValueError, OSError) as error:
-        if not faults.is_for_user(error):
-            raise  # a fault of the program: the traceback is what helps
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

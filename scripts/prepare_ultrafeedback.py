@@ -29,6 +29,7 @@ from lpc_jax import config as cfg
 from lpc_jax import sources
 from lpc_jax.data import examples
 from lpc_jax.data.report import Drops
+from lpc_jax.errors import UserError
 
 FEW = "fewer than two completions"
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
     try:
         for line in prepare(options):
             (console or Console()).print(line, markup=False, highlight=False)
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -74,7 +75,7 @@ def prepare(options: Options) -> list[str]:
     """Reads rows, writes pairs, and says in lines what became of the rows.
 
     Raises:
-        ValueError: The input cannot be had or is broken, no pair is left, or the
+        UserError: The input cannot be had or is broken, no pair is left, or the
             output exists or cannot be written.
     """
     output = Path(options.output).expanduser()
@@ -88,7 +89,7 @@ def prepare(options: Options) -> list[str]:
             pairs.append(pair)
     drops = Drops.count(events)
     if not pairs:
-        raise ValueError(
+        raise UserError(
             f"--input {options.input}: expected rows with two completions or more, got"
             f" none: {'; '.join(drops.lines()) or 'it has no rows'}. Check the file."
         )
@@ -112,7 +113,7 @@ def to_pair(row: Any, *, origin: str, score: str, seed: int) -> dict[str, Any] |
         seed: Seeds the choice of the rejected answer.
 
     Raises:
-        ValueError: A field is missing or of a wrong type.
+        UserError: A field is missing or of a wrong type.
     """
     instruction = _field(row, "instruction", str, origin)
     completions = _field(row, "completions", list, origin)
@@ -163,7 +164,7 @@ def _rows(options: Options) -> Iterator[tuple[str, Any]]:
 def _field(row: Any, name: str, kind: type, origin: str) -> Any:
     value = row.get(name) if isinstance(row, dict) else None
     if not isinstance(value, kind):
-        raise ValueError(
+        raise UserError(
             f"{origin}: the field {name!r} must be a {kind.__name__}, got"
             f" {type(value).__name__}. Expected rows with instruction and completions,"
             " each with a response and a score; mend or remove the row."
@@ -174,7 +175,7 @@ def _field(row: Any, name: str, kind: type, origin: str) -> Any:
 def _score(completion: dict[str, Any], name: str, origin: str) -> float:
     value = completion.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise ValueError(
+        raise UserError(
             f"{origin}: {name} must be a number, got {value!r}. Name another field"
             " with --score, or mend or remove the row."
         )
@@ -183,17 +184,17 @@ def _score(completion: dict[str, Any], name: str, origin: str) -> float:
 
 def _require_output(output: Path, *, overwrite: bool) -> None:
     if not output.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(
+        raise UserError(
             f"--output must end in .jsonl or .jsonl.gz, got {str(output)!r}. Rename it."
         )
     if output.is_dir() or (output.exists() and not overwrite):
-        raise ValueError(
+        raise UserError(
             f"--output {output} must be a new file, got one that exists. Name another,"
             " or pass --overwrite to replace it."
         )
     parent = output.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(
+        raise UserError(
             f"--output {output}: {parent} must be a folder that can be written to, got"
             f" {'one that cannot' if parent.is_dir() else 'no such folder'}. Make it or"
             " name another."
@@ -215,7 +216,7 @@ def _write(output: Path, pairs: list[dict[str, Any]]) -> None:
         partial.replace(output)
     except OSError as e:
         partial.unlink(missing_ok=True)
-        raise ValueError(
+        raise UserError(
             f"--output {output} could not be written: {e.strerror}. Nothing was left"
             " behind; free some space or name another place."
         ) from e

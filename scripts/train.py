@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lpc_jax import config as cfg
-from lpc_jax import faults
+from lpc_jax.errors import UserError
 
 FAULT, REFUSED, START_AGAIN = 1, 2, 4
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         config = cfg.load(argv)
-    except ValueError as error:
+    except UserError as error:
         return _refuse(error)
     # JAX is slow to import; --help and a mistyped flag need not wait for it.
     from lpc_jax import checkpoint, processes
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (processes.LostError, checkpoint.DamagedError) as error:
         print(f"{who}: error: {error}", file=sys.stderr)
         processes.end(START_AGAIN)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         status = _refuse(error, who)
         processes.end(status)
     except KeyboardInterrupt:
@@ -70,13 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _refuse(error: ValueError | OSError, who: str = "") -> int:
-    """Says what is wrong in a line; a fault of the program keeps its traceback."""
-    if not faults.is_for_user(error):
-        if not who:
-            raise error
-        traceback.print_exc()
-        return FAULT
+def _refuse(error: UserError | OSError, who: str = "") -> int:
     print(f"{who}{': ' if who else ''}error: {error}", file=sys.stderr)
     return REFUSED
 

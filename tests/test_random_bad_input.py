@@ -36,10 +36,11 @@ import pytest
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lpc_jax import checkpoint, faults
+from lpc_jax import checkpoint
 from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
+from lpc_jax.errors import UserError
 from lpc_jax.models import architectures, safetensors_file, weights
 from lpc_jax.training import reference
 from tests import runs, test_checkpoint
@@ -97,7 +98,7 @@ def tally() -> Iterator[None]:
 
 def require_ours(error: ValueError | OSError) -> None:
     said, where = str(error), "".join(traceback.format_exception(error))
-    assert faults.is_for_user(error), where
+    assert isinstance(error, UserError | OSError), where
     assert 10 < len(said) < LONGEST_MESSAGE, where
     assert "\n\n" not in said, where
     assert said.replace("\n", "").isprintable(), where

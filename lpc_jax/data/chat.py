@@ -22,6 +22,7 @@ from lpc_jax import untrusted
 from lpc_jax.data.examples import EMPTY, PreferenceExample
 from lpc_jax.data.report import Drops, Report, quantiles
 from lpc_jax.data.tokenizer import TEMPLATE_REMEDY, Tokenizer, opens_with_bos
+from lpc_jax.errors import UserError
 
 Ids = Int32[np.ndarray, "_"]
 Truncation = Literal["drop", "cut_prompt", "cut_prompt_then_answer"]
@@ -109,12 +110,12 @@ class _Control:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> _Control:
         if not tokenizer.chat_template:
-            raise ValueError(
+            raise UserError(
                 "The tokenizer must have a chat template to turn conversations into"
                 f" tokens, got none. {TEMPLATE_REMEDY}"
             )
         if not isinstance(tokenizer.eos_token_id, int):
-            raise ValueError(
+            raise UserError(
                 "The tokenizer must have an EOS token to end answers, got none. Set"
                 " eos_token in its tokenizer_config.json."
             )
@@ -167,7 +168,7 @@ def tokenize(
         The kept pairs in order, and the report.
 
     Raises:
-        ValueError: The tokenizer has no chat template or no EOS, a prompt is no
+        UserError: The tokenizer has no chat template or no EOS, a prompt is no
             prefix under ``error``, or no pair is left.
     """
     control = _Control.of(tokenizer)
@@ -179,7 +180,7 @@ def tokenize(
             pair = _split(example, ids, control)
             mismatch = len(pair.prompt) < len(ids[0])
             if mismatch and prefix_mismatch == "error":
-                raise ValueError(_mismatch_text(example, ids, len(pair.prompt)))
+                raise UserError(_mismatch_text(example, ids, len(pair.prompt)))
             _require_answers(pair)
             pair = _truncate(
                 pair,
@@ -196,7 +197,7 @@ def tokenize(
         mismatches += mismatch
     drops = drops + Drops.count(events)
     if not pairs:
-        raise ValueError(
+        raise UserError(
             f"No preference pair is left of {drops.total}, expected at least one:"
             f" {'; '.join(drops.lines()) or 'none came in'}. Raise data.max_length and"
             " packing.row_length, choose another data.truncation, or mend the data."
@@ -212,13 +213,13 @@ def encode_prompt(messages: Sequence[dict[str, str]], tokenizer: Tokenizer) -> I
         tokenizer: A tokenizer with a chat template.
 
     Raises:
-        ValueError: The template refuses it, or a text spells the BOS or EOS token.
+        UserError: The template refuses it, or a text spells the BOS or EOS token.
     """
     control = _Control.of(tokenizer)
     try:
         text = _header([dict(message) for message in messages], tokenizer, control)
     except _Dropped as drop:
-        raise ValueError(f"this conversation cannot be a prompt: {drop}.") from drop
+        raise UserError(f"this conversation cannot be a prompt: {drop}.") from drop
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return _with_one_bos(np.asarray(ids, np.int32), control.bos)
 
@@ -227,7 +228,7 @@ def end_of_answer(tokenizer: Tokenizer) -> int:
     """The token that an answer's scored tokens end with.
 
     Raises:
-        ValueError: The tokenizer has no chat template or no EOS token.
+        UserError: The tokenizer has no chat template or no EOS token.
     """
     control = _Control.of(tokenizer)
     messages = [{"role": "user", "content": "a"}]
@@ -235,7 +236,7 @@ def end_of_answer(tokenizer: Tokenizer) -> int:
     try:
         text = _templated([*messages, answer], tokenizer)
     except _Dropped as drop:
-        raise ValueError(f"the chat template cannot be used: {drop}.") from drop
+        raise UserError(f"the chat template cannot be used: {drop}.") from drop
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return int(_until_end(np.asarray(ids, np.int32), control)[-1])
 

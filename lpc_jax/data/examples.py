@@ -23,6 +23,7 @@ from datasets import exceptions as dataset_errors
 
 from lpc_jax import sources, untrusted
 from lpc_jax.data.report import Drops
+from lpc_jax.errors import UserError
 
 Message = dict[str, str]
 
@@ -105,7 +106,7 @@ def read(
         The pairs in order, and the rows that hold no preference.
 
     Raises:
-        ValueError: The data cannot be had, a row is broken or of no known form, or
+        UserError: The data cannot be had, a row is broken or of no known form, or
             no pair is left.
     """
     examples, events = [], []
@@ -120,7 +121,7 @@ def read(
     drops = Drops.count(events)
     if not examples:
         reasons = "; ".join(drops.lines()) or "it has no rows"
-        raise ValueError(
+        raise UserError(
             f"{setting} = {path!r} holds no preference pair, expected at least one:"
             f" {reasons}. Give rows with a prompt and two different answers."
         )
@@ -139,11 +140,11 @@ def rows(
         retry: When a download fails.
 
     Raises:
-        ValueError: The data cannot be had, or a row is broken.
+        UserError: The data cannot be had, or a row is broken.
     """
     if not sources.exists(path):
         if path.endswith(SUFFIXES) or not sources.is_hub_id(path):
-            raise ValueError(_missing_file(path, setting))
+            raise UserError(_missing_file(path, setting))
         return _hub(path, setting=setting, split=split, retry=retry)
     local = Path(path).expanduser()
     if local.is_file():
@@ -154,12 +155,12 @@ def rows(
             return _json_list(local)
         if name.endswith(".parquet"):
             return _parquet(local)
-        raise ValueError(
+        raise UserError(
             f"{setting} = {path!r} must end in {', '.join(SUFFIXES)}, got {name!r}."
             " Convert or rename the file."
         )
     kind = "a folder" if local.is_dir() else "a device or pipe"
-    raise ValueError(
+    raise UserError(
         f"{setting} = {path!r} is {kind}, expected a file ending in"
         f" {', '.join(SUFFIXES)}. Name the file inside it."
     )
@@ -189,7 +190,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
                 number, unpacked = number + 1, unpacked + len(line)
                 where = f"{file}:{number}"
                 if len(line) > LONGEST_LINE:
-                    raise ValueError(
+                    raise UserError(
                         f"{where}: expected one pair a line, of at most"
                         f" {LONGEST_LINE:,} bytes, got a longer line. Write one object"
                         " a line, or remove it."
@@ -198,7 +199,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{file.name}:{number}", _decode(line, where)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise ValueError(
+        raise UserError(
             f"{file}:{number + 1}: expected gzip data, got a broken or truncated file"
             f" ({untrusted.shown(e)}). Fetch or compress the file again."
         ) from e
@@ -206,7 +207,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
 
 def _check_ratio(where: str, unpacked: int, packed: int) -> None:
     if unpacked > max(UNPACKED_FREELY, MOST_UNPACKED * packed):
-        raise ValueError(
+        raise UserError(
             f"{where}: expected text, which unpacks to at most {MOST_UNPACKED} times"
             f" its size, got {unpacked:,} bytes out of {packed:,}. The file may be made"
             " to exhaust the memory: unpack it yourself if you trust it."
@@ -217,19 +218,19 @@ def _decode(text: bytes, where: str) -> Any:
     try:
         return untrusted.parse_json(text, repeats=True)
     except json.JSONDecodeError as e:
-        raise ValueError(
+        raise UserError(
             # Some of the messages end in "at" themselves.
             f"{where}: expected JSON, got {e.msg.removesuffix(' at')} at line"
             f" {e.lineno}, column {e.colno}."
             " Mend or remove it."
         ) from e
     except UnicodeDecodeError as e:
-        raise ValueError(
+        raise UserError(
             f"{where}: expected UTF-8 text, got byte {text[e.start]:#04x} at {e.start}."
             " Save the file as UTF-8."
         ) from e
     except ValueError as e:
-        raise ValueError(
+        raise UserError(
             f"{where}: expected JSON, got a text that is {untrusted.shown(e)}. Mend or"
             " remove it."
         ) from e
@@ -238,14 +239,14 @@ def _decode(text: bytes, where: str) -> Any:
 def _json_list(file: Path) -> Iterator[tuple[str, Any]]:
     size = file.stat().st_size
     if size > LARGEST_JSON:
-        raise ValueError(
+        raise UserError(
             f"{file}: a .json file is read whole and must have at most"
             f" {LARGEST_JSON:,} bytes, got {size:,}. Write one object a line in a"
             " .jsonl file, which is read line by line."
         )
     items = _decode(file.read_bytes(), str(file))
     if not isinstance(items, list):
-        raise ValueError(
+        raise UserError(
             f"{file} must hold a list of rows, got {type(items).__name__}. Write it as"
             " [{...}, {...}], or one object a line in a .jsonl file."
         )
@@ -269,7 +270,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{file.name}:{number}", row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         reason = next(iter(str(e).splitlines()), type(e).__name__)
-        raise ValueError(
+        raise UserError(
             f"{file}: expected a parquet file, got a broken or truncated one after row"
             f" {number} ({untrusted.shown(reason)}). Fetch or write the file again."
         ) from e
@@ -297,12 +298,12 @@ def _hub(
     except sources.DownloadError:
         raise
     except (ValueError, RuntimeError) as e:  # the latter: a data set that is a script
-        raise ValueError(
+        raise UserError(
             f"{setting} = {path!r} could not be loaded with {setting}_split ="
             f" {split!r}: {e}"
         ) from e
     if not isinstance(table, datasets.Dataset):
-        raise ValueError(
+        raise UserError(
             f"{setting} = {path!r} has the splits {', '.join(map(str, table))}, and"
             f" none is named. Name one with --{setting}-split."
         )
@@ -321,16 +322,16 @@ def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceE
         user: Field that says who judged.
 
     Raises:
-        ValueError: The row is of no known form.
+        UserError: The row is of no known form.
     """
     if not isinstance(row, dict):
-        raise ValueError(
+        raise UserError(
             f"{origin}: expected an object with prompt, chosen and rejected, got"
             f" {type(row).__name__}. Write one object a row."
         )
     for name in ("chosen", "rejected"):
         if row.get(name) is None:
-            raise ValueError(
+            raise UserError(
                 f"{origin}: the field {name!r} is missing; expected prompt, chosen and"
                 f" rejected, got {untrusted.shown(', '.join(row)) or 'none'}. Add it or"
                 " remove the row."
@@ -343,14 +344,14 @@ def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceE
     elif kinds == (str, str, str):
         prompt, chosen, rejected = _plain(row)
     elif kinds == (type(None), str, str):
-        raise ValueError(
+        raise UserError(
             f"{origin}: the field 'prompt' is missing; expected prompt, chosen and"
             f" rejected, got {untrusted.shown(', '.join(row))}. Add it or remove the"
             " row."
         )
     else:
         seen = ", ".join(f"{k} ({type(v).__name__})" for k, v in row.items())
-        raise ValueError(
+        raise UserError(
             f"{origin}: not a known form of preference pair. Expected {_FORMS}; got"
             f" {untrusted.shown(seen)}. Convert the row to one of these."
         )
@@ -382,12 +383,12 @@ def parse_prompt(row: Any, *, origin: str) -> list[Message]:
         origin: ``file:line``, for messages.
 
     Raises:
-        ValueError: A row of no such form.
+        UserError: A row of no such form.
     """
     names = ("prompt", "messages", "instruction")
     name = next((n for n in names if isinstance(row, dict) and n in row), None)
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"{origin}: expected an object with {' or '.join(names)}, got"
             f" {untrusted.shown(repr(row), most=80)}. Mend or remove the row."
         )
@@ -397,12 +398,12 @@ def parse_prompt(row: Any, *, origin: str) -> list[Message]:
     elif isinstance(value, list) and name != "instruction":
         messages = _messages(value, name, origin)
     else:
-        raise ValueError(
+        raise UserError(
             f"{origin}: {name} must be a text or a list of messages, got"
             f" {untrusted.shown(repr(value), most=80)}. Mend or remove the row."
         )
     if not messages or messages[-1]["role"] != "user":
-        raise ValueError(
+        raise UserError(
             f"{origin}: {name} must end with a message of the user, got"
             f" {untrusted.shown(repr(value), most=80)}. Mend or remove the row."
         )
@@ -416,7 +417,7 @@ def _require_characters(origin: str, *texts: str) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as e:
-            raise ValueError(
+            raise UserError(
                 f"{origin}: expected text, got {text[e.start]!r} at {e.start}, half of"
                 f" a pair that stands for one character:"
                 f" {untrusted.shown(text[max(0, e.start - 20) : e.end + 20])}. It may"
@@ -444,7 +445,7 @@ def _explicit(
     answers = [_messages(row[name], name, origin) for name in ("chosen", "rejected")]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
         if len(answer) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{origin}: beside a prompt list, {name} must hold one message, the"
                 f" assistant's answer, got {len(answer)}. Move earlier turns to prompt,"
                 " or leave prompt out to give two full transcripts."
@@ -484,7 +485,7 @@ def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
             and isinstance(item.get("role"), str)
             and isinstance(item.get("content"), str)
         ):
-            raise ValueError(
+            raise UserError(
                 f"{origin}: message {number} of {name} must be an object with the"
                 f" strings role and content, got"
                 f" {untrusted.shown(repr(item), most=80)}. Mend or remove the row."

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from lpc_jax import untrusted
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.errors import UserError
 from lpc_jax.types import Batch
 
 # Pairs read live when a cache is found, and how far their states may be off, as a share
@@ -59,7 +60,7 @@ class HiddenStates:
         width: D.
 
     Raises:
-        ValueError: A file there is damaged.
+        UserError: A file there is damaged.
     """
 
     def __init__(
@@ -97,8 +98,8 @@ class HiddenStates:
             for key, start, stop, crc in zip(keys, starts, ends, checksums, strict=True)
         }
 
-    def _damaged(self, file: Path) -> ValueError:
-        return ValueError(
+    def _damaged(self, file: Path) -> UserError:
+        return UserError(
             f"hidden states {file} must be whole, got a broken or truncated file."
             f" Delete the folder {self.path} to have them read again."
         )
@@ -121,7 +122,7 @@ class HiddenStates:
             say: Told the size before anything is read, and how many are done.
 
         Raises:
-            ValueError: Kept states are damaged or not what the decoder gives now, the
+            UserError: Kept states are damaged or not what the decoder gives now, the
                 disk is too small, or the decoder gives something that is not finite.
         """
         by_key = {pair.key(): pair for pair in pairs}
@@ -157,7 +158,7 @@ class HiddenStates:
         at = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         free = shutil.disk_usage(at).free
         if needed and needed + _SPARE_BYTES > free:
-            raise ValueError(
+            raise UserError(
                 f"hidden states need {needed / 1e9:.2f} GB in {self.path}, got"
                 f" {free / 1e9:.2f} GB free. Free some, name another folder with"
                 " --model.states-cache, or lower data.limit."
@@ -189,7 +190,7 @@ class HiddenStates:
         kept, live = kept.astype(np.float32), live.astype(np.float32)
         off = float(np.sqrt(np.mean((live - kept) ** 2) / np.mean(kept**2)))
         if not off <= CHECK_TOLERANCE:
-            raise ValueError(
+            raise UserError(
                 f"hidden states in {self.path} must be the decoder's to"
                 f" {CHECK_TOLERANCE:g} of their size, got {off:.3g} on {len(some)}"
                 " pairs: they are of other weights. Delete the folder to have them read"
@@ -242,7 +243,7 @@ def _states(
             found[batch.pair_id[row, slot]] = hidden[row, span]
     bad = sum(not np.isfinite(rows.astype(np.float32)).all() for rows in found)
     if bad:
-        raise ValueError(
+        raise UserError(
             "the start model must give finite hidden states, got nan or inf on"
             f" {bad} of {len(found)} pairs. Check model.path, or compute in float32."
         )

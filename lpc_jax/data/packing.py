@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lpc_jax.data.chat import Ids, TokenizedPair
+from lpc_jax.errors import UserError
 from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED, Batch
 
 # Room for scored positions beyond the data's average share of a row: enough not to keep
@@ -81,12 +82,12 @@ def row_shape(
         score_chunk: Scored positions are rounded up to a multiple of it.
 
     Raises:
-        ValueError: A pair is longer than a row.
+        UserError: A pair is longer than a row.
     """
     totals = lengths.sum(axis=1)
     longest = int(np.argmax(totals))
     if totals[longest] > row_length:
-        raise ValueError(
+        raise UserError(
             f"packing.row_length must be at least {totals[longest]}, got {row_length}:"
             f" pair {longest} has {lengths[longest, 0]} prompt,"
             f" {lengths[longest, 1]} chosen and {lengths[longest, 2]} rejected tokens."

@@ -21,6 +21,7 @@ from transformers import tokenization_utils_base
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lpc_jax import untrusted
+from lpc_jax.errors import UserError
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
@@ -64,28 +65,28 @@ def load(path: Path, *, chat_template: str | None) -> Tokenizer:
         chat_template: A file with a Jinja template that replaces the tokenizer's own.
 
     Raises:
-        ValueError: Naming what is missing, broken or not supported.
+        UserError: Naming what is missing, broken or not supported.
     """
     if path.is_dir():
         loaded = _from_folder(path)
     elif path.suffix == ".gguf":
         loaded = _from_gguf(path)
     else:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected a folder with {' or '.join(TOKENIZER_FILES)}, or a .gguf"
             " file, got neither. Set model.tokenizer to one."
         )
     if chat_template is not None:
         file = Path(chat_template).expanduser()
         if not file.is_file():
-            raise ValueError(
+            raise UserError(
                 f"model.chat_template = {chat_template!r}: expected a file with a Jinja"
                 " chat template, got no such file. Check the path."
             )
         try:
             loaded.chat_template = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
-            raise ValueError(
+            raise UserError(
                 f"model.chat_template = {chat_template!r}: expected a Jinja chat"
                 f" template in UTF-8, got a file with byte {e.object[e.start]:#04x} at"
                 f" {e.start}. Save it as UTF-8."
@@ -134,7 +135,7 @@ def _check_template(template: Any, path: Path) -> None:
         "default" not in named or not all(isinstance(t, str) for t in named.values())
     ):
         kinds = {name: type(text).__name__ for name, text in named.items()}
-        raise ValueError(
+        raise UserError(
             f"{path}: the chat template must be a text, or several by name with one"
             f" called default, got {untrusted.shown(kinds)}. {TEMPLATE_REMEDY}"
         )
@@ -166,7 +167,7 @@ def opens_with_bos(tokenizer: Tokenizer) -> bool:
 
 def _from_folder(folder: Path) -> Tokenizer:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(
+        raise UserError(
             f"{folder}: expected a tokenizer, {' or '.join(TOKENIZER_FILES)}, got"
             " none of them. Copy them beside the weights or set model.tokenizer."
         )
@@ -177,7 +178,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         try:
             untrusted.read_json(file, most=_LARGEST_JSON, repeats=True)
         except ValueError as e:
-            raise ValueError(
+            raise UserError(
                 f"{file}: expected JSON, got a broken or truncated file"
                 f" ({untrusted.shown(e)}). Fetch it again."
             ) from e
@@ -235,7 +236,7 @@ def _broken(message: str) -> Iterator[None]:
         message: With ``{reason}`` for what the library says.
 
     Raises:
-        ValueError: The message.
+        UserError: The message.
     """
     try:
         yield
@@ -245,7 +246,7 @@ def _broken(message: str) -> Iterator[None]:
     # unexpected kind leads to: KeyError, TypeError, AttributeError among others.
     except Exception as e:
         first = next(iter(str(e).splitlines()), "") or type(e).__name__
-        raise ValueError(message.replace("{reason}", untrusted.shown(first))) from e
+        raise UserError(message.replace("{reason}", untrusted.shown(first))) from e
 
 
 class _BoundedReader(gguf.GGUFReader):
@@ -254,7 +255,7 @@ class _BoundedReader(gguf.GGUFReader):
     def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **more: Any):
         found = super()._get(offset, dtype, count, *order, **more)
         if len(found) < count:
-            raise ValueError("a value lies beyond the end of the file")
+            raise UserError("a value lies beyond the end of the file")
         return found
 
 
@@ -267,7 +268,7 @@ def _from_gguf(file: Path) -> Tokenizer:
             if name.startswith("tokenizer.")
         }
     except (LookupError, ValueError, OverflowError, OSError, RecursionError) as e:
-        raise ValueError(
+        raise UserError(
             f"{file}: expected a GGUF file, got a broken or truncated one"
             f" ({untrusted.shown(e)}). Fetch it again."
         ) from e
@@ -282,11 +283,11 @@ def from_metadata(metadata: dict[str, Any], *, file: str) -> Tokenizer:
         file: The file's name, for messages.
 
     Raises:
-        ValueError: A field is missing, or says a kind that is not supported.
+        UserError: A field is missing, or says a kind that is not supported.
     """
     for name in ("tokenizer.ggml.model", "tokenizer.ggml.tokens"):
         if name not in metadata:
-            raise ValueError(
+            raise UserError(
                 f"{file}: expected the metadata field {name}, got none. The file holds"
                 " no tokenizer: set model.tokenizer to a folder with tokenizer.json."
             )
@@ -310,7 +311,7 @@ def _check_metadata(metadata: dict[str, Any], file: str) -> None:
     """The lists are lists of what they must be, and ids are of tokens that there are.
 
     Raises:
-        ValueError: Naming the field.
+        UserError: Naming the field.
     """
     kinds = {
         "tokens": str,
@@ -329,14 +330,14 @@ def _check_metadata(metadata: dict[str, Any], file: str) -> None:
         if name == "merges" and not broken:
             broken = any(len(merge.split(" ")) != 2 for merge in given)
         if broken or (name == "scores" and given and len(given) != count):
-            raise ValueError(
+            raise UserError(
                 f"{file}: broken metadata field {field}: expected a list of its kind."
                 " Fetch it again."
             )
     for field in _NAMED_TOKENS.values():
         given = metadata.get(field, 0)
         if type(given) is not int or not 0 <= given < count:
-            raise ValueError(
+            raise UserError(
                 f"{file}: broken metadata field {field}: expected the number of one of"
                 f" {count} tokens, got {given!r:.80}. Fetch it again."
             )
@@ -347,7 +348,7 @@ def _choose(
 ) -> Any:
     kind = metadata.get(field)
     if not isinstance(kind, str) or kind not in table:
-        raise ValueError(
+        raise UserError(
             f"{file}: {field} must be one of {', '.join(table)}, got {kind!r:.80}. Set"
             " model.tokenizer to the model's folder with tokenizer.json."
         )
@@ -360,7 +361,7 @@ def _byte_level(metadata: dict[str, Any], file: str) -> Tokenizer:
         _PRE_TOKENIZERS, metadata, "tokenizer.ggml.pre", file
     )
     if "tokenizer.ggml.merges" not in metadata:
-        raise ValueError(
+        raise UserError(
             f"{file}: expected the metadata field tokenizer.ggml.merges, got none. Set"
             " model.tokenizer to the model's folder with tokenizer.json."
         )
@@ -390,7 +391,7 @@ def _sentence_piece(metadata: dict[str, Any], file: str) -> Tokenizer:
     tokens = metadata["tokenizer.ggml.tokens"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if "tokenizer.ggml.scores" not in metadata:
-        raise ValueError(
+        raise UserError(
             f"{file}: expected the metadata field tokenizer.ggml.scores, got none. Set"
             " model.tokenizer to the model's folder with tokenizer.json."
         )

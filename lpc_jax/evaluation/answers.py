@@ -20,6 +20,7 @@ from lpc_jax import sources
 from lpc_jax.data import chat, examples
 from lpc_jax.data.examples import Message
 from lpc_jax.data.tokenizer import Tokenizer
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation.generate import Completion, Ids
 
 Format = Literal["jsonl", "alpaca_eval"]
@@ -65,7 +66,7 @@ def read_prompts(
         split: Of a hub data set.
 
     Raises:
-        ValueError: No such file, a row of no known form, or no rows.
+        UserError: No such file, a row of no known form, or no rows.
     """
     found = []
     read = examples.rows(path, setting="--prompts", split=split, retry=retry)
@@ -75,11 +76,11 @@ def read_prompts(
             messages = [{"role": "system", "content": system_prompt}, *messages]
         try:
             ids = chat.encode_prompt(messages, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{origin}: {error} Mend or remove the row.") from error
+        except UserError as error:
+            raise UserError(f"{origin}: {error} Mend or remove the row.") from error
         found.append(Prompt(messages, ids, row, origin))
     if not found:
-        raise ValueError(
+        raise UserError(
             f"--prompts {path} must hold at least one prompt, got none. Give rows with"
             " prompt, messages or instruction."
         )

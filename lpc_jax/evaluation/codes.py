@@ -27,6 +27,7 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops, Report
 from lpc_jax.data.tokenizer import Tokenizer
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation import code_measures as measures
 from lpc_jax.evaluation import pairs as pair_scores
 from lpc_jax.evaluation import steering
@@ -186,7 +187,7 @@ def look(
         on_progress: Told how many pairs were read.
 
     Raises:
-        ValueError: The system has no codes, scikit-learn is not installed, no pair can
+        UserError: The system has no codes, scikit-learn is not installed, no pair can
             be had in the system's tokens, or it believes something that is not finite.
     """
     num_codes = None if system.latent is None else system.latent.num_codes
@@ -296,7 +297,7 @@ def believe(
         on_progress: Told how many pairs were read.
 
     Raises:
-        ValueError: A belief is not finite.
+        UserError: A belief is not finite.
     """
     program, shape = _program(system), pair_scores.row_shape(system, pairs)
     found: dict[int, tuple[np.ndarray, ...]] = {}
@@ -315,7 +316,7 @@ def believe(
     parts = (beliefs.prior, beliefs.posterior, beliefs.vector)
     bad = sum(not all(map(np.all, map(np.isfinite, row))) for row in zip(*parts))  # noqa: B905 -- of one length
     if bad:
-        raise ValueError(
+        raise UserError(
             f"{system.name} must have finite beliefs over its codes, got nan or inf on"
             f" {bad} of {len(pairs)} pairs. Check its weights, or compute in float32."
         )
@@ -396,12 +397,12 @@ def require_map() -> Any:
     """scikit-learn's manifold module.
 
     Raises:
-        ValueError: It is not installed.
+        UserError: It is not installed.
     """
     try:
         return importlib.import_module("sklearn.manifold")
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             "--codes needs the package 'scikit-learn' for its map of z, which is not"
             " installed. Run: pip install 'lpc-jax[eval]'."
         ) from error

@@ -18,6 +18,7 @@ import jinja2
 
 from lpc_jax import assembly, untrusted
 from lpc_jax.data import examples
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation import code_measures, codes, codes_pictures, command, steering
 from lpc_jax.evaluation.code_measures import BesideChance
 from lpc_jax.evaluation.codes import Code, Look
@@ -40,7 +41,7 @@ def require(output: Path) -> None:
         output: Folder for the report; made if it is not there.
 
     Raises:
-        ValueError: It cannot be written to, or scikit-learn is not installed.
+        UserError: It cannot be written to, or scikit-learn is not installed.
     """
     codes.require_map()
     command.require_writable(output, flag="--output")
@@ -71,7 +72,7 @@ def make(
         What was found, and the page.
 
     Raises:
-        ValueError: As ``require`` and ``codes.look``, or pairs that cannot be had.
+        UserError: As ``require`` and ``codes.look``, or pairs that cannot be had.
     """
     num_codes = None if system.latent is None else system.latent.num_codes
     steering.require_codes(num_codes, "--codes", system.name)
@@ -96,7 +97,7 @@ def write(look: Look, output: Path) -> Path:
         The page.
 
     Raises:
-        ValueError: The folder cannot be written to.
+        UserError: The folder cannot be written to.
     """
     numbers = json.dumps(numbers_of(look), indent=1, allow_nan=False)
     for name, text in ((NUMBERS_FILE, numbers + "\n"), (PAGE_FILE, page(look))):
@@ -106,7 +107,7 @@ def write(look: Look, output: Path) -> Path:
             partial.replace(output / name)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise ValueError(
+            raise UserError(
                 f"--output {output}: {name} could not be written: {error.strerror}."
                 " Free some space or name another folder."
             ) from error

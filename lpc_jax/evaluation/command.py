@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation import like, steering, system
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import Outline, System
@@ -93,7 +94,7 @@ def make_mesh(arguments: argparse.Namespace) -> Mesh:
     """All devices; programs for them are kept where the command line says.
 
     Raises:
-        ValueError: Devices that the mesh cannot have.
+        UserError: Devices that the mesh cannot have.
     """
     if arguments.compilation_cache not in (None, "none"):
         assembly.keep_compiled(Path(arguments.compilation_cache))
@@ -106,7 +107,7 @@ def outline_system(arguments: argparse.Namespace) -> Outline:
     """The system that a command line names, none of its arrays read.
 
     Raises:
-        ValueError: As ``system.outline``.
+        UserError: As ``system.outline``.
         checkpoint.DamagedError: As ``system.outline``.
     """
     return system.outline(
@@ -124,7 +125,7 @@ def load_system(
         dtype: As ``system.load``.
 
     Raises:
-        ValueError: As ``system.load``, or devices that the mesh cannot have.
+        UserError: As ``system.load``, or devices that the mesh cannot have.
         checkpoint.DamagedError: As ``system.load``.
     """
     return system.load(
@@ -140,7 +141,7 @@ def require_steering(arguments: argparse.Namespace, outline: Outline) -> None:
     """Refuses, before any compute, what ``read_steering`` would.
 
     Raises:
-        ValueError: As ``read_steering``.
+        UserError: As ``read_steering``.
     """
     latent = outline.config.latent
     if arguments.like is not None:
@@ -153,7 +154,7 @@ def read_steering(arguments: argparse.Namespace, asked: System) -> Steering:
     """How z is chosen for a system; of no effect where it has none.
 
     Raises:
-        ValueError: Codes of a system without any, an unknown one, a mix that is none,
+        UserError: Codes of a system without any, an unknown one, a mix that is none,
             or examples that hold no pair.
     """
     if arguments.like is not None:
@@ -176,12 +177,12 @@ def require_new_file(path: Path, *, overwrite: bool, flag: str) -> None:
         flag: That names it, in the user's words.
 
     Raises:
-        ValueError: It is there, or its folder cannot be written to.
+        UserError: It is there, or its folder cannot be written to.
     """
     if path.is_dir():
-        raise ValueError(f"{flag} {path} must be a file, got a folder.")
+        raise UserError(f"{flag} {path} must be a file, got a folder.")
     if path.exists() and not overwrite:
-        raise ValueError(
+        raise UserError(
             f"{flag} {path} must be a new file, got one that is there. Name another, or"
             " add --overwrite."
         )
@@ -192,14 +193,14 @@ def require_writable(folder: Path, *, flag: str) -> None:
     """Makes a folder, and refuses one that cannot be written to.
 
     Raises:
-        ValueError: It cannot be made or written to.
+        UserError: It cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{flag}: {folder} must be a folder that can be written to, got"
             f" {os.strerror(error.errno or 0)}. Name another."
         ) from error

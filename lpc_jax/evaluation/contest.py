@@ -21,6 +21,7 @@ from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Report
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation import like, pairs, steering, system
 from lpc_jax.evaluation.pairs import Reward
 from lpc_jax.evaluation.steering import Steering
@@ -164,7 +165,7 @@ def settings(path: str, step: str) -> cfg.Config | None:
         step: Of the run.
 
     Raises:
-        ValueError: No such checkpoint.
+        UserError: No such checkpoint.
         checkpoint.DamagedError: It cannot be read.
     """
     folder = Path(path).expanduser() / system.CHECKPOINTS
@@ -185,7 +186,7 @@ def hold(
         on_progress: Told whom, how many pairs are done, and of how many.
 
     Raises:
-        ValueError: Something that the user can mend, before any pair is scored; or a
+        UserError: Something that the user can mend, before any pair is scored; or a
             system that gives an answer no finite log-probability.
         checkpoint.DamagedError: A checkpoint is not what was saved.
     """
@@ -212,7 +213,7 @@ def hold(
     ]
     kept = set.intersection(*({pair.id for pair in one.pairs} for one in asked))
     if not kept:
-        raise ValueError(
+        raise UserError(
             "the systems' tokenizers must keep some pair in common, got none. Raise"
             " --max-length."
         )
@@ -306,7 +307,7 @@ def _contenders(
     if start is None and config is not None:
         start = config.model.path
     if reward.over_reference and start is None:
-        raise ValueError(
+        raise UserError(
             f"--reward {reward.name} compares with a reference, got {options.system},"
             " a model that is no run. Name what it started from with --start, or use"
             " --reward mean_logp."
@@ -387,7 +388,7 @@ def _steering(
 def _require_vocabulary(reference: System, one: System) -> None:
     ours, theirs = one.architecture.vocabulary, reference.architecture.vocabulary
     if ours != theirs:
-        raise ValueError(
+        raise UserError(
             f"the reference {reference.name} must share the vocabulary of {one.name},"
             f" {ours} tokens, got {theirs}. Name its start model with --start, or use"
             " --reward mean_logp."

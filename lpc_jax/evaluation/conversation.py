@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lpc_jax.data import chat
 from lpc_jax.data.examples import Message
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation import answers, like, steering
 from lpc_jax.evaluation.generate import Completion, Generator, Ids, Sampling
 from lpc_jax.evaluation.steering import Steering
@@ -75,7 +76,7 @@ class Conversation:
                     self._obey(line)
                 elif line:
                     self._ask([*self.history, {"role": "user", "content": line}])
-            except ValueError as error:
+            except UserError as error:
                 self._print(f"error: {error}")
 
     def _print(self, text: str) -> None:
@@ -117,7 +118,7 @@ class Conversation:
         """A command.
 
         Raises:
-            ValueError: An unknown one, or codes of a system without any.
+            UserError: An unknown one, or codes of a system without any.
         """
         name, _, value = line.partition(" ")
         value = value.strip()
@@ -128,18 +129,18 @@ class Conversation:
             self._print("the conversation is forgotten")
         elif name == "/again":
             if not self.history:
-                raise ValueError("/again needs a prompt, got none yet. Ask something.")
+                raise UserError("/again needs a prompt, got none yet. Ask something.")
             self._ask(self.history[:-1])
         elif name == "/seed":
             if not value.isdecimal():
-                raise ValueError(f"/seed must be a whole number, got {value!r}.")
+                raise UserError(f"/seed must be a whole number, got {value!r}.")
             self.seed = int(value)
         elif name in ("/code", "/mix", "/like", "/mean", "/sample", "/argmax"):
             self._steer(name, value, line)
         elif name == "/codes":
             self._show_codes(line)
         else:
-            raise ValueError(f"{name} is no command. /help lists them.")
+            raise UserError(f"{name} is no command. /help lists them.")
 
     def _codes(self, line: str) -> int:
         asked = self.generator.system
@@ -167,7 +168,7 @@ class Conversation:
     def _show_codes(self, line: str) -> None:
         self._codes(line)
         if self.last is None:
-            raise ValueError("/codes needs a prompt, got none yet. Ask something.")
+            raise UserError("/codes needs a prompt, got none yet. Ask something.")
         assert self.last.prior is not None
         assert self.last.weights is not None
         table = Table("code", "prior", "in z")

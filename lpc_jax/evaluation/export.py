@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from lpc_jax import assembly
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation import steering
 from lpc_jax.evaluation.generate import end_tokens
 from lpc_jax.evaluation.system import Outline, System
@@ -48,17 +49,17 @@ def require_output(output: Path) -> None:
         output: A folder or file that is to be made.
 
     Raises:
-        ValueError: It holds something, or cannot be made.
+        UserError: It holds something, or cannot be made.
     """
     if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} must be new or empty. Choose another folder.")
+        raise UserError(f"{output} must be new or empty. Choose another folder.")
     if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} must be new, got a file. Choose another name.")
+        raise UserError(f"{output} must be new, got a file. Choose another name.")
     above = next(parent for parent in output.absolute().parents if parent.exists())
     if not above.is_dir():
-        raise ValueError(f"{output} must lie in a folder, got {above}, a file.")
+        raise UserError(f"{output} must lie in a folder, got {above}, a file.")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(
+        raise UserError(
             f"{output} must lie where you may write, got {above}, where you may not."
             " Choose another folder."
         )
@@ -74,7 +75,7 @@ def require_space(output: Path, outline: Outline, *, dtype: str, plain: bool) ->
         plain: Whether codes are left out.
 
     Raises:
-        ValueError: Too little free disk space.
+        UserError: Too little free disk space.
     """
     merged = dataclasses.replace(outline.config, adapters=None)
     _, _, shapes = assembly.abstract(merged, outline.architecture, "cpu", plain=plain)
@@ -85,7 +86,7 @@ def require_space(output: Path, outline: Outline, *, dtype: str, plain: bool) ->
     above = next(parent for parent in output.absolute().parents if parent.exists())
     free = shutil.disk_usage(above).free
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"{output} needs {needed / _GIGABYTE:.2f} GB of disk space, got"
             f" {free / _GIGABYTE:.2f} GB free. Nothing was written: make room, choose"
             " another disk, or --dtype bfloat16."
@@ -106,7 +107,7 @@ def write(
         plain: Leaves out the codes: the decoder alone, without z.
 
     Raises:
-        ValueError: The folder holds something, the tokenizer has no end of sequence or
+        UserError: The folder holds something, the tokenizer has no end of sequence or
             cannot be written, or weights are too large for float16.
     """
     latent = None if plain else system.params.get("latent")
@@ -134,7 +135,7 @@ def _special_tokens(system: System) -> dict[str, Any]:
     """Ids of BOS, of all tokens that end an answer, and of padding."""
     tokenizer = system.tokenizer
     if not isinstance(tokenizer.eos_token_id, int):
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {system.name} must have an EOS token to end answers, got"
             " none. Set eos_token in its tokenizer_config.json."
         )
@@ -180,12 +181,12 @@ def _require_same(system: System, partial: Path) -> None:
     """What was written beside the weights reads back as what it was.
 
     Raises:
-        ValueError: The tokenizer does not.
+        UserError: The tokenizer does not.
     """
     # The template is in the folder; a file that replaced the tokenizer's own too.
     again = tokenizers.load(partial, chat_template=None)
     if tokenizers.digest(again) != tokenizers.digest(system.tokenizer):
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {system.name} is another after save_pretrained (its"
             " digest differs), so that other tokens would be read. Nothing was"
             " exported: set model.tokenizer to a folder with tokenizer.json."
@@ -200,7 +201,7 @@ def require_codes(outline: Outline, asked: str) -> cfg.Latent:
         asked: The flag that asks.
 
     Raises:
-        ValueError: It has none.
+        UserError: It has none.
     """
     latent = outline.config.latent
     num_codes = None if latent is None else latent.num_codes

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from lpc_jax import axes, untrusted
 from lpc_jax.data import chat
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
 from lpc_jax.models.cached import Cache, CachedDecoder
@@ -67,7 +68,7 @@ class Sampling:
         """Refuses values that mean nothing.
 
         Raises:
-            ValueError: Naming the flag.
+            UserError: Naming the flag.
         """
         for name, holds, expected in (
             ("max-new-tokens", self.max_new_tokens >= 1, "at least 1"),
@@ -77,7 +78,7 @@ class Sampling:
         ):
             if not holds:
                 got = getattr(self, name.replace("-", "_"))
-                raise ValueError(f"--{name} must be {expected}, got {got:g}.")
+                raise UserError(f"--{name} must be {expected}, got {got:g}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +149,12 @@ class Generator:
         """Refuses prompts that leave no room for an answer.
 
         Raises:
-            ValueError: Naming the first of them.
+            UserError: Naming the first of them.
         """
         longest = self.system.architecture.context_length - 1
         for number, prompt in enumerate(prompts, start=1):
             if not 0 < len(prompt) <= longest:
-                raise ValueError(
+                raise UserError(
                     f"prompt {number} must have 1 to {longest} tokens, as the model's"
                     f" context has {longest + 1}, got {len(prompt)}. Shorten it."
                 )
@@ -180,7 +181,7 @@ class Generator:
             seed: Of tokens and of draws of z.
 
         Raises:
-            ValueError: A prompt that leaves no room.
+            UserError: A prompt that leaves no room.
         """
         self.require_room(prompts)
         found: dict[int, Completion] = {}
@@ -620,7 +621,7 @@ def end_tokens(system: System) -> tuple[int, ...]:
     with a chat template, what an answer's scored tokens end with in training.
 
     Raises:
-        ValueError: There is none, or a generation config that is broken.
+        UserError: There is none, or a generation config that is broken.
     """
     tokenizer = system.tokenizer
     named: list[Any] = [tokenizer.eos_token_id]
@@ -633,7 +634,7 @@ def end_tokens(system: System) -> tuple[int, ...]:
         try:
             said = untrusted.read_json(file, most=_LARGEST_CONFIG)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{file}: broken JSON ({untrusted.shown(error)}). Download it again."
             ) from error
         ends = said.get("eos_token_id") if isinstance(said, dict) else None
@@ -641,7 +642,7 @@ def end_tokens(system: System) -> tuple[int, ...]:
     vocabulary = system.architecture.vocabulary
     ends = {n for n in named if type(n) is int and 0 <= n < vocabulary}
     if not ends:
-        raise ValueError(
+        raise UserError(
             f"{system.name} must have a token that ends an answer, got none. Set"
             " eos_token in its tokenizer_config.json."
         )

@@ -15,6 +15,7 @@ import jinja2
 import numpy as np
 
 from lpc_jax import untrusted
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation.generate import Generator, Sampling
 from lpc_jax.evaluation.scoring import Ids, Request, Scorer
 from lpc_jax.evaluation.steering import Steering
@@ -49,7 +50,7 @@ class TextModel:
         cut: Requests whose context was cut at its start so far.
 
     Raises:
-        ValueError: A ``max_length`` that the model does not have, or a tokenizer with
+        UserError: A ``max_length`` that the model does not have, or a tokenizer with
             neither BOS nor EOS.
     """
 
@@ -63,7 +64,7 @@ class TextModel:
     ) -> None:
         longest = system.architecture.context_length
         if max_length is not None and not 2 <= max_length <= longest:
-            raise ValueError(
+            raise UserError(
                 f"--max-length must be from 2 to the model's {longest} positions, got"
                 f" {max_length}."
             )
@@ -111,7 +112,7 @@ class TextModel:
             continuation: What is scored.
 
         Raises:
-            ValueError: A continuation of no tokens, or too long for the model.
+            UserError: A continuation of no tokens, or too long for the model.
         """
         if not context:
             scored = self.encode(continuation, special=False)
@@ -134,7 +135,7 @@ class TextModel:
     ) -> Request:
         """Cut at its start to what the model can read."""
         if not scored or len(scored) + lead > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"a continuation must have 1 to {self.max_length} tokens, got"
                 f" {len(scored) + lead}: {untrusted.shown(repr(text))}. Only a context"
                 " can be cut: leave the task out, or raise --max-length."
@@ -156,7 +157,7 @@ class TextModel:
             done: Told how many more requests are answered; likewise below.
 
         Raises:
-            ValueError: As ``request``, before anything is computed.
+            UserError: As ``request``, before anything is computed.
         """
         requests = [self.request(*pair) for pair in pairs]
         scores = self._scorer.score(requests, done=done)
@@ -200,7 +201,7 @@ class TextModel:
             done: Told how many more requests are answered.
 
         Raises:
-            ValueError: As ``sampling``, before anything is computed.
+            UserError: As ``sampling``, before anything is computed.
         """
         groups: dict[tuple[Sampling, tuple[str, ...]], list[int]] = {}
         for number, (_, settings) in enumerate(asked):
@@ -234,12 +235,12 @@ class TextModel:
         """A task's generation settings as ours, and its stop strings.
 
         Raises:
-            ValueError: A setting that we do not have, or an answer that would take the
+            UserError: A setting that we do not have, or an answer that would take the
                 model's whole context.
         """
         unknown = sorted(set(settings) - {*_LENGTH_NAMES, *_SAMPLING_NAMES})
         if unknown:
-            raise ValueError(
+            raise UserError(
                 "a task's generation_kwargs may set"
                 f" {', '.join((*_LENGTH_NAMES, *_SAMPLING_NAMES))}, got also"
                 f" {', '.join(unknown)}. Leave the task out, or change it."
@@ -247,7 +248,7 @@ class TextModel:
         lengths = [settings[n] for n in _LENGTH_NAMES if settings.get(n) is not None]
         length = int(lengths[0]) if lengths else MAX_NEW_TOKENS
         if length >= self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"a task asks for answers of {length} tokens, expected less than the"
                 f" {self.max_length} that are read at a time. Raise --max-length, or"
                 " leave the task out."
@@ -279,7 +280,7 @@ class TextModel:
                 assistant's own, is left open to go on.
 
         Raises:
-            ValueError: The template refuses it.
+            UserError: The template refuses it.
         """
         try:
             return str(
@@ -291,7 +292,7 @@ class TextModel:
                 )
             )
         except jinja2.TemplateError as error:
-            raise ValueError(
+            raise UserError(
                 "--apply-chat-template: the model's chat template refuses a"
                 f" conversation with the roles {', '.join(m['role'] for m in messages)}"
                 f" ({untrusted.shown(error)}). Leave out --system-instruction if that"
@@ -326,7 +327,7 @@ def _prefix_token(system: System) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if isinstance(token, int):
             return token
-    raise ValueError(
+    raise UserError(
         f"{system.name}: the tokenizer must have a BOS or EOS token to stand before a"
         " text, got neither. Set one in its tokenizer_config.json."
     )

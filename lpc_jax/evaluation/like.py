@@ -54,7 +54,7 @@ def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
         name: Of that system.
 
     Raises:
-        ValueError: It has no codes, or the file no pair.
+        UserError: It has no codes, or the file no pair.
     """
     num_codes = None if latent is None else latent.num_codes
     require_codes(num_codes, f"--like {file}", name)
@@ -72,7 +72,7 @@ def steering(system: System, examples: Examples) -> Steering:
         examples: From ``read``.
 
     Raises:
-        ValueError: No example is left as tokens.
+        UserError: No example is left as tokens.
     """
     some, _ = pairs.tokenize(
         examples.found, system.tokenizer, examples.drops, data=system.config.data

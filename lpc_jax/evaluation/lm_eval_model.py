@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lpc_jax.data.tokenizer import TEMPLATE_REMEDY
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation import local_tasks
 from lpc_jax.evaluation.harness import TextModel
 
@@ -106,7 +107,7 @@ def load_tasks(
             fixes them to none keeps none.
 
     Raises:
-        ValueError: No such task, or its data cannot be had.
+        UserError: No such task, or its data cannot be had.
     """
     names = list(dict.fromkeys(names))
     if data is not None:
@@ -124,14 +125,14 @@ def load_tasks(
     if unknown:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else "See lm-eval ls tasks."
-        raise ValueError(
+        raise UserError(
             f"--tasks {','.join(unknown)}: expected tasks of lm-eval"
             f" {lm_eval.__version__}, got none of that name. {hint}"
         )
     try:
         return list(manager.load(names)["tasks"].values())
     except OSError as error:  # the hub's and datasets' own errors are of it
-        raise ValueError(
+        raise UserError(
             f"--tasks {','.join(names)}: the data cannot be had from the hub"
             f" ({str(error).splitlines()[0]:.200}). Check the connection, or name a"
             " folder of local files with --tasks-data."
@@ -147,7 +148,7 @@ def _local(
     shots = shots or 0
     rows = local_tasks.rows(name, folder)
     if shots >= len(rows):
-        raise ValueError(
+        raise UserError(
             f"--num-fewshot must be less than the {len(rows)} questions of"
             f" {local_tasks.FILES[name]}, of which examples are taken, got {shots}."
         )
@@ -172,11 +173,11 @@ def require(
     """Refuses what a system cannot be asked, before anything is computed.
 
     Raises:
-        ValueError: A chat template is asked for and there is none, or a task generates
+        UserError: A chat template is asked for and there is none, or a task generates
             with settings that we don't have.
     """
     if apply_chat_template and not model.tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"--apply-chat-template needs a chat template, got {model.system.name},"
             f" which has none. {TEMPLATE_REMEDY}"
         )
@@ -214,7 +215,7 @@ def run(
         ``samples`` with each request's log-likelihood, among others.
 
     Raises:
-        ValueError: As ``require``, or a request that the model cannot be asked.
+        UserError: As ``require``, or a request that the model cannot be asked.
     """
     require(model, tasks, apply_chat_template=apply_chat_template)
     found = evaluator.simple_evaluate(

@@ -12,6 +12,7 @@ from typing import Any
 
 from lpc_jax import sources
 from lpc_jax.data import examples
+from lpc_jax.errors import UserError
 
 Row = dict[str, Any]
 
@@ -28,25 +29,25 @@ def require(names: list[str], folder: Path) -> None:
     """Refuses what a folder has no data for.
 
     Raises:
-        ValueError: No such folder, a task that has no file here, or a file that is not
+        UserError: No such folder, a task that has no file here, or a file that is not
             there.
     """
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--tasks-data {folder}: expected a folder with"
             f" {', '.join(FILES.values())}, got no such folder. Check the path, or"
             " leave it out to load from the hub."
         )
     unknown = [name for name in names if name not in FILES]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"--tasks {','.join(unknown)}: with --tasks-data expected one of"
             f" {', '.join(FILES)}. Leave out --tasks-data to load other tasks from the"
             " hub."
         )
     missing = [FILES[n] for n in names if not (folder / FILES[n]).is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"--tasks-data {folder}: expected the files"
             f" {', '.join(FILES[name] for name in names)}, got none named"
             f" {', '.join(missing)}. Put them there, or leave those tasks out."
@@ -67,7 +68,7 @@ def rows(name: str, folder: Path) -> list[Row]:
         folder: With its file.
 
     Raises:
-        ValueError: A broken file or row, by line.
+        UserError: A broken file or row, by line.
     """
     file = folder / FILES[name]
     found = []
@@ -77,13 +78,13 @@ def rows(name: str, folder: Path) -> list[Row]:
         try:
             found.append(_FORMS[name](row))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{file.parent / origin}: expected a question of {name}, with the"
                 f" fields {_FIELDS[name]}, got another row ({error!r:.80}). Fetch the"
                 " file again."
             ) from error
     if not found:
-        raise ValueError(f"{file}: expected questions, got none. Fetch it again.")
+        raise UserError(f"{file}: expected questions, got none. Fetch it again.")
     return found
 
 

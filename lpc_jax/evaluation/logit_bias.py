@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, Int32
 
 from lpc_jax import untrusted
 from lpc_jax.data import chat, examples
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
 from lpc_jax.models.policy import Policy
@@ -88,16 +89,16 @@ def read_prompts(file: Path) -> list[list[dict[str, str]]]:
     """Conversations, of a file with {"prompt": TEXT or MESSAGES} a line.
 
     Raises:
-        ValueError: No such file, no prompts, or a line that is none.
+        UserError: No such file, no prompts, or a line that is none.
     """
     if not file.is_file():
-        raise ValueError(f"--bias {file}: no such file. Check the path.")
+        raise UserError(f"--bias {file}: no such file. Check the path.")
     prompts = []
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         if line.strip():
             prompts.append(_prompt(line, f"{file}:{number}"))
     if not prompts:
-        raise ValueError(f"{file} must have prompts, got none.")
+        raise UserError(f"{file} must have prompts, got none.")
     return prompts
 
 
@@ -105,7 +106,7 @@ def _prompt(line: bytes, origin: str) -> list[dict[str, str]]:
     try:
         row = untrusted.parse_json(line)
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{origin}: expected JSON, got {untrusted.shown(error)}. Mend or remove it."
         ) from error
     return examples.parse_prompt(row, origin=origin)
@@ -126,14 +127,14 @@ def write(
         output: The file, which takes its name when it is whole.
 
     Raises:
-        ValueError: A conversation that the chat template refuses, by its number.
+        UserError: A conversation that the chat template refuses, by its number.
     """
     ids = []
     for number, prompt in enumerate(prompts, start=1):
         try:
             ids.append(chat.encode_prompt(prompt, system.tokenizer))
-        except ValueError as error:
-            raise ValueError(f"prompt {number}: {error}") from error
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}") from error
     with jax.set_mesh(system.mesh):
         codebook = system.params["latent"]["codebook"]
         biases = code_bias(codebook, system.policy.decoder.head_weight)

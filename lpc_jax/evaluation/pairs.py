@@ -26,6 +26,7 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops, Report
 from lpc_jax.data.tokenizer import Tokenizer
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
 from lpc_jax.models import weights
@@ -133,7 +134,7 @@ def read(
         The pairs, ``index`` their place in the list, and rows that hold none.
 
     Raises:
-        ValueError: Data that cannot be had or read, or that holds no pair.
+        UserError: Data that cannot be had or read, or that holds no pair.
     """
     found: list[PreferenceExample] = []
     drops = Drops.count([])
@@ -178,7 +179,7 @@ def tokenize(
         data: Lengths and truncation.
 
     Raises:
-        ValueError: As ``chat.tokenize``.
+        UserError: As ``chat.tokenize``.
     """
     return chat.tokenize(
         some,
@@ -226,7 +227,7 @@ def score(
         on_progress: Told how many pairs are done.
 
     Raises:
-        ValueError: The system gives an answer no finite log-probability.
+        UserError: The system gives an answer no finite log-probability.
     """
     assert (steering is None) == (system.latent is None)
     program = _program(system, steering, seed)
@@ -246,7 +247,7 @@ def score(
                 on_progress(done)
     bad = int(np.sum(~np.isfinite(found).all(axis=1)))
     if bad:
-        raise ValueError(
+        raise UserError(
             f"{system.name} must give every answer a finite log-probability, got nan or"
             f" inf on {bad} of {len(some)} pairs. Check its weights, or compute in"
             " float32."
@@ -304,7 +305,7 @@ def with_states(
     """Pairs with the decoder's hidden states where a run has kept them, else as given.
 
     Raises:
-        ValueError: As ``HiddenStates``.
+        UserError: As ``HiddenStates``.
     """
     config, mesh = system.config, system.mesh
     if config.decoder != "frozen":

@@ -20,6 +20,7 @@ from lpc_jax import untrusted
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation import bootstrap, like, pairs
 from lpc_jax.evaluation.bootstrap import Estimate
 from lpc_jax.evaluation.like import By
@@ -87,7 +88,7 @@ def measure(
         on_progress: Told how many pairs were ranked, and of how many.
 
     Raises:
-        ValueError: Fewer than two readers, or one with too few examples.
+        UserError: Fewer than two readers, or one with too few examples.
     """
     known, judged = (
         pairs.tokenize(some, system.tokenizer, drops, data=system.config.data)[0]
@@ -148,13 +149,13 @@ def without_codes(
 
 def _require(names: list[str], known_by: np.ndarray, count: int) -> None:
     if len(names) < 2:
-        raise ValueError(
+        raise UserError(
             f"--like-own {count} compares readers, expected at least two users or"
             f" sources among the pairs, got {', '.join(names) or 'none'}."
         )
     few = [name for name in names if np.sum(known_by == name) < count]
     if few:
-        raise ValueError(
+        raise UserError(
             f"--like-own {count} needs {count} training pairs of every reader, got"
             f" {int(np.sum(known_by == few[0]))} of {few[0]!r}. Ask for fewer, or name"
             " a file of examples with --like."

@@ -11,6 +11,7 @@ from typing import Literal
 
 from lpc_jax import config as cfg
 from lpc_jax import objective
+from lpc_jax.errors import UserError
 from lpc_jax.models.latent import Steering
 
 # A mix given by hand must sum to 1 within this.
@@ -34,7 +35,7 @@ def code(text: str, num_codes: int) -> Steering:
     """All weight on one code, as ``--code 7`` asks for.
 
     Raises:
-        ValueError: It is no code.
+        UserError: It is no code.
     """
     return Steering("mix", ((_code(text, num_codes, f"--code {text}"), 1.0),))
 
@@ -43,7 +44,7 @@ def mix(text: str, num_codes: int) -> Steering:
     """Weights of some codes, as ``--mix 3:0.7,12:0.3`` asks for.
 
     Raises:
-        ValueError: Something that is no code or no weight, a code twice, or weights
+        UserError: Something that is no code or no weight, a code twice, or weights
             that don't sum to 1.
     """
     said = f"--mix {text}"
@@ -56,16 +57,16 @@ def mix(text: str, num_codes: int) -> Steering:
         except ValueError:
             value = math.nan
         if not colon or not 0 <= value <= 1:
-            raise ValueError(
+            raise UserError(
                 f"{said}: expected CODE:WEIGHT with a weight in [0, 1], got {part!r}."
                 " Write it as 3:0.7,12:0.3."
             )
         if index in found:
-            raise ValueError(f"{said}: code {index} is there twice. Give it once.")
+            raise UserError(f"{said}: code {index} is there twice. Give it once.")
         found[index] = value
     total = sum(found.values())
     if abs(total - 1) > _TOLERANCE:
-        raise ValueError(
+        raise UserError(
             f"{said}: the weights must sum to 1, got {total:g}. z is a convex mix of"
             " codes."
         )
@@ -74,7 +75,7 @@ def mix(text: str, num_codes: int) -> Steering:
 
 def _code(text: str, num_codes: int, said: str) -> int:
     if not text.isdecimal() or int(text) >= num_codes:
-        raise ValueError(
+        raise UserError(
             f"{said}: expected a code from 0 to {num_codes - 1}, got {text!r}."
         )
     return int(text)
@@ -89,10 +90,10 @@ def require_codes(num_codes: int | None, asked: str, name: str) -> int:
         name: Of the system.
 
     Raises:
-        ValueError: It has none.
+        UserError: It has none.
     """
     if num_codes is None:
-        raise ValueError(
+        raise UserError(
             f"{asked} needs codes, got {name}, which has none (latent=None or a plain"
             " model). Leave it out, or name an LPC run."
         )
@@ -116,7 +117,7 @@ def choose(
         name: Of the system.
 
     Raises:
-        ValueError: Codes of a system without any, an unknown one, a mix that is none.
+        UserError: Codes of a system without any, an unknown one, a mix that is none.
     """
     flags = {"z": how, "code": one, "mix": several}
     flag = next((f"--{f} {v}" for f, v in flags.items() if v is not None), None)

@@ -21,6 +21,7 @@ from lpc_jax import assembly, checkpoint, sharding, sources, untrusted
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
+from lpc_jax.errors import UserError
 from lpc_jax.models import adapters, policy, weights
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models.architectures import Architecture
@@ -107,14 +108,14 @@ def outline(
         hub: As ``load``.
 
     Raises:
-        ValueError: No such model or run.
+        UserError: No such model or run.
         checkpoint.DamagedError: The checkpoint is not what was saved.
     """
     run = Path(path).expanduser()
     if (run / CHECKPOINTS).is_dir():
         return _outline_run(run, step, model or {})
     if step != "latest":
-        raise ValueError(
+        raise UserError(
             f"--step {step} is of a run's checkpoints, got the model {path!r}. Leave it"
             " out, or name a run folder."
         )
@@ -157,7 +158,7 @@ def load(
         hub: When a download fails.
 
     Raises:
-        ValueError: No such model or run, or one that cannot be read.
+        UserError: No such model or run, or one that cannot be read.
         checkpoint.DamagedError: The checkpoint is not what was saved.
     """
     found = outline(path, step=step, model=model, hub=hub)
@@ -180,23 +181,23 @@ def _latent_of(section: dict[str, Any], found: Path) -> cfg.Latent:
     """Settings of an exported latent.
 
     Raises:
-        ValueError: They are none.
+        UserError: They are none.
     """
     settings = section.get("settings")
     try:
         if not isinstance(settings, dict):
-            raise ValueError("lpc.settings must be an object.")
+            raise UserError("lpc.settings must be an object.")
         latent = cfg.Latent(**settings)
         sizes = {"num_codes": latent.num_codes, "hidden_width": latent.hidden_width}
         for name, value in sizes.items():
             # A width that is left to the model is written down in the section alone.
             if value is not None and section.get(name) != value:
-                raise ValueError(
+                raise UserError(
                     f"lpc.{name} and lpc.settings.{name} must be equal, got"
                     f" {section.get(name)!r} and {value!r}."
                 )
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{found}: the lpc section of its config.json is not one that an export"
             f" writes ({untrusted.shown(error)}). Export the folder again."
         ) from error
@@ -340,7 +341,7 @@ def _outline_run(run: Path, step: str, model: Mapping[str, Any]) -> Outline:
     meta = reader.meta(number)
     config = cfg.from_flat(meta["settings"])
     if "revision" in model:
-        raise ValueError(
+        raise UserError(
             f"--revision {model['revision']} is of a hub id, got the run {run}, which"
             " has its own. Leave it out."
         )
@@ -380,7 +381,7 @@ def _load_run(
 
 def _require_weights(found: Path, meta: dict[str, Any], run: Path) -> None:
     if weights.digest(found) != meta["weights_digest"]:
-        raise ValueError(
+        raise UserError(
             f"{found} must hold the weights that {run} was trained over, got others"
             " (their digest differs). Put those back."
         )

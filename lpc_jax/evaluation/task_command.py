@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation.harness import TextModel
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
@@ -65,15 +66,15 @@ def load(arguments: argparse.Namespace) -> list[Any]:
     """The tasks that are asked for, before a model is loaded.
 
     Raises:
-        ValueError: The harness is not installed, a number is out of range, no such
+        UserError: The harness is not installed, a number is out of range, no such
             task, or its data cannot be had.
     """
     shots = arguments.num_fewshot
     if shots is not None and shots < 0:
-        raise ValueError(f"--num-fewshot must be at least 0, got {shots}.")
+        raise UserError(f"--num-fewshot must be at least 0, got {shots}.")
     names = [name.strip() for name in arguments.tasks.split(",")]
     if not all(names):
-        raise ValueError(
+        raise UserError(
             f"--tasks must be names with commas between, got {arguments.tasks!r}."
             " Write them as arc_easy,gsm8k."
         )
@@ -88,7 +89,7 @@ def _harness() -> types.ModuleType:
     except ModuleNotFoundError as error:
         if error.name != _PACKAGE:  # it is there, but something that it needs is not
             raise
-        raise ValueError(
+        raise UserError(
             f"--tasks needs the package {_PACKAGE}, and that is not installed. Run: pip"
             " install 'lpc-jax[eval]'."
         ) from error
@@ -120,7 +121,7 @@ def main(
         What a file of them holds, as JSON can with ``default=float``.
 
     Raises:
-        ValueError: What the system cannot be asked.
+        UserError: What the system cannot be asked.
     """
     start = time.monotonic()
     model = TextModel(

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lpc_jax import untrusted
+from lpc_jax.errors import UserError
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 # With a latent over it, as lpc_jax/exported/modeling_lpc.py has them.
@@ -132,10 +133,10 @@ def size(value: Any, name: str, origin: str, *, most: int = LARGEST_SIZE) -> int
         most: The largest that is believed.
 
     Raises:
-        ValueError: It is none.
+        UserError: It is none.
     """
     if type(value) is not int or not 1 <= value <= most:
-        raise ValueError(
+        raise UserError(
             f"{origin}: {name} must be a whole number from 1 to {most:,}, got"
             f" {value!r:.80}. Download it again."
         )
@@ -151,10 +152,10 @@ def positive(value: Any, name: str, origin: str) -> float:
         origin: The file's, for messages.
 
     Raises:
-        ValueError: It is none.
+        UserError: It is none.
     """
     if type(value) not in (int, float) or not 0 < value <= _LARGEST_NUMBER:
-        raise ValueError(
+        raise UserError(
             f"{origin}: {name} must be a number above 0 and at most"
             f" {_LARGEST_NUMBER:g}, got {value!r:.80}. Download it again."
         )
@@ -165,11 +166,11 @@ def head_width(given: Any, *, width: int, heads: int, name: str, origin: str) ->
     """H: as given, or the width shared out; RoPE turns its elements in pairs.
 
     Raises:
-        ValueError: No even number above 0.
+        UserError: No even number above 0.
     """
     found = size(width // heads if given is None else given, name, origin)
     if found % 2:
-        raise ValueError(
+        raise UserError(
             f"{origin}: {name} must be even, got {found}. The decoder does not compute"
             " this variant."
         )
@@ -251,7 +252,7 @@ def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | 
     for field in ("rope_parameters", "rope_scaling"):
         given = config.get(field) or {}
         if not isinstance(given, Mapping):
-            raise ValueError(
+            raise UserError(
                 f"{origin}: {field} must be an object or null, got {given!r:.80}."
                 " Download it again."
             )
@@ -261,12 +262,12 @@ def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | 
     kind = parameters.pop("rope_type", parameters.pop("type", "default"))
     parameters.pop("type", None)
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-        raise ValueError(
+        raise UserError(
             f"{origin}: rope type must be one of {sorted(_ROPE_FIELDS)}, got"
             f" {kind!r:.80}. This scaling is not implemented."
         )
     if set(parameters) != _ROPE_FIELDS[kind]:
-        raise ValueError(
+        raise UserError(
             f"{origin}: rope type {kind!r} takes {sorted(_ROPE_FIELDS[kind])}, got"
             f" {untrusted.shown(sorted(parameters))}."
         )
@@ -292,25 +293,25 @@ def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
         origin: Its path, for messages.
 
     Raises:
-        ValueError: An unknown architecture, a field with a value that the decoder
+        UserError: An unknown architecture, a field with a value that the decoder
             does not compute, or a field missing, by name.
     """
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     families = FAMILIES | LPC_FAMILIES
     if not isinstance(name, str) or name not in families:
-        raise ValueError(
+        raise UserError(
             f"{origin}: architectures[0] must be one of {sorted(FAMILIES)}, got"
             f" {name!r:.80}. Other families are not implemented."
         )
     for field, expected in _REQUIRED_VALUES.items():
         if config.get(field) not in (None, expected):
-            raise ValueError(
+            raise UserError(
                 f"{origin}: {field} must be {expected!r}, got {config[field]!r:.80}."
                 " The decoder does not compute this variant."
             )
     if config.get("quantization_config") is not None:
-        raise ValueError(
+        raise UserError(
             f"{origin}: quantization_config must be absent. Use the model's"
             " unquantised safetensors, or a GGUF file."
         )
@@ -324,7 +325,7 @@ def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
     )
     missing = [field for field in required if config.get(field) is None]
     if missing:
-        raise ValueError(f"{origin}: missing fields {missing}.")
+        raise UserError(f"{origin}: missing fields {missing}.")
     theta, scaling = _rope(config, origin)
     family = families[name]
     defaults = _DEFAULTS[family]
@@ -340,13 +341,13 @@ def from_hf_config(config: Mapping[str, Any], origin: str) -> Architecture:
     kv_heads = or_default("num_key_value_heads", defaults["num_key_value_heads"])
     kv_heads = kv_heads or heads
     if heads % kv_heads:
-        raise ValueError(
+        raise UserError(
             f"{origin}: num_attention_heads = {heads} must be a multiple of"
             f" num_key_value_heads = {kv_heads}."
         )
     tied = config.get("tie_word_embeddings")
     if tied is not None and not isinstance(tied, bool):
-        raise ValueError(
+        raise UserError(
             f"{origin}: tie_word_embeddings must be true or false, got {tied!r:.80}."
             " Download it again."
         )

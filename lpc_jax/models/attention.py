@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from lpc_jax import axes
+from lpc_jax.errors import UserError
 from lpc_jax.models import block_attention, splash
 
 # xla: scores of whole rows under a mask. blocks: the CPU's, a block at a time. splash:
@@ -32,20 +33,20 @@ def choose(backend: str, platform: str, *, row_unit: int) -> str:
         row_unit: Of which every row length is a multiple.
 
     Raises:
-        ValueError: An unknown backend, or one that cannot run there.
+        UserError: An unknown backend, or one that cannot run there.
     """
     if backend not in ("auto", *BACKENDS):
         options = " or ".join(map(repr, ("auto", *BACKENDS)))
-        raise ValueError(f"model.attention must be {options}, got {backend!r}.")
+        raise UserError(f"model.attention must be {options}, got {backend!r}.")
     whole = row_unit % splash.UNIT == 0
     if backend == "splash" and not (platform == "tpu" and whole):
-        raise ValueError(
+        raise UserError(
             "model.attention='splash' needs a TPU and a packing.row_length that is a"
             f" multiple of {splash.UNIT}, got a {platform} and multiples of {row_unit}."
             " Use 'auto'."
         )
     if backend == "cudnn" and platform != "gpu":
-        raise ValueError(
+        raise UserError(
             f"model.attention='cudnn' needs a GPU, got a {platform}. Use 'auto'."
         )
     if backend != "auto":

@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from jaxtyping import Float, Float32
 
 from lpc_jax import untrusted
+from lpc_jax.errors import UserError
 from lpc_jax.models.architectures import (
     LARGEST_SIZE,
     MOST_LAYERS,
@@ -86,14 +87,14 @@ class Tensor:
         """Its values.
 
         Raises:
-            ValueError: A block format that the gguf package cannot read.
+            UserError: A block format that the gguf package cannot read.
         """
         raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.bytes,))
         rows = np.asarray(raw).reshape(*self.shape[:-1], -1)
         try:
             return gguf.dequantize(rows, self.kind)
         except NotImplementedError as e:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: block format {self.kind.name} cannot be dequantised by"
                 f" the gguf package ({untrusted.shown(e)}). Use a Q4_1, Q8_0, F16 or"
                 " F32 file."
@@ -102,7 +103,7 @@ class Tensor:
 
 def _check_size(path: Path, expected: int, actual: int) -> None:
     if actual < expected:
-        raise ValueError(
+        raise UserError(
             f"{path}: truncated GGUF file: expected at least {expected} bytes, got"
             f" {actual}. Download it again."
         )
@@ -150,7 +151,7 @@ class _Cursor:
         if kind in _SCALARS:
             return self.number(_SCALARS[GGUFValueType(kind)])
         if kind != GGUFValueType.ARRAY:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: broken GGUF header: {kind} is no value type. Download"
                 " it again."
             )
@@ -160,7 +161,7 @@ class _Cursor:
         elif item == GGUFValueType.STRING:
             self.skip_texts(count)
         else:  # lists of lists, which no model has and which could nest without end
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: broken GGUF header: expected lists of numbers or texts,"
                 f" got value type {item}. Download it again."
             )
@@ -186,7 +187,7 @@ def read_header(path: Path) -> File:
     """Metadata and tensors of a file; no tensor's data is read.
 
     Raises:
-        ValueError: Not a little-endian GGUF file of version 2 or 3, one of several
+        UserError: Not a little-endian GGUF file of version 2 or 3, one of several
             splits, cut, or broken.
     """
     _check_size(path, len(_MAGIC), path.stat().st_size)
@@ -197,7 +198,7 @@ def read_header(path: Path) -> File:
         cursor = _Cursor(path, data)
         magic, version = cursor.take(len(_MAGIC)), cursor.number("I")
         if magic != _MAGIC or version not in _VERSIONS:
-            raise ValueError(
+            raise UserError(
                 f"{path}: expected a little-endian GGUF file of version 2 or 3, got"
                 f" magic {magic!r} and version {version}. Download it again."
             )
@@ -210,7 +211,7 @@ def read_header(path: Path) -> File:
         for _ in range(tensor_count):
             name, axes = cursor.text(), cursor.number("I")
             if axes > _MOST_AXES:
-                raise ValueError(
+                raise UserError(
                     f"{path}: broken GGUF header: {untrusted.shown(name)} must"
                     f" have at most {_MOST_AXES} axes, got {axes}. Download it again."
                 )
@@ -221,7 +222,7 @@ def read_header(path: Path) -> File:
         start = -(-cursor.offset // alignment) * alignment
         held = len(data)
     if metadata.get("split.count", 1) not in (0, 1):
-        raise ValueError(
+        raise UserError(
             f"{path}: expected one file, got one of"
             f" {untrusted.shown(metadata['split.count'])} splits. Join them:"
             " llama-gguf-split --merge FIRST_FILE OUTPUT_FILE"
@@ -232,17 +233,17 @@ def read_header(path: Path) -> File:
         try:
             block = GGMLQuantizationType(kind)
         except ValueError as e:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {shown} has block format {kind}, unknown to the gguf package."
                 " Use a Q4_1, Q8_0, F16 or F32 file."
             ) from e
         if name in tensors:
-            raise ValueError(
+            raise UserError(
                 f"{path}: broken GGUF header: {shown} is there twice. Download it"
                 " again."
             )
         if (shape or (1,))[-1] % gguf.GGML_QUANT_SIZES[block][0]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: broken GGUF header: {shown} of shape {list(shape)} does"
                 f" not divide into blocks of {block.name}. Download it again."
             )
@@ -262,7 +263,7 @@ def _llama3_scaling(
     if expected.shape != factors.shape or not np.allclose(
         expected, factors, rtol=_ROPE_TOLERANCE
     ):
-        raise ValueError(
+        raise UserError(
             f"{path}: {ROPE_FACTORS} must be Llama 3.1's stretch by some factor with"
             f" {_LLAMA3}, got factors from {factors.min():g} to {factors.max():g} of"
             " another rule. Use the model's safetensors folder."
@@ -273,7 +274,7 @@ def _llama3_scaling(
 def _number(file: File, key: str, default: int | float | None = None) -> Any:
     value = file.metadata.get(f"{FAMILY}.{key}", default)
     if value is None:
-        raise ValueError(
+        raise UserError(
             f"{file.path}: {FAMILY}.{key} must be one number, got none or a list."
         )
     return value
@@ -299,7 +300,7 @@ def _scaling(file: File, plain: Architecture) -> RopeScaling | None:
     if kind == "linear" and ROPE_FACTORS not in file.tensors:
         return RopeScaling(kind="linear", factor=_positive(file, "rope.scaling.factor"))
     if kind != "none":
-        raise ValueError(
+        raise UserError(
             f"{file.path}: {FAMILY}.rope.scaling.type must be none, or linear without"
             f" {ROPE_FACTORS}, got {kind!r:.80}. This scaling is not implemented."
         )
@@ -310,13 +311,13 @@ def architecture(file: File) -> Architecture:
     """The architecture that a file's metadata describes.
 
     Raises:
-        ValueError: Another family than llama, a field missing, or a variant that the
+        UserError: Another family than llama, a field missing, or a variant that the
             decoder does not compute, by name.
     """
     path, metadata = file.path, file.metadata
     name = metadata.get("general.architecture")
     if name != FAMILY:
-        raise ValueError(
+        raise UserError(
             f"{path}: general.architecture must be {FAMILY!r}, got {name!r:.80}. Other"
             " families are not implemented."
         )
@@ -325,7 +326,7 @@ def architecture(file: File) -> Architecture:
     heads = _size(file, "attention.head_count")
     kv_heads = _size(file, "attention.head_count_kv", heads)
     if heads % kv_heads:
-        raise ValueError(
+        raise UserError(
             f"{path}: {FAMILY}.attention.head_count = {heads} must be a multiple of"
             f" {FAMILY}.attention.head_count_kv = {kv_heads}. Download it again."
         )
@@ -345,12 +346,12 @@ def architecture(file: File) -> Architecture:
     }.items():
         got = metadata.get(f"{FAMILY}.{key}", expected)
         if got != expected:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {FAMILY}.{key} must be {expected}, got {got!r:.80}. The"
                 " decoder does not compute this variant."
             )
     if "token_embd.weight" not in file.tensors:
-        raise ValueError(f"{path}: expected token_embd.weight among the tensors.")
+        raise UserError(f"{path}: expected token_embd.weight among the tensors.")
     window = metadata.get(f"{FAMILY}.attention.sliding_window")
     if window is not None:
         window = _size(file, "attention.sliding_window")

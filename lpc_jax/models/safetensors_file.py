@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from lpc_jax import untrusted
+from lpc_jax.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,11 +75,11 @@ def _object(read: Callable[[], Any], path: Path, what: str) -> dict[str, Any]:
     try:
         parsed = read()
     except ValueError as e:  # JSON, UTF-8, or out of bounds
-        raise ValueError(
+        raise UserError(
             f"{path}: broken {what} ({untrusted.shown(e)}). Download it again."
         ) from e
     if not isinstance(parsed, dict):
-        raise ValueError(f"{path}: {what} must be a JSON object. Download it again.")
+        raise UserError(f"{path}: {what} must be a JSON object. Download it again.")
     return parsed
 
 
@@ -89,12 +90,12 @@ def _check_length(path: Path, first: bytes) -> None:
         return
     kinds = [kind for start, kind in _OTHER_FORMATS.items() if first.startswith(start)]
     if kinds:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected a safetensors file, got {kinds[0]}. It is not read,"
             " because a pickle can run code: convert it with transformers'"
             " save_pretrained, and name a GGUF file itself."
         )
-    raise ValueError(
+    raise UserError(
         f"{path}: broken safetensors header: at most {_LONGEST_HEADER:,} bytes long,"
         f" got {length:,}. Download it again."
     )
@@ -102,7 +103,7 @@ def _check_length(path: Path, first: bytes) -> None:
 
 def _check_size(path: Path, expected: int, actual: int) -> None:
     if actual < expected:
-        raise ValueError(
+        raise UserError(
             f"{path}: truncated safetensors file: expected {expected} bytes, got"
             f" {actual}. Download it again."
         )
@@ -112,7 +113,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, by name; no data is read.
 
     Raises:
-        ValueError: The file is cut, its header broken, or an element type is not one
+        UserError: The file is cut, its header broken, or an element type is not one
             of a language model's weights.
     """
     size = path.stat().st_size
@@ -120,7 +121,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         first = file.read(_LENGTH.size)
         if first == _LFS_POINTER:
-            raise ValueError(
+            raise UserError(
                 f"{path}: expected a safetensors file, got a Git LFS pointer to one."
                 " Fetch it: git lfs pull"
             )
@@ -137,19 +138,19 @@ def read_header(path: Path) -> dict[str, Tensor]:
         try:
             kind, shape, first, last = _entry(entry)
         except (TypeError, KeyError, ValueError) as e:
-            raise ValueError(
+            raise UserError(
                 f"{path}: broken safetensors header: the entry of {shown} is"
                 f" {untrusted.shown(entry)}. Download it again."
             ) from e
         if kind not in _DTYPES:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {shown} must be of type {', '.join(sorted(_DTYPES))}, got"
                 f" {untrusted.shown(kind)}. Use the model's unquantised weights."
             )
         dtype = _DTYPES[kind]
         expected = math.prod(shape) * dtype.itemsize
         if last - first != expected:
-            raise ValueError(
+            raise UserError(
                 f"{path}: broken safetensors header: {shown} of shape {list(shape)} and"
                 f" type {kind} takes {expected} bytes, got {last - first}. Download it"
                 " again."
@@ -160,7 +161,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     end = 0
     for first, last, name in [*sorted(spans), (size - start, 0, "nothing more")]:
         if first != end:
-            raise ValueError(
+            raise UserError(
                 f"{path}: broken safetensors header: tensors must lie one after the"
                 f" other and fill the file, got {name} at byte {first} after the"
                 f" end of the one before at {end}. Download it again."
@@ -189,7 +190,7 @@ def files(folder: Path) -> list[Path]:
     """The weight files of a Hugging Face folder, sorted.
 
     Raises:
-        ValueError: There are none, or the index names one that is not there.
+        UserError: There are none, or the index names one that is not there.
     """
     single = untrusted.own_file(folder, SINGLE)
     if single is not None:
@@ -201,7 +202,7 @@ def files(folder: Path) -> list[Path]:
             for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf", "*.safetensors")
             for entry in folder.glob(pattern)
         )
-        raise ValueError(
+        raise UserError(
             f"{folder} must hold {SINGLE} or {INDEX}, got {others or 'no weights'}."
             " Pickled weights are not read, because a pickle can run code: convert"
             " them with transformers' save_pretrained. A GGUF file is named itself,"
@@ -212,7 +213,7 @@ def files(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) for name in weight_map.values()
     ):
-        raise ValueError(
+        raise UserError(
             f"{index}: weight_map must say the file of each tensor. Download it again."
         )
     found = {
@@ -221,7 +222,7 @@ def files(folder: Path) -> list[Path]:
     }
     missing = [name for name, shard in found.items() if shard is None]
     if missing or not found:
-        raise ValueError(
+        raise UserError(
             f"{index}: expected {len(found)} shards, missing"
             f" {untrusted.shown(missing)}. Download them again."
         )
@@ -232,13 +233,13 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     """The tensors of a Hugging Face folder, by name; no data is read.
 
     Raises:
-        ValueError: As ``files`` and ``read_header``; or one tensor is in two shards.
+        UserError: As ``files`` and ``read_header``; or one tensor is in two shards.
     """
     tensors: dict[str, Tensor] = {}
     for file in files(folder):
         for name, tensor in read_header(file).items():
             if name in tensors:
-                raise ValueError(
+                raise UserError(
                     f"{file}: {untrusted.shown(name)} is in"
                     f" {tensors[name].path.name} too. Download the folder again."
                 )
@@ -265,7 +266,7 @@ def _cast(
     with np.errstate(over="ignore"):  # told below
         cast = np.ascontiguousarray(tensor, dtype)
     if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(tensor).any():
-        raise ValueError(
+        raise UserError(
             f"{name} must have elements that float16 can hold, up to"
             f" {np.finfo(dtype).max:g}, got larger ones. Choose bfloat16 or float32."
         )
@@ -290,13 +291,13 @@ def write_folder(
         shard_bytes: Above this, tensors are spread over shards with an index.
 
     Raises:
-        ValueError: A dtype that is not one of the three, or a tensor with elements
+        UserError: A dtype that is not one of the three, or a tensor with elements
             too large for it.
     """
     dtypes = {name: dtype_of(name) for name in shapes}
     for dtype in dtypes.values():
         if dtype not in _NAMES:
-            raise ValueError(
+            raise UserError(
                 f"dtype must be one of {sorted(str(d) for d in _NAMES)}, got {dtype}."
             )
     sizes = {

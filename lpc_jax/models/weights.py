@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
 from lpc_jax import sources, untrusted
+from lpc_jax.errors import UserError
 from lpc_jax.models import architectures, gguf_file, safetensors_file
 from lpc_jax.models.architectures import Architecture
 
@@ -191,7 +192,7 @@ def find(
         retry: When a download fails.
 
     Raises:
-        ValueError: In one line, what is missing and how to get it.
+        UserError: In one line, what is missing and how to get it.
     """
     return sources.resolve(
         path,
@@ -206,7 +207,7 @@ def read_architecture(path: Path) -> Architecture:
     """The architecture of a Hugging Face folder or a GGUF file.
 
     Raises:
-        ValueError: Neither of the two, a broken file, or a model that the decoder
+        UserError: Neither of the two, a broken file, or a model that the decoder
             does not compute.
     """
     if _is_gguf(path):
@@ -225,7 +226,7 @@ def read_latent_section(path: Path) -> dict[str, Any] | None:
         Its ``lpc`` section, not looked into; None for a plain model.
 
     Raises:
-        ValueError: There is no such section where there must be one.
+        UserError: There is no such section where there must be one.
     """
     if _is_gguf(path):
         return None
@@ -234,7 +235,7 @@ def read_latent_section(path: Path) -> dict[str, Any] | None:
         return None
     section = fields.get("lpc")
     if not isinstance(section, dict):
-        raise ValueError(
+        raise UserError(
             f"{config}: lpc must be an object with the settings of the latent, got"
             f" {untrusted.shown(section)}. Export the folder again."
         )
@@ -244,18 +245,18 @@ def read_latent_section(path: Path) -> dict[str, Any] | None:
 def _read_config(path: Path) -> tuple[dict[str, Any], Path]:
     config = untrusted.own_file(path, _CONFIG)
     if config is None:
-        raise ValueError(
+        raise UserError(
             f"{path}: expected a folder with {_CONFIG}, or a file ending in {_GGUF}."
             " Check the path."
         )
     try:
         fields = untrusted.read_json(config, most=_LARGEST_CONFIG)
     except ValueError as e:
-        raise ValueError(
+        raise UserError(
             f"{config}: broken JSON ({untrusted.shown(e)}). Download it again."
         ) from e
     if not isinstance(fields, dict):
-        raise ValueError(f"{config} must be a JSON object. Download it again.")
+        raise UserError(f"{config} must be a JSON object. Download it again.")
     return fields, config
 
 
@@ -353,7 +354,7 @@ def _check_table(
         if name in found and found[name] != shape
     ]
     if missing or unexpected or misshaped:
-        raise ValueError(
+        raise UserError(
             f"{origin}\n  missing: {_shown(missing)}\n  unexpected:"
             f" {_shown(unexpected)}\n  of another shape: {_shown(misshaped)}\n{remedy}"
         )
@@ -483,7 +484,7 @@ def check(
         latent: Of an exported LPC folder.
 
     Raises:
-        ValueError: As ``load``.
+        UserError: As ``load``.
     """
     _open(path, architecture, latent)
 
@@ -512,7 +513,7 @@ def load(
         Nested dict; leaves of blocks are stacked on a leading L axis.
 
     Raises:
-        ValueError: A cut or broken file, or tensors missing, unexpected or of another
+        UserError: A cut or broken file, or tensors missing, unexpected or of another
             shape; all three lists are in the message.
     """
     keys, tensors = _open(path, architecture, latent)
@@ -540,7 +541,7 @@ def load_latent(
         sharding_of: From a leaf's path, such as ``prior_mlp/hidden_kernel``.
 
     Raises:
-        ValueError: As ``load``.
+        UserError: As ``load``.
     """
     _, tensors = _open(path, architecture, latent)
     sizes, dtype = _sizes(architecture, latent), np.dtype(np.float32)
@@ -571,10 +572,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         folder: Where to; must not exist, or be empty.
 
     Raises:
-        ValueError: The folder holds something.
+        UserError: The folder holds something.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} must be new or empty. Choose another folder.")
+        raise UserError(f"{folder} must be new or empty. Choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -606,7 +607,7 @@ def save(
         shard_bytes: Above this the weights are spread over several files.
 
     Raises:
-        ValueError: The folder holds something, the parameters are not those of the
+        UserError: The folder holds something, the parameters are not those of the
             architecture, or the dtype is another.
     """
     with new_folder(folder) as partial:
@@ -649,7 +650,7 @@ def write(
         shard_bytes: Above this the weights are spread over several files.
 
     Raises:
-        ValueError: As ``save``, and for elements too large for float16.
+        UserError: As ``save``, and for elements too large for float16.
     """
     keys = _keys(KEYS[architecture.family], architecture)
     sizes, leaves = _sizes(architecture), dict(_flat(decoder))

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from lpc_jax import assembly, objective, sharding, sources
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
+from lpc_jax.errors import UserError
 from lpc_jax.models import architectures, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.training import optimizer as optimizers
@@ -49,7 +50,7 @@ def find_architecture(config: cfg.Config) -> Architecture:
     """The model's numbers, without its weights.
 
     Raises:
-        ValueError: A hub id that is not here and not among ``architectures.KNOWN``.
+        UserError: A hub id that is not here and not among ``architectures.KNOWN``.
     """
     path = config.model.path
     if not sources.is_hub_id(path):
@@ -58,7 +59,7 @@ def find_architecture(config: cfg.Config) -> Architecture:
         )
         return weights.read_architecture(found)
     if path not in architectures.KNOWN:
-        raise ValueError(
+        raise UserError(
             f"model.path must be a local folder or one of"
             f" {', '.join(sorted(architectures.KNOWN))}, got {path!r}. A plan downloads"
             " nothing: pass --model.path FOLDER with the model's config.json in it."
@@ -70,10 +71,10 @@ def devices(topology: str) -> tuple[Any, ...]:
     """Those of a TPU slice, to compile for; none of them need be here.
 
     Raises:
-        ValueError: The TPU's compiler is not installed.
+        UserError: The TPU's compiler is not installed.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
+        raise UserError(
             "--topology needs the TPU's compiler, the package libtpu, which is not"
             " installed. Install it with pip install -e '.[plan]', or use make plan."
         )

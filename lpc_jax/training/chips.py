@@ -10,6 +10,8 @@ import difflib
 import math
 import re
 
+from lpc_jax.errors import UserError
+
 GIB = 2**30
 
 
@@ -114,11 +116,11 @@ def parse_topology(text: str) -> Slice:
     """The slice that ``--topology`` names: ``v5e:8x8``, or by marketing ``v5p-8``.
 
     Raises:
-        ValueError: No such chip, or no such slice of it.
+        UserError: No such chip, or no such slice of it.
     """
     matched = re.fullmatch(r"(?:tpu:)?([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text)
     if not matched:
-        raise ValueError(
+        raise UserError(
             "--topology must be a chip and its layout such as v5e:8x8 or v5p:2x2x1, or"
             f" a name such as v5p-8, got {text!r}.{_example(text)}"
         )
@@ -128,7 +130,7 @@ def parse_topology(text: str) -> Slice:
         count, rest = divmod(int(matched.group(2)), chip.cores_in_name)
         if rest or count not in chip.layouts:
             names = [f"{chip.name}-{n * chip.cores_in_name}" for n in chip.layouts]
-            raise ValueError(
+            raise UserError(
                 f"--topology: a {chip.name} slice must be one of {', '.join(names)},"
                 f" got {text!r}. Use one of these, or name a layout such as"
                 f" {chip.name}:{next(iter(chip.layouts.values()))}."
@@ -137,7 +139,7 @@ def parse_topology(text: str) -> Slice:
     layout = matched.group(3)
     if layout not in chip.layouts.values():
         layouts = ", ".join(f"{chip.name}:{known}" for known in chip.layouts.values())
-        raise ValueError(
+        raise UserError(
             f"--topology: the layout of a {chip.name} slice must be one of {layouts},"
             f" got {text!r}. Use one of these."
         )
@@ -149,14 +151,14 @@ def parse_devices(text: str) -> Slice:
     """The chips that ``--devices`` names: ``gpu:8xh100``, ``tpu:4xv5p``.
 
     Raises:
-        ValueError: Not of that form, or no such chip.
+        UserError: Not of that form, or no such chip.
     """
     matched = re.fullmatch(r"(?:(gpu|tpu):)?([1-9]\d*)x([a-z0-9]+)", text)
     platform, count, name = matched.groups() if matched else (None, None, "")
     chip = CHIPS.get(_ALIASES.get(name, name))
     if chip is None or count is None or platform not in (None, chip.platform):
         known = ", ".join(f"{c.platform}:8x{c.name}" for c in CHIPS.values())
-        raise ValueError(
+        raise UserError(
             f"--devices must be a number of chips such as {known}, got {text!r}."
             " Use one of these kinds."
         )
@@ -167,10 +169,10 @@ def named(*, topology: str | None, devices: str | None) -> Slice:
     """The slice that one of the two flags names.
 
     Raises:
-        ValueError: Not exactly one is given, or it names nothing that there is.
+        UserError: Not exactly one is given, or it names nothing that there is.
     """
     if (topology is None) == (devices is None):
-        raise ValueError(
+        raise UserError(
             "exactly one of --topology and --devices is required, got"
             f" {'neither' if topology is None else 'both'}. Use --topology v5e:8x8 to"
             " compile for a TPU slice, --devices gpu:8xh100 for arithmetic."
@@ -186,7 +188,7 @@ def _tpu(name: str, text: str) -> Chip:
     tpus = [known.name for known in CHIPS.values() if known.platform == "tpu"]
     if chip is None or chip.platform != "tpu":
         hint = " For GPUs use --devices." if chip is not None else _near(name)
-        raise ValueError(
+        raise UserError(
             f"--topology: the chip must be one of {', '.join(tpus)}, got {name!r} in"
             f" {text!r}.{hint}"
         )

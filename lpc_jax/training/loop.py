@@ -20,6 +20,7 @@ from rich.console import Console
 
 from lpc_jax import assembly, checkpoint, objective, processes, sharding
 from lpc_jax import config as cfg
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation import preference, samples
 from lpc_jax.training import health, memory, nonfinite, runfolder
 from lpc_jax.training.runlog import EVALUATION, TRAIN, RunLog, require_trackers
@@ -121,7 +122,7 @@ def train(config: cfg.Config, console: Console) -> Result:
             main process says anything.
 
     Raises:
-        ValueError: Something that the user can mend, before any compute.
+        UserError: Something that the user can mend, before any compute.
         OSError: A disk or a file that fails.
         StoppedError: The run was asked to end, or gradients stay non-finite.
         LostError: Another process of the run has ended.
@@ -131,7 +132,7 @@ def train(config: cfg.Config, console: Console) -> Result:
     if not processes.is_main():
         console = Console(quiet=True)
     if config.decoder == "frozen" and jax.process_count() > 1:
-        raise ValueError(
+        raise UserError(
             f"decoder='frozen' runs in one process, got {jax.process_count()}. Start"
             " one, with all devices that it can have."
         )

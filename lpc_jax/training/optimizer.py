@@ -18,6 +18,7 @@ import optax
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
+from lpc_jax.errors import UserError
 
 # Which parameters weight decay shrinks; norms, biases and the codebook are spared.
 DECAY_TABLE: dict[str, bool] = {
@@ -85,14 +86,14 @@ def _named(
     if optimizer.name not in known:
         near = difflib.get_close_matches(optimizer.name, known)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(
+        raise UserError(
             "optimizer.name must be an optimizer of optax that takes a learning rate,"
             f" got {optimizer.name!r}. {hint}There are: {', '.join(known)}."
         )
     accepted = known[optimizer.name]
     unknown = sorted(set(optimizer.options) - accepted)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"optimizer.options must be arguments of optax.{optimizer.name}, which has"
             f" {', '.join(sorted(accepted - {'learning_rate'}))}; got"
             f" {', '.join(unknown)}. Leave them out."
@@ -101,7 +102,7 @@ def _named(
     decays = [name for name in _DECAY_OPTIONS if options.get(name)]
     masks = [name for name in _MASK_ARGUMENTS if name in accepted]
     if decays and not masks:
-        raise ValueError(
+        raise UserError(
             f"optimizer.options: {decays[0]} must spare norms, biases and the codebook,"
             f" which optax.{optimizer.name} cannot, got {options[decays[0]]!r}. Leave"
             " it out or choose another optimizer, such as adamw."
@@ -166,7 +167,7 @@ def build(
         codebook_unit: From ``latent.codebook_unit`` of the start model's head.
 
     Raises:
-        ValueError: An optimizer or option that optax does not have.
+        UserError: An optimizer or option that optax does not have.
     """
     optimizer = config.optimizer
     groups = {

@@ -17,6 +17,7 @@ import jax
 
 from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
+from lpc_jax.errors import UserError
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.training import ahead, arithmetic, collectives, memory
 from lpc_jax.training.arithmetic import Pair
@@ -173,11 +174,11 @@ def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
         say: Told what is compiled, and what was tried.
 
     Raises:
-        ValueError: Something that the user can mend, before anything is compiled.
+        UserError: Something that the user can mend, before anything is compiled.
     """
     architecture = ahead.find_architecture(config)
     if pair.tokens > config.packing.row_length:
-        raise ValueError(
+        raise UserError(
             "a pair's tokens must fit packing.row_length ="
             f" {config.packing.row_length}, got {pair.tokens} of --prompt-tokens"
             f" {pair.prompt} and twice --answer-tokens {pair.answer}. Lower these."

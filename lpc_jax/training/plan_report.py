@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lpc_jax.errors import UserError
 from lpc_jax.training.memory import size
 from lpc_jax.training.plan import Plan
 
@@ -104,7 +105,7 @@ def table(files: Sequence[Path]) -> str:
     """Plans from their JSON files as a table in Markdown.
 
     Raises:
-        ValueError: A file that no plan wrote.
+        UserError: A file that no plan wrote.
     """
     rows = [
         "| config | slice | rows | pass | peak of memory, GB a chip | bound, s a step"
@@ -123,7 +124,7 @@ def table(files: Sequence[Path]) -> str:
                 f" {p['mfu']:.0%} | {p['pairs_per_second']:.1f} |"
             )
         except (KeyError, json.JSONDecodeError) as e:
-            raise ValueError(
+            raise UserError(
                 f"--table: {file} must be a file that --json wrote, got one without"
                 f" {e}. Make it again with --json {file}."
             ) from e

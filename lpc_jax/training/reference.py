@@ -18,6 +18,7 @@ from jaxtyping import Float
 from lpc_jax import processes, untrusted
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.errors import UserError
 from lpc_jax.types import Batch
 
 # Pairs re-scored live when a cache is found, and how far they may be off, in nats per
@@ -82,8 +83,8 @@ class ReferenceCache:
             raise self._broken()
         self._known = {k.tobytes(): v for k, v in zip(keys, logp, strict=True)}
 
-    def _broken(self) -> ValueError:
-        return ValueError(
+    def _broken(self) -> UserError:
+        return UserError(
             f"reference cache {self.path} must be a whole .npz file, got a broken or"
             " truncated one. Delete the file to score again."
         )
@@ -114,7 +115,7 @@ class ReferenceCache:
             The column in the order of ``pairs``, and how many pairs were scored.
 
         Raises:
-            ValueError: Kept values are not what the reference says now, or it says
+            UserError: Kept values are not what the reference says now, or it says
                 something that is not finite.
         """
         keys = [pair.key() for pair in pairs]
@@ -148,7 +149,7 @@ class ReferenceCache:
         tokens = packing.pair_lengths(pairs)[:, 1:]
         off = float(np.max(np.abs(live - kept) / tokens))
         if not off <= CHECK_TOLERANCE:
-            raise ValueError(
+            raise UserError(
                 f"reference cache {self.path} must agree with the reference to"
                 f" {CHECK_TOLERANCE} nats per token, got {off:.3g} on"
                 f" {len(pairs)} pairs. Delete the file to score again."
@@ -158,7 +159,7 @@ class ReferenceCache:
 def _require_finite(scored: Float[np.ndarray, "B 2"]) -> None:
     bad = int(np.sum(~np.isfinite(scored).all(axis=1)))
     if bad:
-        raise ValueError(
+        raise UserError(
             "the reference must give every answer a finite log-probability, got nan or"
             f" inf on {bad} of {len(scored)} pairs. Check reference.path or model.path,"
             " or compute in float32."

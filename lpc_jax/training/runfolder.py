@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lpc_jax import config as cfg
 from lpc_jax import processes
+from lpc_jax.errors import UserError
 from lpc_jax.training.runlog import METRICS_FILE
 
 
@@ -25,7 +26,7 @@ def _require_free(config: cfg.Config) -> Path:
     folder = Path(config.run.folder) / config.name
     held = processes.from_main(lambda: _holds_run(folder))
     if held and not (config.run.resume or config.run.overwrite):
-        raise ValueError(
+        raise UserError(
             f"run folder {folder} must be new, got one that holds a run. Continue it"
             " with --resume, choose another --name, or replace it with"
             " --run.overwrite."
@@ -56,7 +57,7 @@ def held(config: cfg.Config) -> Iterator[Path]:
     process that holds it, however that ends. The main process holds it for all.
 
     Raises:
-        ValueError: Another live run holds it, whose process, host and start are named;
+        UserError: Another live run holds it, whose process, host and start are named;
             or it holds an ended run, and neither resume nor overwrite was asked for.
     """
     taken: list[int] = []
@@ -81,7 +82,7 @@ def _take(file: Path, folder: Path) -> int:
         except BlockingIOError as error:
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise ValueError(
+            raise UserError(
                 f"run folder {folder} must be of no other live run, got one in use by"
                 f" {holder}. Wait for it or stop it, or choose another --name."
             ) from error

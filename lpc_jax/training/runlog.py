@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lpc_jax import untrusted
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation import samples
 from lpc_jax.evaluation.preference import Evaluation
 from lpc_jax.evaluation.samples import Sample
@@ -213,7 +214,7 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "tracki
 
 def _tracker_package(tracker: str) -> types.ModuleType:
     if tracker not in _PACKAGES:
-        raise ValueError(
+        raise UserError(
             f"run.trackers must be of {', '.join(_PACKAGES)}, got {tracker!r}."
         )
     package = _PACKAGES[tracker]
@@ -222,7 +223,7 @@ def _tracker_package(tracker: str) -> types.ModuleType:
     except ModuleNotFoundError as error:
         if error.name != package:  # it is there, but something that it needs is not
             raise
-        raise ValueError(
+        raise UserError(
             f"run.trackers asks for {tracker!r}, which needs the package {package},"
             f" and that is not installed. Run: pip install 'lpc-jax[{tracker}]', or"
             " leave it out."
@@ -233,7 +234,7 @@ def require_trackers(trackers: Sequence[str]) -> None:
     """Refuses trackers that cannot be had, before anything is computed.
 
     Raises:
-        ValueError: A tracker is unknown, or its package not installed.
+        UserError: A tracker is unknown, or its package not installed.
     """
     for tracker in trackers:
         _tracker_package(tracker)
@@ -255,7 +256,7 @@ class RunLog:
         console: Where a person reads; None says nothing.
 
     Raises:
-        ValueError: A tracker's package is not installed, or ``metrics.jsonl`` is
+        UserError: A tracker's package is not installed, or ``metrics.jsonl`` is
             broken. Nothing was changed.
     """
 
@@ -473,7 +474,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """Lines of ``metrics.jsonl``: step, split, time and metrics; NaN is NaN again.
 
     Raises:
-        ValueError: A line that is not JSON, by file and line number. A last line cut
+        UserError: A line that is not JSON, by file and line number. A last line cut
             off by a crash is passed over.
     """
     return [record for _, record in _lines(folder / METRICS_FILE)]
@@ -486,7 +487,7 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: must be a JSON object, got {line[:60]!r}."
                 " Mend or remove the line."
             ) from error

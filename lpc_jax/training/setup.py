@@ -26,6 +26,7 @@ from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Report
 from lpc_jax.data.tokenizer import Tokenizer
+from lpc_jax.errors import UserError
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import policy, weights
 from lpc_jax.models.architectures import Architecture
@@ -104,7 +105,7 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
     """Reads, tokenizes and checks the pairs, and finds their packing shape.
 
     Raises:
-        ValueError: Data or tokenizer that cannot be used, by file and line.
+        UserError: Data or tokenizer that cannot be used, by file and line.
     """
     data, retry = config.data, assembly.retry(config)
     tokenizer_path = model_path
@@ -206,12 +207,12 @@ def _users(train: Sequence[TokenizedPair], data: cfg.Data) -> Int[np.ndarray, "B
     """Who judged each pair, numbered.
 
     Raises:
-        ValueError: Some pairs don't say, or some user judged only one.
+        UserError: Some pairs don't say, or some user judged only one.
     """
     names = [pair.user for pair in train]
     nameless = names.count("")
     if nameless:
-        raise ValueError(
+        raise UserError(
             "latent.pool='user' needs a user in every row, named by data.user ="
             f" {data.user!r}, got {nameless} of {len(names)} pairs of {data.train}"
             " without. Add the field, name another with --data.user, or use"
@@ -220,7 +221,7 @@ def _users(train: Sequence[TokenizedPair], data: cfg.Data) -> Int[np.ndarray, "B
     _, numbers, counts = np.unique(names, return_inverse=True, return_counts=True)
     alone = int(np.sum(counts == 1))
     if alone:
-        raise ValueError(
+        raise UserError(
             "latent.pool='user' needs at least two pairs of every user, got"
             f" {alone} of {len(counts)} users of {data.train} with one. Leave these"
             " out, or use latent.pool='pair'."
@@ -424,7 +425,7 @@ def with_states(
     """The pairs with the frozen decoder's hidden states, from cache where kept.
 
     Raises:
-        ValueError: As ``HiddenStates``.
+        UserError: As ``HiddenStates``.
     """
     read = assembly.hidden_reader(start.graph, start.params | start.frozen, mesh)
     platform = sharding.platform(mesh)
@@ -495,7 +496,7 @@ def reference_column(
         )
         architecture, digest = weights.read_architecture(path), weights.digest(path)
         if architecture.vocabulary != start.architecture.vocabulary:
-            raise ValueError(
+            raise UserError(
                 "reference.path must share the policy's tokenizer: vocabulary"
                 f" {start.architecture.vocabulary} expected, got"
                 f" {architecture.vocabulary}. Choose a reference of the same family."
