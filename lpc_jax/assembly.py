@@ -25,7 +25,7 @@ from lpc_jax import config as cfg
 from lpc_jax import sharding, sources
 from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.errors import UserError
-from lpc_jax.models import attention, policy, weights
+from lpc_jax.models import attention, network, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.types import Batch
 
@@ -78,7 +78,7 @@ def attention_backend(config: cfg.Config, platform: str) -> str:
 
 def abstract(
     config: cfg.Config, architecture: Architecture, platform: str, *, plain: bool
-) -> tuple[Callable[[Array], policy.Policy], nnx.GraphDef[policy.Policy], Any]:
+) -> tuple[Callable[[Array], network.Network], nnx.GraphDef[network.Network], Any]:
     """How to build a policy, its graph, and its parameters' shapes.
 
     Args:
@@ -98,8 +98,8 @@ def abstract(
     if config.adapters is not None and not plain:
         adapters = dataclasses.asdict(config.adapters)
 
-    def make(key: Array) -> policy.Policy:
-        return policy.build(
+    def make(key: Array) -> network.Network:
+        return network.build(
             architecture,
             compute_dtype=compute_dtype(config, platform),
             attention_backend=attention_backend(config, platform),
@@ -136,7 +136,7 @@ def kept_states(
 
 
 def hidden_reader(
-    graph: nnx.GraphDef[policy.Policy], params: dict[str, Any], mesh: Mesh
+    graph: nnx.GraphDef[network.Network], params: dict[str, Any], mesh: Mesh
 ) -> Callable[[Batch], Float[np.ndarray, "R T D"]]:
     """A function from a micro-batch to a policy's last hidden states, on the host."""
 

@@ -18,7 +18,7 @@ from lpc_jax.losses import latent as latent_losses
 from lpc_jax.losses import preference, sequence
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models.latent import Steering
-from lpc_jax.models.policy import Policy, States, read_at
+from lpc_jax.models.network import Network, States, read_at
 from lpc_jax.types import Batch, Companions, HostOrDevice, LatentCodes
 
 # A metric is (sum, count); its value is their ratio over all that was added up.
@@ -86,19 +86,19 @@ def _gumbel(key: Array, batch: Batch, num_codes: int) -> Float[Array, "2 R P C"]
     return jnp.moveaxis(jax.vmap(jax.vmap(noise))(batch.pair_id), 2, 0)
 
 
-def _beliefs(policy: Policy, states: States, *, stop: bool) -> tuple[Array, Array]:
+def _beliefs(network: Network, states: States, *, stop: bool) -> tuple[Array, Array]:
     """Logits of prior and posterior for every pair slot."""
-    assert policy.latent is not None
+    assert network.latent is not None
     assert states.prompt is not None
     assert states.judged is not None
     prompt, judged = states.prompt, states.judged
     if stop:
         prompt, judged = jax.lax.stop_gradient((prompt, judged))
-    return policy.latent.prior(prompt), policy.latent.posterior(judged)
+    return network.latent.prior(prompt), network.latent.posterior(judged)
 
 
 def _token_logp(
-    policy: Policy,
+    network: Network,
     states: States,
     batch: Batch,
     vector: Float[Array, "R P D"] | None,
@@ -110,7 +110,7 @@ def _token_logp(
         scored = _add(scored, vector, batch)
     return sequence.token_logp(
         scored,
-        policy.decoder.head_weight,
+        network.decoder.head_weight,
         batch.score_token,
         batch.score_mask,
         chunk=chunk,
@@ -118,7 +118,7 @@ def _token_logp(
 
 
 def _logp_by_answer(
-    policy: Policy,
+    network: Network,
     states: States,
     batch: Batch,
     vector: Float[Array, "R P D"] | None,
@@ -130,15 +130,15 @@ def _logp_by_answer(
     both; none then flows through the last token's.
     """
     if batch.hidden is None or vector is None:
-        return _by_answer(_token_logp(policy, states, batch, vector, chunk), batch)
-    logp, end_logp, slope = _with_slope(policy, states, batch, vector, chunk)
+        return _by_answer(_token_logp(network, states, batch, vector, chunk), batch)
+    logp, end_logp, slope = _with_slope(network, states, batch, vector, chunk)
     # 0, with the gradient of z.
     change = vector - jax.lax.stop_gradient(vector)
     return logp + jnp.einsum("RPAD,RPD->RPA", slope, change), end_logp
 
 
 def _with_slope(
-    policy: Policy,
+    network: Network,
     states: States,
     batch: Batch,
     vector: Float[Array, "R P D"],
@@ -148,7 +148,7 @@ def _with_slope(
     scored = _add(states.scored, jax.lax.stop_gradient(vector), batch)
     token_logp, slope = sequence.token_logp_and_slope(
         scored,
-        policy.decoder.head_weight,
+        network.decoder.head_weight,
         batch.score_token,
         batch.score_slot,
         batch.score_mask,
@@ -199,7 +199,7 @@ def _pooled(
 
 
 def score_training(
-    policy: Policy,
+    network: Network,
     batch: Batch,
     *,
     latent: cfg.Latent | None,
@@ -211,7 +211,7 @@ def score_training(
     """Scores with z = (1 - g) z_posterior + g z_prior, both drawn (eqs. 8-11).
 
     Args:
-        policy: With a latent iff ``latent`` is given.
+        network: With a latent iff ``latent`` is given.
         batch: One micro-batch.
         latent: Settings of the latent, or None for the plain policy.
         key: The step's key; each pair folds in its own id.
@@ -219,15 +219,15 @@ def score_training(
         chunk: Scored positions that meet the head at a time.
         companions: All pairs of the step, for ``latent.pool = "user"``.
     """
-    states = policy.states(batch)
+    states = network.states(batch)
     if latent is None:
-        logp = _logp_by_answer(policy, states, batch, None, chunk)
+        logp = _logp_by_answer(network, states, batch, None, chunk)
         return PairScores(*logp, None, None)
-    assert policy.latent is not None
+    assert network.latent is not None
     stop = latent.backbone_gradient == "stop"
-    prior_logits, posterior_logits = _beliefs(policy, states, stop=stop)
+    prior_logits, posterior_logits = _beliefs(network, states, stop=stop)
     if companions is not None:
-        of_step = policy.latent.posterior(companions.judged)
+        of_step = network.latent.posterior(companions.judged)
         posterior_logits = _pooled(of_step, companions, batch)
     noise = _gumbel(key, batch, latent.num_codes)
     tau = temperature(latent, progress)
@@ -236,19 +236,19 @@ def score_training(
         weights = latent_models.draw(
             logits, gumbel, temperature=tau, one_code=latent.draw == "straight_through"
         )
-        assert policy.latent is not None
-        return policy.latent.codes(logits, weights)
+        assert network.latent is not None
+        return network.latent.codes(logits, weights)
 
     posterior = drawn(posterior_logits, noise[0])
     prior = drawn(prior_logits, noise[1])
     g = prior_share(latent.prior_share, progress)
     vector = (1 - g) * posterior.vector + g * prior.vector
-    logp = _logp_by_answer(policy, states, batch, vector, chunk)
+    logp = _logp_by_answer(network, states, batch, vector, chunk)
     return PairScores(*logp, prior, posterior)
 
 
 def score_inference(
-    policy: Policy,
+    network: Network,
     batch: Batch,
     *,
     steering: Steering | None,
@@ -259,29 +259,29 @@ def score_inference(
     """Scores as inference will run: z from the prior alone, or given.
 
     Args:
-        policy: With a latent iff ``steering`` is given.
+        network: With a latent iff ``steering`` is given.
         batch: One micro-batch.
         steering: How z is chosen, such as ``inference(latent)``.
         key: Seeds a draw; each pair folds in its own id.
         chunk: Scored positions that meet the head at a time.
         with_effect: Whether to measure what z changes, which meets the head twice.
     """
-    states = policy.states(batch)
+    states = network.states(batch)
     if steering is None:
-        logp = _logp_by_answer(policy, states, batch, None, chunk)
+        logp = _logp_by_answer(network, states, batch, None, chunk)
         return PairScores(*logp, None, None)
-    assert policy.latent is not None
-    prior_logits, posterior_logits = _beliefs(policy, states, stop=False)
+    assert network.latent is not None
+    prior_logits, posterior_logits = _beliefs(network, states, stop=False)
     keys = jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(batch.pair_id)
     weights = jax.vmap(jax.vmap(steering.weights))(prior_logits, keys)
-    prior = policy.latent.codes(prior_logits, weights)
-    posterior = policy.latent.codes(posterior_logits, jax.nn.softmax(posterior_logits))
+    prior = network.latent.codes(prior_logits, weights)
+    posterior = network.latent.codes(posterior_logits, jax.nn.softmax(posterior_logits))
 
     if not with_effect:
-        logp = _logp_by_answer(policy, states, batch, prior.vector, chunk)
+        logp = _logp_by_answer(network, states, batch, prior.vector, chunk)
         return PairScores(*logp, prior, posterior)
-    logp, end_logp, slope = _with_slope(policy, states, batch, prior.vector, chunk)
-    without, _ = _logp_by_answer(policy, states, batch, None, chunk)
+    logp, end_logp, slope = _with_slope(network, states, batch, prior.vector, chunk)
+    without, _ = _logp_by_answer(network, states, batch, None, chunk)
     # With f(s) the log-probability of any one token under s z, its position's KL is
     # f(1) - f(0) - f'(1): the token's own logit cancels, and what is left is
     # E_{pi(. | z)}[b] less the change of the log-normaliser, b being what z adds to
@@ -292,23 +292,23 @@ def score_inference(
 
 
 def logp_under(
-    policy: Policy, batch: Batch, mixes: Float[Array, "M C"], *, chunk: int
+    network: Network, batch: Batch, mixes: Float[Array, "M C"], *, chunk: int
 ) -> Float[Array, "M R P 2"]:
     """Log-probability of each answer under each of some mixes of the codes.
 
     Args:
-        policy: With a latent.
+        network: With a latent.
         batch: One micro-batch.
         mixes: Weights of the codes, the same for every pair.
         chunk: Scored positions that meet the head at a time.
     """
-    states = policy.states(batch)
-    assert policy.latent is not None
+    states = network.states(batch)
+    assert network.latent is not None
 
     token_logp = sequence.token_logp_under(
         states.scored,
-        policy.decoder.head_weight,
-        mixes @ policy.latent.codebook[...],
+        network.decoder.head_weight,
+        mixes @ network.latent.codebook[...],
         batch.score_token,
         batch.score_mask,
         chunk=chunk,

@@ -38,7 +38,7 @@ from rich.table import Table
 from lpc_jax import sources
 from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.models import policy, weights
+from lpc_jax.models import network, weights
 from lpc_jax.models.architectures import Architecture
 
 HERE = Path(__file__).resolve().parent
@@ -271,7 +271,7 @@ def _small(folder: Path, steps: int) -> Inputs:
     """The small random model, and random pairs of one length."""
     model = folder / "small"
     if not model.exists():
-        made = policy.build(
+        made = network.build(
             SMALL,
             compute_dtype=jnp.dtype("float32"),
             attention_backend="xla",

@@ -84,7 +84,7 @@ def _forward(graph: nnx.GraphDef, params: dict, row: jax.Array) -> jax.Array:
 
 def vector(of: System, prompt: Sequence[int], steering: Steering) -> np.ndarray:
     """z of a prompt, [D]."""
-    latent = of.policy.latent
+    latent = of.network.latent
     assert latent is not None
     logits = latent.prior(jnp.asarray(hidden_states(of, prompt)[-1]))
     weights = steering.weights(logits, jax.random.key(0))

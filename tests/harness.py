@@ -19,7 +19,7 @@ from lpc_jax import config as cfg
 from lpc_jax import objective, sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.models import policy, weights
+from lpc_jax.models import network, weights
 from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training import step
 from tests import tiny
@@ -73,7 +73,7 @@ def load_policy(path: Path, *, remat: str = "none") -> tuple[nnx.GraphDef, Any]:
     )
     graph, _ = nnx.split(
         nnx.eval_shape(
-            lambda: policy.build(
+            lambda: network.build(
                 architecture,
                 compute_dtype=jnp.dtype("float32"),
                 attention_backend="blocks",

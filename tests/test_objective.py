@@ -13,7 +13,7 @@ from flax import nnx
 from lpc_jax import config as cfg
 from lpc_jax import objective
 from lpc_jax.models import latent as latent_models
-from lpc_jax.models import policy
+from lpc_jax.models import network
 from lpc_jax.models.latent import Steering
 from tests import tiny
 
@@ -241,9 +241,9 @@ def test_the_effect_is_the_divergence_that_z_makes(steering):
         chunk=8,
         with_effect=True,
     )
-    policy = nnx.merge(graph, params)
-    head = np.asarray(policy.decoder.head_weight, np.float64)
-    hidden = np.asarray(policy.hidden(batch), np.float64)
+    network = nnx.merge(graph, params)
+    head = np.asarray(network.decoder.head_weight, np.float64)
+    hidden = np.asarray(network.hidden(batch), np.float64)
     vector = np.asarray(found.prior.vector, np.float64)
     for row, slot in np.argwhere(np.asarray(batch.pair_mask)):
         wanted = 0.0
@@ -320,13 +320,13 @@ def test_unscored_positions_do_not_change_the_loss():
         read[row, ends] = True
     assert not read.all()
 
-    class Disturbed(policy.Policy):
+    class Disturbed(network.Network):
         def hidden(self, _):
             return jnp.where(jnp.asarray(read)[..., None], hidden, 1e3)
 
-    def total(policy):
+    def total(network):
         scores = objective.score_training(
-            policy, batch, latent=config.latent, key=KEY, progress=PROGRESS, chunk=8
+            network, batch, latent=config.latent, key=KEY, progress=PROGRESS, chunk=8
         )
         return objective.terms(config.loss, config.latent, scores, batch)[0]
 

@@ -15,7 +15,7 @@ from flax import nnx
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.models import policy
+from lpc_jax.models import network
 from lpc_jax.models.architectures import Architecture
 
 ARCHITECTURE = Architecture(
@@ -78,8 +78,8 @@ def split_policy(
 def _split_policy(
     architecture: Architecture, latent: str, adapters: str, seed: int, remat: str
 ) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    def make(key: jax.Array) -> policy.Policy:
-        return policy.build(
+    def make(key: jax.Array) -> network.Network:
+        return network.build(
             architecture,
             compute_dtype=jnp.dtype("float32"),
             attention_backend="blocks",

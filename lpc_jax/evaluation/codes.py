@@ -333,8 +333,8 @@ def _program(
         jax.jit, out_shardings=NamedSharding(system.mesh, PartitionSpec())
     )
     def program(params: dict[str, Any], batch: Batch) -> tuple[LatentCodes, Array]:
-        policy = nnx.merge(system.graph, params)
-        states, latent = policy.states(batch), policy.latent
+        network = nnx.merge(system.graph, params)
+        states, latent = network.states(batch), network.latent
         assert latent is not None
         assert states.prompt is not None
         assert states.judged is not None
@@ -364,10 +364,10 @@ def _effects(system: System) -> Float[np.ndarray, "C known"]:
     turn asks for shorter answers.
     """
     with jax.set_mesh(system.mesh):
-        policy = system.policy
-        assert policy.latent is not None
-        codebook = policy.latent.codebook[...]
-        effects = token_effects(codebook, policy.decoder.head_weight)
+        network = system.network
+        assert network.latent is not None
+        codebook = network.latent.codebook[...]
+        effects = token_effects(codebook, network.decoder.head_weight)
     known = len(system.tokenizer)
     return np.asarray(jax.device_get(effects), np.float64)[:, :known]
 

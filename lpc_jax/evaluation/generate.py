@@ -230,8 +230,8 @@ def _laid_apart(graph: Any, params: Any) -> tuple[Any, Any]:
     """Decoder and latent for ``nnx.merge``, the decoder's layers apart."""
 
     def make(params: Any) -> tuple[CachedDecoder, LatentHead | None]:
-        policy = nnx.merge(graph, params)
-        return CachedDecoder(policy.decoder), policy.latent
+        network = nnx.merge(graph, params)
+        return CachedDecoder(network.decoder), network.latent
 
     apart, _ = nnx.split(nnx.eval_shape(make, params))
     return apart, jax.jit(lambda params: nnx.split(make(params))[1])(params)

@@ -24,7 +24,7 @@ from lpc_jax.data import chat, examples
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
-from lpc_jax.models.policy import Policy
+from lpc_jax.models.network import Network
 
 Ids = Int32[np.ndarray, "_"]
 
@@ -67,7 +67,7 @@ def prompt_weights(
     def weigh(
         params: Any, tokens: Int[Array, "R T"], length: Int[Array, ""], key: Array
     ) -> Float[Array, "R C"]:
-        module: Policy = nnx.merge(system.graph, params)
+        module: Network = nnx.merge(system.graph, params)
         assert module.latent is not None
         positions = jnp.arange(tokens.shape[1])[None]
         same = jnp.zeros_like(tokens)
@@ -137,7 +137,7 @@ def write(
             raise UserError(f"prompt {number}: {error}") from error
     with jax.set_mesh(system.mesh):
         codebook = system.params["latent"]["codebook"]
-        biases = code_bias(codebook, system.policy.decoder.head_weight)
+        biases = code_bias(codebook, system.network.decoder.head_weight)
     tensors = {
         "code_bias": np.asarray(jax.device_get(biases)),
         "weights": prompt_weights(system, ids, steering, seed=0),

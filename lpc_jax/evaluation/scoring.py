@@ -24,7 +24,7 @@ from lpc_jax import assembly, sharding
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
 from lpc_jax.losses import sequence
-from lpc_jax.models.policy import Policy, read_at
+from lpc_jax.models.network import Network, read_at
 from lpc_jax.types import NO_PAIR, PADDING, PROMPT
 
 Ids = Int32[np.ndarray, "_"]
@@ -278,21 +278,21 @@ def _score(
     chunk: int,
 ) -> tuple[Float[Array, "R S"], Bool[Array, "R S"]]:
     """Log-probability of each scored id given z (eq. 10), and whether it is greedy."""
-    policy = nnx.merge(graph, params)
-    assert isinstance(policy, Policy)
-    hidden = policy.decoder(rows.tokens, rows.positions, rows.pair, rows.branch)
+    network = nnx.merge(graph, params)
+    assert isinstance(network, Network)
+    hidden = network.decoder(rows.tokens, rows.positions, rows.pair, rows.branch)
     scored = read_at(hidden, rows.score_from)
-    if policy.latent is not None:
+    if network.latent is not None:
         end = rows.context_end[:, None]
-        prior = policy.latent.prior(read_at(hidden, end)[:, 0])
+        prior = network.latent.prior(read_at(hidden, end)[:, 0])
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows.seed)
         weights = jax.vmap(steering.weights)(prior, keys)
-        vector = policy.latent.codes(prior, weights).vector[:, None]
+        vector = network.latent.codes(prior, weights).vector[:, None]
         has_z = (rows.score_from >= end)[..., None]
         scored = scored + jnp.where(has_z, vector, 0.0).astype(scored.dtype)
     return sequence.token_logp_and_greedy(
         scored,
-        policy.decoder.head_weight,
+        network.decoder.head_weight,
         rows.score_token,
         rows.score_mask,
         chunk=chunk,

@@ -22,7 +22,7 @@ from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.models import adapters, policy, weights
+from lpc_jax.models import adapters, network, weights
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models.architectures import Architecture
 
@@ -52,7 +52,7 @@ class System:
     name: str
     architecture: Architecture
     tokenizer: Tokenizer
-    graph: nnx.GraphDef[policy.Policy]
+    graph: nnx.GraphDef[network.Network]
     params: dict[str, Any]
     latent: cfg.Latent | None
     config: cfg.Config
@@ -60,7 +60,7 @@ class System:
     model_path: Path
 
     @property
-    def policy(self) -> policy.Policy:
+    def network(self) -> network.Network:
         """The module; inside jit, merge ``graph`` with parameters as arguments."""
         return nnx.merge(self.graph, self.params)
 

@@ -28,7 +28,7 @@ from lpc_jax.data.report import Report
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.models import latent as latent_models
-from lpc_jax.models import policy, weights
+from lpc_jax.models import network, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.training import reference
 from lpc_jax.types import Batch
@@ -91,7 +91,7 @@ class Start:
     """
 
     architecture: Architecture
-    graph: nnx.GraphDef[policy.Policy]
+    graph: nnx.GraphDef[network.Network]
     shapes: dict[str, Any]
     shardings: dict[str, Any]
     params: dict[str, Any]

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from lpc_jax import assembly, objective, sharding
 from lpc_jax import config as cfg
 from lpc_jax.models.latent import limit_codes
-from lpc_jax.models.policy import Policy
+from lpc_jax.models.network import Network
 from lpc_jax.types import Batch, Companions, TrainState
 
 Params = dict[str, Any]
@@ -82,7 +82,7 @@ class Programs:
 
 def build(
     config: cfg.Config,
-    graph: nnx.GraphDef[Policy],
+    graph: nnx.GraphDef[Network],
     layout: TrainState,
     optimizer: optax.GradientTransformation,
     total_steps: int,
@@ -109,9 +109,9 @@ def build(
         step: Int[Array, ""],
         companions: Companions | None,
     ) -> tuple[Float[Array, ""], objective.Sums]:
-        policy = nnx.merge(graph, params | frozen)
+        network = nnx.merge(graph, params | frozen)
         scores = objective.score_training(
-            policy,
+            network,
             batch,
             latent=latent,
             key=jax.random.fold_in(key, step),
@@ -182,9 +182,9 @@ def build(
     def evaluate(
         params: Params, frozen: Params, batch: Batch, key: Array
     ) -> tuple[objective.Sums, dict[str, Array]]:
-        policy = nnx.merge(graph, params | frozen)
+        network = nnx.merge(graph, params | frozen)
         scores = objective.score_inference(
-            policy,
+            network,
             batch,
             steering=steering,
             key=key,

@@ -151,7 +151,7 @@ def test_a_code_that_is_a_token_s_row_of_the_head_raises_that_token():
 
 def test_the_tokens_of_a_system_are_codebook_times_head(loaded, looked):
     codebook = np.asarray(loaded.params["latent"]["codebook"], np.float64)
-    head = np.asarray(loaded.policy.decoder.head_weight, np.float64)
+    head = np.asarray(loaded.network.decoder.head_weight, np.float64)
     effects = codebook @ head.T
     effects -= effects.mean(axis=1, keepdims=True)
     effects = effects[:, : len(loaded.tokenizer)]

@@ -64,10 +64,10 @@ def read(system: System, ids: np.ndarray) -> jax.Array:
 
 def slowly(system: System, prompt: np.ndarray, weights, count: int = NEW) -> list[int]:
     """Greedy tokens in NumPy, each from a pass over all that came before."""
-    head = np.asarray(system.policy.decoder.head_weight, np.float64)
+    head = np.asarray(system.network.decoder.head_weight, np.float64)
     z = 0.0
-    if system.policy.latent is not None:
-        logits = np.asarray(system.policy.latent.prior(read(system, prompt)))
+    if system.network.latent is not None:
+        logits = np.asarray(system.network.latent.prior(read(system, prompt)))
         shares = np.exp(logits - logits.max()).astype(np.float64)
         chosen = weights(shares / shares.sum())
         z = chosen @ np.asarray(system.params["latent"]["codebook"], np.float64)
@@ -130,7 +130,7 @@ def test_prior_and_weights_come_with_an_answer(coded, generator, prompts):
     (found,) = generator.generate(
         prompts[:1], sampling=Sampling(1), steering=Steering("argmax")
     )
-    logits = np.asarray(coded.policy.latent.prior(read(coded, prompts[0])))
+    logits = np.asarray(coded.network.latent.prior(read(coded, prompts[0])))
     expected = np.exp(logits) / np.exp(logits).sum()
     np.testing.assert_allclose(found.prior, expected, rtol=1e-4)
     np.testing.assert_array_equal(found.weights, one_hot(int(np.argmax(expected))))

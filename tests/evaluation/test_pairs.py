@@ -83,7 +83,7 @@ def hidden_states(one: System, some: list[TokenizedPair]) -> jax.Array:
         row[: len(prompt) + len(answer)] = [*prompt, *answer]
     same = jnp.zeros_like(ids)
     positions = jnp.broadcast_to(jnp.arange(width), ids.shape)
-    return one.policy.decoder(jnp.asarray(ids), positions, same, same)
+    return one.network.decoder(jnp.asarray(ids), positions, same, same)
 
 
 def unpacked(
@@ -94,7 +94,7 @@ def unpacked(
     ``how`` is written out anew: the prior's mean, its largest code, code 3, a mix, or a
     Gumbel-softmax draw.
     """
-    module = one.policy
+    module = one.network
     head = np.asarray(module.decoder.head_weight, np.float64)
     found = []
     for number, (prompt, answer) in enumerate(in_order(some)):

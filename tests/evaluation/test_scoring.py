@@ -51,7 +51,7 @@ def hidden(system: System, ids: np.ndarray) -> np.ndarray:
 
 
 def mean_of_prior(system: System, state: np.ndarray) -> np.ndarray:
-    logits = np.asarray(system.policy.latent.prior(jnp.float32(state)), np.float64)
+    logits = np.asarray(system.network.latent.prior(jnp.float32(state)), np.float64)
     shares = np.exp(logits - logits.max())
     return shares / shares.sum()
 
@@ -64,7 +64,7 @@ def expected(system: System, request: Request, weights=mean_of_prior):
     if system.latent is not None:
         codebook = np.asarray(system.params["latent"]["codebook"], np.float64)
         states[end:] += weights(system, states[end]) @ codebook
-    head = np.asarray(system.policy.decoder.head_weight, np.float64)
+    head = np.asarray(system.network.decoder.head_weight, np.float64)
     logits = states @ head.T
     logits -= logits.max(axis=-1, keepdims=True)
     logp = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

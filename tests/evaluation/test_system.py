@@ -146,7 +146,7 @@ def test_a_start_model_is_the_decoder_alone():
     assert set(loaded.params) == {"decoder"}
     tokens = jnp.arange(1, 9)[None]
     one = jnp.zeros_like(tokens)
-    hidden = loaded.policy.decoder(tokens, jnp.arange(8)[None], one, one)
+    hidden = loaded.network.decoder(tokens, jnp.arange(8)[None], one, one)
     assert np.all(np.isfinite(hidden))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from lpc_jax import sharding
-from lpc_jax.models import architectures, policy, safetensors_file, weights
+from lpc_jax.models import architectures, network, safetensors_file, weights
 from lpc_jax.models.architectures import Architecture
 
 # Of Llama's proportions; layers are added until it has the bytes asked for.
@@ -84,7 +84,7 @@ def main(folder: Path, wanted: int) -> None:
     architecture = weights.read_architecture(folder)
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
     make = nnx.eval_shape(
-        lambda: policy.build(
+        lambda: network.build(
             architecture,
             compute_dtype=np.dtype(np.float32),
             attention_backend="xla",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lpc_jax.models import adapters, policy, weights
+from lpc_jax.models import adapters, network, weights
 from tests import tiny
 from tests.harness import logits
 
@@ -104,7 +104,7 @@ def test_the_decoder_s_draw_does_not_depend_on_adapters():
 
 def test_sizes_are_what_rank_and_targets_say():
     graph = nnx.eval_shape(
-        lambda: policy.build(
+        lambda: network.build(
             tiny.ARCHITECTURE,
             compute_dtype=jnp.dtype("float32"),
             attention_backend="blocks",

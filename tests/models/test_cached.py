@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lpc_jax.models import policy
+from lpc_jax.models import network
 from lpc_jax.models.cached import CachedDecoder
 from tests import tiny
 
@@ -20,7 +20,7 @@ SLOTS = 20
 
 def build(**changes):
     architecture = dataclasses.replace(tiny.ARCHITECTURE, **changes)
-    return policy.build(
+    return network.build(
         architecture,
         compute_dtype=jnp.dtype("float32"),
         attention_backend="xla",

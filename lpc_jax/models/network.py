@@ -1,4 +1,4 @@
-"""The policy: a decoder, adapters in it or none, and a latent over it or none.
+"""A policy as one module: a decoder, adapters in it or none, a latent over it or none.
 
 Knows nothing of losses or schedules.
 """
@@ -23,7 +23,7 @@ from lpc_jax.types import CHOSEN, REJECTED, Batch
 _ADAPTERS = 1
 
 
-class Policy(nnx.Module):
+class Network(nnx.Module):
     """pi_theta(y | x, z) = softmax(head (h + z)), eq. 10; z = 0 without a latent."""
 
     def __init__(
@@ -104,8 +104,8 @@ def build(
     adapters: dict[str, Any] | None,
     latent: dict[str, Any] | None,
     key: Array,
-) -> Policy:
-    """A policy with random weights; under ``nnx.eval_shape`` only its shapes.
+) -> Network:
+    """A network with random weights; under ``nnx.eval_shape`` only its shapes.
 
     Args:
         architecture: The decoder's.
@@ -142,4 +142,4 @@ def build(
             posterior_input=latent["posterior_input"],
             rngs=nnx.Rngs(latent_key),
         )
-    return Policy(decoder, low_rank, head)
+    return Network(decoder, low_rank, head)
