@@ -36,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     # JAX is slow to import; --help and a mistyped flag need not wait for it.
     from lpc_jax import checkpoint, processes
-    from lpc_jax.training import loop
+    from lpc_jax.training import loop, program
 
     who, status = "", 0
     try:
         processes.join(os.environ, **dataclasses.asdict(config.distributed))
         who = processes.name()
-        loop.train(config, Console())
+        program.train(config, Console())
     except loop.StoppedError as stopped:
         status = stopped.status
         if processes.is_main():

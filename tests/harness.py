@@ -46,12 +46,19 @@ class Harness:
         shapes = jax.eval_shape(lambda: params)
         shardings = sharding.parameter_shardings(shapes, self.mesh)
         optimizer = optimizers.build(config, shapes, steps)
-        layout = step.state_shardings(shapes, shardings, optimizer, self.mesh)
-        self.programs = step.build(config, graph, layout, optimizer, steps)
         with jax.set_mesh(self.mesh):
             placed = jax.tree.map(jax.device_put, params, shardings)
             # A copy, since the state is donated and device_put may alias.
             placed = jax.tree.map(jnp.copy, placed)
+            layout = step.state_shardings(placed, optimizer, self.mesh)
+            self.programs = step.build(
+                config,
+                graph,
+                layout,
+                optimizer,
+                steps,
+                chunk=config.model.score_chunk or 128,
+            )
             key = jax.random.key(1)
             self.state = step.initial_state(placed, optimizer, key, layout)
 

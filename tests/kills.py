@@ -32,11 +32,11 @@ def train(config: cfg.Config, log: str) -> None:
     with runs.devices(1):
         import jax
 
-        from lpc_jax.training import loop
+        from lpc_jax.training import program
 
         # Every program is found again, however fast it was compiled.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        loop.train(config, Console(width=100))
+        program.train(config, Console(width=100))
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
-from lpc_jax.training import loop, runlog
+from lpc_jax.training import loop, program, run, runlog
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = GOLDEN / "tiny_llama"
@@ -88,13 +88,15 @@ class Run:
     """A finished run: its config, its result, what it said, what it logged."""
 
     config: cfg.Config
-    result: loop.Result
+    result: loop.Loop
     said: str
 
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return self.result.folder
+        assert isinstance(self.result.run, run.Run)
+        assert self.result.run.folder is not None
+        return self.result.run.folder
 
     def lines(self, split: str) -> list[dict[str, Any]]:
         """Log lines of training or evaluation."""
@@ -105,7 +107,7 @@ def train(made: cfg.Config, *, on: int = 1) -> Run:
     """Runs a config to its end on so many devices."""
     console = Console(file=io.StringIO(), width=100)
     with devices(on):
-        result = loop.train(made, console)
+        result = program.train(made, console)
     assert isinstance(console.file, io.StringIO)
     return Run(made, result, console.file.getvalue())
 

@@ -1,17 +1,16 @@
-"""Systems to ask: the tiny golden model, with a latent from a seed or without."""
+"""Policies to ask: the tiny golden model, with a latent from a seed or without."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
-from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import system
+from lpc_jax import sharding
+from lpc_jax.runtime import loading
+from lpc_jax.runtime.policy import Policy
 from tests import runs
 
 CODES = 8
@@ -24,14 +23,14 @@ def mesh(count: int = 1, *, tensor: int = 1) -> Mesh:
     )
 
 
-def plain(where: Mesh, path: Path = runs.MODEL) -> system.System:
+def plain(where: Mesh, path: Path = runs.MODEL) -> Policy:
     """The decoder alone."""
-    return system.load(str(path), mesh=where)
+    return loading.load(str(path), mesh=where)
 
 
 def with_codes(
     where: Mesh, *, codebook_scale: float, path: Path = runs.MODEL
-) -> system.System:
+) -> Policy:
     """The decoder under a latent head with random weights.
 
     Args:
@@ -39,23 +38,11 @@ def with_codes(
         codebook_scale: Large enough that z changes which token is the likeliest.
         path: The decoder's.
     """
-    base = plain(where, path)
     latent = cfg.Latent(num_codes=CODES)
-    config = dataclasses.replace(base.config, latent=latent)
-    make, graph, shapes = assembly.abstract(
-        config, base.architecture, "cpu", plain=False
+    policy = loading.start(
+        loading.outline(loading.find(str(path)), mesh=where, latent=latent), seed=7
     )
-    shardings = sharding.parameter_shardings(shapes, where)
-
-    def head(key: jax.Array) -> dict:
-        made = nnx.to_pure_dict(nnx.split(make(key))[1])["latent"]
-        return made | {"codebook": codebook_scale * made["codebook"]}
-
-    params = jax.jit(head, out_shardings=shardings["latent"])(jax.random.key(7))
-    return dataclasses.replace(
-        base,
-        config=config,
-        latent=latent,
-        graph=graph,
-        params=base.params | {"latent": params},
-    )
+    codebook = policy.params["latent"]["codebook"]
+    scale = codebook_scale / (latent.effect * policy.codebook_unit)
+    head = policy.params["latent"] | {"codebook": scale * codebook}
+    return policy.with_params(policy.params | {"latent": head})

@@ -204,8 +204,8 @@ def test_the_optimizer_s_state_lies_where_its_parameters_lie(name):
     shapes = jax.eval_shape(lambda: params)
     shardings = sharding.parameter_shardings(shapes, made)
     optimizer = optimizers.build(config, shapes, 4)
-    layout = step.state_shardings(shapes, shardings, optimizer, made)
     params = jax.device_put(params, shardings)
+    layout = step.state_shardings(params, optimizer, made)
     state = step.initial_state(params, optimizer, jax.random.key(0), layout)
     # Second source: optax's own view of which leaves copy which parameter.
     copies = []

@@ -89,7 +89,7 @@ def read(
     setting: str,
     split: str | None,
     limit: int | None,
-    retry: sources.Retry,
+    retry: sources.Retry = sources.Retry(0, 0.0),
     user: str = USER,
 ) -> tuple[list[PreferenceExample], Drops]:
     """Preference pairs of a file or a hub data set.
@@ -129,7 +129,11 @@ def read(
 
 
 def rows(
-    path: str, *, setting: str, split: str | None, retry: sources.Retry
+    path: str,
+    *,
+    setting: str,
+    split: str | None,
+    retry: sources.Retry = sources.Retry(0, 0.0),
 ) -> Iterator[tuple[str, Any]]:
     """Each row of a file or a hub data set with its origin, as ``file:line``.
 
@@ -284,7 +288,11 @@ def _decoded_bytes(column: pyarrow.Array) -> int:
 
 
 def _hub(
-    path: str, *, setting: str, split: str | None, retry: sources.Retry
+    path: str,
+    *,
+    setting: str,
+    split: str | None,
+    retry: sources.Retry = sources.Retry(0, 0.0),
 ) -> Iterator[tuple[str, Any]]:
     try:
         table = sources.download(

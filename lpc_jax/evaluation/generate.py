@@ -628,8 +628,8 @@ def end_tokens(system: System) -> tuple[int, ...]:
     if tokenizer.chat_template:
         named.append(chat.end_of_answer(tokenizer))
     file = None
-    if system.model_path.is_dir():
-        file = untrusted.own_file(system.model_path, _GENERATION_CONFIG)
+    if system.source.path.is_dir():
+        file = untrusted.own_file(system.source.path, _GENERATION_CONFIG)
     if file is not None:
         try:
             said = untrusted.read_json(file, most=_LARGEST_CONFIG)

@@ -310,7 +310,7 @@ def with_states(
     config, mesh = system.config, system.mesh
     if config.decoder != "frozen":
         return some
-    digest = weights.digest(system.model_path)
+    digest = weights.digest(system.source.path)
     platform = sharding.platform(mesh)
     kept = assembly.kept_states(config, system.architecture, digest, platform)
     read = assembly.hidden_reader(system.graph, system.params, mesh)

@@ -181,7 +181,11 @@ def _is_gguf(path: Path) -> bool:
 
 
 def find(
-    path: str, *, setting: str, revision: str | None, retry: sources.Retry
+    path: str,
+    *,
+    setting: str,
+    revision: str | None,
+    retry: sources.Retry = sources.Retry(0, 0.0),
 ) -> Path:
     """The folder or GGUF file that a setting names, downloaded if need be.
 

@@ -15,17 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpc_jax import processes, sharding
-from lpc_jax.training.trainer import Trainer
-from lpc_jax.types import Batch, TrainState
+from lpc_jax.training.run import Run, Update
 
 # How many pairs and parameters a message names before it only counts.
 _NAMED = 5
 
 
 def report(
-    trainer: Trainer,
-    state: TrainState,
-    batches: Sequence[Batch],
+    run: Run,
+    update: Update,
     number: int,
     in_a_row: int,
 ) -> str:
@@ -36,31 +34,31 @@ def report(
     such a number; ``step-N.npz`` the step's micro-batches as they were packed.
 
     Args:
-        trainer: Of the run.
-        state: After the skipped update, its parameters those of before.
-        batches: The step's micro-batches, on the mesh.
+        run: After the skipped update, its parameters those of before.
+        update: What it did.
         number: The step's, counted from 0.
         in_a_row: Updates skipped up to this one.
     """
-    places = trainer.step_rows(number)
+    places = run.step_rows(number)
     gradients: set[str] = set()
     suspects: list[int] = []
-    for packed, batch in zip(places, batches, strict=True):
-        found, _ = trainer.programs.gradients(
-            state.params,
-            trainer.start.frozen,
+    for packed, batch in zip(places, update.batches, strict=True):
+        found, _ = run.programs.gradients(
+            run.state.params,
+            run.policy.frozen,
             batch,
-            state.key,
-            state.step - 1,  # draws are seeded by it
+            run.state.key,
+            run.state.step - 1,  # draws are seeded by it
         )
         wrong = _not_finite(found)
         gradients |= set(wrong)
         if wrong:
             suspects += packed.pair_id[packed.pair_mask].tolist()
     # In a row together one pair's NaN becomes all others', so each is scored alone.
-    pairs = [_scored_alone(trainer, state, pair_id) for pair_id in sorted(suspects)]
-    parameters = _not_finite(state.params | trainer.start.frozen)
-    folder = trainer.folder / "nonfinite"
+    pairs = [_scored_alone(run, pair_id) for pair_id in sorted(suspects)]
+    parameters = _not_finite(run.state.params | run.policy.frozen)
+    assert run.folder is not None
+    folder = run.folder / "nonfinite"
     if processes.is_main():
         contents = {
             "step": number + 1,
@@ -90,15 +88,15 @@ def report(
     )
 
 
-def _scored_alone(trainer: Trainer, state: TrainState, pair_id: int) -> dict[str, Any]:
+def _scored_alone(run: Run, pair_id: int) -> dict[str, Any]:
     """A pair's loss and rewards, numbers as text since JSON has no NaN."""
-    index = next(i for i, p in enumerate(trainer.pairs.train) if p.id == pair_id)
-    (batch,) = trainer.pack(np.asarray([index]))
-    _, by_pair = trainer.programs.evaluate(
-        state.params,
-        trainer.start.frozen,
-        sharding.place_batch(batch, trainer.mesh),
-        state.key,
+    index = next(i for i, p in enumerate(run.train.tokens) if p.id == pair_id)
+    (batch,) = run.pack(np.asarray([index]))
+    _, by_pair = run.programs.evaluate(
+        run.state.params,
+        run.policy.frozen,
+        sharding.place_batch(batch, run.policy.mesh),
+        run.state.key,
     )
     by_pair = jax.device_get(by_pair)
     loss, *rewards = (
@@ -106,7 +104,7 @@ def _scored_alone(trainer: Trainer, state: TrainState, pair_id: int) -> dict[str
     )
     return {
         "pair": pair_id,
-        "source": trainer.pairs.train[index].source,
+        "source": run.train.tokens[index].source,
         "finite": bool(np.isfinite([loss, *rewards]).all()),
         "loss": str(loss),
         "rewards": [str(reward) for reward in rewards],

@@ -8,17 +8,25 @@ beta or order of the data finds them again. Knows nothing of losses.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
-from jaxtyping import Float
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
-from lpc_jax import processes, untrusted
+from lpc_jax import config as cfg
+from lpc_jax import objective, processes, sharding, untrusted
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
+from lpc_jax.runtime import loading
+from lpc_jax.runtime.policy import Params, Policy, abstract
 from lpc_jax.types import Batch
 
 # Pairs re-scored live when a cache is found, and how far they may be off, in nats per
@@ -164,3 +172,97 @@ def _require_finite(scored: Float[np.ndarray, "B 2"]) -> None:
             f" inf on {bad} of {len(scored)} pairs. Check reference.path or model.path,"
             " or compute in float32."
         )
+
+
+def program(policy: Policy) -> Callable[..., Array]:
+    """Jitted: a plain policy's parameters and a placed micro-batch to log-probs."""
+
+    # Whole on every device, so that every process reads all of it.
+    @functools.partial(
+        jax.jit, out_shardings=NamedSharding(policy.mesh, PartitionSpec())
+    )
+    def score(params: Params, batch: Batch) -> Array:
+        scores = objective.score_inference(
+            nnx.merge(policy.graph, params),
+            batch,
+            steering=None,
+            key=jax.random.key(0),
+            chunk=policy.compute.score_chunk,
+        )
+        return scores.logp
+
+    return score
+
+
+def columns(
+    config: cfg.Config,
+    policy: Policy,
+    train: Pairs,
+    held_out: Pairs,
+    shape: packing.RowShape,
+    say: Callable[[str], None],
+) -> tuple[Float[np.ndarray, "B 2"], Float[np.ndarray, "H 2"], str]:
+    """Log-probabilities of all pairs under the reference, from cache where kept.
+
+    Args:
+        config: Where they are kept.
+        policy: The reference: a decoder alone.
+        train: Pairs to train on.
+        held_out: Pairs to evaluate on.
+        shape: Of a micro-batch.
+        say: Told how many are done.
+
+    Returns:
+        The columns of training and held-out pairs, and the reference's digest.
+
+    Raises:
+        UserError: As ``ReferenceCache``.
+    """
+    score = program(policy)
+
+    def score_batch(batch: Batch) -> Float[np.ndarray, "R P 2"]:
+        placed = sharding.place_batch(batch, policy.mesh)
+        return np.asarray(jax.device_get(score(policy.params, placed)))
+
+    cache = ReferenceCache(
+        Path(config.reference.cache),
+        weights_digest=policy.source.digest,
+        compute_dtype=policy.compute.dtype.name,
+    )
+    every = [*train, *held_out]
+    column, scored = cache.column(
+        score_batch, every, shape, lambda done: say(f"reference: {done} pairs scored")
+    )
+    say(
+        f"reference: {scored} pairs scored, {len(every) - scored} found in {cache.path}"
+    )
+    return column[: len(train)], column[len(train) :], policy.source.digest
+
+
+def load(config: cfg.Config, policy: Policy) -> Policy | None:
+    """The reference that ``reference.path`` names, beside a policy; None without.
+
+    Raises:
+        UserError: No such model, or one of another vocabulary.
+    """
+    if config.reference.path is None:
+        return None
+    other = dataclasses.replace(config.model, path=config.reference.path, revision=None)
+    found = loading.find_model(other, setting="reference.path")
+    vocabulary = policy.architecture.vocabulary
+    if found.architecture.vocabulary != vocabulary:
+        raise UserError(
+            f"reference.path must share the policy's tokenizer: vocabulary {vocabulary}"
+            f" expected, got {found.architecture.vocabulary}. Choose a reference of the"
+            " same family."
+        )
+    outline = abstract(
+        found.architecture,
+        policy.compute,
+        latent=None,
+        adapters=None,
+        train_decoder=config.trains_decoder,
+        mesh=policy.mesh,
+        path=found.path,
+    )
+    return loading.start(outline, seed=0).plain()

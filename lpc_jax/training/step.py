@@ -20,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from lpc_jax import assembly, objective, sharding
 from lpc_jax import config as cfg
+from lpc_jax import objective, sharding
 from lpc_jax.models.latent import limit_codes
 from lpc_jax.models.network import Network
 from lpc_jax.types import Batch, Companions, TrainState
@@ -86,18 +86,20 @@ def build(
     layout: TrainState,
     optimizer: optax.GradientTransformation,
     total_steps: int,
+    *,
+    chunk: int,
 ) -> Programs:
     """Programs for one policy, objective and mesh.
 
     Args:
         config: Loss, latent and the size of a scoring chunk.
-        graph: The policy without its parameters.
+        graph: The policy's network without its parameters.
         layout: From ``state_shardings``; gradients are laid out as parameters are.
         optimizer: From ``optimizer.build``.
         total_steps: Updates in the run, for g and tau.
+        chunk: Scored positions that meet the head at a time.
     """
     replicated: Any = layout.step
-    chunk = assembly.score_chunk(config, sharding.platform(replicated.mesh))
     latent = config.latent
     steering = None if latent is None else objective.inference(latent)
 
@@ -198,40 +200,37 @@ def build(
 
 
 def state_shardings(
-    shapes: Params,
-    shardings: Params,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
+    params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """The sharding of every leaf of the train state.
 
     Args:
-        shapes: Of the parameters.
-        shardings: Of the parameters.
+        params: What is trained: arrays, or shapes with shardings.
         optimizer: From ``optimizer.build``.
         mesh: The device mesh.
     """
-    opt_shapes = jax.eval_shape(optimizer.init, shapes)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    opt_shapes = jax.eval_shape(optimizer.init, params)
     replicated: Any = NamedSharding(mesh, P())
     opt_shardings = sharding.like_parameters(opt_shapes, shardings, mesh)
     return TrainState(replicated, shardings, opt_shardings, replicated)
 
 
 def abstract_state(
-    shapes: Params, optimizer: optax.GradientTransformation, layout: TrainState
+    params: Params, optimizer: optax.GradientTransformation, layout: TrainState
 ) -> Any:
     """Shapes and shardings of a train state, to compile for or to restore onto.
 
     Args:
-        shapes: Of the parameters.
+        params: What is trained, or its shapes.
         optimizer: From ``optimizer.build``.
         layout: From ``state_shardings``.
     """
 
     def make() -> TrainState:
-        params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params)
         step = jnp.asarray(0, jnp.int32)
-        return TrainState(step, params, optimizer.init(params), jax.random.key(0))
+        return TrainState(step, zeros, optimizer.init(zeros), jax.random.key(0))
 
     return jax.tree.map(
         lambda shape, placed: jax.ShapeDtypeStruct(

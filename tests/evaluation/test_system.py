@@ -49,14 +49,14 @@ def same(ours: Any, theirs: Any) -> None:
 
 def test_a_run_gives_its_latest_parameters_bit_by_bit(trained):
     loaded = system.load(str(trained.folder), mesh=mesh())
-    same(loaded.params, trained.result.state.params)
+    same(loaded.params, trained.result.run.state.params)
     assert loaded.latent == trained.config.latent
     assert loaded.name == f"{trained.folder} at step 4"
 
 
 def test_a_run_is_read_onto_several_devices(trained):
     loaded = system.load(str(trained.folder), mesh=mesh(4))
-    same(jax.device_get(loaded.params), jax.device_get(trained.result.state.params))
+    same(jax.device_get(loaded.params), jax.device_get(trained.result.run.state.params))
     up = loaded.params["decoder"]["blocks"]["mlp"]["up"]
     assert up.addressable_shards[0].data.size == up.size // 4
 
@@ -68,7 +68,7 @@ def test_a_step_of_a_run_is_named_by_number_or_as_the_best(trained):
     assert reader.step("best") == best
     earlier = system.load(str(trained.folder), mesh=mesh(), step="3")
     changed = earlier.params["latent"]["codebook"]
-    assert np.any(changed != trained.result.state.params["latent"]["codebook"])
+    assert np.any(changed != trained.result.run.state.params["latent"]["codebook"])
     kept = {int(path.name) for path in (trained.folder / "checkpoints").glob("[0-9]*")}
     gone = min(set(range(1, max(kept))) - kept)
     message = rf"--step must be latest, one of .*got '{gone}'"
@@ -114,7 +114,7 @@ def test_adapters_come_merged(adapted):
     start = system.load(str(runs.MODEL), mesh=mesh())
     ours = loaded.params["decoder"]["blocks"]["mlp"]["up"]
     base = start.params["decoder"]["blocks"]["mlp"]["up"]
-    factors = adapted.result.state.params["adapters"]["mlp"]["up"]
+    factors = adapted.result.run.state.params["adapters"]["mlp"]["up"]
     a, b = (np.asarray(factors[name], np.float64) for name in "ab")
     expected = np.asarray(base, np.float64) + 4.0 / 2 * a @ b
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-7)

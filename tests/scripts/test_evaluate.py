@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lpc_jax import assembly, checkpoint
+from lpc_jax import checkpoint
 from lpc_jax import config as cfg
 from lpc_jax.evaluation import pairs, system
+from lpc_jax.runtime import compute
 from scripts import evaluate
 from tests import runs
 
@@ -23,7 +24,7 @@ SHORT = ["--max-length", "128", "--max-prompt-length", "64"]
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(assembly, "keep_compiled", lambda folder: None)
+    monkeypatch.setattr(compute, "keep_compiled", lambda folder: None)
     with runs.devices(1):
         yield
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
-from lpc_jax import assembly
 from lpc_jax.evaluation import system
+from lpc_jax.runtime import compute
 from scripts import export
 from tests import exports
 from tests.evaluation import test_export
@@ -26,7 +26,7 @@ def lpc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _keeps_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "keep_compiled", lambda folder: None)
+    monkeypatch.setattr(compute, "keep_compiled", lambda folder: None)
 
 
 @pytest.fixture

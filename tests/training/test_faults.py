@@ -22,6 +22,7 @@ import pytest
 
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
+from lpc_jax.runtime import loading
 from lpc_jax.training import loop, runlog, setup
 from tests import kills, runs
 
@@ -124,7 +125,7 @@ def test_sigterm_saves_says_so_and_the_resumed_run_ends_bit_by_bit(folder, strai
     )
     run = runs.train(runs.resumed(made))
     assert "resumed after step 3" in run.said
-    assert runs.bits(run.result.state) == runs.bits(straight.result.state)
+    assert runs.bits(run.result.run.state) == runs.bits(straight.result.run.state)
     assert runs.log_of(run.folder) == runs.log_of(straight.folder)
 
 
@@ -147,7 +148,7 @@ def test_a_damaged_latest_checkpoint_costs_the_steps_since_the_one_before(
     assert "the checkpoint of step 5 is damaged (its arrays cannot be read: " in said
     assert f"moved to {checkpoints}.damaged/5." in said
     assert "resumed after step 4" in run.said
-    assert runs.bits(run.result.state) == runs.bits(straight.result.state)
+    assert runs.bits(run.result.run.state) == runs.bits(straight.result.run.state)
     assert runs.log_of(run.folder) == runs.log_of(straight.folder)
 
 
@@ -181,7 +182,7 @@ def test_a_disk_that_fills_up_while_saving_stops_the_run_and_costs_nothing_older
     )
     run = runs.train(runs.resumed(made))
     assert "resumed after step 2" in run.said
-    assert runs.bits(run.result.state) == runs.bits(straight.result.state)
+    assert runs.bits(run.result.run.state) == runs.bits(straight.result.run.state)
     assert runs.log_of(run.folder) == runs.log_of(straight.folder)
 
 
@@ -369,7 +370,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(
     folder, tmp_path
 ):
     made = plain(folder, "poisoned", data={"eval": None}, training={"steps": 40})
-    pairs = setup.read_pairs(made, runs.MODEL, "cpu").train
+    pairs = setup.read_pairs(made, loading.find_model(made.model).tokenizer())[0]
     token, owner = rare_token(pairs)
     model = poisoned_model(tmp_path / "model", token)
     made = dataclasses.replace(

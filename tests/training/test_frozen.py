@@ -17,7 +17,7 @@ from rich.console import Console
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.evaluation import system
-from lpc_jax.training import loop, setup
+from lpc_jax.training import program, start
 from scripts import evaluate, export, generate
 from tests import runs
 
@@ -110,9 +110,9 @@ def test_the_decoder_is_the_start_s_and_everything_follows_from_the_run(run, tmp
     start = system.load(str(runs.MODEL), mesh=mesh)
     loaded = system.load(str(run.folder), mesh=mesh)
     assert runs.bits(loaded.params["decoder"]) == runs.bits(start.params["decoder"])
-    latent = run.result.state.params["latent"]
+    latent = run.result.run.state.params["latent"]
     assert runs.bits(loaded.params["latent"]) == runs.bits(latent)
-    assert set(run.result.state.params) == {"latent"}
+    assert set(run.result.run.state.params) == {"latent"}
 
     out = tmp_path / "exported"
     assert export.main([str(run.folder), str(out)]) == 0
@@ -135,14 +135,15 @@ def test_the_decoder_is_the_start_s_and_everything_follows_from_the_run(run, tmp
 
 
 def test_a_start_from_clusters_reads_every_pair(folder, monkeypatch):
-    monkeypatch.setattr(setup, "STANDARDIZATION_PAIRS", 3)
-    monkeypatch.setattr(setup, "_PAIRS_PER_CLUSTER", 1)
+    monkeypatch.setattr(start, "STANDARDIZATION_PAIRS", 3)
+    monkeypatch.setattr(start, "_PAIRS_PER_CLUSTER", 1)
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         made = config(folder, "start")
-        trainer = loop.Trainer(made, Path("unused"), mesh, Console(quiet=True))
-        latent = jax.device_get(trainer.initial_state().params["latent"])
-    prompts = [np.asarray(pair.states)[0] for pair in trainer.pairs.train]
+        run = program.prepare(made, mesh, Path("unused"), Console(quiet=True))
+        run.begin()
+        latent = jax.device_get(run.state.params["latent"])
+    prompts = [np.asarray(pair.states)[0] for pair in run.train]
     np.testing.assert_allclose(
         latent["prior_mlp"]["input_mean"], np.mean(prompts, axis=0), atol=1e-5
     )

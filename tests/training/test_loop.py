@@ -14,8 +14,10 @@ import pytest
 
 from lpc_jax import checkpoint
 from lpc_jax import config as cfg
-from lpc_jax.data import packing
-from lpc_jax.training import loop, runlog, setup
+from lpc_jax.data import packing, pairs
+from lpc_jax.runtime import policy
+from lpc_jax.training import runlog
+from lpc_jax.training.run import Run
 from tests import runs
 
 STEPS = 6
@@ -218,7 +220,7 @@ def test_without_codes_the_same_path_logs_no_code(straight):
         for ours, theirs in zip(plain.lines(split), lpc.lines(split), strict=True):
             left = {name for name in theirs if not name.startswith(codes)}
             assert set(ours) == left
-    assert plain.result.state.params.keys() == {"decoder"}
+    assert plain.result.run.state.params.keys() == {"decoder"}
     assert "no latent" in plain.said
 
 
@@ -232,7 +234,7 @@ def test_adapters_and_latent_are_trained_over_a_frozen_decoder(straight, folder)
         optimizer={"warmup_fraction": 0.0},
     )
     run, beside = runs.train(config), straight["LPC-DPO with adapters"]
-    assert beside.result.state.params.keys() == {"adapters", "latent"}
+    assert beside.result.run.state.params.keys() == {"adapters", "latent"}
     # The reference was scored by full runs: the frozen decoder is the same weights.
     assert "reference: 0 pairs scored, 53 found in" in run.said
     first, second = run.lines("train")
@@ -240,7 +242,7 @@ def test_adapters_and_latent_are_trained_over_a_frozen_decoder(straight, folder)
     assert abs(second["loss/preference"] - math.log(2)) > 1e-3  # other pairs, moved
     # r (inputs + outputs) of each matrix, by hand: D = N H = 32, K H = 16, F = 72.
     by_hand = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 72)) * 2
-    leaves = jax.tree.leaves(run.result.state.params["adapters"])
+    leaves = jax.tree.leaves(run.result.run.state.params["adapters"])
     assert sum(leaf.size for leaf in leaves) == by_hand
     assert "M latent, 0.00 M trained" in run.said
 
@@ -352,7 +354,7 @@ def test_resuming_continues_bit_by_bit(straight, folder, variant, monkeypatch):
     run = runs.train(runs.resumed(config))
     assert read == [3, 4, 5]
     assert "resumed after step 3" in run.said
-    assert runs.bits(run.result.state) == runs.bits(whole.result.state)
+    assert runs.bits(run.result.run.state) == runs.bits(whole.result.run.state)
     assert runs.log_of(run.folder) == runs.log_of(whole.folder)
     assert run.result.after.metrics == whole.result.after.metrics
     # The table compares with the evaluation before the crash.
@@ -424,13 +426,13 @@ def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch, chang
     path = crashed.data.train if changed_set == "data" else crashed.data.eval
     rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     rows[7]["chosen"][0]["content"] += " Indeed."
-    read = setup.examples.read
+    read = pairs.examples.read
     changed = runs.write_pairs(tmp_path / "pairs.jsonl", rows)
 
     def edited(read_path: str, **settings: Any) -> Any:
         return read(str(changed) if read_path == path else read_path, **settings)
 
-    monkeypatch.setattr(setup.examples, "read", edited)
+    monkeypatch.setattr(pairs.examples, "read", edited)
     message = refusal(runs.resumed(crashed))
     head, digest, tail = message.split("\n")
     assert head == (
@@ -444,7 +446,7 @@ def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch, chang
 
 
 def test_resuming_from_other_weights_is_refused(crashed, monkeypatch):
-    monkeypatch.setattr(setup.weights, "digest", lambda path: "f" * 64)
+    monkeypatch.setattr(policy.weights, "digest", lambda path: "f" * 64)
     old = digests(crashed)["weights_digest"]
     assert refusal(runs.resumed(crashed)) == (
         "a resumed run must have the settings, weights and data that it was started"
@@ -462,8 +464,8 @@ def test_what_alters_no_update_may_change_on_resume(crashed, straight, monkeypat
     )
     copied = dataclasses.replace(free, name="crashed")
     run = runs.train(runs.resumed(copied))
-    assert runs.bits(run.result.state.params) == runs.bits(
-        straight["DPO"].result.state.params
+    assert runs.bits(run.result.run.state.params) == runs.bits(
+        straight["DPO"].result.run.state.params
     )
 
 
@@ -601,13 +603,13 @@ def test_the_host_waits_for_the_devices_only_where_something_is_logged(
         return get(tree)
 
     monkeypatch.setattr(jax, "device_get", counting_get)
-    update = loop.Trainer.update
+    update = Run.update
 
     def counted(self, *arguments):
         done.append(len(done))
         return update(self, *arguments)
 
-    monkeypatch.setattr(loop.Trainer, "update", counted)
+    monkeypatch.setattr(Run, "update", counted)
     config = runs.config(
         folder,
         name="waits",
@@ -632,23 +634,23 @@ def test_the_next_batch_is_made_before_the_log_waits_for_this_one(folder, monkey
 
         monkeypatch.setattr(owner, name, noted)
 
-    watch(loop.Trainer, "step_batches")
-    watch(loop.Trainer, "update")
+    watch(Run, "step_batches")
+    watch(Run, "update")
     watch(runlog.RunLog, "train")
     runs.train(runs.config(folder, name="ahead", training={"steps": 3}))
-    ahead = ["update", "step_batches", "train"]
-    assert order == ["step_batches", *ahead, *ahead, "update", "train"]
+    first = ["update", "step_batches", "step_batches", "train"]
+    assert order == [*first, "update", "step_batches", "train", "update", "train"]
 
 
 def test_parameters_and_optimizer_state_are_donated(folder, monkeypatch):
     before = []
-    update = loop.Trainer.update
+    update = Run.update
 
-    def kept(self, state, *arguments):
-        before.append(state)
-        return update(self, state, *arguments)
+    def kept(self):
+        before.append(self.state)
+        return update(self)
 
-    monkeypatch.setattr(loop.Trainer, "update", kept)
+    monkeypatch.setattr(Run, "update", kept)
     runs.train(runs.config(folder, name="donated", training={"steps": 2}))
     for state in before:
         leaves = jax.tree.leaves((state.params, state.opt_state))

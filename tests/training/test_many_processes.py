@@ -87,8 +87,8 @@ def require_alike(run: runs.Run, alone: runs.Run) -> None:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
             assert ours["reward/accuracy"] == theirs["reward/accuracy"]
     for ours, theirs in zip(
-        jax.tree.leaves(run.result.state.params),
-        jax.tree.leaves(alone.result.state.params),
+        jax.tree.leaves(run.result.run.state.params),
+        jax.tree.leaves(alone.result.run.state.params),
         strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)

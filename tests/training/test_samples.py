@@ -125,8 +125,9 @@ def test_answers_are_what_the_generator_gives_of_the_checkpoint(run):
     kept = [samples.Sample(**row) for row in rows(run)]
     assert [one.step for one in kept] == [0] * 3 + [2] * 3 + [4] * 3
     loaded = system.load(str(run.folder), mesh=systems.mesh())  # of the last step
-    pairs = setup.read_pairs(run.config, Path(run.config.model.path), "cpu").held_out
-    by_id = {pair.id: pair for pair in pairs}
+    _, held_out = setup.read_pairs(run.config, loaded.tokenizer)
+    assert held_out is not None
+    by_id = {pair.id: pair for pair in held_out}
     prompts = [by_id[one.id].prompt for one in kept[-3:]]
     found = Generator(loaded, batch=3).generate(
         prompts, sampling=Sampling(max_new_tokens=9), steering=Steering("mean")

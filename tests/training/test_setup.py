@@ -19,9 +19,13 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from lpc_jax import assembly, checkpoint, objective, sharding
+from lpc_jax import checkpoint, objective, sharding
 from lpc_jax import config as cfg
-from lpc_jax.training import loop, setup
+from lpc_jax.data import packing, pairs
+from lpc_jax.data.pairs import Pairs
+from lpc_jax.runtime import compute, loading
+from lpc_jax.training import program, setup, start
+from lpc_jax.training.run import Run
 from tests import runs, tiny
 from tests.harness import logits
 
@@ -155,20 +159,19 @@ def lpc(**changes: Any) -> cfg.Latent:
 
 
 @contextmanager
-def prepared(made: cfg.Config) -> Iterator[loop.Trainer]:
+def prepared(made: cfg.Config) -> Iterator[Run]:
     """All that comes before the first update, on one device."""
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        yield loop.Trainer(made, Path("unused"), mesh, Console(quiet=True))
+        yield program.prepare(made, mesh, Path("unused"), Console(quiet=True))
 
 
 def first_update(made: cfg.Config) -> dict[str, float]:
     """Metrics of the first step, and its gradient's norm."""
-    with prepared(made) as trainer:
-        state = trainer.initial_state()
-        batches, pairs, _ = trainer.step_batches(0)
-        _, sums, norm, _ = trainer.update(state, batches, pairs)
-        return objective.values(sums) | {"gradient/norm": float(norm)}
+    with prepared(made) as run:
+        run.begin()
+        update = run.update()
+        return objective.values(update.sums) | {"gradient/norm": float(update.norm)}
 
 
 @pytest.fixture(scope="module")
@@ -179,15 +182,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 # --- model ----------------------------------------------------------------------------
 
 
-def tokens_of(pairs: setup.Pairs) -> list[tuple[bytes, bytes, bytes]]:
+def tokens_of(pairs: Pairs) -> list[tuple[bytes, bytes, bytes]]:
     return [
         (pair.prompt.tobytes(), pair.chosen.tobytes(), pair.rejected.tobytes())
-        for pair in pairs.train
+        for pair in pairs
     ]
 
 
-def read(made: cfg.Config) -> setup.Pairs:
-    return setup.read_pairs(made, Path(made.model.path), "cpu")
+def read(made: cfg.Config) -> Pairs:
+    tokenizer = loading.find_model(made.model).tokenizer()
+    return setup.read_pairs(made, tokenizer)[0]
+
+
+def shape_of(made: cfg.Config) -> packing.RowShape:
+    with prepared(made) as run:
+        return run.shape
 
 
 def test_a_tokenizer_may_lie_elsewhere(folder):
@@ -222,13 +231,19 @@ def test_bfloat16_computes_otherwise_on_the_same_masters(folder, base):
     found = first_update(made)
     assert found["loss/preference"] != base["loss/preference"]
     assert found["loss/preference"] == pytest.approx(base["loss/preference"], rel=0.05)
-    with prepared(made) as trainer:
-        leaves = jax.tree.leaves(trainer.initial_state().params)
+    with prepared(made) as run:
+        run.begin()
+        leaves = jax.tree.leaves(run.state.params)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
 
 
-def test_auto_is_float32_on_a_cpu(folder):
-    assert assembly.compute_dtype(config(folder), "cpu") == jnp.dtype("float32")
+def resolved(model: dict[str, Any], platform: str) -> compute.Compute:
+    model = {"path": "unread"} | model
+    return compute.resolve(cfg.Model(**model), row_length=128, platform=platform)
+
+
+def test_auto_is_float32_on_a_cpu():
+    assert resolved({}, "cpu").dtype == jnp.dtype("float32")
 
 
 def test_remat_recomputes_blocks_and_changes_no_number(folder, base):
@@ -243,10 +258,10 @@ def test_remat_recomputes_blocks_and_changes_no_number(folder, base):
 
 def blocks_recomputed(made: cfg.Config) -> int:
     """Recomputations in the gradient's program; scoring has one of its own."""
-    with prepared(made) as trainer:
-        state = trainer.initial_state()
-        batch = sharding.place_batch(trainer.step_batches(0)[0][0], trainer.mesh)
-        program = jax.make_jaxpr(trainer.programs.gradients)(
+    with prepared(made) as run:
+        run.begin()
+        state, batch = run.state, run.step_batches(0)[0][0]
+        program = jax.make_jaxpr(run.programs.gradients)(
             state.params, {}, batch, state.key, state.step
         )
     text = str(program)
@@ -257,20 +272,20 @@ def blocks_recomputed(made: cfg.Config) -> int:
 def test_score_chunks_change_no_number(folder, base, chunk):
     made = config(folder, latent=lpc(), model={"score_chunk": chunk})
     assert first_update(made) == pytest.approx(base, rel=1e-5, abs=1e-5)
-    assert read(made).shape.scored % chunk == 0
+    assert shape_of(made).scored % chunk == 0
 
 
 # --- latent and loss ------------------------------------------------------------------
 
 
 def test_the_latent_s_inputs_are_standardised_on_the_data(folder, monkeypatch):
-    monkeypatch.setattr(setup, "STANDARDIZATION_PAIRS", 7)
+    monkeypatch.setattr(start, "STANDARDIZATION_PAIRS", 7)
     made = lpc(posterior_input="concat", posterior_start="random")
-    with prepared(config(folder, latent=made)) as trainer:
-        count = len(trainer.pairs.train)
-        order = np.random.default_rng([trainer.config.training.seed, 0])
-        some = [trainer.pairs.train[i] for i in order.permutation(count)[:7]]
-        graph, params = trainer.start.graph, trainer.start.params
+    with prepared(config(folder, latent=made)) as run:
+        count = len(run.train)
+        order = np.random.default_rng([run.config.training.seed, 0])
+        some = [run.train.tokens[i] for i in order.permutation(count)[:7]]
+        graph, params = run.policy.graph, run.policy.params
         # Second source: each sequence by itself, as one prompt; what fills it up to
         # one length comes after its last token.
         state = jax.jit(lambda ids, last: logits(graph, params, ids)[0][0, last])
@@ -288,7 +303,8 @@ def test_the_latent_s_inputs_are_standardised_on_the_data(folder, monkeypatch):
                 ]
             )
         prompt, chosen, rejected = np.asarray(states).swapaxes(0, 1)
-        found = jax.device_get(trainer.initial_state().params["latent"])
+        run.begin()
+        found = jax.device_get(run.state.params["latent"])
     prior, posterior = found["prior_mlp"], found["posterior_mlp"]
     np.testing.assert_allclose(prior["input_mean"], prompt.mean(0), atol=1e-4)
     np.testing.assert_allclose(prior["input_spread"], prompt.std(0), rtol=0.02)
@@ -303,16 +319,16 @@ def test_the_latent_s_inputs_are_standardised_on_the_data(folder, monkeypatch):
 
 def test_sizes_of_the_latent(folder):
     latent = lpc(num_codes=5, hidden_width=12)
-    with prepared(config(folder, latent=latent)) as trainer:
-        found = jax.device_get(trainer.start.params["latent"])
+    with prepared(config(folder, latent=latent)) as run:
+        found = jax.device_get(run.policy.params["latent"])
     assert found["codebook"].shape == (5, 32)
     assert found["prior_mlp"]["hidden_kernel"].shape == (32, 12)
     assert found["posterior_mlp"]["hidden_kernel"].shape == (96, 12)
 
 
 def test_codes_start_with_the_effect_asked_for(folder):
-    with prepared(config(folder, latent=lpc(num_codes=200, effect=0.3))) as trainer:
-        params = jax.device_get(trainer.start.params)
+    with prepared(config(folder, latent=lpc(num_codes=200, effect=0.3))) as run:
+        params = jax.device_get(run.policy.params)
     head = np.asarray(params["decoder"]["head"], np.float64)
     moved = np.asarray(params["latent"]["codebook"], np.float64) @ head.T
     found = np.sqrt(np.mean(np.var(moved, axis=1)))
@@ -322,11 +338,11 @@ def test_codes_start_with_the_effect_asked_for(folder):
 
 def test_a_prior_from_clusters_knows_of_the_posterior(folder):
     agreement = {}
-    for start in ("random", "clusters"):
-        with prepared(config(folder, latent=lpc(posterior_start=start))) as trainer:
-            state = trainer.initial_state()
-            metrics = trainer.evaluate(state).metrics
-            agreement[start] = metrics["code/agreement"]
+    for how in ("random", "clusters"):
+        with prepared(config(folder, latent=lpc(posterior_start=how))) as run:
+            run.begin()
+            metrics = run.evaluate().metrics
+            agreement[how] = metrics["code/agreement"]
     assert agreement["clusters"] > 0.7
     assert agreement["random"] < 0.35
 
@@ -367,13 +383,13 @@ def test_each_loss_setting_changes_the_loss(plain, change):
 
 
 def test_each_set_is_read_from_its_own_split(folder, monkeypatch):
-    read_examples, splits = setup.examples.read, {}
+    read_examples, splits = pairs.examples.read, {}
 
     def noted(path: str, *, setting: str, split: str | None, **settings: Any) -> Any:
         splits[setting] = split
         return read_examples(path, setting=setting, split=split, **settings)
 
-    monkeypatch.setattr(setup.examples, "read", noted)
+    monkeypatch.setattr(pairs.examples, "read", noted)
     read(config(folder, data={"train_split": "one", "eval_split": "other"}))
     assert splits == {"data.train": "one", "data.eval": "other"}
 
@@ -465,9 +481,9 @@ def test_a_prefix_mismatch_is_cut_or_an_error(folder):
     ids=str,
 )
 def test_how_many_steps_a_run_has(folder, changes, steps):
-    with prepared(config(folder, **changes)) as trainer:
-        assert trainer.total_steps == steps
-        sizes = [trainer.step_batches(number)[1] for number in range(steps)]
+    with prepared(config(folder, **changes)) as run:
+        assert run.total_steps == steps
+        sizes = [run.step_batches(number)[1] for number in range(steps)]
     most = changes.get("packing", {}).get("pairs_per_step", 12)
     assert max(sizes) == most
     if steps != 7:
@@ -477,7 +493,7 @@ def test_how_many_steps_a_run_has(folder, changes, steps):
 def test_shorter_rows_do_the_same_update(folder, base):
     packing = {"row_length": 160, "length_choices": 4}
     made = config(folder, latent=lpc(), packing=packing)
-    lengths = read(made).shape.row_lengths
+    lengths = shape_of(made).row_lengths
     assert 2 <= len(lengths) <= 4
     assert all(length % 32 == 0 for length in lengths)  # 160 and 64 have it in common
     assert first_update(made) == pytest.approx(base, rel=1e-4, abs=1e-5)
@@ -486,21 +502,21 @@ def test_shorter_rows_do_the_same_update(folder, base):
 def test_the_shape_of_a_micro_batch(folder, base):
     packing = {"rows": 3, "row_length": 200, "length_choices": 1, "pairs_per_row": 2}
     made = config(folder, latent=lpc(), packing=packing)
-    shape = read(made).shape
+    shape = shape_of(made)
     assert (shape.rows, shape.row_lengths, shape.pair_slots) == (3, (200,), 2)
     assert first_update(made) == pytest.approx(base, rel=1e-4, abs=1e-5)
 
 
-def test_the_gpu_kernel_is_refused_in_float32(folder):
+def test_the_gpu_kernel_is_refused_in_float32():
     model = {"attention": "cudnn", "compute_dtype": "float32"}
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
-        assembly.attention_backend(config(folder, model=model), "gpu")
+        resolved(model, "gpu")
     assert str(error.value) == (
         "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32. Use"
         " 'auto' for one of the two."
     )
     model["compute_dtype"] = "auto"  # bfloat16 there
-    assert assembly.attention_backend(config(folder, model=model), "gpu") == "cudnn"
+    assert resolved(model, "gpu").attention == "cudnn"
 
 
 # --- training and run -----------------------------------------------------------------
@@ -509,10 +525,10 @@ def test_the_gpu_kernel_is_refused_in_float32(folder):
 def test_the_seed_decides_the_order_and_the_latent(folder):
     def of(seed: int) -> tuple[list[int], np.ndarray]:
         made = config(folder, latent=lpc(), training={"seed": seed})
-        with prepared(made) as trainer:
-            batches, _, _ = trainer.step_batches(0)
+        with prepared(made) as run:
+            batches, _, _ = run.step_batches(0)
             ids = [i for b in batches for i in b.pair_id[b.pair_mask].tolist()]
-            return sorted(ids), np.asarray(trainer.start.params["latent"]["codebook"])
+            return sorted(ids), np.asarray(run.policy.params["latent"]["codebook"])
 
     (ids, codebook), (same_ids, same), (other_ids, other) = of(1), of(1), of(2)
     assert ids == same_ids
@@ -522,12 +538,12 @@ def test_the_seed_decides_the_order_and_the_latent(folder):
 
 
 def test_a_resumed_run_frees_the_start_s_parameters(folder):
-    with prepared(config(folder)) as trainer:
-        head = weakref.ref(trainer.start.params["decoder"]["embedding"])
-        trainer.forget_start()
+    with prepared(config(folder)) as run:
+        head = weakref.ref(run.policy.params["decoder"]["embedding"])
+        run.forget_start()
         gc.collect()
         assert head() is None
-        trainer.abstract_state()  # what the checkpoint is restored into, still known
+        run.abstract_state()  # what the checkpoint is restored into, still known
 
 
 def test_how_often_a_run_logs_evaluates_and_saves(folder, monkeypatch):

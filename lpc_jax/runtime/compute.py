@@ -1,0 +1,86 @@
+"""How a policy computes, resolved once: platform, precision, kernels, tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import platform as machine
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from lpc_jax import config as cfg
+from lpc_jax.errors import UserError
+from lpc_jax.models import attention
+
+# Row lengths are multiples of the blocks that attention walks: 64 on CPU, 128 in
+# kernels.
+_CPU_ROW_UNIT, _ROW_UNIT = 64, 128
+# Scored positions of a row that meet the LM head at a time.
+_CPU_SCORE_CHUNK, _SCORE_CHUNK = 128, 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """What ``model.*`` and ``packing.row_length`` come to on one platform.
+
+    Attributes:
+        platform: As JAX names it: ``cpu``, ``gpu``, ``tpu``.
+        dtype: Of matrix products.
+        attention: The backend's name.
+        remat: As ``model.remat``.
+        score_chunk: Scored positions of a row that meet the LM head at a time.
+        row_unit: What every row length is a multiple of, so that attention's blocks
+            are full.
+    """
+
+    platform: str
+    dtype: jnp.dtype
+    attention: str
+    remat: str
+    score_chunk: int
+    row_unit: int
+
+
+def resolve(model: cfg.Model, *, row_length: int, platform: str) -> Compute:
+    """How a model computes on a platform, in rows of at most so many tokens.
+
+    Raises:
+        UserError: An attention backend that cannot run there or in this precision.
+    """
+    cpu = platform == "cpu"
+    dtype = model.compute_dtype
+    if dtype == "auto":  # bfloat16 where the device is made for it
+        dtype = "float32" if cpu else "bfloat16"
+    row_unit = math.gcd(row_length, _CPU_ROW_UNIT if cpu else _ROW_UNIT)
+    backend = attention.choose(model.attention, platform, row_unit=row_unit)
+    if backend == "cudnn" and dtype == "float32":
+        raise UserError(
+            "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32."
+            " Use 'auto' for one of the two."
+        )
+    chunk = model.score_chunk or (_CPU_SCORE_CHUNK if cpu else _SCORE_CHUNK)
+    return Compute(platform, jnp.dtype(dtype), backend, model.remat, chunk, row_unit)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Has JAX keep compiled programs in a folder, for the next start to find."""
+    cache = folder.resolve() / _instruction_set()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _instruction_set() -> str:
+    """A name for what this machine's CPU can execute.
+
+    JAX's own keys leave it out, and machines that share a folder may differ in it.
+    """
+    flags = machine.processor()
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        lines = cpu.read_text().splitlines()
+        named = [line for line in lines if line.startswith(("flags", "Features"))]
+        flags = named[0] if named else flags
+    digest = hashlib.sha256(flags.encode()).hexdigest()
+    return f"{machine.machine()}-{digest[:8]}"

@@ -1,0 +1,284 @@
+"""The policy: a network with its parameters on a mesh, and what it takes to use it.
+
+Training, evaluation, generation, export and planning all take one. A planner's is
+abstract: its parameters are shapes with shardings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from lpc_jax import config as cfg
+from lpc_jax import sharding
+from lpc_jax.data.tokenizer import Tokenizer
+from lpc_jax.models import adapters as adapter_models
+from lpc_jax.models import network, weights
+from lpc_jax.models.architectures import Architecture
+from lpc_jax.models.network import Network
+from lpc_jax.runtime.compute import Compute
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Folder or file of a decoder's start weights."""
+
+    path: Path
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights."""
+        return weights.digest(self.path)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A decoder, with adapters and codes or without, on a mesh.
+
+    Attributes:
+        name: What it is, for a person.
+        architecture: The decoder's.
+        tokenizer: With its chat template; None in a plan.
+        graph: The network without its parameters.
+        params: What an update changes, in fp32; of a policy that is only asked, all.
+        frozen: The decoder where it is not trained, its matrices in the compute dtype;
+            else empty.
+        latent: Settings of the codes, or None without codes.
+        adapters: Settings of the adapters, or None without any.
+        compute: Precision, kernels and tiles.
+        mesh: Where the parameters are.
+        source: Of the decoder's start weights.
+        run: Config of the run that trained it; None of a model as it is.
+        codebook_unit: Length of a code that changes logits by one nat (root mean
+            square over the vocabulary), of the start's head.
+        is_seeded: Whether adapters and codes are fresh from a seed.
+    """
+
+    name: str
+    architecture: Architecture
+    tokenizer: Tokenizer | None
+    graph: nnx.GraphDef[Network]
+    params: Params
+    frozen: Params
+    latent: cfg.Latent | None
+    adapters: cfg.Adapters | None
+    compute: Compute
+    mesh: Mesh
+    source: Source
+    run: cfg.Config | None = None
+    codebook_unit: float = 1.0
+    is_seeded: bool = False
+
+    @property
+    def whole(self) -> Params:
+        """All parameters."""
+        return self.params | self.frozen
+
+    @property
+    def network(self) -> Network:
+        """The module; inside jit, merge ``graph`` with parameters as arguments."""
+        return nnx.merge(self.graph, self.whole)
+
+    @property
+    def config(self) -> cfg.Config:
+        """Settings of its run; of a model as it is, the defaults."""
+        return self.run or cfg.Config(
+            name=self.name,
+            model=cfg.Model(path=str(self.source.path)),
+            loss=cfg.Simpo(gamma=0.0),
+            data=cfg.Data(train="none"),
+            latent=self.latent,
+        )
+
+    def with_params(self, params: Params) -> Policy:
+        """The same with other values of what is trained."""
+        return dataclasses.replace(self, params=params)
+
+    def abstracted(self) -> Policy:
+        """The same without the arrays of what is trained: shapes with shardings."""
+        return self.with_params(jax.tree.map(_abstract, self.params))
+
+    def plain(self) -> Policy:
+        """The decoder alone, as it was loaded: what a reference is."""
+        graph, _ = shapes(self.architecture, self.compute, latent=None, adapters=None)
+        return dataclasses.replace(
+            self,
+            graph=graph,
+            params={"decoder": self.whole["decoder"]},
+            frozen={},
+            latent=None,
+            adapters=None,
+        )
+
+    def merged(self, dtype: jnp.dtype | None = None) -> Policy:
+        """The policy to ask: adapters added to the matrices they were trained beside.
+
+        Args:
+            dtype: Of the decoder's matrices; None: what they are multiplied in, with
+                which all results are the same.
+        """
+        graph, _ = shapes(
+            self.architecture, self.compute, latent=self.latent, adapters=None
+        )
+        params = dict(self.whole)
+        if self.adapters is not None:
+            params["decoder"] = adapter_models.merge(
+                params["decoder"],
+                params.pop("adapters"),
+                scale=self.adapters.alpha / self.adapters.rank,
+            )
+        params["decoder"] = _cast(params["decoder"], dtype or self.compute.dtype)
+        return dataclasses.replace(
+            self, graph=graph, params=params, frozen={}, adapters=None
+        )
+
+    def digest(self) -> str:
+        """SHA-256 over all parameters as they are, whatever their layout."""
+        content = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_flatten_with_path(self.whole)[0]:
+            head = f"{sharding.path_name(path)} {leaf.dtype} {leaf.shape}\n"
+            content.update(head.encode())
+            content.update(np.asarray(jax.device_get(leaf)).tobytes())
+        return content.hexdigest()
+
+
+def build(
+    architecture: Architecture,
+    compute: Compute,
+    *,
+    latent: cfg.Latent | None,
+    adapters: cfg.Adapters | None,
+    key: Array,
+) -> Network:
+    """A network with random weights; its codes are of unit scale.
+
+    Args:
+        architecture: The decoder's.
+        compute: Precision, kernels and tiles.
+        latent: Settings of the codes, or None.
+        adapters: Settings of the adapters, or None.
+        key: Seeds the weights.
+    """
+    head = None
+    if latent is not None:
+        head = {
+            "num_codes": latent.num_codes,
+            "hidden_width": latent.hidden_width,
+            "codebook_scale": 1.0,  # loading.start knows the head, and scales it
+            "posterior_input": latent.posterior_input,
+        }
+    return network.build(
+        architecture,
+        compute_dtype=compute.dtype,
+        attention_backend=compute.attention,
+        remat=compute.remat,
+        adapters=None if adapters is None else dataclasses.asdict(adapters),
+        latent=head,
+        key=key,
+    )
+
+
+def shapes(
+    architecture: Architecture,
+    compute: Compute,
+    *,
+    latent: cfg.Latent | None,
+    adapters: cfg.Adapters | None,
+) -> tuple[nnx.GraphDef[Network], Params]:
+    """A network's graph and the shapes of its fp32 parameters."""
+    made = nnx.eval_shape(
+        lambda: build(
+            architecture,
+            compute,
+            latent=latent,
+            adapters=adapters,
+            key=jax.random.key(0),
+        )
+    )
+    graph, state = nnx.split(made)
+    return graph, nnx.to_pure_dict(state)
+
+
+def abstract(
+    architecture: Architecture,
+    compute: Compute,
+    *,
+    latent: cfg.Latent | None,
+    adapters: cfg.Adapters | None,
+    train_decoder: bool,
+    mesh: Mesh,
+    path: Path,
+    name: str = "",
+    tokenizer: Tokenizer | None = None,
+) -> Policy:
+    """A policy as it will be trained, none of it materialised.
+
+    Args:
+        architecture: The decoder's.
+        compute: Precision, kernels and tiles.
+        latent: Settings of the codes, or None.
+        adapters: Settings of the adapters, or None.
+        train_decoder: Whether updates change the decoder: fp32 masters; else its
+            matrices are in the compute dtype.
+        mesh: Of devices that may be elsewhere.
+        path: Of the start weights.
+        name: What it is, for a person.
+        tokenizer: With its chat template.
+    """
+    graph, of_network = shapes(architecture, compute, latent=latent, adapters=adapters)
+    placed = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=where
+        ),
+        of_network,
+        sharding.parameter_shardings(of_network, mesh),
+    )
+    frozen: Params = {}
+    if not train_decoder:
+        frozen = {"decoder": _cast(placed.pop("decoder"), compute.dtype)}
+    return Policy(
+        name=name,
+        architecture=architecture,
+        tokenizer=tokenizer,
+        graph=graph,
+        params=placed,
+        frozen=frozen,
+        latent=latent,
+        adapters=adapters,
+        compute=compute,
+        mesh=mesh,
+        source=Source(path),
+    )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _cast(decoder: Params, dtype: jnp.dtype) -> Params:
+    """The decoder's matrices in a dtype; its norms stay in fp32."""
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        wanted = frozen_dtype(sharding.path_name(path), dtype)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, wanted, sharding=leaf.sharding)
+        return leaf.astype(wanted)
+
+    return jax.tree_util.tree_map_with_path(cast, decoder)
+
+
+def frozen_dtype(path: str, dtype: jnp.dtype) -> jnp.dtype:
+    """Of a leaf that is not trained: norms stay in fp32."""
+    return jnp.dtype("float32") if path.endswith("norm/scale") else jnp.dtype(dtype)

@@ -1,0 +1,198 @@
+"""The start of a run's latent: its networks made for some of the pairs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from lpc_jax import config as cfg
+from lpc_jax import processes, sharding
+from lpc_jax.data import packing
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.hidden_states import HiddenStates
+from lpc_jax.models import latent as latent_models
+from lpc_jax.runtime.policy import Params, Policy
+from lpc_jax.types import Batch
+
+# Pairs from which the latent's inputs are standardised: enough for a coordinate's
+# spread to within a tenth, few enough to take seconds.
+STANDARDIZATION_PAIRS = 64
+# For clusters so many for each code; where a frozen decoder's states are kept anyway,
+# all, up to so many that clusters and ridge regressions take 4 seconds.
+_PAIRS_PER_CLUSTER, _MOST_START_PAIRS = 16, 4096
+
+
+def prepare_latent(
+    config: cfg.Config,
+    policy: Policy,
+    train: Sequence[TokenizedPair],
+    users: Int[np.ndarray, "_"] | None,
+    shape: packing.RowShape,
+) -> Params:
+    """The trained parameters, with the latent's networks made for some of the pairs.
+
+    Their inputs are standardised, and with ``latent.posterior_start`` the posterior
+    tells clusters of these pairs apart.
+
+    Args:
+        config: Of the run; its latent is not None.
+        policy: Fresh from its seed.
+        train: Pairs to train on.
+        users: Who judged each, numbered, or None.
+        shape: Of a micro-batch.
+    """
+    settings, mesh = config.latent, policy.mesh
+    assert settings is not None
+    clustered = settings.posterior_start == "clusters"
+    wanted = STANDARDIZATION_PAIRS
+    if clustered:
+        wanted = max(wanted, _PAIRS_PER_CLUSTER * settings.num_codes)
+        if config.decoder == "frozen":
+            wanted = max(wanted, min(len(train), _MOST_START_PAIRS))
+    indices = packing.step_indices(
+        len(train), step=0, pairs_per_step=wanted, seed=config.training.seed
+    )
+    prompt, judged = _states_read(policy, [train[i] for i in indices], shape)
+    new = latent_models.standardization(
+        prompt, judged, posterior_input=settings.posterior_input
+    )
+    latent = policy.params["latent"]
+    if clustered:
+        inputs = {"posterior_mlp": judged, "prior_mlp": prompt}
+        networks = {name: latent[name] | new[name] for name in inputs}
+        of_users = None if users is None else users[np.sort(indices)]
+        new |= _cluster_outputs(
+            networks, inputs, new, settings.num_codes, of_users, mesh
+        )
+    placed = {
+        mlp: {
+            name: sharding.place(value, latent[mlp][name].sharding)
+            for name, value in values.items()
+        }
+        for mlp, values in new.items()
+    }
+    return policy.params | {
+        "latent": {
+            name: part | placed[name] if name in placed else part
+            for name, part in latent.items()
+        }
+    }
+
+
+def _states_read(
+    policy: Policy, pairs: Sequence[TokenizedPair], shape: packing.RowShape
+) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B inputs"]]:
+    """What prior and posterior read of pairs, in the order of their ids."""
+    mesh, graph = policy.mesh, policy.graph
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def read(params: Params, batch: Batch) -> tuple[Array | None, Array | None]:
+        states = nnx.merge(graph, params).states(batch)
+        return states.prompt, states.judged
+
+    parts: list[list[np.ndarray]] = []
+    ids: list[np.ndarray] = []
+    for batch in packing.micro_batches(pairs, shape, reference_logp=None):
+        states = jax.device_get(read(policy.whole, sharding.place_batch(batch, mesh)))
+        parts.append([np.asarray(x, np.float32)[batch.pair_mask] for x in states])
+        ids.append(batch.pair_id[batch.pair_mask])
+    order = np.argsort(np.concatenate(ids))  # however they were packed
+    prompt, judged = (np.concatenate(part)[order] for part in zip(*parts, strict=True))
+    return prompt, judged
+
+
+def _cluster_outputs(
+    networks: dict[str, Any],
+    read_by: dict[str, Float[np.ndarray, "B inputs"]],
+    new: dict[str, dict[str, np.ndarray]],
+    num_codes: int,
+    users: Int[np.ndarray, "_"] | None,
+    mesh: Mesh,
+) -> dict[str, dict[str, np.ndarray]]:
+    """The networks' last layers for clusters of what the posterior reads.
+
+    The prior's too, so that what of a cluster can be known from the prompt is known
+    from the start.
+    """
+    found = {
+        name: _hidden_layer(network, read_by[name], num_codes, mesh)
+        for name, network in networks.items()
+    }
+    standard, _ = found["posterior_mlp"]
+    if users is not None:
+        standard = latent_models.means_of_others(standard, users)
+    cluster = np.asarray(
+        processes.from_main(
+            lambda: latent_models.clusters(standard, num_codes).tolist()
+        )
+    )
+    pooled = {"posterior_mlp": users, "prior_mlp": None}
+    return {
+        name: new[name]
+        | latent_models.output_for(hidden, cluster, num_codes, pooled[name])
+        for name, (_, hidden) in found.items()
+    }
+
+
+def _hidden_layer(
+    network: dict[str, Any],
+    x: Float[np.ndarray, "B inputs"],
+    num_codes: int,
+    mesh: Mesh,
+) -> tuple[np.ndarray, np.ndarray]:
+    """A network's standardised inputs and what its last layer reads."""
+    inputs, width = network["hidden_kernel"].shape
+    graph = nnx.graphdef(
+        nnx.eval_shape(
+            lambda: latent_models.CodeMlp(inputs, width, num_codes, rngs=nnx.Rngs(0))
+        )
+    )
+
+    # Whole on every device, so that every process reads all of it.
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def read(params: dict[str, Any], x: Array) -> tuple[Array, Array]:
+        made = nnx.merge(graph, params)
+        standard = made.standard(x)
+        return standard, made.hidden(standard)
+
+    standard, hidden = jax.device_get(read(network, x))
+    return np.asarray(standard), np.asarray(hidden)
+
+
+def with_states(
+    config: cfg.Config,
+    policy: Policy,
+    pairs: Sequence[TokenizedPair],
+    shape: packing.RowShape,
+    say: Callable[[str], None],
+) -> list[TokenizedPair]:
+    """The pairs with the frozen decoder's hidden states, from cache where kept.
+
+    Raises:
+        UserError: As ``HiddenStates``.
+    """
+    kept = HiddenStates(
+        Path(config.model.states_cache),
+        weights_digest=policy.source.digest,
+        dtype=policy.compute.dtype,
+        width=policy.architecture.width,
+    )
+    mesh, graph = policy.mesh, policy.graph
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def read(params: Params, batch: Batch) -> Array:
+        return nnx.merge(graph, params).hidden(batch)
+
+    def read_placed(batch: Batch) -> Float[np.ndarray, "R T D"]:
+        placed = sharding.place_batch(batch, mesh)
+        return np.asarray(jax.device_get(read(policy.whole, placed)))
+
+    return kept.attach(pairs, read_placed, shape, say)
