@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from lpc_jax import assembly, checkpoint, objective, processes, sharding
+from lpc_jax import assembly, checkpoint, processes, sharding
 from lpc_jax import config as cfg
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation import preference, samples
+from lpc_jax.metrics import Sums, values
 from lpc_jax.training import health, memory, nonfinite, runfolder
 from lpc_jax.training.runlog import EVALUATION, TRAIN, RunLog, require_trackers
 from lpc_jax.training.trainer import Trainer
@@ -235,7 +236,7 @@ def _updates(
     elif trainer.held_out:
         before = evaluate(0)
     since, tokens, pairs_done = time.perf_counter(), 0, 0
-    logged: objective.Sums = {}  # over the steps since the last line
+    logged: Sums = {}  # over the steps since the last line
     finites: list[jax.Array] = []  # likewise, of each
     skipped_in_a_row = 0
     first = int(state.step)
@@ -263,7 +264,7 @@ def _updates(
             jax.profiler.stop_trace()
             log.say(f"step {done}: trace in {trainer.folder / 'profile'}")
         if done % config.training.log_every == 0 or done == total:
-            metrics = objective.values(logged) | trainer.schedules(number)
+            metrics = values(logged) | trainer.schedules(number)
             elapsed = time.perf_counter() - since
             for one in jax.device_get(finites):
                 skipped_in_a_row = 0 if one else skipped_in_a_row + 1

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lpc_jax import assembly, objective, processes, sharding
+from lpc_jax import assembly, loss_table, metrics, objective, processes, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.evaluation import preference, samples, system
@@ -94,7 +94,7 @@ class Trainer:
             self.pairs = pairs
         self.reference: np.ndarray | None = None
         held_out_reference, reference_digest = None, ""
-        if objective.needs_reference(config.loss):
+        if config.loss.needs_reference:
             self.reference, held_out_reference, reference_digest = (
                 setup.reference_column(
                     config,
@@ -156,7 +156,7 @@ class Trainer:
             f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
             f" {shape.rows} rows x {' or '.join(map(str, shape.row_lengths))} tokens,"
             f" {shape.scored} scored a row; {self.total_steps} steps\n"
-            f"{objective.formula(config.loss, config.latent)}"
+            f"{loss_table.formula(config.loss, config.latent)}"
         )
 
     def compile(self) -> None:
@@ -245,7 +245,7 @@ class Trainer:
 
     def update(
         self, state: TrainState, batches: list[Batch], pairs: int
-    ) -> tuple[TrainState, objective.Sums, jax.Array, jax.Array]:
+    ) -> tuple[TrainState, metrics.Sums, jax.Array, jax.Array]:
         """One update over exactly the given pairs."""
         gradients, sums = self.programs.summed_gradients(
             state, self.start.frozen, batches, self._companions(state, batches)

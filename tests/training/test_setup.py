@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from lpc_jax import assembly, checkpoint, objective, sharding
+from lpc_jax import assembly, checkpoint, metrics, objective, sharding
 from lpc_jax import config as cfg
 from lpc_jax.training import loop, setup
 from tests import runs, tiny
@@ -168,7 +168,7 @@ def first_update(made: cfg.Config) -> dict[str, float]:
         state = trainer.initial_state()
         batches, pairs, _ = trainer.step_batches(0)
         _, sums, norm, _ = trainer.update(state, batches, pairs)
-        return objective.values(sums) | {"gradient/norm": float(norm)}
+        return metrics.values(sums) | {"gradient/norm": float(norm)}
 
 
 @pytest.fixture(scope="module")
