@@ -100,6 +100,8 @@ def _mode(asked: argparse.Namespace) -> Callable[..., None]:
 
 
 def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    from lpc_jax import loss_table
+
     from_run = "default: the run's, else config.py's"
     pairs = parser.add_argument_group("preference pairs")
     pairs.add_argument(
@@ -116,7 +118,7 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--no-start", action="store_true", help="leave it out")
     pairs.add_argument(
         "--reward",
-        choices=("simpo", "dpo", "ipo", "mean_logp", "logp"),
+        choices=loss_table.reward_names(),
         help="of everyone; default: of the run's loss, else mean_logp",
     )
     pairs.add_argument("--max-prompt-length", type=_count, help=from_run)
@@ -218,7 +220,7 @@ def compare_readers(
     Raises:
         UserError: Something that the user can mend.
     """
-    from lpc_jax import sources
+    from lpc_jax import loss_table, sources
     from lpc_jax.evaluation import command, pairs, readers, steering, system
 
     _require_writable(asked)
@@ -249,7 +251,7 @@ def compare_readers(
     )
     loaded = command.load_system(asked)
     reference = None
-    if pairs.reward(None, config.loss).over_reference:
+    if loss_table.reward(None, config.loss).over_reference:
         model = dataclasses.asdict(config.model)
         own = model.pop("path")
         path = config.reference.path or own

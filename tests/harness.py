@@ -19,6 +19,7 @@ from lpc_jax import config as cfg
 from lpc_jax import objective, sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.metrics import values
 from lpc_jax.models import network, weights
 from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training import step
@@ -68,7 +69,7 @@ class Harness:
         self.state, norm, finite = self.programs.update(
             self.state, gradients, jnp.asarray(pairs), {}
         )
-        return objective.values(sums), float(norm), bool(finite)
+        return values(sums), float(norm), bool(finite)
 
 
 def load_policy(path: Path, *, remat: str = "none") -> tuple[nnx.GraphDef, Any]:
@@ -223,7 +224,7 @@ def follow(
 
     losses, norms, logps, micro_batches = [], [], [], []
     with jax.set_mesh(harness.mesh):
-        needed = objective.needs_reference(loss)
+        needed = loss.needs_reference
         reference = logp(range(len(every))) if needed else None
         for expected in run["steps"]:
             indices = expected["rows"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lpc_jax import objective
+from lpc_jax import metrics
 from lpc_jax.evaluation import preference
 from lpc_jax.losses import latent as latent_losses
 
@@ -44,7 +44,7 @@ class Measures:
         posterior_perplexity: The same of the mean posterior.
         codes_per_prompt: exp of the mean entropy of the prior: how many codes a prompt
             mixes.
-        dead: Codes with less than ``objective.DEAD_SHARE`` of a uniform code's usage.
+        dead: Codes with less than ``metrics.DEAD_SHARE`` of a uniform code's usage.
         agreement: Share of pairs with one largest code of prior and posterior.
         agreement_by_chance: What it would be if the two had nothing to do with each
             other, each as often as it is.
@@ -130,8 +130,8 @@ def perplexity(usage: Float[np.ndarray, "C"]) -> float:
 
 
 def dead_codes(usage: Float[np.ndarray, "C"]) -> tuple[int, ...]:
-    """Codes with less than ``objective.DEAD_SHARE`` of a uniform code's usage."""
-    least = objective.DEAD_SHARE / len(usage)
+    """Codes with less than ``metrics.DEAD_SHARE`` of a uniform code's usage."""
+    least = metrics.DEAD_SHARE / len(usage)
     return tuple(np.flatnonzero(usage / usage.sum() < least).tolist())
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from lpc_jax import checkpoint, sources
+from lpc_jax import checkpoint, loss_table, sources
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.chat import TokenizedPair
@@ -23,9 +23,9 @@ from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Report
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation import like, pairs, steering, system
-from lpc_jax.evaluation.pairs import Reward
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
+from lpc_jax.loss_table import Reward
 
 SYSTEM, START, AGAINST = "system", "start", "against"
 
@@ -50,7 +50,7 @@ class Options:
         mix: Or several, as ``--mix`` has them.
         like: Or those of the reader who judged the pairs of this file.
         like_by: How these are found.
-        reward: One of ``pairs.REWARDS``; None: of the run's loss.
+        reward: One of ``loss_table.reward_names()``; None: of the run's loss.
         max_length: As ``data.max_length``.
         max_prompt_length: As ``data.max_prompt_length``.
         truncation: As ``data.truncation``.
@@ -302,7 +302,7 @@ def _contenders(
     options: Options, config: cfg.Config | None, systems: _Systems
 ) -> list[tuple[str, System, Steering | None, Reward, System | None]]:
     """Role, system, choice of z, reward and its reference of everyone."""
-    reward = pairs.reward(options.reward, None if config is None else config.loss)
+    reward = loss_table.reward(options.reward, None if config is None else config.loss)
     start = options.start
     if start is None and config is not None:
         start = config.model.path
@@ -336,7 +336,7 @@ def _contenders(
     if options.with_start and start is not None:
         begun = systems.load_start(start, config if options.start is None else None)
         # Under a log-ratio to itself every answer has reward 0.
-        own = pairs.reward("mean_logp", None) if reward.over_reference else reward
+        own = loss_table.reward("mean_logp", None) if reward.over_reference else reward
         found.append((START, begun, _own(begun), own, None))
     if options.against is not None:
         of = settings(options.against, options.against_step)

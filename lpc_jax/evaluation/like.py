@@ -15,7 +15,7 @@ import scipy.special
 from jaxtyping import Float
 
 from lpc_jax import config as cfg
-from lpc_jax import sources
+from lpc_jax import loss_table, sources
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
@@ -106,7 +106,7 @@ def evidence(
     assert latent is not None
     every = np.concatenate([np.zeros((1, latent.num_codes)), np.eye(latent.num_codes)])
     logp = pairs.score_under(system, some, every, on_progress=lambda _: None)
-    reward = pairs.reward(None, system.config.loss)
+    reward = loss_table.reward(None, system.config.loss)
     alone = dataclasses.replace(reward, over_reference=False)
     rewards = np.stack([alone.of(x, pairs.lengths(some), None) for x in logp])
     added = rewards[1:] - rewards[:1]

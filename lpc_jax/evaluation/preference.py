@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from lpc_jax import objective
+from lpc_jax.metrics import Sums, values
 from lpc_jax.types import Batch
 
 
@@ -36,7 +36,7 @@ class Evaluation:
 
 
 def evaluate(
-    score: Callable[[Batch], tuple[objective.Sums, dict[str, Array]]],
+    score: Callable[[Batch], tuple[Sums, dict[str, Array]]],
     batches: Sequence[Batch],
     *,
     sources: Mapping[int, str],
@@ -49,7 +49,7 @@ def evaluate(
         batches: Micro-batches as NumPy arrays; padding does not count.
         sources: Source of each pair id in the batches.
     """
-    totals: objective.Sums | None = None
+    totals: Sums | None = None
     margins: dict[int, float] = {}
     priors: dict[int, np.ndarray] = {}
     for batch in batches:
@@ -70,7 +70,7 @@ def evaluate(
     by_source: dict[str, list[int]] = {}
     for pair_id in sorted(margins):
         by_source.setdefault(sources[pair_id], []).append(pair_id)
-    metrics = objective.values(totals)
+    metrics = values(totals)
     if priors and len(by_source) > 1:
         metrics["code/source_nmi"] = normalized_mutual_information(
             [int(np.argmax(priors[i])) for i in sorted(margins)],

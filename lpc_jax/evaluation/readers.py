@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from rich.table import Table
 from rich.text import Text
 
-from lpc_jax import untrusted
+from lpc_jax import loss_table, untrusted
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
@@ -123,7 +123,7 @@ def measure(
     logp = pairs.score_under(
         system, judged, mixes, on_progress=lambda done: on_progress(done, len(judged))
     )
-    reward = pairs.reward(None, system.config.loss)
+    reward = loss_table.reward(None, system.config.loss)
     of_reference = None if reference is None else reference(judged)
     rewards = np.stack(
         [reward.of(x, pairs.lengths(judged), of_reference) for x in logp]

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from lpc_jax import assembly, objective, sharding, sources
+from lpc_jax import assembly, sharding, sources
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.errors import UserError
@@ -169,7 +169,7 @@ def abstract(
     batch = packing.empty_batch(
         shape,
         packed.row_length,
-        with_reference=objective.needs_reference(config.loss),
+        with_reference=config.loss.needs_reference,
         states=states,
     )
     return Abstract(
@@ -218,7 +218,7 @@ def besides_gradients(
             ),
         )
         jobs["add"] = lambda: programs.add.lower(term, term)
-    if objective.needs_reference(config.loss):
+    if config.loss.needs_reference:
         other = architecture
         if config.reference.path is not None:
             model = dataclasses.replace(config.model, path=config.reference.path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 
 from lpc_jax import config as cfg
-from lpc_jax import objective
 from lpc_jax.losses import sequence
 from lpc_jax.models.architectures import Architecture
 
@@ -119,7 +118,7 @@ def flops(
     latent = 0.0
     if config.latent is not None:
         latent = 2.0 * _latent_matrices(a, config.latent)
-    needed = objective.needs_reference(config.loss)
+    needed = config.loss.needs_reference
     if config.decoder == "frozen":
         # Hidden states are known, and z's gradient meets the head once for an answer.
         alone = head + 3 * latent

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from lpc_jax import checkpoint, objective
+from lpc_jax import checkpoint
 from lpc_jax import config as cfg
 from lpc_jax.evaluation import preference, samples
+from lpc_jax.metrics import Sums, values
 from lpc_jax.training import health
 from lpc_jax.training.run import Update
 from lpc_jax.training.runlog import EVALUATION, TRAIN, RunLog
@@ -66,7 +67,7 @@ class Trainable(Protocol):
         """One update."""
         ...
 
-    def add(self, sums: objective.Sums, more: objective.Sums) -> objective.Sums:
+    def add(self, sums: Sums, more: Sums) -> Sums:
         """Metrics of two updates together."""
         ...
 
@@ -120,7 +121,7 @@ class Loop:
     def _restart(self) -> None:
         """Counts speed and metrics from here."""
         self._since, self._tokens, self._pairs = time.perf_counter(), 0, 0
-        self._sums: objective.Sums = {}  # over the steps since the last line
+        self._sums: Sums = {}  # over the steps since the last line
         self._finite: list[jax.Array] = []  # likewise, of each
 
     def __iter__(self) -> Iterator[dict[str, float]]:
@@ -175,7 +176,7 @@ class Loop:
 
     def _log(self, done: int, update: Update) -> dict[str, float]:
         """Logs the updates since the last line; waits for them."""
-        metrics = objective.values(self._sums) | self.run.schedules(done - 1)
+        metrics = values(self._sums) | self.run.schedules(done - 1)
         elapsed = time.perf_counter() - self._since
         finite = jax.device_get(self._finite)
         for one in finite:

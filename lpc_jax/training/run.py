@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, processes, sharding
+from lpc_jax import loss_table, metrics, objective, processes, sharding
 from lpc_jax.data import packing, tokenizer
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.evaluation import preference, samples
@@ -48,7 +48,7 @@ class Update:
         tokens: How many they have.
     """
 
-    sums: objective.Sums
+    sums: metrics.Sums
     norm: jax.Array
     finite: jax.Array
     batches: list[Batch]
@@ -111,7 +111,7 @@ class Run:
             self._read_states()
         self.reference: np.ndarray | None = None
         held_out_reference, reference_digest = None, ""
-        if objective.needs_reference(config.loss):
+        if config.loss.needs_reference:
             if reference_policy is None:
                 scored = self.train, self.held_out, self.shape
             else:
@@ -204,7 +204,7 @@ class Run:
             f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
             f" {shape.rows} rows x {' or '.join(map(str, shape.row_lengths))} tokens,"
             f" {shape.scored} scored a row; {self.total_steps} steps\n"
-            f"{objective.formula(config.loss, config.latent)}"
+            f"{loss_table.formula(config.loss, config.latent)}"
         )
 
     # --- state ------------------------------------------------------------------------
@@ -307,7 +307,7 @@ class Run:
             self._prepared = following, self.step_batches(following)
         return Update(sums, norm, finite, batches, pairs, tokens)
 
-    def add(self, sums: objective.Sums, more: objective.Sums) -> objective.Sums:
+    def add(self, sums: metrics.Sums, more: metrics.Sums) -> metrics.Sums:
         """Metrics of two updates together; the first are donated."""
         return self.programs.add(sums, more)
 

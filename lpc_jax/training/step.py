@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding
+from lpc_jax import metrics, objective, sharding
 from lpc_jax.models.latent import limit_codes
 from lpc_jax.models.network import Network
 from lpc_jax.types import Batch, Companions, TrainState
@@ -49,11 +49,11 @@ class Programs:
     ``params`` are those that are trained, ``frozen`` the rest of the policy's.
     """
 
-    gradients: Callable[..., tuple[Params, objective.Sums]]
+    gradients: Callable[..., tuple[Params, metrics.Sums]]
     judged: Callable[..., tuple[Array, Array, Array]]
     add: Callable[[Any, Any], Any]
     update: Callable[..., tuple[TrainState, Array, Array]]
-    evaluate: Callable[..., tuple[objective.Sums, dict[str, Array]]]
+    evaluate: Callable[..., tuple[metrics.Sums, dict[str, Array]]]
 
     def summed_gradients(
         self,
@@ -61,7 +61,7 @@ class Programs:
         frozen: Params,
         batches: Iterable[Batch],
         companions: Companions | None = None,
-    ) -> tuple[Params, objective.Sums]:
+    ) -> tuple[Params, metrics.Sums]:
         """``gradients`` of all micro-batches of a step, added up.
 
         Args:
@@ -110,7 +110,7 @@ def build(
         key: Array,
         step: Int[Array, ""],
         companions: Companions | None,
-    ) -> tuple[Float[Array, ""], objective.Sums]:
+    ) -> tuple[Float[Array, ""], metrics.Sums]:
         network = nnx.merge(graph, params | frozen)
         scores = objective.score_training(
             network,
@@ -132,7 +132,7 @@ def build(
         key: Array,
         step: Int[Array, ""],
         companions: Companions | None = None,
-    ) -> tuple[Params, objective.Sums]:
+    ) -> tuple[Params, metrics.Sums]:
         gradient = jax.grad(loss_sum, has_aux=True)
         return gradient(params, frozen, batch, key, step, companions)
 
@@ -183,7 +183,7 @@ def build(
     @functools.partial(jax.jit, out_shardings=replicated)
     def evaluate(
         params: Params, frozen: Params, batch: Batch, key: Array
-    ) -> tuple[objective.Sums, dict[str, Array]]:
+    ) -> tuple[metrics.Sums, dict[str, Array]]:
         network = nnx.merge(graph, params | frozen)
         scores = objective.score_inference(
             network,

@@ -15,12 +15,12 @@ import pytest
 from jax.sharding import Mesh
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding, sources
+from lpc_jax import loss_table, sharding, sources
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Drops
 from lpc_jax.evaluation import contest, pairs, pairs_report, steering, system
 from lpc_jax.evaluation.system import System
-from tests import runs, tiny
+from tests import runs
 from tests.data import tiny_tokenizers
 
 RETRY = sources.Retry(0, 0.0)
@@ -179,53 +179,6 @@ def test_weights_that_are_not_finite_are_refused(plain):
         score(broken, tokenized(plain, 2), None)
 
 
-# --- rewards --------------------------------------------------------------------------
-
-
-LOSSES = {
-    "simpo": cfg.Simpo(beta=2.5, gamma=0.3),
-    "dpo": cfg.Dpo(beta=0.3),
-    "ipo": cfg.Ipo(beta=0.2),
-    "ipo sum": cfg.Ipo(beta=0.2, reduction="sum"),
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_losss_reward_is_the_one_that_training_logs(name):
-    (batch,) = tiny.batches(tiny.pairs(6), rows=8, pairs_per_row=1)
-    slots = batch.pair_mask.shape
-    rng = np.random.default_rng(0)
-    logp, ref = rng.normal(-20, 4, (2, *slots, 2)).astype(np.float32)
-    batch = dataclasses.replace(batch, reference_logp=jnp.asarray(ref))
-    scores = objective.PairScores(jnp.asarray(logp), jnp.asarray(logp), None, None)
-    _, theirs = objective.pair_losses(LOSSES[name], scores, batch)
-    ours = pairs.reward(None, LOSSES[name])
-    assert ours.name == name.removesuffix(" sum")
-    lengths = np.asarray(batch.lengths).reshape(-1, 2)
-    found = ours.of(logp.reshape(-1, 2), lengths, ref.reshape(-1, 2))
-    np.testing.assert_allclose(found, np.asarray(theirs).reshape(-1, 2), rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "loss", "formula", "by_hand"),
-    [
-        (None, None, "log pi(y|x)/|y|", (-2.0, -3.0)),
-        ("logp", LOSSES["dpo"], "log pi(y|x)", (-10.0, -6.0)),
-        ("simpo", None, "2 * log pi(y|x)/|y|", (-4.0, -6.0)),
-        ("dpo", LOSSES["dpo"], "0.3 * (log pi(y|x) - log pi_ref(y|x))", (-0.6, 0.9)),
-        ("dpo", None, "0.1 * (log pi(y|x) - log pi_ref(y|x))", (-0.2, 0.3)),
-        ("ipo", None, "0.1 * (log pi(y|x) - log pi_ref(y|x))/|y|", (-0.04, 0.15)),
-    ],
-)
-def test_a_named_reward_by_hand(name, loss, formula, by_hand):
-    found = pairs.reward(name, loss)
-    assert found.formula(codes=False) == formula
-    assert "pi(y|x, z)" in found.formula(codes=True)
-    logp, ref = np.asarray([[-10.0, -6.0]]), np.asarray([[-8.0, -9.0]])
-    rewards = found.of(logp, np.asarray([[5, 2]]), ref)
-    np.testing.assert_allclose(rewards, [by_hand])
-
-
 # --- a contest ------------------------------------------------------------------------
 
 
@@ -367,7 +320,7 @@ def made_up(**changes: Any) -> contest.Contestant:
             name="made up",
             reference=None,
             z=None,
-            reward=pairs.reward("mean_logp", None),
+            reward=loss_table.reward("mean_logp", None),
             weights_digest="",
             tokenizer_digest="",
             logp=np.asarray(

@@ -204,11 +204,6 @@ def test_a_flag_that_makes_no_sense_is_status_2(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_every_reward_has_its_flag():
-    flags = {flag.dest: flag.choices for flag in evaluate._parser()._actions}
-    assert flags["reward"] == pairs.REWARDS
-
-
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     def faulty(*_: Any, **__: Any) -> None:
         np.zeros(2).reshape(3)

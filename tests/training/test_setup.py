@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from lpc_jax import checkpoint, objective, sharding
+from lpc_jax import checkpoint, metrics, objective, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import packing, pairs
 from lpc_jax.data.pairs import Pairs
@@ -171,7 +171,7 @@ def first_update(made: cfg.Config) -> dict[str, float]:
     with prepared(made) as run:
         run.begin()
         update = run.update()
-        return objective.values(update.sums) | {"gradient/norm": float(update.norm)}
+        return metrics.values(update.sums) | {"gradient/norm": float(update.norm)}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding
+from lpc_jax import metrics, sharding
 from lpc_jax.data import packing
 from tests import tiny
 from tests.harness import TRL_LOSSES, Harness, follow, recorded
@@ -156,7 +156,7 @@ def test_an_effect_limit_holds_after_every_update(devices):
                 )
                 for batch in placed
             ]
-            assert 0 < objective.values(sums)["latent/effect"] <= limit
+            assert 0 < metrics.values(sums)["latent/effect"] <= limit
     now = jax.device_get(harness.state.params)
     moved = now["latent"]["codebook"] @ np.asarray(now["decoder"]["head"]).T
     ranges = moved.max(axis=1) - moved.min(axis=1)

@@ -1,0 +1,24 @@
+"""What a run is: frozen, documented settings, read from a Python file and flags.
+
+Knows nothing of arrays, models or devices. The config files of users and of old run
+folders import the names below from here.
+"""
+
+from lpc_jax.config.checks import Settings
+from lpc_jax.config.command_line import flat, from_flat, load, read, source
+from lpc_jax.config.fields import (
+    Adapters,
+    Config,
+    Data,
+    Distributed,
+    Hub,
+    Latent,
+    Mesh,
+    Model,
+    Optimizer,
+    Packing,
+    Reference,
+    Run,
+    Training,
+)
+from lpc_jax.config.losses import Dpo, Ipo, Loss, Simpo

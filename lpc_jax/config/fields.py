@@ -1,0 +1,418 @@
+"""The settings of a run: every default of the project lives here.
+
+The rooms below are given plain values and have no defaults of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import os
+import re
+from typing import Annotated, Literal
+
+from lpc_jax.config import checks
+from lpc_jax.config.checks import NonNegativeFloat, PositiveFloat, PositiveInt, Settings
+from lpc_jax.config.losses import Loss
+from lpc_jax.errors import UserError
+
+# What the file systems of Linux and macOS take, in bytes.
+_LONGEST_NAME = 255
+
+NumCodes = Annotated[
+    int, checks.at_least(2, "Use latent=None for a run without codes.")
+]
+Samples = Annotated[
+    int, checks.at_least(0, "Use 0 for a run that looks at no answers.")
+]
+Fraction = Annotated[float, checks.Bound(lambda x: 0 <= x <= 1, "must lie in [0, 1]")]
+Axis = Annotated[int, checks.Bound(lambda x: x == -1 or x > 0, "must be -1 or above 0")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model(Settings):
+    """The start model."""
+
+    path: str
+    """Folder with config.json and safetensors, a .gguf file, a hub id, or
+    package:NAME/FILE for a file inside an installed Python package."""
+    revision: str | None = None
+    """Branch, tag or commit when path is a hub id."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, when not beside the weights."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template that replaces the tokenizer's own."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products; masters stay float32. auto: bfloat16 on
+    accelerators, float32 on CPU."""
+    attention: Literal["auto", "xla", "blocks", "splash", "cudnn"] = "auto"
+    """Attention backend: xla holds a row's scores under a mask; blocks walks them a
+    block at a time and skips what is masked, as does splash, a kernel for TPUs; cudnn,
+    a kernel for GPUs that needs bfloat16, holds no scores and skips nothing. auto:
+    blocks on CPU, splash on TPU if 128 divides the row length, else xla."""
+    remat: Literal["none", "dots", "offload", "block"] = "block"
+    """What the backward pass recomputes: nothing; all but matrix products; likewise,
+    their results waiting in the host's memory; or each decoder block."""
+    score_chunk: PositiveInt | None = None
+    """Scored positions of a row that meet the LM head at a time; those that are all
+    padding are left out. None: 128 on CPU, 512 on accelerators."""
+
+    states_cache: str = ".cache/states"
+    """Folder where the hidden states of pairs are kept under decoder = "frozen"."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapters(Settings):
+    """Low-rank adapters (Hu et al. 2021), trained over a decoder that is frozen in the
+    compute dtype; the latent is trained in full."""
+
+    rank: PositiveInt = 16
+    """Inner width r of each adapter."""
+    alpha: PositiveFloat = 32.0
+    """An adapter's product is scaled by alpha / rank."""
+    targets: tuple[
+        Literal["query", "key", "value", "output", "gate", "up", "down"], ...
+    ] = ("query", "key", "value", "output", "gate", "up", "down")
+    """The matrices of each block that get one."""
+
+    def _check(self) -> None:
+        self._require(
+            len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
+            "targets",
+            "must name at least one matrix, each once",
+            "Use adapters=None for full fine-tuning.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Latent(Settings):
+    """Latent Preference Coding (arXiv 2505.04993); latent=None is the plain loss."""
+
+    num_codes: NumCodes = 64
+    """Codes in the codebook, the paper's K."""
+    hidden_width: PositiveInt | None = None
+    """Hidden width of prior and posterior; None is the model width."""
+    kl_weight: NonNegativeFloat = 0.05
+    """lambda, the weight of KL(posterior || prior)."""
+    free_bits: NonNegativeFloat = 0.0
+    """KL below this many nats costs nothing."""
+    temperature: PositiveFloat = 1.0
+    """tau of the Gumbel-softmax draw at the first step."""
+    final_temperature: PositiveFloat = 1.0
+    """tau at the last step."""
+    temperature_schedule: Literal["constant", "linear", "exponential"] = "constant"
+    """How tau goes from the first value to the last; constant keeps the first."""
+    draw: Literal["soft", "straight_through"] = "soft"
+    """A convex mix of codes, or one code forward with the mix's gradient."""
+    prior_share: Literal["linear", "zero", "one"] = "linear"
+    """g, the prior's share of z in training (eq. 11): rising 0 to 1, or fixed."""
+    inference: Literal["mean", "sample", "argmax"] = "mean"
+    """z from the prior at evaluation: its mean, a draw, or its largest code."""
+    posterior_input: Literal[
+        "concat", "difference", "mean_difference", "both", "all"
+    ] = "all"
+    """What of the judged pair the posterior reads: both answers' last states side by
+    side (the paper); chosen minus rejected, of the last states, of the means over each
+    answer's states, or of both; or all: these two and the prompt's last state."""
+    posterior_start: Literal["random", "clusters"] = "clusters"
+    """A random network, as the paper's, or one that tells clusters of some training
+    pairs apart, one a code, before the first update."""
+    pool: Literal["pair", "user"] = "pair"
+    """Whose judgements a pair's posterior is of: its own (the paper), or those of the
+    step's other pairs of the same user (data.user), so that codes learn what a user
+    wants whom no prompt tells."""
+    effect: NonNegativeFloat = 0.1
+    """What a code does to the logits at the start: root mean square over the
+    vocabulary, in nats, whatever the model's width; 0 is the plain policy."""
+    effect_limit: PositiveFloat | None = None
+    """Most that any z may change what is said: KL(pi(. | z) || pi(. | 0)) at every
+    position, in nats. After each update a code that could exceed it is scaled down."""
+    backbone_gradient: Literal["flow", "stop"] = "flow"
+    """Whether prior and posterior send gradient into the decoder."""
+    learning_rate: NonNegativeFloat = 1e-3
+    """Peak learning rate of prior and posterior."""
+    codebook_rate: NonNegativeFloat = 1e-3
+    """Peak rate of the codebook: how much one update changes what a code does to the
+    logits, root mean square over the vocabulary, in nats."""
+
+    def _check(self) -> None:
+        self._require(
+            self.temperature_schedule != "constant"
+            or self.final_temperature == self.temperature
+            or self.final_temperature == type(self).final_temperature,
+            "final_temperature",
+            "is not used by temperature_schedule='constant'",
+            "Choose 'linear' or 'exponential', or leave it out.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(Settings):
+    """Preference pairs, and how they become tokens."""
+
+    train: str
+    """A .jsonl, .jsonl.gz, .json or .parquet file, or a hub dataset id."""
+    train_split: str = "train"
+    """Split of a hub dataset."""
+    eval: str | None = None
+    """Held-out pairs, likewise; None: no evaluation."""
+    eval_split: str = "test"
+    """Split of a hub dataset."""
+    user: str = "user"
+    """Field of a row that says who judged; read by latent.pool = "user"."""
+    limit: PositiveInt | None = None
+    """Use only the first pairs of train."""
+    eval_limit: PositiveInt | None = None
+    """Use only the first pairs of eval."""
+    max_length: int = 1024
+    """Most tokens of prompt plus one answer."""
+    max_prompt_length: PositiveInt = 512
+    """Most prompt tokens once truncation touches a pair."""
+    truncation: Literal["drop", "cut_prompt", "cut_prompt_then_answer"] = (
+        "cut_prompt_then_answer"
+    )
+    """For a pair over max_length: drop it; cut its prompt's start to
+    max_prompt_length and drop it if still too long; or after that cut the answers'
+    ends, which then have no end-of-sequence token."""
+    prefix_mismatch: Literal["cut", "error"] = "cut"
+    """When the prompt's tokens are no prefix of prompt plus answer: take the common
+    prefix as the prompt and count it, or stop."""
+
+    def _check(self) -> None:
+        self._require(
+            self.max_prompt_length < self.max_length,
+            "max_prompt_length",
+            f"must be below max_length = {self.max_length}",
+            "An answer needs room.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing(Settings):
+    """How a step's pairs are laid out in rows."""
+
+    pairs_per_step: PositiveInt = 128
+    """Preference pairs per update, exactly; an epoch's last step may have fewer."""
+    rows: PositiveInt = 8
+    """Rows per micro-batch over all devices; a multiple of data x fsdp."""
+    row_length: PositiveInt = 2048
+    """Most tokens per row; a pair takes prompt + chosen + rejected of one row."""
+    length_choices: PositiveInt = 4
+    """Row lengths that a micro-batch can have, at most: those up to row_length with
+    which the run's first steps waste little. More of them mean less padding, most so
+    where a step is few micro-batches, and as many programs to compile."""
+    pairs_per_row: PositiveInt = 16
+    """Most pairs in one row."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer(Settings):
+    """The decoder's optimizer; codes share all of it but the learning rate."""
+
+    name: str = "adamw"
+    """Any optimizer of optax."""
+    options: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+    )
+    """Its keyword arguments. weight_decay spares norms, biases and the codebook."""
+    learning_rate: NonNegativeFloat = 5e-7
+    """Peak learning rate of the decoder, or of its adapters."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After warmup: down to 0 by a half cosine or a line, or level."""
+    warmup_fraction: Fraction = 0.1
+    """Share of the steps over which the rate rises linearly from 0."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global gradient norm; None: no clipping."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Settings):
+    """How long, how often, from which seed."""
+
+    epochs: PositiveInt = 1
+    """Passes over the training pairs."""
+    steps: PositiveInt | None = None
+    """Stop after this many updates, whatever epochs says; schedules end there."""
+    seed: int = 42
+    """Seeds data order, latent initialisation and Gumbel draws."""
+    log_every: PositiveInt = 1
+    """Steps between log lines; a line is the mean over the steps since the last."""
+    eval_every: PositiveInt | None = None
+    """Steps between evaluations on the held-out pairs; None: start and end only."""
+    samples: Samples | None = None
+    """Held-out prompts that are answered at each evaluation, spread over sources; 0:
+    none. None: 16 where there are held-out pairs."""
+    sample_tokens: PositiveInt = 128
+    """Most tokens of such an answer."""
+    best: Literal[
+        "loss/preference", "loss/total", "reward/accuracy", "reward/margin"
+    ] = "loss/preference"
+    """Held-out metric by which the best checkpoint is kept; losses count downwards."""
+    checkpoint_every: PositiveInt | None = None
+    """Steps between checkpoints; None: at the end only."""
+    max_skipped: PositiveInt = 10
+    """Updates skipped in a row, since their gradient was not finite, after which the
+    run stops, at the next log line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh(Settings):
+    """Axes of the device mesh; one may be -1 and takes the devices that are left."""
+
+    data: Axis = 1
+    """Copies of the parameters, each with its own rows; of several TPU slices a
+    multiple of their number, since no other axis may cross them."""
+    fsdp: Axis = -1
+    """Devices over which rows and parameters are split."""
+    tensor: Axis = 1
+    """Devices over which heads, MLP width and vocabulary are split."""
+
+    def _check(self) -> None:
+        self._require(
+            (self.data, self.fsdp, self.tensor).count(-1) <= 1,
+            "fsdp",
+            "must be a number when another axis is -1",
+            "At most one axis can take what is left.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distributed(Settings):
+    """Processes that train together; on a TPU pod, under SLURM and Open MPI they find
+    each other, elsewhere the first three say how."""
+
+    coordinator: str | None = None
+    """host:port of process 0, which all others can reach."""
+    processes: PositiveInt | None = None
+    """How many there are."""
+    process: int | None = None
+    """This one's number, from 0."""
+    start_timeout: PositiveInt = 300
+    """Seconds to wait at the start until all have come."""
+    heartbeat_timeout: PositiveInt = 30
+    """Seconds of silence after which a process counts as dead and all others end."""
+
+    def _check(self) -> None:
+        self._require(
+            self.process is None or 0 <= self.process < (self.processes or math.inf),
+            "process",
+            "must lie between 0 and distributed.processes - 1",
+        )
+        self._require(
+            re.fullmatch(r".+:\d+", self.coordinator or "host:1") is not None,
+            "coordinator",
+            "must be host:port",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference(Settings):
+    """The frozen policy of DPO and IPO; its log-probabilities are scored once."""
+
+    path: str | None = None
+    """Another model as reference, as model.path; None: the start weights."""
+    cache: str = ".cache/reference"
+    """Folder of scored log-probabilities, keyed by content."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hub(Settings):
+    """Downloads of models, tokenizers and data sets from the Hugging Face hub."""
+
+    retries: Annotated[int, checks.at_least(0)] = 3
+    """How many more times a download is tried that failed for what may pass: no
+    connection, a broken one, the hub's rate limit or its own faults."""
+    wait: NonNegativeFloat = 2.0
+    """Seconds before the first of them, doubled before each next; where the hub says
+    how long, that is waited instead, up to five minutes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Settings):
+    """Where a run writes and who else is told."""
+
+    folder: str = "runs"
+    """Parent of the run folder."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Besides metrics.jsonl, which is always written."""
+    project: str = "lpc_jax"
+    """Project name for wandb and trackio."""
+    resume: bool = False
+    """Continue from the latest checkpoint in the run folder."""
+    overwrite: bool = False
+    """Replace a run folder that already holds a run."""
+    profile: PositiveInt | None = None
+    """Write a trace of so many updates, after the first two, to the run folder."""
+    compilation_cache: str | None = ".cache/compiled"
+    """Folder of compiled programs, found again by the next run; None: none kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Settings, section=""):
+    """One run of preference alignment."""
+
+    name: str
+    """Name of the run and of its folder."""
+    model: Model
+    loss: Loss
+    data: Data
+    decoder: Literal["trained", "frozen"] = "trained"
+    """frozen: neither it nor adapters are trained, the latent alone. Hidden states are
+    then read once and kept, and an update costs the LM head."""
+    adapters: Adapters | None = None
+    latent: Latent | None = dataclasses.field(default_factory=Latent)
+    packing: Packing = dataclasses.field(default_factory=Packing)
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    training: Training = dataclasses.field(default_factory=Training)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+    reference: Reference = dataclasses.field(default_factory=Reference)
+    hub: Hub = dataclasses.field(default_factory=Hub)
+    run: Run = dataclasses.field(default_factory=Run)
+
+    def _check(self) -> None:
+        self._require(
+            self.name not in ("", ".", "..")
+            and os.path.basename(self.name) == self.name
+            and self.name.isprintable()
+            and len(self.name.encode()) <= _LONGEST_NAME,
+            "name",
+            "must be a plain folder name, printable and of at most"
+            f" {_LONGEST_NAME} bytes",
+        )
+        for clash, setting, remedy in (
+            (self.adapters is not None, "adapters=Adapters", "Leave the adapters out"),
+            (self.latent is None, "latent=None", "Give it a latent"),
+        ):
+            if self.decoder == "frozen" and clash:
+                raise UserError(
+                    f"decoder must be 'trained' with {setting}, got 'frozen', which"
+                    f" trains the latent alone. {remedy}, or train the decoder."
+                )
+        if self.data.eval is None:
+            remedy = "Name held-out pairs, or leave it out."
+            without = "without data.eval"
+            self._refuse_useless("data.eval_limit", without, remedy)
+            self._refuse_useless("training.eval_every", without, remedy)
+            self._refuse_useless("training.samples", without, remedy)
+        if not self.loss.needs_reference:
+            without = f"on {type(self.loss).__name__}, which has no reference"
+            self._refuse_useless("reference.path", without, "Leave it out.")
+
+    def _refuse_useless(self, name: str, where: str, remedy: str) -> None:
+        value = operator.attrgetter(name)(self)
+        if value:
+            raise UserError(
+                f"{name} has no effect {where}, expected None, got {value!r}. {remedy}"
+            )
+
+    @property
+    def trains_decoder(self) -> bool:
+        """Whether the decoder's own parameters are updated."""
+        return self.adapters is None and self.decoder == "trained"
+
+    def of_all_processes(self) -> Config:
+        """This config without what is of one process alone."""
+        shared = dataclasses.replace(self.distributed, process=None)
+        return dataclasses.replace(self, distributed=shared)

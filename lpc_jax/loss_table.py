@@ -1,0 +1,208 @@
+"""The one table of losses: their values, rewards and formulas.
+
+A new loss is its arithmetic in ``losses.preference``, its settings, a subclass of
+``config.Loss``, and a row here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lpc_jax import config as cfg
+from lpc_jax.losses import preference
+
+Both = Float[Array, "B 2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a loss is, given its settings.
+
+    Attributes:
+        default: Settings to rank with where a run has none of this loss.
+        values: Settings, log-probabilities of chosen and rejected answers, the
+            reference's or None, and lengths, to the loss of each pair.
+        per_token: Whether the answers that it compares are means over tokens.
+        formula: Settings and what the policy is given, to the loss in symbols and a
+            note about them.
+    """
+
+    default: cfg.Loss
+    values: Callable[..., Float[Array, "B"]]
+    per_token: Callable[[Any], bool]
+    formula: Callable[[Any, str], tuple[str, str]]
+
+
+def _simpo(
+    loss: cfg.Simpo, logp: Both, _: Both | None, lengths: Both
+) -> Float[Array, "B"]:
+    settings = {"gamma": loss.target_margin, "label_smoothing": loss.label_smoothing}
+    return preference.simpo(*logp.T, *lengths.T, beta=loss.beta, **settings)
+
+
+def _simpo_formula(loss: cfg.Simpo, given: str) -> tuple[str, str]:
+    gamma, ratio = loss.target_margin, loss.target_margin / loss.beta
+    difference = f"log pi(y_w|{given})/|y_w| - log pi(y_l|{given})/|y_l|"
+    margin = f"{loss.beta:g} * ({difference}) - {gamma:g}"
+    note = f"gamma = {gamma:g}, gamma/beta = {ratio:g}; no reference"
+    return _log_sigmoid(margin, loss.label_smoothing), note
+
+
+def _dpo(loss: cfg.Dpo, logp: Both, reference: Both, _: Both) -> Float[Array, "B"]:
+    settings = {"beta": loss.beta, "label_smoothing": loss.label_smoothing}
+    return preference.dpo(*logp.T, *reference.T, **settings)
+
+
+def _dpo_formula(loss: cfg.Dpo, given: str) -> tuple[str, str]:
+    margin = f"{loss.beta:g} * (r_w - r_l)"
+    return _log_sigmoid(margin, loss.label_smoothing), _ratio(given)
+
+
+def _ipo(
+    loss: cfg.Ipo, logp: Both, reference: Both, lengths: Both
+) -> Float[Array, "B"]:
+    names = ("chosen_length", "rejected_length") if loss.reduction == "mean" else ()
+    divisors = dict(zip(names, lengths.T, strict=False))
+    return preference.ipo(*logp.T, *reference.T, beta=loss.beta, **divisors)
+
+
+def _ipo_formula(loss: cfg.Ipo, given: str) -> tuple[str, str]:
+    target = 1 / (2 * loss.beta)
+    mean = loss.reduction == "mean"
+    difference = "r_w/|y_w| - r_l/|y_l|" if mean else "r_w - r_l"
+    note = f"{_ratio(given)}; 1/(2 beta) = {target:g}"
+    return f"({difference} - {target:g})^2", note
+
+
+def _ratio(given: str) -> str:
+    return f"r = log pi(y|{given}) - log pi_ref(y|x), summed over answer tokens"
+
+
+def _log_sigmoid(margin: str, smoothing: float) -> str:
+    if not smoothing:
+        return f"-log sigmoid({margin})"
+    kept = f"-{1 - smoothing:g} log sigmoid(m)"
+    return f"{kept} - {smoothing:g} log sigmoid(-m), m = {margin}"
+
+
+RULES: dict[type[cfg.Loss], Rule] = {
+    cfg.Simpo: Rule(cfg.Simpo(gamma=0.0), _simpo, lambda _: True, _simpo_formula),
+    cfg.Dpo: Rule(cfg.Dpo(), _dpo, lambda _: False, _dpo_formula),
+    cfg.Ipo: Rule(cfg.Ipo(), _ipo, lambda loss: loss.reduction == "mean", _ipo_formula),
+}
+
+
+def pair_losses(
+    loss: cfg.Loss,
+    logp: Float[Array, "*B 2"],
+    reference_logp: Float[Array, "*B 2"] | None,
+    lengths: Float[Array, "*B 2"],
+) -> tuple[Float[Array, "*B"], Float[Array, "*B 2"]]:
+    """The loss of each pair, and the implicit rewards of its two answers.
+
+    A reward is beta times what the loss compares: summed log-probabilities, or their
+    ratios to the reference where it reads one, per token where it is a mean.
+
+    Raises:
+        ValueError: The loss needs a reference and there is none.
+    """
+    rule = RULES[type(loss)]
+    compared = logp
+    if loss.needs_reference:
+        if reference_logp is None:
+            raise ValueError(
+                f"{type(loss).__name__} needs batch.reference_logp, got None. Score"
+                " the pairs with the reference first."
+            )
+        compared = logp - reference_logp
+    rewards = loss.beta * compared
+    rewards = rewards / lengths if rule.per_token(loss) else rewards
+    columns = (logp, reference_logp, lengths)
+    flat = [None if x is None else x.reshape(-1, 2) for x in columns]
+    return rule.values(loss, *flat).reshape(logp.shape[:-1]), rewards
+
+
+def formula(loss: cfg.Loss, latent: cfg.Latent | None) -> str:
+    """The resolved objective (LPC eq. 7), for a person to check before the run."""
+    given = "x" if latent is None else "x, z"
+    text, note = RULES[type(loss)].formula(loss, given)
+    if loss.sft_weight:
+        text += f" - {loss.sft_weight:g} log pi(y_w|{given})/|y_w|"
+    if latent is None:
+        return f"loss = {text}\n       {note}; no latent"
+    kl = f"max(KL(q||p), {latent.free_bits:g})" if latent.free_bits else "KL(q||p)"
+    share = {"linear": "g: 0 -> 1 linearly", "zero": "g = 0", "one": "g = 1"}
+    return (
+        f"loss = {text} + {latent.kl_weight:g} {kl}\n       {note};"
+        f" z = (1 - g) z_posterior + g z_prior, {share[latent.prior_share]},"
+        f" {latent.num_codes} codes"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """What of two answers is compared where nothing is trained.
+
+    Attributes:
+        name: One of ``reward_names()``.
+        beta: Its scale, which moves margins and no accuracy.
+        per_token: Whether it is divided by the answer's length in tokens.
+        over_reference: Whether it is a log-ratio to a reference.
+    """
+
+    name: str
+    beta: float
+    per_token: bool
+    over_reference: bool
+
+    def of(
+        self,
+        logp: Float[np.ndarray, "B 2"],
+        lengths: Int[np.ndarray, "B 2"],
+        reference_logp: Float[np.ndarray, "B 2"] | None,
+    ) -> Float[np.ndarray, "B 2"]:
+        """Rewards of answers from summed log-probabilities and counts of tokens."""
+        rewards = logp.astype(np.float64)
+        if self.over_reference:
+            assert reference_logp is not None
+            rewards = rewards - reference_logp
+        return self.beta * (rewards / lengths if self.per_token else rewards)
+
+    def formula(self, *, codes: bool) -> str:
+        """In symbols, for a system with or without codes."""
+        text = f"log pi(y|{'x, z' if codes else 'x'})"
+        if self.over_reference:
+            text = f"({text} - log pi_ref(y|x))"
+        if self.per_token:
+            text += "/|y|"
+        return text if self.beta == 1 else f"{self.beta:g} * {text}"
+
+
+def reward_names() -> tuple[str, ...]:
+    """Of every loss, and of two log-probabilities that need no run."""
+    return (*(kind.__name__.lower() for kind in RULES), "mean_logp", "logp")
+
+
+def reward(name: str | None, loss: cfg.Loss | None) -> Reward:
+    """The reward of a name, or of a run's loss as training logs it.
+
+    Args:
+        name: One of ``reward_names()``; a loss's takes beta and reduction of the run's
+            loss where it is of that kind, else the defaults. None: the run's own;
+            without a run ``mean_logp``.
+        loss: Of a run; None for a model that is none.
+    """
+    if name is None:
+        name = "mean_logp" if loss is None else type(loss).__name__.lower()
+    rules = {kind.__name__.lower(): rule for kind, rule in RULES.items()}
+    if name not in rules:
+        return Reward(name, 1.0, name == "mean_logp", False)
+    rule = rules[name]
+    if not isinstance(loss, type(rule.default)):
+        loss = rule.default
+    return Reward(name, loss.beta, rule.per_token(loss), loss.needs_reference)

@@ -1,0 +1,96 @@
+"""What is logged of pairs: sums with counts, which micro-batches and devices add up."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lpc_jax.losses import latent as latent_losses
+from lpc_jax.types import Batch, HostOrDevice
+
+# A metric is (sum, count); its value is their ratio over all that was added up.
+Sums = dict[str, tuple[HostOrDevice, HostOrDevice]]
+
+# A code is dead below this share of what it would have if all were used alike.
+DEAD_SHARE = 0.1
+
+
+def sums(by_slot: dict[str, Float[Array, "R P"]], where: Float[Array, "R P"]) -> Sums:
+    """Metrics of which each pair slot has a number, over the slots where it counts."""
+    count = jnp.sum(where)
+    return {name: (jnp.sum(x * where), count) for name, x in by_slot.items()}
+
+
+def of_answers(
+    logp: Float[Array, "R P 2"],
+    end_logp: Float[Array, "R P 2"],
+    rewards: Float[Array, "R P 2"],
+    batch: Batch,
+) -> Sums:
+    """Rewards and likelihoods of the chosen and the rejected answers.
+
+    Args:
+        logp: Summed log-probabilities of the answers.
+        end_logp: Of their last tokens.
+        rewards: Implicit rewards; a tie is not accurate.
+        batch: Whose lengths, reference and mask are read.
+    """
+    mask = batch.pair_mask.astype(jnp.float32)
+    margin = rewards[..., 0] - rewards[..., 1]
+    accurate = (margin > 0).astype(jnp.float32)
+    chosen_length, rejected_length = batch.lengths[..., 0], batch.lengths[..., 1]
+    longer = (chosen_length > rejected_length) * mask
+    shorter = (chosen_length < rejected_length) * mask
+    found = sums({"reward/margin": margin, "reward/accuracy": accurate}, mask)
+    found |= sums({"reward/accuracy_chosen_longer": accurate}, longer)
+    found |= sums({"reward/accuracy_chosen_shorter": accurate}, shorter)
+    for side, name in enumerate(("chosen", "rejected")):
+        found |= sums(
+            {
+                f"reward/{name}": rewards[..., side],
+                f"logp_last_token/{name}": end_logp[..., side],
+            },
+            mask,
+        )
+        tokens = jnp.sum(batch.lengths[..., side] * mask)
+        per_token = f"logp_per_token/{name}"
+        found[per_token] = (jnp.sum(logp[..., side] * mask), tokens)
+        if batch.reference_logp is not None:
+            ratio = logp[..., side] - batch.reference_logp[..., side]
+            found[f"{per_token}_over_reference"] = (jnp.sum(ratio * mask), tokens)
+    return found
+
+
+def of_codes(
+    prior: Float[Array, "R P C"],
+    posterior: Float[Array, "R P C"],
+    mask: Float[Array, "R P"],
+) -> Sums:
+    """How codes are used, from probabilities of prior and posterior."""
+    agree = jnp.argmax(prior, axis=-1) == jnp.argmax(posterior, axis=-1)
+    used = jnp.einsum("RPC,RP->C", prior, mask), jnp.sum(mask)
+    return sums({"code/agreement": agree.astype(jnp.float32)}, mask) | {
+        "code/usage": used
+    }
+
+
+def values(sums: Sums) -> dict[str, float]:
+    """Metrics from their sums, on the host; code usage becomes its measures.
+
+    A metric that nothing counted towards (no pair with a longer chosen answer) is
+    left out.
+    """
+    metrics: dict[str, float] = {}
+    for name, (total, count) in jax.device_get(sums).items():
+        if name == "code/usage":
+            usage = jnp.asarray(total)
+            dead = latent_losses.dead_codes(usage, share=DEAD_SHARE)
+            metrics |= {
+                "code/perplexity": float(latent_losses.usage_perplexity(usage)),
+                "code/largest_share": float(latent_losses.largest_share(usage)),
+                "code/dead": float(dead),
+            }
+        elif count > 0:
+            metrics[name] = float(total / count)
+    return metrics
