@@ -22,9 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lpc_jax import config as cfg
-from lpc_jax import sharding, sources
+from lpc_jax import sharding
 from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources
 from lpc_jax.models import attention, network, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.types import Batch

@@ -35,9 +35,9 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lpc_jax import sources
 from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources
 from lpc_jax.models import network, weights
 from lpc_jax.models.architectures import Architecture
 

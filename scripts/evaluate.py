@@ -218,8 +218,8 @@ def compare_readers(
     Raises:
         UserError: Something that the user can mend.
     """
-    from lpc_jax import sources
     from lpc_jax.evaluation import command, pairs, readers, steering, system
+    from lpc_jax.files import sources
 
     _require_writable(asked)
     counts = asked.like_own

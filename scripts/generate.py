@@ -100,8 +100,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     if talks:
         _talk(arguments, Generator(system, batch=1), sampling, steering, console)
         return
-    from lpc_jax import sources
     from lpc_jax.evaluation import answers
+    from lpc_jax.files import sources
 
     hub = cfg.Hub()
     prompts = answers.read_prompts(

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.text import Text
 
 from lpc_jax import config as cfg
-from lpc_jax import sources
 from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources
 
 PAIRS_SHOWN = 3
 TOKENIZER_PATTERNS = ("*.json", "*.jinja", "tokenizer.model")

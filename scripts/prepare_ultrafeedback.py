@@ -26,10 +26,10 @@ import tyro
 from rich.console import Console
 
 from lpc_jax import config as cfg
-from lpc_jax import sources
 from lpc_jax.data import examples
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources
 
 FEW = "fewer than two completions"
 

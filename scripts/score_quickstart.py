@@ -20,9 +20,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lpc_jax import config as cfg
-from lpc_jax import sources
 from lpc_jax.evaluation import answers, command, samples
 from lpc_jax.evaluation.generate import Generator, Sampling
+from lpc_jax.files import sources
 from scripts.make_quickstart_pairs import OUTPUT_FOLDER, RULES, refuses
 
 PROMPTS = OUTPUT_FOLDER / "quickstart.test.jsonl"

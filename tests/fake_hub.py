@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lpc_jax import sources
+from lpc_jax.files import sources
 
 COMMIT = "a" * 40
 # For what is no download, or must not be tried again.

@@ -35,7 +35,7 @@ time.sleep = slept.append
 import huggingface_hub.constants
 # A cut chunk is lost and these files are small.
 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000
-from lpc_jax import sources
+from lpc_jax.files import sources
 retry = sources.Retry(retries=int(sys.argv[1]), wait=float(sys.argv[2]))
 for name in sys.argv[3:]:
     slept.clear()

@@ -41,7 +41,8 @@ from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
-from lpc_jax.models import architectures, safetensors_file, weights
+from lpc_jax.files import safetensors
+from lpc_jax.models import architectures, weights
 from lpc_jax.training import reference
 from tests import runs, test_checkpoint
 from tests.data import test_tokenizer, tiny_tokenizers
@@ -232,8 +233,8 @@ def dumped(value: Any) -> bytes:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden tiny model in two shards."""
     folder = tmp_path_factory.mktemp("sharded")
-    tensors = safetensors_file.read_folder(runs.MODEL)
-    safetensors_file.write_folder(
+    tensors = safetensors.read_folder(runs.MODEL)
+    safetensors.write_folder(
         folder,
         {name: tensor.shape for name, tensor in tensors.items()},
         lambda name: tensors[name].read(),

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from lpc_jax import sources
+from lpc_jax.files import sources
 from tests.fake_hub import ONCE
 
 PATTERNS = ("*.json", "*.safetensors")

@@ -23,9 +23,11 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
-from lpc_jax import untrusted
 from lpc_jax.data import chat, examples, tokenizer
-from lpc_jax.models import gguf_file, safetensors_file, weights
+from lpc_jax.files import gguf as gguf_file
+from lpc_jax.files import safetensors as safetensors_file
+from lpc_jax.files import untrusted
+from lpc_jax.models import weights
 from lpc_jax.training import reference
 from tests import runs
 from tests.data import tiny_tokenizers

@@ -21,9 +21,9 @@ import pyarrow
 import pyarrow.parquet
 from datasets import exceptions as dataset_errors
 
-from lpc_jax import sources, untrusted
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources, untrusted
 
 Message = dict[str, str]
 

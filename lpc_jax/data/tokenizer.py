@@ -20,8 +20,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import tokenization_utils_base
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lpc_jax import untrusted
 from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 

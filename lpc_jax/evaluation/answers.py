@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lpc_jax import sources
 from lpc_jax.data import chat, examples
 from lpc_jax.data.examples import Message
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation.generate import Completion, Ids
+from lpc_jax.files import sources
 
 Format = Literal["jsonl", "alpaca_eval"]
 

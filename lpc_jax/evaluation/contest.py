@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from lpc_jax import checkpoint, sources
+from lpc_jax import checkpoint
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.chat import TokenizedPair
@@ -26,6 +26,7 @@ from lpc_jax.evaluation import like, pairs, steering, system
 from lpc_jax.evaluation.pairs import Reward
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
+from lpc_jax.files import sources
 
 SYSTEM, START, AGAINST = "system", "start", "against"
 

@@ -15,13 +15,13 @@ import scipy.special
 from jaxtyping import Float
 
 from lpc_jax import config as cfg
-from lpc_jax import sources
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
 from lpc_jax.evaluation import codes, pairs
 from lpc_jax.evaluation.steering import Steering, require_codes
 from lpc_jax.evaluation.system import System
+from lpc_jax.files import sources
 
 By = Literal["posterior", "bayes"]
 BY: tuple[By, ...] = ("posterior", "bayes")

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lpc_jax import sources
 from lpc_jax.data import examples
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources
 
 Row = dict[str, Any]
 

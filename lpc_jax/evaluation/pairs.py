@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lpc_jax import assembly, objective, sharding, sources
+from lpc_jax import assembly, objective, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, packing
 from lpc_jax.data.chat import TokenizedPair
@@ -29,6 +29,7 @@ from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
+from lpc_jax.files import sources
 from lpc_jax.models import weights
 from lpc_jax.types import Batch
 

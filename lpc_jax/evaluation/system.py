@@ -17,11 +17,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from lpc_jax import assembly, checkpoint, sharding, sources, untrusted
+from lpc_jax import assembly, checkpoint, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources, untrusted
 from lpc_jax.models import adapters, network, weights
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models.architectures import Architecture

@@ -27,9 +27,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
-from lpc_jax import sources, untrusted
 from lpc_jax.errors import UserError
-from lpc_jax.models import architectures, gguf_file, safetensors_file
+from lpc_jax.files import gguf, safetensors, sources, untrusted
+from lpc_jax.models import architectures
 from lpc_jax.models.architectures import Architecture
 
 # Of a hub repository: pickles and Mistral's second copy (consolidated.*) are left.
@@ -47,7 +47,7 @@ _SHOWN = 10
 _READ_BYTES = 1 << 20
 
 
-_Tensor = safetensors_file.Tensor | gguf_file.Tensor
+_Tensor = safetensors.Tensor | gguf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ LATENT_KEYS = (
 )
 
 # Tensors that hold nothing a decoder does not know, and that may be there or not.
-_HARMLESS = ("*rotary_emb.inv_freq", gguf_file.ROPE_FACTORS)
+_HARMLESS = ("*rotary_emb.inv_freq", gguf.ROPE_FACTORS)
 _HARMLESS_WHEN_TIED = ("lm_head.weight",)
 
 
@@ -211,7 +211,7 @@ def read_architecture(path: Path) -> Architecture:
             does not compute.
     """
     if _is_gguf(path):
-        return gguf_file.architecture(gguf_file.read_header(path))
+        return gguf.architecture(gguf.read_header(path))
     fields, config = _read_config(path)
     return architectures.from_hf_config(fields, str(config))
 
@@ -371,10 +371,10 @@ def _open(
     tensors: Mapping[str, _Tensor]
     if _is_gguf(path):
         keys = _keys(GGUF_KEYS, architecture)
-        tensors = gguf_file.read_header(path).tensors
+        tensors = gguf.read_header(path).tensors
     else:
         keys = _keys(KEYS[architecture.family], architecture)
-        tensors = safetensors_file.read_folder(path)
+        tensors = safetensors.read_folder(path)
     remedy = "Check that the weights and the architecture are of one model."
     if latent is None and any(name.startswith(_LATENT) for name in tensors):
         remedy = (
@@ -556,7 +556,7 @@ def load_latent(
 def digest(path: Path) -> str:
     """SHA-256, in hex, of the weight files' names and bytes."""
     state = hashlib.sha256()
-    for file in [path] if _is_gguf(path) else safetensors_file.files(path):
+    for file in [path] if _is_gguf(path) else safetensors.files(path):
         state.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as opened:
             while block := opened.read(_READ_BYTES):
@@ -686,7 +686,7 @@ def write(
     fields["dtype"] = fields["torch_dtype"] = str(np.dtype(dtype))
     text = json.dumps(fields | dict(config), indent=2)
     (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
-    safetensors_file.write_folder(
+    safetensors.write_folder(
         folder,
         {name: _shape(key.stored, sizes) for name, (key, _, _) in origin.items()},
         read,

@@ -19,10 +19,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from lpc_jax import assembly, objective, sharding, sources
+from lpc_jax import assembly, objective, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources
 from lpc_jax.models import architectures, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.training import optimizer as optimizers

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from lpc_jax import processes, untrusted
+from lpc_jax import processes
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
 from lpc_jax.types import Batch
 
 # Pairs re-scored live when a cache is found, and how far they may be off, in nats per

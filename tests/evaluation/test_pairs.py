@@ -15,11 +15,12 @@ import pytest
 from jax.sharding import Mesh
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, sharding, sources
+from lpc_jax import objective, sharding
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Drops
 from lpc_jax.evaluation import contest, pairs, pairs_report, steering, system
 from lpc_jax.evaluation.system import System
+from lpc_jax.files import sources
 from tests import runs, tiny
 from tests.data import tiny_tokenizers
 

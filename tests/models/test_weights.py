@@ -22,7 +22,9 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lpc_jax.models import architectures, gguf_file, safetensors_file, weights
+from lpc_jax.files import gguf as gguf_file
+from lpc_jax.files import safetensors as safetensors_file
+from lpc_jax.models import architectures, weights
 from lpc_jax.models.architectures import Architecture, RopeScaling
 from tests.fake_hub import ONCE
 

@@ -15,8 +15,8 @@ from lpc_jax.data import examples
 from lpc_jax.evaluation import generate, system
 from lpc_jax.evaluation.generate import Generator, Sampling
 from lpc_jax.evaluation.steering import Steering
+from lpc_jax.files.sources import Retry
 from lpc_jax.models import weights
-from lpc_jax.sources import Retry
 from tests import systems
 from tests.conftest import REPOSITORY
 

@@ -20,8 +20,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from lpc_jax import untrusted
 from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -19,8 +19,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from jaxtyping import Float, Float32
 
-from lpc_jax import untrusted
 from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
 from lpc_jax.models.architectures import (
     LARGEST_SIZE,
     MOST_LAYERS,
