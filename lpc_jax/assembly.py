@@ -25,7 +25,6 @@ from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.errors import UserError
-from lpc_jax.files import sources
 from lpc_jax.models import attention, network, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.types import Batch
@@ -40,11 +39,6 @@ def compute_dtype(config: cfg.Config, platform: str) -> jnp.dtype:
     if config.model.compute_dtype != "auto":
         return jnp.dtype(config.model.compute_dtype)
     return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
-
-
-def retry(config: cfg.Config) -> sources.Retry:
-    """What to do when a download fails."""
-    return sources.Retry(config.hub.retries, config.hub.wait)
 
 
 def score_chunk(config: cfg.Config, platform: str) -> int:

@@ -7,6 +7,7 @@ the rooms below are given plain values and have no defaults of their own.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import math
@@ -633,24 +634,6 @@ class Reference(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hub(Settings):
-    """Downloads of models, tokenizers and data sets from the Hugging Face hub."""
-
-    section: typing.ClassVar[str] = "hub."
-
-    retries: int = 3
-    """How many more times a download is tried that failed for what may pass: no
-    connection, a broken one, the hub's rate limit or its own faults."""
-    wait: float = 2.0
-    """Seconds before the first of them, doubled before each next; where the hub says
-    how long, that is waited instead, up to five minutes."""
-
-    def _check(self) -> None:
-        for name in ("retries", "wait"):
-            self._require(getattr(self, name) >= 0, name, "must be at least 0", "")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Settings):
     """Where a run writes and who else is told."""
 
@@ -695,7 +678,6 @@ class Config(Settings):
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     reference: Reference = dataclasses.field(default_factory=Reference)
-    hub: Hub = dataclasses.field(default_factory=Hub)
     run: Run = dataclasses.field(default_factory=Run)
 
     def _check(self) -> None:
@@ -760,7 +742,7 @@ def read(path: str) -> Config:
     if not os.path.isfile(path):
         raise UserError(_no_config_file(path))
     try:
-        config = runpy.run_path(path).get("config")
+        config = _run(path).get("config")
     except (ValueError, TypeError) as e:
         lines = [
             frame.lineno
@@ -774,6 +756,29 @@ def read(path: str) -> Config:
             f"{path} must end in config = Config(...), got {type(config).__name__}."
         )
     return config
+
+
+def _run(path: str) -> dict[str, Any]:
+    """What a config file defines; one of an earlier version may name settings gone."""
+    with open(path, "rb") as file:
+        text = file.read()
+    if b"Hub" not in text:
+        return runpy.run_path(path)
+    names = {"__name__": "<run_path>", "__file__": path}
+    exec(compile(_WithoutHub().visit(ast.parse(text, path)), path, "exec"), names)
+    return names
+
+
+class _WithoutHub(ast.NodeTransformer):
+    """Takes out ``hub=Hub(...)``, which said how often a download was tried."""
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        node.names = [alias for alias in node.names if alias.name != "Hub"]
+        return node if node.names else None
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST | None:
+        gone = node.arg == "hub" and "Hub(" in ast.unparse(node.value)
+        return None if gone else self.generic_visit(node)
 
 
 def _no_config_file(path: str) -> str:

@@ -46,7 +46,6 @@ from lpc_jax.models import architectures, weights
 from lpc_jax.training import reference
 from tests import runs, test_checkpoint
 from tests.data import test_tokenizer, tiny_tokenizers
-from tests.fake_hub import ONCE
 from tests.models import test_weights
 
 # Of all tests together. In make soak each run has other ones.
@@ -400,9 +399,7 @@ LENGTHS = {"max_length": 128, "max_prompt_length": 64, "row_length": 160}
 
 
 def read(file: Path) -> tuple[list[examples.PreferenceExample], Drops]:
-    return examples.read(
-        str(file), setting="data.train", split=None, limit=None, retry=ONCE
-    )
+    return examples.read(str(file), setting="data.train", split=None, limit=None)
 
 
 GOLDEN_PAIRS = (read(runs.PAIRS)[0][:4], Drops.count([]))
@@ -564,7 +561,6 @@ SECTIONS: dict[str, tuple[type[cfg.Settings], ...]] = {
     "mesh": (cfg.Mesh,),
     "distributed": (cfg.Distributed,),
     "reference": (cfg.Reference,),
-    "hub": (cfg.Hub,),
     "run": (cfg.Run,),
 }
 WORDS = st.sampled_from(
@@ -638,7 +634,7 @@ FLAGS = [
 ]
 NUMBER_FLAGS = [
     *("--training.steps", "--training.seed", "--latent.num-codes", "--packing.rows"),
-    *("--loss.beta", "--optimizer.learning-rate", "--latent.kl-weight", "--hub.wait"),
+    *("--loss.beta", "--optimizer.learning-rate", "--latent.kl-weight"),
 ]
 # What a shell can pass.
 ARGUMENTS = st.one_of(

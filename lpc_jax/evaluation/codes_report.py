@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 
-from lpc_jax import assembly
 from lpc_jax.data import examples
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation import code_measures, codes, codes_pictures, command, steering
@@ -83,7 +82,6 @@ def make(
         setting="--pairs",
         split=split,
         limit=limit,
-        retry=assembly.retry(system.config),
     )
     looked = codes.look(
         system, found, drops, pairs=pairs, seed=seed, on_progress=on_progress

@@ -26,7 +26,6 @@ from lpc_jax.evaluation import like, pairs, steering, system
 from lpc_jax.evaluation.pairs import Reward
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
-from lpc_jax.files import sources
 
 SYSTEM, START, AGAINST = "system", "start", "against"
 
@@ -198,13 +197,7 @@ def hold(
             _steering(options, config.latent, options.system)
         else:
             like.read(options.like, options.like_by, config.latent, options.system)
-    hub = config.hub if config is not None else cfg.Hub()
-    some, drops = pairs.read(
-        options.files,
-        split=options.split,
-        limit=options.limit,
-        retry=sources.Retry(hub.retries, hub.wait),
-    )
+    some, drops = pairs.read(options.files, split=options.split, limit=options.limit)
     data = _data(options, config)
     asked = [
         _Asked(
@@ -262,7 +255,7 @@ class _Systems:
         model = dataclasses.asdict(of.model) | self._for_all
         if model.pop("path") != path:
             model["revision"] = None
-        found = system.load(path, mesh=self._mesh, model=model, hub=of.hub)
+        found = system.load(path, mesh=self._mesh, model=model)
         self._loaded[path, "latest"] = found
         return found
 

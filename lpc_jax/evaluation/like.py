@@ -21,7 +21,6 @@ from lpc_jax.data.report import Drops
 from lpc_jax.evaluation import codes, pairs
 from lpc_jax.evaluation.steering import Steering, require_codes
 from lpc_jax.evaluation.system import System
-from lpc_jax.files import sources
 
 By = Literal["posterior", "bayes"]
 BY: tuple[By, ...] = ("posterior", "bayes")
@@ -58,9 +57,7 @@ def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
     """
     num_codes = None if latent is None else latent.num_codes
     require_codes(num_codes, f"--like {file}", name)
-    hub = cfg.Hub()
-    retry = sources.Retry(hub.retries, hub.wait)
-    found, drops = pairs.read([file], split="train", limit=None, retry=retry)
+    found, drops = pairs.read([file], split="train", limit=None)
     return Examples(file, found, drops, by)
 
 

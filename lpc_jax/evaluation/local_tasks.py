@@ -12,7 +12,6 @@ from typing import Any
 
 from lpc_jax.data import examples
 from lpc_jax.errors import UserError
-from lpc_jax.files import sources
 
 Row = dict[str, Any]
 
@@ -72,9 +71,7 @@ def rows(name: str, folder: Path) -> list[Row]:
     """
     file = folder / FILES[name]
     found = []
-    for origin, row in examples.rows(
-        str(file), setting="--tasks-data", split=None, retry=sources.Retry(0, 0.0)
-    ):
+    for origin, row in examples.rows(str(file), setting="--tasks-data", split=None):
         try:
             found.append(_FORMS[name](row))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

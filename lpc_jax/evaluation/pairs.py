@@ -29,7 +29,6 @@ from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
-from lpc_jax.files import sources
 from lpc_jax.models import weights
 from lpc_jax.types import Batch
 
@@ -119,7 +118,6 @@ def read(
     *,
     split: str | None,
     limit: int | None,
-    retry: sources.Retry,
     user: str = examples.USER,
 ) -> tuple[list[PreferenceExample], Drops]:
     """The pairs of some files or hub data sets, one after the other.
@@ -128,7 +126,6 @@ def read(
         paths: As ``--pairs`` names them.
         split: Of hub data sets.
         limit: Read only so many rows of each, from the first; None: all.
-        retry: When a download fails.
         user: Field of a row that says who judged.
 
     Returns:
@@ -141,7 +138,7 @@ def read(
     drops = Drops.count([])
     for path in paths:
         some, dropped = examples.read(
-            path, setting="pairs", split=split, limit=limit, retry=retry, user=user
+            path, setting="pairs", split=split, limit=limit, user=user
         )
         found += some
         drops += dropped

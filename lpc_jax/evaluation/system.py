@@ -22,7 +22,7 @@ from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.files import sources, untrusted
+from lpc_jax.files import untrusted
 from lpc_jax.models import adapters, network, weights
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models.architectures import Architecture
@@ -98,7 +98,6 @@ def outline(
     *,
     step: str = "latest",
     model: Mapping[str, Any] | None = None,
-    hub: cfg.Hub | None = None,
 ) -> Outline:
     """What ``load`` of the same would load.
 
@@ -106,7 +105,6 @@ def outline(
         path: As ``load``.
         step: As ``load``.
         model: As ``load``.
-        hub: As ``load``.
 
     Raises:
         UserError: No such model or run.
@@ -126,9 +124,8 @@ def outline(
         loss=cfg.Simpo(gamma=0.0),
         data=cfg.Data(train="none"),
         latent=None,
-        hub=hub or cfg.Hub(),
     )
-    found, architecture = _find(config.model, config.hub)
+    found, architecture = _find(config.model)
     section = weights.read_latent_section(found)
     if section is not None:
         latent = _latent_of(section, found)
@@ -143,7 +140,6 @@ def load(
     step: str = "latest",
     model: Mapping[str, Any] | None = None,
     dtype: jnp.dtype | None = None,
-    hub: cfg.Hub | None = None,
 ) -> System:
     """A run's checkpoint, an exported folder, or a model as it is.
 
@@ -156,13 +152,12 @@ def load(
             or, for a model, the defaults.
         dtype: Of the decoder's matrices; None: what they are multiplied in, with which
             all results are the same.
-        hub: When a download fails.
 
     Raises:
         UserError: No such model or run, or one that cannot be read.
         checkpoint.DamagedError: The checkpoint is not what was saved.
     """
-    found = outline(path, step=step, model=model, hub=hub)
+    found = outline(path, step=step, model=model)
     if found.checkpoint is None:
         params = _load_model(found, mesh, dtype)
     else:
@@ -170,11 +165,8 @@ def load(
     return _system(found, params, mesh)
 
 
-def _find(model: cfg.Model, hub: cfg.Hub) -> tuple[Path, Architecture]:
-    retry = sources.Retry(hub.retries, hub.wait)
-    found = weights.find(
-        model.path, setting="model.path", revision=model.revision, retry=retry
-    )
+def _find(model: cfg.Model) -> tuple[Path, Architecture]:
+    found = weights.find(model.path, setting="model.path", revision=model.revision)
     return found, weights.read_architecture(found)
 
 
@@ -216,7 +208,6 @@ def _system(found: Outline, params: dict[str, Any], mesh: Mesh) -> System:
             config.model.tokenizer,
             setting="model.tokenizer",
             revision=None,
-            retry=assembly.retry(config),
         )
     return System(
         name=found.name,
@@ -349,7 +340,7 @@ def _outline_run(run: Path, step: str, model: Mapping[str, Any]) -> Outline:
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, **model)
     )
-    found, architecture = _find(config.model, config.hub)
+    found, architecture = _find(config.model)
     origin = _Checkpoint(run, reader, number, meta)
     return Outline(f"{run} at step {number}", architecture, config, found, origin)
 

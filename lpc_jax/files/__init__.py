@@ -1,1 +1,1 @@
-"""Files of models and data: where they are, what they hold, and how they are written."""
+"""Where files of models and data are, what they hold, and how they are written."""

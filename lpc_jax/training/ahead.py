@@ -55,9 +55,7 @@ def find_architecture(config: cfg.Config) -> Architecture:
     """
     path = config.model.path
     if not sources.is_hub_id(path):
-        found = weights.find(
-            path, setting="model.path", revision=None, retry=assembly.retry(config)
-        )
+        found = weights.find(path, setting="model.path", revision=None)
         return weights.read_architecture(found)
     if path not in architectures.KNOWN:
         raise UserError(

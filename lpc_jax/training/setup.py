@@ -107,14 +107,13 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
     Raises:
         UserError: Data or tokenizer that cannot be used, by file and line.
     """
-    data, retry = config.data, assembly.retry(config)
+    data = config.data
     tokenizer_path = model_path
     if config.model.tokenizer is not None:
         tokenizer_path = weights.find(
             config.model.tokenizer,
             setting="model.tokenizer",
             revision=None,
-            retry=retry,
         )
     tokens = tokenizer.load(tokenizer_path, chat_template=config.model.chat_template)
 
@@ -126,7 +125,6 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
             setting=setting,
             split=split,
             limit=limit,
-            retry=retry,
             user=data.user,
         )
         pairs, report = chat.tokenize(
@@ -492,7 +490,6 @@ def reference_column(
             config.reference.path,
             setting="reference.path",
             revision=None,
-            retry=assembly.retry(config),
         )
         architecture, digest = weights.read_architecture(path), weights.digest(path)
         if architecture.vocabulary != start.architecture.vocabulary:

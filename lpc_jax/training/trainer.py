@@ -72,7 +72,6 @@ class Trainer:
             config.model.path,
             setting="model.path",
             revision=config.model.revision,
-            retry=assembly.retry(config),
         )
         architecture = weights.read_architecture(model_path)
         self.pairs = pairs = setup.read_pairs(
