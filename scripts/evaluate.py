@@ -220,7 +220,7 @@ def compare_readers(
     Raises:
         UserError: Something that the user can mend.
     """
-    from lpc_jax import loss_table, sources
+    from lpc_jax import loss_table
     from lpc_jax.evaluation import command, pairs, readers, steering, system
 
     _require_writable(asked)
@@ -240,14 +240,15 @@ def compare_readers(
             "--like-own takes examples from a run's training pairs, got"
             f" {asked.system}, which is no run. Name a file of them with --like."
         )
-    retry = sources.Retry(config.hub.retries, config.hub.wait)
-    source = {"retry": retry, "user": config.data.user}
-    some = pairs.read(asked.pairs, split=asked.pairs_split, limit=asked.limit, **source)
+    user = config.data.user
+    some = pairs.read(
+        asked.pairs, split=asked.pairs_split, limit=asked.limit, user=user
+    )
     known = pairs.read(
         [asked.like or config.data.train],
         split=config.data.train_split,
         limit=config.data.limit if asked.like is None else None,
-        **source,
+        user=user,
     )
     loaded = command.load_system(asked)
     reference = None
@@ -260,7 +261,7 @@ def compare_readers(
         if path == own and config.decoder == "frozen":
             reference = functools.partial(readers.without_codes, loaded)
         else:
-            start = system.load(path, mesh=loaded.mesh, model=model, hub=config.hub)
+            start = system.load(path, mesh=loaded.mesh, model=model)
             reference = functools.partial(
                 pairs.score, start, steering=None, seed=0, on_progress=lambda _: None
             )

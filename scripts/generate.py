@@ -19,7 +19,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lpc_jax import config as cfg
 from lpc_jax.errors import UserError
 
 # A conversation is drawn, so that /again differs; files are answered greedily.
@@ -100,16 +99,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     if talks:
         _talk(arguments, Generator(system, batch=1), sampling, steering, console)
         return
-    from lpc_jax import sources
     from lpc_jax.evaluation import answers
 
-    hub = cfg.Hub()
     prompts = answers.read_prompts(
         arguments.prompts,
         system.tokenizer,
         system_prompt=arguments.system_prompt,
         limit=arguments.limit,
-        retry=sources.Retry(hub.retries, hub.wait),
         split=arguments.split,
     )
     generator = Generator(system, batch=min(arguments.batch, len(prompts)))

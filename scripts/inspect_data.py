@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.text import Text
 
 from lpc_jax import config as cfg
-from lpc_jax import sources
 from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources
 
 PAIRS_SHOWN = 3
 TOKENIZER_PATTERNS = ("*.json", "*.jinja", "tokenizer.model")
@@ -55,17 +55,14 @@ def inspect(config: cfg.Config, console: Console, *, pairs: int) -> None:
     Raises:
         UserError: Data or tokenizer cannot be had or used.
     """
-    retry = sources.Retry(config.hub.retries, config.hub.wait)
-    loaded = _tokenizer(config.model, retry)
+    loaded = _tokenizer(config.model)
     data = config.data
     train = (data.train, "data.train", data.train_split, data.limit)
     held_out = (data.eval, "data.eval", data.eval_split, data.eval_limit)
     for path, setting, split, limit in (train, held_out):
         if path is None:
             continue
-        found, drops = examples.read(
-            path, setting=setting, split=split, limit=limit, retry=retry
-        )
+        found, drops = examples.read(path, setting=setting, split=split, limit=limit)
         kept, report = chat.tokenize(
             found,
             loaded,
@@ -104,7 +101,7 @@ def _take_pairs(arguments: list[str]) -> tuple[int, list[str]]:
     return int(value), rest
 
 
-def _tokenizer(model: cfg.Model, retry: sources.Retry) -> tokenizer.Tokenizer:
+def _tokenizer(model: cfg.Model) -> tokenizer.Tokenizer:
     path, setting, revision = model.path, "model.path", model.revision
     if model.tokenizer is not None:
         path, setting, revision = model.tokenizer, "model.tokenizer", None
@@ -113,7 +110,6 @@ def _tokenizer(model: cfg.Model, retry: sources.Retry) -> tokenizer.Tokenizer:
         setting=setting,
         revision=revision,
         patterns=TOKENIZER_PATTERNS,
-        retry=retry,
     )
     return tokenizer.load(found, chat_template=model.chat_template)
 

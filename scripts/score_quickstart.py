@@ -19,8 +19,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lpc_jax import config as cfg
-from lpc_jax import sources
 from lpc_jax.evaluation import answers, command, samples
 from lpc_jax.evaluation.generate import Generator, Sampling
 from scripts.make_quickstart_pairs import OUTPUT_FOLDER, RULES, refuses
@@ -39,13 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="only the first prompts")
     asked = parser.parse_args(argv)
     system = command.load_system(asked)
-    hub = cfg.Hub()
     prompts = answers.read_prompts(
         str(PROMPTS),
         system.tokenizer,
         system_prompt=None,
         limit=asked.limit,
-        retry=sources.Retry(hub.retries, hub.wait),
         split="test",
     )
     found = Generator(system, batch=30).generate(

@@ -18,11 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lpc_jax import sources
-
 COMMIT = "a" * 40
 # For what is no download, or must not be tried again.
-ONCE = sources.Retry(retries=0, wait=0.0)
 _API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(/.*)?")
 _FILE = re.compile(r"(/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)")
 

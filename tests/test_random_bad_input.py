@@ -41,11 +41,11 @@ from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
-from lpc_jax.models import architectures, safetensors_file, weights
+from lpc_jax.files import safetensors
+from lpc_jax.models import architectures, weights
 from lpc_jax.training import reference
 from tests import runs, test_checkpoint
 from tests.data import test_tokenizer, tiny_tokenizers
-from tests.fake_hub import ONCE
 from tests.models import test_weights
 
 # Of all tests together. In make soak each run has other ones.
@@ -232,8 +232,8 @@ def dumped(value: Any) -> bytes:
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden tiny model in two shards."""
     folder = tmp_path_factory.mktemp("sharded")
-    tensors = safetensors_file.read_folder(runs.MODEL)
-    safetensors_file.write_folder(
+    tensors = safetensors.read_folder(runs.MODEL)
+    safetensors.write_folder(
         folder,
         {name: tensor.shape for name, tensor in tensors.items()},
         lambda name: tensors[name].read(),
@@ -399,9 +399,7 @@ LENGTHS = {"max_length": 128, "max_prompt_length": 64, "row_length": 160}
 
 
 def read(file: Path) -> tuple[list[examples.PreferenceExample], Drops]:
-    return examples.read(
-        str(file), setting="data.train", split=None, limit=None, retry=ONCE
-    )
+    return examples.read(str(file), setting="data.train", split=None, limit=None)
 
 
 GOLDEN_PAIRS = (read(runs.PAIRS)[0][:4], Drops.count([]))
@@ -563,7 +561,6 @@ SECTIONS: dict[str, tuple[type[cfg.Settings], ...]] = {
     "mesh": (cfg.Mesh,),
     "distributed": (cfg.Distributed,),
     "reference": (cfg.Reference,),
-    "hub": (cfg.Hub,),
     "run": (cfg.Run,),
 }
 WORDS = st.sampled_from(
@@ -637,7 +634,7 @@ FLAGS = [
 ]
 NUMBER_FLAGS = [
     *("--training.steps", "--training.seed", "--latent.num-codes", "--packing.rows"),
-    *("--loss.beta", "--optimizer.learning-rate", "--latent.kl-weight", "--hub.wait"),
+    *("--loss.beta", "--optimizer.learning-rate", "--latent.kl-weight"),
 ]
 # What a shell can pass.
 ARGUMENTS = st.one_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from lpc_jax import sources
-from tests.fake_hub import ONCE
+from lpc_jax.files import sources
 
 PATTERNS = ("*.json", "*.safetensors")
 
@@ -19,7 +17,7 @@ PATTERNS = ("*.json", "*.safetensors")
 @pytest.fixture(autouse=True)
 def _no_long_wait(monkeypatch):
     def sleep(seconds: float) -> None:
-        assert seconds == 0, "a wait for what cannot pass"
+        raise AssertionError("a wait for what cannot pass")
 
     monkeypatch.setattr("time.sleep", sleep)
 
@@ -29,7 +27,6 @@ def resolve(path: str, **changes: Any) -> Path:
         "setting": "model.path",
         "revision": None,
         "patterns": PATTERNS,
-        "retry": ONCE,
     }
     return sources.resolve(path, **arguments | changes)
 
@@ -189,9 +186,7 @@ def unreachable(cause: str) -> str:
 
 def test_a_hub_id_offline_is_one_line():
     # conftest sets HF_HUB_OFFLINE.
-    retry = sources.Retry(retries=5, wait=1e9)
-    expected = unreachable("HF_HUB_OFFLINE is set. Unset it")
-    assert refusal("owner/name", retry=retry) == expected
+    assert refusal("owner/name") == unreachable("HF_HUB_OFFLINE is set. Unset it")
 
 
 def test_a_full_disk_is_not_taken_for_the_hub_s_fault(monkeypatch):
@@ -199,28 +194,25 @@ def test_a_full_disk_is_not_taken_for_the_hub_s_fault(monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    retry = sources.Retry(retries=5, wait=1e9)
-    assert refusal("owner/name", retry=retry) == unreachable(
+    assert refusal("owner/name") == unreachable(
         "OSError: [Errno 28] No space left on device. See to that"
     )
 
 
 def test_a_file_of_another_length_than_announced_is_fetched_again(monkeypatch):
-    tries = []
+    short = OSError("Consistency check failed: 3 bytes for 4.\nTry again.")
+    outcomes = iter([short, short, "/somewhere", *[short] * 4])
 
     def download(*_: Any, **__: Any) -> str:
-        tries.append(1)
-        if len(tries) < 3:
-            raise OSError("Consistency check failed: 3 bytes for 4.\nTry again.")
-        return "/somewhere"
+        outcome = next(outcomes)
+        if isinstance(outcome, OSError):
+            raise outcome
+        return outcome
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    retry = sources.Retry(retries=2, wait=0.0)
-    assert resolve("owner/name", retry=retry) == Path("/somewhere")
-    tries.clear()
-    assert refusal("owner/name", retry=dataclasses.replace(retry, retries=1)) == (
-        unreachable(
-            "the download broke off (OSError: Consistency check failed: 3 bytes for"
-            " 4.), tried 2 times. Check the network, raise --hub.retries"
-        )
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    assert resolve("owner/name") == Path("/somewhere")
+    assert refusal("owner/name") == unreachable(
+        "the download broke off (OSError: Consistency check failed: 3 bytes for"
+        " 4.), tried 4 times. Check the network"
     )

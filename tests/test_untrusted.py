@@ -23,13 +23,14 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
-from lpc_jax import untrusted
 from lpc_jax.data import chat, examples, tokenizer
-from lpc_jax.models import gguf_file, safetensors_file, weights
+from lpc_jax.files import gguf as gguf_file
+from lpc_jax.files import safetensors as safetensors_file
+from lpc_jax.files import untrusted
+from lpc_jax.models import weights
 from lpc_jax.training import reference
 from tests import runs
 from tests.data import tiny_tokenizers
-from tests.fake_hub import ONCE
 
 # What one member of a gzip file unpacks to; a file of many is made by repeating it.
 MEMBER = 16 << 20
@@ -75,9 +76,7 @@ def check(folder: Path) -> None:
 
 
 def read(path: Path) -> list[examples.PreferenceExample]:
-    return examples.read(
-        str(path), setting="data.train", split=None, limit=None, retry=ONCE
-    )[0]
+    return examples.read(str(path), setting="data.train", split=None, limit=None)[0]
 
 
 # --- pickles --------------------------------------------------------------------------
@@ -109,10 +108,9 @@ def test_a_pickle_in_place_of_safetensors_is_not_run(model, marker, protocol):
     expected = kind.get(protocol, "a pickle")
     message = refusal(check, model)
     if expected is None:
-        length = int.from_bytes(data[:8], "little")
         assert message == (
-            f"{file}: broken safetensors header: at most 100,000,000 bytes long, got"
-            f" {length:,}. Download it again."
+            f"{file}: broken or truncated safetensors file (Error while deserializing"
+            " header: header too large). Download it again."
         )
     else:
         assert message == (
@@ -266,95 +264,44 @@ def write_header(file: Path, header: Any, data: bytes = b"") -> None:
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
+def broken_header(file: Path) -> str:
+    """What the library says of a file that it refuses, in a line of ours."""
+    message = refusal(safetensors_file.read_header, file)
+    start = f"{file}: broken or truncated safetensors file (Error while deserializing"
+    assert message.startswith(f"{start} header: ")
+    assert message.endswith("). Download it again.")
+    return message
+
+
 def test_a_header_that_claims_more_than_there_is_is_not_read(tmp_path):
     file = tmp_path / "model.safetensors"
     for length in (1 << 60, 100_000_001):
         file.write_bytes(struct.pack("<Q", length) + b"{}")
         with file.open("r+b") as opened:  # sparse: the whole header would be there
             opened.truncate(min(length, 100_000_001) + 8)
-        tracemalloc.start()
-        assert refusal(safetensors_file.read_header, file) == (
-            f"{file}: broken safetensors header: at most 100,000,000 bytes long, got"
-            f" {length:,}. Download it again."
-        )
-        assert tracemalloc.get_traced_memory()[1] < 1e6
-        tracemalloc.stop()
+        assert "header too large" in broken_header(file)
 
 
+# The rules of the format are the library's; one of each kind that only we had.
 @pytest.mark.parametrize(
-    "entry",
+    ("entry", "reason"),
     [
-        {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
-        {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [0.0, 4.0]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [False, 4]},
-        {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1 << 63, 0], "data_offsets": [0, 0]},
-        {"dtype": "F32", "shape": [1] * 9, "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]},
-        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": None, "data_offsets": [0, 4]},
-        [],
-        "x",
-        7,
+        ({"shape": [-1, -1]}, "integer `-1`, expected usize"),
+        ({"shape": [1 << 62, 1 << 62]}, "overflow computing buffer size"),
+        ({"data_offsets": [4, 0]}, "invalid offset for tensor `a`"),
+        ({"data_offsets": [4, 8]}, "invalid offset for tensor `a`"),
+        ({"dtype": "\x1b[31m"}, "unknown variant `\\x1b[31m`"),
     ],
     ids=str,
 )
-def test_an_entry_that_no_tensor_has_is_refused(tmp_path, entry):
+def test_an_entry_that_no_tensor_has_is_refused(tmp_path, entry, reason):
     file = tmp_path / "model.safetensors"
-    write_header(file, {"a": entry}, b"\0" * 4)
-    assert refusal(safetensors_file.read_header, file) == (
-        f"{file}: broken safetensors header: the entry of a is {entry}. Download it"
-        " again."
-    )
+    whole = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    write_header(file, {"a": whole | entry}, b"\0" * 8)
+    assert reason in broken_header(file)
 
 
-@pytest.mark.parametrize(
-    ("spans", "size", "name", "at", "end"),
-    [
-        (((0, 8), (4, 12)), 12, "b", 4, 8),
-        (((0, 4), (0, 4)), 4, "b", 0, 4),
-        (((0, 4), (8, 12)), 12, "b", 8, 4),
-        (((4, 8), (8, 12)), 12, "a", 4, 0),
-        (((0, 4), (4, 8)), 12, "nothing more", 12, 8),
-    ],
-)
-def test_tensors_that_overlap_or_leave_gaps_are_refused(
-    tmp_path, spans, size, name, at, end
-):
-    file = tmp_path / "model.safetensors"
-    entries = {
-        letter: {
-            "dtype": "F32",
-            "shape": [(last - first) // 4],
-            "data_offsets": [first, last],
-        }
-        for letter, (first, last) in zip("ab", spans, strict=True)
-    }
-    write_header(file, entries, b"\0" * size)
-    assert refusal(safetensors_file.read_header, file) == (
-        f"{file}: broken safetensors header: tensors must lie one after the other and"
-        f" fill the file, got {name} at byte {at} after the end of the one before at"
-        f" {end}. Download it again."
-    )
-
-
-def test_a_safetensors_name_that_is_there_twice_is_refused(tmp_path):
-    file = tmp_path / "model.safetensors"
-    entry = b'"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
-    write_header(file, b"{" + entry + b", " + entry + b"}", b"\0" * 4)
-    assert refusal(safetensors_file.read_header, file) == (
-        f"{file}: broken safetensors header (the key 'a' is there twice). Download it"
-        " again."
-    )
-
-
-def test_what_the_library_writes_is_none_of_these(tmp_path):
+def test_a_scalar_and_an_empty_tensor_are_read(tmp_path):
     file = tmp_path / "model.safetensors"
     tensors = {
         "b": np.ones((2, 3), np.float32),
@@ -519,60 +466,30 @@ BEYOND = {
 }
 
 
-@pytest.mark.parametrize("data", BEYOND.values(), ids=BEYOND)
-def test_a_gguf_length_beyond_the_file_is_told_by_its_size(tmp_path, data):
-    file = tmp_path / "m.gguf"
-    file.write_bytes(data)
-    message = refusal(gguf_file.read_header, file)
-    assert message.startswith(f"{file}: truncated GGUF file: expected at least ")
-    assert message.endswith(f" bytes, got {len(data)}. Download it again.")
-
-
-@pytest.mark.parametrize(
-    "data", [v for k, v in BEYOND.items() if "tensor" not in k and k != "an offset"]
-)
-def test_a_gguf_tokenizer_of_a_length_beyond_the_file_is_refused(tmp_path, data):
-    file = tmp_path / "m.gguf"
-    file.write_bytes(data)
-    message = refusal(lambda: tokenizer.load(file, chat_template=None))
-    assert message.startswith(
-        f"{file}: expected a GGUF file, got a broken or truncated one ("
-    )
-
-
 BROKEN = {
-    "lists in lists": (
-        gguf_bytes(gguf_list(ARRAY, 1) * 1000, count=1),
-        "expected lists of numbers or texts, got value type 9.",
+    "lists in lists": gguf_bytes(gguf_list(ARRAY, 1) * 1000, count=1),
+    "a name twice": gguf_bytes(
+        b"", count=0, tensor_count=2, tensors=gguf_tensor("t", (1,), F32, 0) * 2
     ),
-    "five axes": (
-        gguf_bytes(
-            b"", count=0, tensor_count=1, tensors=gguf_tensor("t", (1,) * 5, F32, 0)
-        ),
-        "t must have at most 4 axes, got 5.",
+    "part of a block": gguf_bytes(
+        b"", count=0, tensor_count=1, tensors=gguf_tensor("t", (33,), Q8_0, 0)
     ),
-    "a name twice": (
-        gguf_bytes(
-            b"", count=0, tensor_count=2, tensors=gguf_tensor("t", (1,), F32, 0) * 2
-        ),
-        "t is there twice.",
-    ),
-    "part of a block": (
-        gguf_bytes(
-            b"", count=0, tensor_count=1, tensors=gguf_tensor("t", (33,), Q8_0, 0)
-        ),
-        "t of shape [33] does not divide into blocks of Q8_0.",
+    "no alignment": gguf_bytes(
+        gguf_text("general.alignment") + struct.pack("<II", UINT32, 0), count=1
     ),
 }
 
 
-@pytest.mark.parametrize(("data", "reason"), BROKEN.values(), ids=BROKEN)
-def test_a_gguf_header_that_no_model_has_is_refused(tmp_path, data, reason):
+@pytest.mark.parametrize("data", (BEYOND | BROKEN).values(), ids=BEYOND | BROKEN)
+def test_a_gguf_header_that_no_model_has_is_refused(tmp_path, data):
     file = tmp_path / "m.gguf"
     file.write_bytes(data)
-    assert refusal(gguf_file.read_header, file) == (
-        f"{file}: broken GGUF header: {reason} Download it again."
-    )
+    for read in (gguf_file.read, lambda f: tokenizer.load(f, chat_template=None)):
+        message = refusal(read, file)
+        assert message.startswith(
+            f"{file}: expected a GGUF file, got a broken or truncated one ("
+        )
+        assert message.endswith("). Fetch it again.")
 
 
 def gguf_number(key: str, value: int) -> bytes:
@@ -582,7 +499,6 @@ def gguf_number(key: str, value: int) -> bytes:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("general.alignment", 0, "general.alignment must be a whole number from 1 to"),
         ("llama.block_count", 1 << 31, "llama.block_count must be a whole number"),
         ("llama.embedding_length", 0, "llama.embedding_length must be a whole number"),
         ("llama.attention.head_count", 0, "llama.attention.head_count must be a whole"),
@@ -923,7 +839,7 @@ def test_a_chat_template_cannot_leave_its_sandbox(model, marker, template):
     file.write_text(template.replace("MARKER", str(marker)))
     loaded = tokenizer.load(model, chat_template=str(file))
     pairs, drops = examples.read(
-        str(runs.PAIRS), setting="data.train", split=None, limit=3, retry=ONCE
+        str(runs.PAIRS), setting="data.train", split=None, limit=3
     )
     message = refusal(
         lambda: chat.tokenize(

@@ -11,7 +11,6 @@ from lpc_jax.config.fields import (
     Config,
     Data,
     Distributed,
-    Hub,
     Latent,
     Mesh,
     Model,

@@ -32,7 +32,7 @@ def read(path: str) -> Config:
         raise UserError(f"--config: {_no_file(path)}")
     try:
         config = runpy.run_path(path).get("config")
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, ImportError) as e:
         frames = traceback.extract_tb(e.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         where = ":".join(map(str, [path, *lines[-1:]]))

@@ -317,18 +317,6 @@ class Reference(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hub(Settings):
-    """Downloads of models, tokenizers and data sets from the Hugging Face hub."""
-
-    retries: Annotated[int, checks.at_least(0)] = 3
-    """How many more times a download is tried that failed for what may pass: no
-    connection, a broken one, the hub's rate limit or its own faults."""
-    wait: NonNegativeFloat = 2.0
-    """Seconds before the first of them, doubled before each next; where the hub says
-    how long, that is waited instead, up to five minutes."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Run(Settings):
     """Where a run writes and who else is told."""
 
@@ -368,7 +356,6 @@ class Config(Settings, section=""):
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     reference: Reference = dataclasses.field(default_factory=Reference)
-    hub: Hub = dataclasses.field(default_factory=Hub)
     run: Run = dataclasses.field(default_factory=Run)
 
     def _check(self) -> None:

@@ -18,11 +18,11 @@ import jinja2
 import numpy as np
 from jaxtyping import Float, Int32
 
-from lpc_jax import untrusted
 from lpc_jax.data.examples import EMPTY, PreferenceExample
 from lpc_jax.data.report import Drops, Report, quantiles
 from lpc_jax.data.tokenizer import TEMPLATE_REMEDY, Tokenizer, opens_with_bos
 from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
 
 Ids = Int32[np.ndarray, "_"]
 Truncation = Literal["drop", "cut_prompt", "cut_prompt_then_answer"]

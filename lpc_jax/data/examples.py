@@ -21,9 +21,9 @@ import pyarrow
 import pyarrow.parquet
 from datasets import exceptions as dataset_errors
 
-from lpc_jax import sources, untrusted
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources, untrusted
 
 Message = dict[str, str]
 
@@ -89,7 +89,6 @@ def read(
     setting: str,
     split: str | None,
     limit: int | None,
-    retry: sources.Retry = sources.Retry(0, 0.0),
     user: str = USER,
 ) -> tuple[list[PreferenceExample], Drops]:
     """Preference pairs of a file or a hub data set.
@@ -99,7 +98,6 @@ def read(
         setting: The setting's name in the user's words, for messages.
         split: Split of a hub data set; a file has none.
         limit: Read only this many rows, from the first; None: all.
-        retry: When a download fails.
         user: Field of a row that says who judged.
 
     Returns:
@@ -110,9 +108,7 @@ def read(
             no pair is left.
     """
     examples, events = [], []
-    found = itertools.islice(
-        rows(path, setting=setting, split=split, retry=retry), limit
-    )
+    found = itertools.islice(rows(path, setting=setting, split=split), limit)
     for index, (origin, row) in enumerate(found):
         try:
             examples.append(parse(row, origin=origin, index=index, user=user))
@@ -128,20 +124,13 @@ def read(
     return examples, drops
 
 
-def rows(
-    path: str,
-    *,
-    setting: str,
-    split: str | None,
-    retry: sources.Retry = sources.Retry(0, 0.0),
-) -> Iterator[tuple[str, Any]]:
+def rows(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, Any]]:
     """Each row of a file or a hub data set with its origin, as ``file:line``.
 
     Args:
         path: As in ``read``.
         setting: The setting's name in the user's words, for messages.
         split: Split of a hub data set.
-        retry: When a download fails.
 
     Raises:
         UserError: The data cannot be had, or a row is broken.
@@ -149,7 +138,7 @@ def rows(
     if not sources.exists(path):
         if path.endswith(SUFFIXES) or not sources.is_hub_id(path):
             raise UserError(_missing_file(path, setting))
-        return _hub(path, setting=setting, split=split, retry=retry)
+        return _hub(path, setting=setting, split=split)
     local = Path(path).expanduser()
     if local.is_file():
         name = local.name
@@ -287,23 +276,16 @@ def _decoded_bytes(column: pyarrow.Array) -> int:
     return column.nbytes
 
 
-def _hub(
-    path: str,
-    *,
-    setting: str,
-    split: str | None,
-    retry: sources.Retry = sources.Retry(0, 0.0),
-) -> Iterator[tuple[str, Any]]:
+def _hub(path: str, *, setting: str, split: str | None) -> Iterator[tuple[str, Any]]:
     try:
         table = sources.download(
             lambda: datasets.load_dataset(path, split=split),
             path,
             setting=setting,
             kind=sources.DATA_SET,
-            retry=retry,
             failures=(*sources.FAILURES, dataset_errors.DatasetsError),
         )
-    except sources.DownloadError:
+    except UserError:
         raise
     except (ValueError, RuntimeError) as e:  # the latter: a data set that is a script
         raise UserError(

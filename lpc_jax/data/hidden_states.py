@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from lpc_jax import untrusted
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
 from lpc_jax.types import Batch
 
 # Pairs read live when a cache is found, and how far their states may be off, as a share

@@ -20,8 +20,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import tokenization_utils_base
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lpc_jax import untrusted
 from lpc_jax.errors import UserError
+from lpc_jax.files import gguf as gguf_files
+from lpc_jax.files import untrusted
 
 Tokenizer = transformers.PreTrainedTokenizerBase
 
@@ -70,7 +71,7 @@ def load(path: Path, *, chat_template: str | None) -> Tokenizer:
     if path.is_dir():
         loaded = _from_folder(path)
     elif path.suffix == ".gguf":
-        loaded = _from_gguf(path)
+        loaded = from_metadata(gguf_files.read(path).metadata, file=str(path))
     else:
         raise UserError(
             f"{path}: expected a folder with {' or '.join(TOKENIZER_FILES)}, or a .gguf"
@@ -247,32 +248,6 @@ def _broken(message: str) -> Iterator[None]:
     except Exception as e:
         first = next(iter(str(e).splitlines()), "") or type(e).__name__
         raise UserError(message.replace("{reason}", untrusted.shown(first))) from e
-
-
-class _BoundedReader(gguf.GGUFReader):
-    """Refuses values beyond the file's end, which the package takes to be empty."""
-
-    def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **more: Any):
-        found = super()._get(offset, dtype, count, *order, **more)
-        if len(found) < count:
-            raise UserError("a value lies beyond the end of the file")
-        return found
-
-
-def _from_gguf(file: Path) -> Tokenizer:
-    try:
-        reader = _BoundedReader(str(file))
-        metadata = {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if name.startswith("tokenizer.")
-        }
-    except (LookupError, ValueError, OverflowError, OSError, RecursionError) as e:
-        raise UserError(
-            f"{file}: expected a GGUF file, got a broken or truncated one"
-            f" ({untrusted.shown(e)}). Fetch it again."
-        ) from e
-    return from_metadata(metadata, file=str(file))
 
 
 def from_metadata(metadata: dict[str, Any], *, file: str) -> Tokenizer:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lpc_jax import sources
 from lpc_jax.data import chat, examples
 from lpc_jax.data.examples import Message
 from lpc_jax.data.tokenizer import Tokenizer
@@ -52,7 +51,6 @@ def read_prompts(
     *,
     system_prompt: str | None,
     limit: int | None,
-    retry: sources.Retry,
     split: str,
 ) -> list[Prompt]:
     """The prompts of a file or a hub data set.
@@ -62,14 +60,13 @@ def read_prompts(
         tokenizer: With a chat template.
         system_prompt: A first message for conversations that have none of the system.
         limit: Only the first so many; None: all.
-        retry: When a download fails.
         split: Of a hub data set.
 
     Raises:
         UserError: No such file, a row of no known form, or no rows.
     """
     found = []
-    read = examples.rows(path, setting="--prompts", split=split, retry=retry)
+    read = examples.rows(path, setting="--prompts", split=split)
     for origin, row in itertools.islice(read, limit):
         messages = examples.parse_prompt(row, origin=origin)
         if system_prompt is not None and messages[0]["role"] != "system":

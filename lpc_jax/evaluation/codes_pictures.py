@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from lpc_jax import untrusted
 from lpc_jax.evaluation.codes import Code, Look, Prompt
+from lpc_jax.files import untrusted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

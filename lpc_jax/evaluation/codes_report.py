@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 
-from lpc_jax import assembly, untrusted
 from lpc_jax.data import examples
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation import code_measures, codes, codes_pictures, command, steering
@@ -24,6 +23,7 @@ from lpc_jax.evaluation.code_measures import BesideChance
 from lpc_jax.evaluation.codes import Code, Look
 from lpc_jax.evaluation.codes_pictures import shown_source
 from lpc_jax.evaluation.system import System
+from lpc_jax.files import untrusted
 
 PAGE_FILE, NUMBERS_FILE = "codes.html", "codes.json"
 VERSIONS = ("jax", "flax", "scikit-learn", "matplotlib")
@@ -82,7 +82,6 @@ def make(
         setting="--pairs",
         split=split,
         limit=limit,
-        retry=assembly.retry(system.config),
     )
     looked = codes.look(
         system, found, drops, pairs=pairs, seed=seed, on_progress=on_progress

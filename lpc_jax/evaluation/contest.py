@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from lpc_jax import checkpoint, loss_table, sources
+from lpc_jax import checkpoint, loss_table
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.chat import TokenizedPair
@@ -197,13 +197,7 @@ def hold(
             _steering(options, config.latent, options.system)
         else:
             like.read(options.like, options.like_by, config.latent, options.system)
-    hub = config.hub if config is not None else cfg.Hub()
-    some, drops = pairs.read(
-        options.files,
-        split=options.split,
-        limit=options.limit,
-        retry=sources.Retry(hub.retries, hub.wait),
-    )
+    some, drops = pairs.read(options.files, split=options.split, limit=options.limit)
     data = _data(options, config)
     asked = [
         _Asked(
@@ -261,7 +255,7 @@ class _Systems:
         model = dataclasses.asdict(of.model) | self._for_all
         if model.pop("path") != path:
             model["revision"] = None
-        found = system.load(path, mesh=self._mesh, model=model, hub=of.hub)
+        found = system.load(path, mesh=self._mesh, model=model)
         self._loaded[path, "latest"] = found
         return found
 

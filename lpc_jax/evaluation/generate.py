@@ -19,11 +19,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from lpc_jax import axes, untrusted
+from lpc_jax import axes
 from lpc_jax.data import chat
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
+from lpc_jax.files import untrusted
 from lpc_jax.models.cached import Cache, CachedDecoder
 from lpc_jax.models.latent import LatentHead
 from lpc_jax.types import HostOrDevice

@@ -15,7 +15,7 @@ import scipy.special
 from jaxtyping import Float
 
 from lpc_jax import config as cfg
-from lpc_jax import loss_table, sources
+from lpc_jax import loss_table
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
@@ -58,9 +58,7 @@ def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
     """
     num_codes = None if latent is None else latent.num_codes
     require_codes(num_codes, f"--like {file}", name)
-    hub = cfg.Hub()
-    retry = sources.Retry(hub.retries, hub.wait)
-    found, drops = pairs.read([file], split="train", limit=None, retry=retry)
+    found, drops = pairs.read([file], split="train", limit=None)
     return Examples(file, found, drops, by)
 
 

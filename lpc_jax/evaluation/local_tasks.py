@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lpc_jax import sources
 from lpc_jax.data import examples
 from lpc_jax.errors import UserError
 
@@ -72,9 +71,7 @@ def rows(name: str, folder: Path) -> list[Row]:
     """
     file = folder / FILES[name]
     found = []
-    for origin, row in examples.rows(
-        str(file), setting="--tasks-data", split=None, retry=sources.Retry(0, 0.0)
-    ):
+    for origin, row in examples.rows(str(file), setting="--tasks-data", split=None):
         try:
             found.append(_FORMS[name](row))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -19,11 +19,11 @@ import safetensors.numpy
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from lpc_jax import untrusted
 from lpc_jax.data import chat, examples
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
+from lpc_jax.files import untrusted
 from lpc_jax.models.network import Network
 
 Ids = Int32[np.ndarray, "_"]

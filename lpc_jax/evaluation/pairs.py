@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lpc_jax import assembly, objective, sharding, sources
+from lpc_jax import assembly, objective, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, packing
 from lpc_jax.data.chat import TokenizedPair
@@ -44,7 +44,6 @@ def read(
     *,
     split: str | None,
     limit: int | None,
-    retry: sources.Retry,
     user: str = examples.USER,
 ) -> tuple[list[PreferenceExample], Drops]:
     """The pairs of some files or hub data sets, one after the other.
@@ -53,7 +52,6 @@ def read(
         paths: As ``--pairs`` names them.
         split: Of hub data sets.
         limit: Read only so many rows of each, from the first; None: all.
-        retry: When a download fails.
         user: Field of a row that says who judged.
 
     Returns:
@@ -66,7 +64,7 @@ def read(
     drops = Drops.count([])
     for path in paths:
         some, dropped = examples.read(
-            path, setting="pairs", split=split, limit=limit, retry=retry, user=user
+            path, setting="pairs", split=split, limit=limit, user=user
         )
         found += some
         drops += dropped

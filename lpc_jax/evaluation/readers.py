@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from rich.table import Table
 from rich.text import Text
 
-from lpc_jax import loss_table, untrusted
+from lpc_jax import loss_table
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
@@ -25,6 +25,7 @@ from lpc_jax.evaluation import bootstrap, like, pairs
 from lpc_jax.evaluation.bootstrap import Estimate
 from lpc_jax.evaluation.like import By
 from lpc_jax.evaluation.system import System
+from lpc_jax.files import untrusted
 
 # Times that a reader's examples are drawn, over which is averaged.
 DRAWS = 4

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lpc_jax import untrusted
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.evaluation.generate import Generator, Ids, Sampling
 from lpc_jax.evaluation.steering import Steering
+from lpc_jax.files import untrusted
 
 FILE = "samples.jsonl"
 

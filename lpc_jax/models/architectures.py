@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lpc_jax import untrusted
 from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 # With a latent over it, as lpc_jax/exported/modeling_lpc.py has them.

@@ -27,9 +27,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Shaped
 
-from lpc_jax import sources, untrusted
 from lpc_jax.errors import UserError
-from lpc_jax.models import architectures, gguf_file, safetensors_file
+from lpc_jax.files import gguf, safetensors, sources, untrusted
+from lpc_jax.models import architectures, gguf_config
 from lpc_jax.models.architectures import Architecture
 
 # Of a hub repository: pickles and Mistral's second copy (consolidated.*) are left.
@@ -47,7 +47,7 @@ _SHOWN = 10
 _READ_BYTES = 1 << 20
 
 
-_Tensor = safetensors_file.Tensor | gguf_file.Tensor
+_Tensor = safetensors.Tensor | gguf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ LATENT_KEYS = (
 )
 
 # Tensors that hold nothing a decoder does not know, and that may be there or not.
-_HARMLESS = ("*rotary_emb.inv_freq", gguf_file.ROPE_FACTORS)
+_HARMLESS = ("*rotary_emb.inv_freq", gguf_config.ROPE_FACTORS)
 _HARMLESS_WHEN_TIED = ("lm_head.weight",)
 
 
@@ -180,20 +180,13 @@ def _is_gguf(path: Path) -> bool:
     return path.is_file() and path.suffix == _GGUF
 
 
-def find(
-    path: str,
-    *,
-    setting: str,
-    revision: str | None,
-    retry: sources.Retry = sources.Retry(0, 0.0),
-) -> Path:
+def find(path: str, *, setting: str, revision: str | None) -> Path:
     """The folder or GGUF file that a setting names, downloaded if need be.
 
     Args:
         path: A local path, ``package:NAME/FILE`` or a hub model id.
         setting: The setting's name in the user's words, for messages.
         revision: Branch, tag or commit of a hub id.
-        retry: When a download fails.
 
     Raises:
         UserError: In one line, what is missing and how to get it.
@@ -203,7 +196,6 @@ def find(
         setting=setting,
         revision=revision,
         patterns=_HUB_PATTERNS,
-        retry=retry,
     )
 
 
@@ -215,7 +207,7 @@ def read_architecture(path: Path) -> Architecture:
             does not compute.
     """
     if _is_gguf(path):
-        return gguf_file.architecture(gguf_file.read_header(path))
+        return gguf_config.architecture(gguf.read(path))
     fields, config = _read_config(path)
     return architectures.from_hf_config(fields, str(config))
 
@@ -253,15 +245,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], Path]:
             f"{path}: expected a folder with {_CONFIG}, or a file ending in {_GGUF}."
             " Check the path."
         )
-    try:
-        fields = untrusted.read_json(config, most=_LARGEST_CONFIG)
-    except ValueError as e:
-        raise UserError(
-            f"{config}: broken JSON ({untrusted.shown(e)}). Download it again."
-        ) from e
-    if not isinstance(fields, dict):
-        raise UserError(f"{config} must be a JSON object. Download it again.")
-    return fields, config
+    return untrusted.read_object(config, most=_LARGEST_CONFIG), config
 
 
 def _sizes(
@@ -375,10 +359,10 @@ def _open(
     tensors: Mapping[str, _Tensor]
     if _is_gguf(path):
         keys = _keys(GGUF_KEYS, architecture)
-        tensors = gguf_file.read_header(path).tensors
+        tensors = gguf.read(path).tensors
     else:
         keys = _keys(KEYS[architecture.family], architecture)
-        tensors = safetensors_file.read_folder(path)
+        tensors = safetensors.read_folder(path)
     remedy = "Check that the weights and the architecture are of one model."
     if latent is None and any(name.startswith(_LATENT) for name in tensors):
         remedy = (
@@ -560,7 +544,7 @@ def load_latent(
 def digest(path: Path) -> str:
     """SHA-256, in hex, of the weight files' names and bytes."""
     state = hashlib.sha256()
-    for file in [path] if _is_gguf(path) else safetensors_file.files(path):
+    for file in [path] if _is_gguf(path) else safetensors.files(path):
         state.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as opened:
             while block := opened.read(_READ_BYTES):
@@ -690,7 +674,7 @@ def write(
     fields["dtype"] = fields["torch_dtype"] = str(np.dtype(dtype))
     text = json.dumps(fields | dict(config), indent=2)
     (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
-    safetensors_file.write_folder(
+    safetensors.write_folder(
         folder,
         {name: _shape(key.stored, sizes) for name, (key, _, _) in origin.items()},
         read,

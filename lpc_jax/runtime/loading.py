@@ -17,11 +17,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lpc_jax import checkpoint, sharding, untrusted
+from lpc_jax import checkpoint, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import weights
 from lpc_jax.models.architectures import Architecture

@@ -19,10 +19,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from lpc_jax import assembly, sharding, sources
+from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.errors import UserError
+from lpc_jax.files import sources
 from lpc_jax.models import architectures, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.training import optimizer as optimizers
@@ -54,9 +55,7 @@ def find_architecture(config: cfg.Config) -> Architecture:
     """
     path = config.model.path
     if not sources.is_hub_id(path):
-        found = weights.find(
-            path, setting="model.path", revision=None, retry=assembly.retry(config)
-        )
+        found = weights.find(path, setting="model.path", revision=None)
         return weights.read_architecture(found)
     if path not in architectures.KNOWN:
         raise UserError(

@@ -20,11 +20,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, processes, sharding, untrusted
+from lpc_jax import objective, processes, sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
 from lpc_jax.runtime import loading
 from lpc_jax.runtime.policy import Params, Policy, abstract
 from lpc_jax.types import Batch

@@ -28,11 +28,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from lpc_jax import untrusted
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation import samples
 from lpc_jax.evaluation.preference import Evaluation
 from lpc_jax.evaluation.samples import Sample
+from lpc_jax.files import untrusted
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "plot.png"

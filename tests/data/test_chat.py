@@ -4,7 +4,6 @@ import pytest
 from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
 from tests.data import tiny_tokenizers as tiny
-from tests.fake_hub import ONCE
 
 NO_DROPS = Drops.count([])
 WIDE = {
@@ -428,7 +427,6 @@ def test_the_golden_tokenizer_gives_prompt_answer_and_eos(repository):
         setting="data.train",
         split=None,
         limit=None,
-        retry=ONCE,
     )
     pairs, report = tokenize(found, loaded, drops=drops)
     assert report.prefix_mismatches == 0
@@ -450,7 +448,6 @@ def test_real_pairs_survive_smollm2s_template_whole(
         setting="data.train",
         split=None,
         limit=300,
-        retry=ONCE,
     )
     pairs, report = tokenize(found, smollm2_tokenizer, drops=drops)
     assert (report.kept, report.prefix_mismatches) == (300, 0)

@@ -8,7 +8,6 @@ import pyarrow.parquet
 import pytest
 
 from lpc_jax.data import examples
-from tests.fake_hub import ONCE
 
 
 def user(content):
@@ -49,9 +48,7 @@ def write(tmp_path):
 
 
 def read(path, *, split=None, limit=None):
-    return examples.read(
-        str(path), setting="data.train", split=split, limit=limit, retry=ONCE
-    )
+    return examples.read(str(path), setting="data.train", split=split, limit=limit)
 
 
 def refusal(path, **options):
@@ -319,10 +316,11 @@ def test_a_hub_that_cannot_be_reached_says_in_one_line_how_to_get_the_data(
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     assert refusal("owner/pairs", split="train") == (
         "data.train = 'owner/pairs' is not on this machine and could not be downloaded:"
-        " the hub cannot be reached (ConnectionError: no route). Check the network,"
-        " raise --hub.retries, or get it elsewhere with: hf download owner/pairs"
+        " the hub cannot be reached (ConnectionError: no route), tried 4 times. Check"
+        " the network, or get it elsewhere with: hf download owner/pairs"
         " --repo-type dataset --local-dir FOLDER, and pass --data.train with a file of"
         " it."
     )

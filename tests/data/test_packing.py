@@ -8,7 +8,6 @@ from lpc_jax.data import chat, examples, packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED
 from tests import tiny
-from tests.fake_hub import ONCE
 
 
 def pair(prompt, chosen, rejected, pair_id=0):
@@ -160,9 +159,7 @@ def test_packing_of_real_pairs_wastes_at_most_a_twentieth(
     """128 pairs a step, at the default number of row lengths."""
     settings = cfg.Packing()
     path = shared_data / f"{name}.jsonl.gz"
-    found, drops = examples.read(
-        str(path), setting="", split="train", limit=1280, retry=ONCE
-    )
+    found, drops = examples.read(str(path), setting="", split="train", limit=1280)
     tokenized, _ = chat.tokenize(
         found,
         smollm2_tokenizer,

@@ -18,7 +18,6 @@ from lpc_jax.evaluation import codes, codes_report, system
 from lpc_jax.evaluation.codes import Look
 from tests import runs
 from tests.data import tiny_tokenizers
-from tests.fake_hub import ONCE
 
 
 def mesh(count: int = 1) -> Mesh:
@@ -47,9 +46,7 @@ def silent(done: int) -> None:
 
 
 def look(asked: system.System, file: Path) -> Look:
-    found, drops = examples.read(
-        str(file), setting="--pairs", split=None, limit=None, retry=ONCE
-    )
+    found, drops = examples.read(str(file), setting="--pairs", split=None, limit=None)
     return codes.look(asked, found, drops, pairs=file.name, seed=0, on_progress=silent)
 
 
@@ -91,7 +88,6 @@ def test_several_devices_believe_the_same(loaded, trained, folder):
             setting="--pairs",
             split=None,
             limit=None,
-            retry=ONCE,
         ),
     )
     one, four = (

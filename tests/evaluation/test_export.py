@@ -22,7 +22,8 @@ from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.evaluation import export, logit_bias, system
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
-from lpc_jax.models import safetensors_file, weights
+from lpc_jax.files import safetensors as safetensors_file
+from lpc_jax.models import weights
 from tests import exports
 
 FP32 = jnp.dtype("float32")

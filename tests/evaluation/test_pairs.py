@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import Mesh
 
 from lpc_jax import config as cfg
-from lpc_jax import loss_table, sharding, sources
+from lpc_jax import loss_table, sharding
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Drops
 from lpc_jax.evaluation import contest, pairs, pairs_report, steering, system
@@ -23,7 +23,6 @@ from lpc_jax.evaluation.system import System
 from tests import runs
 from tests.data import tiny_tokenizers
 
-RETRY = sources.Retry(0, 0.0)
 DATA = cfg.Data(train="none", max_length=128, max_prompt_length=64)
 LENGTHS: dict[str, Any] = {"max_length": 128, "max_prompt_length": 64}
 
@@ -59,7 +58,7 @@ def plain() -> System:
 
 
 def tokenized(one: System, limit: int | None = 8) -> list[TokenizedPair]:
-    some, drops = pairs.read([str(runs.PAIRS)], split=None, limit=limit, retry=RETRY)
+    some, drops = pairs.read([str(runs.PAIRS)], split=None, limit=limit)
     return pairs.tokenize(some, one.tokenizer, drops, data=DATA)[0]
 
 
@@ -287,19 +286,19 @@ def test_files_are_read_one_after_the_other_and_a_prompt_is_known_again(tmp_path
         str(runs.write_pairs(tmp_path / "a.jsonl", rows)),
         str(runs.write_pairs(tmp_path / "b.jsonl", again)),
     ]
-    some, drops = pairs.read(files, split=None, limit=None, retry=RETRY)
+    some, drops = pairs.read(files, split=None, limit=None)
     assert [one.index for one in some] == [0, 1, 2, 3]
     assert [one.origin for one in some][2:] == ["a.jsonl:3", "b.jsonl:1"]
     assert drops.total == 0
     keys = [pairs.prompt_key(one) for one in some]
     assert keys[3] == keys[1]
     assert len(set(keys)) == 3
-    limited, _ = pairs.read(files, split=None, limit=1, retry=RETRY)
+    limited, _ = pairs.read(files, split=None, limit=1)
     assert [one.origin for one in limited] == ["a.jsonl:1", "b.jsonl:1"]
 
 
 def test_no_pair_is_too_long_for_its_row(plain):
-    some, drops = pairs.read([str(runs.PAIRS)], split=None, limit=None, retry=RETRY)
+    some, drops = pairs.read([str(runs.PAIRS)], split=None, limit=None)
     whole, _ = pairs.tokenize(some, plain.tokenizer, drops, data=DATA)
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in whole)
     assert max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in whole) > longest
@@ -336,7 +335,7 @@ def made_up(**changes: Any) -> contest.Contestant:
 
 @pytest.fixture
 def by_hand() -> contest.Contest:
-    some, _ = pairs.read([str(runs.PAIRS)], split=None, limit=6, retry=RETRY)
+    some, _ = pairs.read([str(runs.PAIRS)], split=None, limit=6)
     sources = ["a", "a", "b", "b", "b", "b"]
     some = [
         dataclasses.replace(one, source=source, prompt=some[prompt].prompt)

@@ -20,7 +20,8 @@ import numpy as np
 from flax import nnx
 
 from lpc_jax import sharding
-from lpc_jax.models import architectures, network, safetensors_file, weights
+from lpc_jax.files import safetensors
+from lpc_jax.models import architectures, network, weights
 from lpc_jax.models.architectures import Architecture
 
 # Of Llama's proportions; layers are added until it has the bytes asked for.
@@ -59,7 +60,7 @@ def write(folder: Path, architecture: Architecture) -> int:
     number = {name: i + 1 for i, name in enumerate(shapes)}
     size = 4 * architecture.parameter_count()
     folder.mkdir(parents=True)
-    safetensors_file.write_folder(
+    safetensors.write_folder(
         folder,
         shapes,
         lambda name: np.full(shapes[name], number[name], np.float32),

@@ -16,7 +16,6 @@ from lpc_jax.evaluation import generate, system
 from lpc_jax.evaluation.generate import Generator, Sampling
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.models import weights
-from lpc_jax.sources import Retry
 from tests import systems
 from tests.conftest import REPOSITORY
 
@@ -46,9 +45,7 @@ def theirs(torch, ours, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts(ours) -> list[np.ndarray]:
     """Real text, cut into prompts of one length."""
-    found, _ = examples.read(
-        str(PAIRS), setting="pairs", split=None, limit=None, retry=Retry(0, 0.0)
-    )
+    found, _ = examples.read(str(PAIRS), setting="pairs", split=None, limit=None)
     text = "\n".join(f"{e.prompt[-1]['content']}\n{e.chosen}" for e in found)
     ids = np.asarray(ours.tokenizer(text).input_ids[: PROMPTS * LENGTH], np.int32)
     return list(ids.reshape(PROMPTS, LENGTH))

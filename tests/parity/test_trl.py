@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from lpc_jax.data import chat, examples, tokenizer
-from tests.fake_hub import ONCE
 from tests.harness import TRL_LOSSES, follow, recorded
 
 pytestmark = pytest.mark.parity
@@ -51,7 +50,6 @@ def test_our_token_ids_are_trl_s(folder, trl_script):
         setting="data.train",
         split=None,
         limit=None,
-        retry=ONCE,
     )
     found, _ = chat.tokenize(
         pairs,

@@ -139,7 +139,7 @@ def test_a_disk_that_fills_up_is_status_2_and_nothing_is_left(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lpc_jax.models.safetensors_file.write_folder", full)
+    monkeypatch.setattr("lpc_jax.files.safetensors.write_folder", full)
     status, _, errors = run(lpc, tmp_path / "out")
     assert (status, errors) == (2, "error: [Errno 28] No space left on device\n")
     assert not list(tmp_path.iterdir())

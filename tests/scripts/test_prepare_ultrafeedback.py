@@ -10,7 +10,6 @@ from rich.console import Console
 
 from lpc_jax.data import examples
 from scripts import prepare_ultrafeedback
-from tests.fake_hub import ONCE
 
 
 def row(
@@ -124,7 +123,7 @@ def test_what_is_written_reads_as_preference_pairs(write, tmp_path, name):
     output = tmp_path / name
     assert run("--input", write([row("Wér?")]), "--output", output)[0] == 0
     (found,), drops = examples.read(
-        str(output), setting="data.train", split=None, limit=None, retry=ONCE
+        str(output), setting="data.train", split=None, limit=None
     )
     assert found.prompt == ({"role": "user", "content": "Wér?"},)
     assert (found.chosen, found.source) == ("two", "evol_instruct")

@@ -218,13 +218,12 @@ def test_held_out_pairs_are_read_before_anything_is_computed(command):
 # --- model ----------------------------------------------------------------------------
 
 
-def test_a_truncated_safetensors_file_is_told_by_its_size(command, model):
+def test_a_truncated_safetensors_file_is_named(command, model):
     file = model / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1000])
+    file.write_bytes(file.read_bytes()[:-1000])
     assert command.refusal("--model.path", str(model)) == (
-        f"{file}: truncated safetensors file: expected {len(whole)} bytes, got"
-        f" {len(whole) - 1000}. Download it again."
+        f"{file}: broken or truncated safetensors file (Error while deserializing"
+        " header: incomplete metadata, file not fully covered). Download it again."
     )
 
 

@@ -110,8 +110,6 @@ TESTED_IN = {
     "mesh.tensor": "tests/test_sharding.py",
     "reference.path": "tests/training/test_reference.py",
     "reference.cache": "test_the_reference_is_kept_in_the_named_folder",
-    "hub.retries": "test_every_download_is_tried_as_often_as_configured",
-    "hub.wait": "test_every_download_is_tried_as_often_as_configured",
     "run.folder": "test_a_run_tells_its_trackers_and_stays_in_its_folder",
     "run.trackers": "test_a_run_tells_its_trackers_and_stays_in_its_folder",
     "run.project": "tests/training/test_runlog.py",
@@ -397,9 +395,7 @@ def test_each_set_is_read_from_its_own_split(folder, monkeypatch):
 @pytest.mark.parametrize(
     "setting", ["model.path", "model.tokenizer", "data.train", "data.eval", "reference"]
 )
-def test_every_download_is_tried_as_often_as_configured(
-    folder, monkeypatch, caplog, setting
-):
+def test_every_download_is_tried_again(folder, monkeypatch, caplog, setting):
     tries, slept = [], []
 
     def failing(*_: Any, **__: Any) -> None:
@@ -416,11 +412,11 @@ def test_every_download_is_tried_as_often_as_configured(
         "data.eval": {"data": {"eval": "owner/name"}},
         "reference": {"reference": {"path": "owner/name"}, "loss": cfg.Dpo()},
     }[setting]
-    made = config(folder, hub=cfg.Hub(retries=2, wait=0.25), **change)
-    with pytest.raises(ValueError, match=r"no route\), tried 3 times\."):
+    made = config(folder, **change)
+    with pytest.raises(ValueError, match=r"no route\), tried 4 times\."):
         runs.train(made)
-    assert (len(tries), slept) == (3, [0.25, 0.5])
-    assert len([r for r in caplog.records if "Trying again" in r.message]) == 2
+    assert (len(tries), slept) == (4, [2.0, 4.0, 8.0])
+    assert len([r for r in caplog.records if "Trying again" in r.message]) == 3
 
 
 def test_a_config_of_another_width_is_refused_before_the_latent_takes_it(folder):

@@ -1,7 +1,7 @@
 """Files that others wrote, read within bounds: JSON, and files of a model's folder.
 
 Nothing here runs what a file holds, follows where it leads, or believes what it says of
-its own size. Knows nothing of what the values mean.
+its own size.
 """
 
 from __future__ import annotations
@@ -20,14 +20,11 @@ from lpc_jax.errors import UserError
 # Nested lists and objects: rows of messages have 4, tokenizer.json about 10. Well below
 # what exhausts Python's stack in whoever walks or prints the value.
 DEEPEST = 100
-
+# Of a file's own words in a message.
+_LONGEST_SHOWN = 200
 # A hub cache keeps each file's bytes in a folder of this name, under their SHA-1 or
 # SHA-256, and links to them from the folder of a revision.
 _BLOBS, _DIGEST = "blobs", re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-
-
-# What of a file's own words goes into a message.
-_LONGEST_SHOWN = 200
 
 
 def shown(said: object, *, most: int = _LONGEST_SHOWN) -> str:
@@ -42,36 +39,35 @@ def shown(said: object, *, most: int = _LONGEST_SHOWN) -> str:
     )
 
 
-def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise UserError(f"the key {shown(repr(twice), most=80)} is there twice")
-    return found
-
-
 def parse_json(text: bytes, *, repeats: bool = False) -> Any:
-    """The value of a JSON text.
+    """The value of a JSON text in UTF-8.
 
     Args:
-        text: In UTF-8.
+        text: The text.
         repeats: Whether an object may have a key twice, of which the last counts.
 
     Raises:
-        UserError: No JSON, no UTF-8, a key twice, or nested too deep; json's own
-            kinds where it is json that refuses.
+        UserError: A key twice, or nested too deep.
+        ValueError: json's own, where it is json that refuses.
     """
-    hook = None if repeats else _object_of_unique_keys
     too_deep = f"nested deeper than {DEEPEST}"
     try:
-        value = json.loads(text, object_pairs_hook=hook)
+        value = json.loads(text, object_pairs_hook=None if repeats else _unique)
     except RecursionError:
         raise UserError(too_deep) from None
     # Few brackets cannot nest deep; most texts end here.
     if text.count(b"[") + text.count(b"{") > DEEPEST and _nests_deeper(value):
         raise UserError(too_deep)
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise UserError(f"the key {shown(repr(key), most=80)} is there twice")
+        fields[key] = value
+    return fields
 
 
 def _nests_deeper(value: Any) -> bool:
@@ -83,26 +79,34 @@ def _nests_deeper(value: Any) -> bool:
             if isinstance(node, dict | list)
             for item in (node.values() if isinstance(node, dict) else node)
         ]
-        if not level:
-            return False
-    return True
+    return bool(level)
 
 
 def read_json(file: Path, *, most: int, repeats: bool = False) -> Any:
-    """The value of a JSON file.
-
-    Args:
-        file: The file.
-        most: Bytes above which it is not read.
-        repeats: As in ``parse_json``.
+    """The value of a JSON file of at most so many bytes.
 
     Raises:
-        UserError: As ``parse_json``, or the file is larger.
+        ValueError: From ``parse_json``, or the file is larger, which is a UserError.
     """
     size = file.stat().st_size
     if size > most:
         raise UserError(f"{size:,} bytes, expected at most {most:,}")
     return parse_json(file.read_bytes(), repeats=repeats)
+
+
+def read_object(file: Path, *, most: int) -> dict[str, Any]:
+    """The fields of a JSON file that must hold one object, in at most so many bytes.
+
+    Raises:
+        UserError: It is broken, larger, or holds something else.
+    """
+    try:
+        fields = read_json(file, most=most)
+    except ValueError as e:
+        raise UserError(f"{file}: broken JSON ({shown(e)}). Download it again.") from e
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} must be a JSON object. Download it again.")
+    return fields
 
 
 def read_arrays(file: Path, wanted: dict[str, str]) -> dict[str, np.ndarray] | None:
@@ -115,15 +119,14 @@ def read_arrays(file: Path, wanted: dict[str, str]) -> dict[str, np.ndarray] | N
     try:
         # Arrays of objects are pickles, which can run code: NumPy refuses them.
         with np.load(file, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in wanted}
+            arrays = {name: stored[name] for name in wanted}
     except (
         *(ValueError, EOFError, LookupError, TypeError, MemoryError),
         *(zipfile.BadZipFile, zlib.error, RuntimeError, OSError),
     ):
         return None
-    types = {name: np.dtype(kind) for name, kind in wanted.items()}
-    right = all(found[name].dtype == kind for name, kind in types.items())
-    return found if right else None
+    right = all(arrays[name].dtype == np.dtype(kind) for name, kind in wanted.items())
+    return arrays if right else None
 
 
 def own_file(folder: Path, name: str) -> Path | None:
@@ -132,10 +135,6 @@ def own_file(folder: Path, name: str) -> Path | None:
     A link that leads out of the folder is refused: a folder from elsewhere could name
     any file of this machine as its own. A hub cache's folders are all links, to blobs
     under their digests, and those are its own files.
-
-    Args:
-        folder: A model's.
-        name: Of the file, without a folder.
 
     Raises:
         UserError: The name or its link leads out of the folder.

@@ -1,0 +1,1 @@
+"""Where files of models and data are, what they hold, and how they are written."""

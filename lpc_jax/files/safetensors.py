@@ -1,0 +1,240 @@
+"""Named tensors of a Hugging Face folder, read one at a time, and their writer.
+
+The safetensors library reads. It would write only a whole file at once, with all its
+tensors in memory: the writer here holds one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+
+from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
+
+_NAMES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
+_LENGTH = struct.Struct("<Q")  # of the header, which is JSON; then come raw bytes
+# Names of a hundred thousand tensors take a tenth of it.
+_LARGEST_INDEX = 100_000_000
+# What else weights come in, by the first bytes.
+_PICKLED = (
+    "{}. It is not read, because a pickle can run code: convert it with transformers'"
+    " save_pretrained, and name a GGUF file itself."
+)
+_OTHER_FORMATS = {
+    b"version ": "a Git LFS pointer to one. Fetch it: git lfs pull",
+    b"PK\x03\x04": _PICKLED.format("a zip archive, as torch.save writes it"),
+    b"GGUF": _PICKLED.format("a GGUF file"),
+    **{bytes([0x80, n]): _PICKLED.format("a pickle") for n in range(2, 6)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of one file, by name, with its shape as stored."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Shaped[np.ndarray, "..."]:
+        """Its values, as stored."""
+        with _opened(self.path) as file:
+            return file.get_tensor(self.name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    """Reads rather than maps, since mapped pages count as this process's memory."""
+    try:
+        with safe_open(path, framework="np", backend="pread") as file:
+            yield file
+    except SafetensorError as e:
+        with path.open("rb") as other:
+            start = other.read(_LENGTH.size)
+        for prefix, kind in _OTHER_FORMATS.items():
+            if start.startswith(prefix):
+                raise UserError(
+                    f"{path}: expected a safetensors file, got {kind}"
+                ) from e
+        raise UserError(
+            f"{path}: broken or truncated safetensors file ({untrusted.shown(e)})."
+            " Download it again."
+        ) from e
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, by name; no data is read.
+
+    Raises:
+        UserError: The file is cut, its header broken, or an element type is not one
+            of a language model's weights.
+    """
+    tensors = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118 -- not a dict
+            entry = file.get_slice(name)
+            kind = entry.get_dtype()
+            if kind not in _NAMES.values():
+                raise UserError(
+                    f"{path}: {untrusted.shown(name)} must be of type"
+                    f" {', '.join(sorted(_NAMES.values()))}, got {kind}. Use the"
+                    " model's unquantised weights."
+                )
+            tensors[name] = Tensor(path, name, tuple(entry.get_shape()))
+    return tensors
+
+
+def files(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face folder, sorted.
+
+    Raises:
+        UserError: There are none, or the index names one that is not there.
+    """
+    single = untrusted.own_file(folder, SINGLE)
+    if single is not None:
+        return [single]
+    index = untrusted.own_file(folder, INDEX)
+    if index is None:
+        patterns = ("*.bin", "*.pth", "*.pt", "*.gguf", "*.safetensors")
+        others = sorted(file.name for p in patterns for file in folder.glob(p))
+        raise UserError(
+            f"{folder} must hold {SINGLE} or {INDEX}, got {others or 'no weights'}."
+            " Pickled weights are not read, because a pickle can run code: convert"
+            " them with transformers' save_pretrained. A GGUF file is named itself,"
+            " not its folder."
+        )
+    weight_map = untrusted.read_object(index, most=_LARGEST_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise UserError(
+            f"{index}: weight_map must say the file of each tensor. Download it again."
+        )
+    names = sorted(set(weight_map.values()))
+    shards = {name: untrusted.own_file(folder, name) for name in names}
+    missing = [name for name, shard in shards.items() if shard is None]
+    if missing or not shards:
+        raise UserError(
+            f"{index}: expected {len(shards)} shards, missing"
+            f" {untrusted.shown(missing)}. Download them again."
+        )
+    return [shard for shard in shards.values() if shard is not None]
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a Hugging Face folder, by name; no data is read.
+
+    Raises:
+        UserError: Files are missing or broken, or one tensor is in two shards.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files(folder):
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise UserError(
+                    f"{file}: {untrusted.shown(name)} is in"
+                    f" {tensors[name].path.name} too. Download the folder again."
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def write_folder(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Shaped[np.ndarray, "..."]],
+    *,
+    dtype_of: Callable[[str], np.dtype],
+    shard_bytes: int,
+) -> None:
+    """Writes tensors in Hugging Face's layout, one tensor in memory at a time.
+
+    Args:
+        folder: Where to; exists.
+        shapes: Every tensor's name and shape, in the order to write.
+        read: The tensor of a name, of that shape.
+        dtype_of: Of the stored elements of a name: float32, float16 or bfloat16.
+        shard_bytes: Above this, tensors are spread over shards with an index.
+
+    Raises:
+        UserError: A dtype that is not one of the three, or a tensor with elements
+            too large for it.
+    """
+    dtypes = {name: dtype_of(name) for name in shapes}
+    for dtype in dtypes.values():
+        if dtype not in _NAMES:
+            raise UserError(
+                f"dtype must be one of {sorted(str(d) for d in _NAMES)}, got {dtype}."
+            )
+    sizes = {n: math.prod(s) * dtypes[n].itemsize for n, s in shapes.items()}
+    shards = _plan(sizes, shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SHARD.format(number=number, count=len(shards))
+        file = SINGLE if len(shards) == 1 else file
+        weight_map |= dict.fromkeys(names, file)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            header[name] = {
+                "dtype": _NAMES[dtypes[name]],
+                "shape": list(shapes[name]),
+                "data_offsets": [end, end + sizes[name]],
+            }
+            end += sizes[name]
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % _LENGTH.size)  # data starts aligned
+        with (folder / file).open("wb") as out:
+            out.write(_LENGTH.pack(len(text)) + text)
+            for name in names:
+                out.write(_cast(read(name), dtypes[name], name).tobytes())
+    if len(shards) > 1:
+        total = {"total_size": sum(sizes.values())}
+        index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _plan(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Names in shards of at most ``shard_bytes``, or of one tensor above that."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _cast(
+    tensor: Shaped[np.ndarray, "..."], dtype: np.dtype, name: str
+) -> Shaped[np.ndarray, "..."]:
+    with np.errstate(over="ignore"):  # told below
+        cast = np.ascontiguousarray(tensor, dtype)
+    if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(tensor).any():
+        raise UserError(
+            f"{name} must have elements that float16 can hold, up to"
+            f" {np.finfo(dtype).max:g}, got larger ones. Choose bfloat16 or float32."
+        )
+    return cast

@@ -1,0 +1,234 @@
+"""Where a model or a data set is: a local path, an installed package, or a hub id.
+
+A download that fails for good says in one line why, and how to get the files by hand.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
+
+from lpc_jax.errors import UserError
+
+PACKAGE_SCHEME = "package:"
+MODEL, DATA_SET = "model", "dataset"
+# httpx's, whose package has another name from one huggingface_hub to the next.
+_HTTP_ERROR: type[Exception] = hub_errors.HfHubHTTPError.__bases__[0]
+FAILURES = (_HTTP_ERROR, OSError)
+
+# huggingface_hub goes on with files that were cut and waits out most failures itself,
+# but asks for a repository once (HfApi.repo_info): these seconds are between whole
+# tries. It counts requests in windows of five minutes, so a longer wait is of no use.
+_PAUSES, _LONGEST_PAUSE = (2.0, 4.0, 8.0), 300.0
+_TIMEOUT, _RATE_LIMITED, _SERVER_ERROR = 408, 429, 500
+_LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class _Cause(NamedTuple):
+    """Why a download failed, what a user can do, and whether it may pass by itself."""
+
+    what: str
+    remedy: str
+    passes: bool = False
+    wait: float | None = None  # seconds that the hub asks for
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that does not exist locally reads as ``owner/name``.
+
+    In the hub's own letters, so that no part of it can be ``..`` or leave a folder.
+    """
+    if path.count("/") != 1 or exists(path):
+        return False
+    try:
+        validate_repo_id(path)
+    except hub_errors.HFValidationError:
+        return False
+    return True
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder has this name; one that no name can be has none."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, ~nobody
+        return False
+
+
+def resolve(
+    path: str, *, setting: str, revision: str | None, patterns: tuple[str, ...]
+) -> Path:
+    """The local file or folder that a setting names, downloaded if need be.
+
+    Args:
+        path: A local path, ``package:NAME/FILE`` or a hub model id ``owner/name``.
+        setting: The setting's name in the user's words, for messages.
+        revision: Branch, tag or commit of a hub id.
+        patterns: Globs of the files wanted from the hub.
+
+    Raises:
+        UserError: In one line, what is missing and how to get it.
+    """
+    if path.startswith(PACKAGE_SCHEME):
+        return _inside_package(path, setting)
+    if exists(path):
+        return Path(path).expanduser()
+    if not is_hub_id(path):
+        raise UserError(
+            f"{setting} = {path!r}: no such file or folder, and not a hub id of the"
+            " form owner/name. Check the path."
+        )
+
+    def fetch() -> str:
+        return huggingface_hub.snapshot_download(
+            path, revision=revision, allow_patterns=list(patterns)
+        )
+
+    return Path(download(fetch, path, setting=setting, kind=MODEL, failures=FAILURES))
+
+
+def _inside_package(path: str, setting: str) -> Path:
+    package, _, name = path.removeprefix(PACKAGE_SCHEME).partition("/")
+    parts = name.split("/")
+    if not package.isidentifier() or {"", ".", ".."} & set(parts) or "\\" in name:
+        raise UserError(
+            f"{setting} = {path!r}: expected {PACKAGE_SCHEME}NAME/FILE, a file inside"
+            " the package's own folder, got a way out of it. Name the file by its own"
+            " path if you mean it."
+        )
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UserError(
+            f"{setting} = {path!r} needs the Python package {package!r}, which is not"
+            f" installed. Install it: pip install {package.replace('_', '-')}"
+        )
+    # A module that is one file has no folder of its own.
+    for folder in spec.submodule_search_locations or ():
+        if exists(str(Path(folder, *parts))):
+            return Path(folder, *parts)
+    raise UserError(
+        f"{setting} = {path!r}: the package {package!r} holds no file {name!r}."
+    )
+
+
+def download(
+    fetch: Callable[[], T],
+    path: str,
+    *,
+    setting: str,
+    kind: str,
+    failures: tuple[type[Exception], ...],
+) -> T:
+    """What ``fetch`` returns, tried again where a failure may pass.
+
+    Args:
+        fetch: Downloads; what it has got whole is kept from one call to the next.
+        path: The hub id.
+        setting: The setting's name in the user's words, for messages.
+        kind: ``MODEL`` or ``DATA_SET``.
+        failures: What ``fetch`` raises when it fails.
+
+    Raises:
+        UserError: In one line, why it failed and what can be done.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return fetch()
+        except failures as e:
+            cause = _cause(e)
+            if pause is None or not cause.passes:
+                raise UserError(_refusal(path, setting, kind, cause)) from e
+        pause = min(cause.wait or pause, _LONGEST_PAUSE)
+        _LOG.warning(
+            f"{setting} = {path!r}: {cause.what}. Trying again in {pause:g} s."
+        )
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _refusal(path: str, setting: str, kind: str, cause: _Cause) -> str:
+    tries = f", tried {len(_PAUSES) + 1} times" if cause.passes else ""
+    option = "" if kind == MODEL else f" --repo-type {kind}"
+    whole = "FOLDER" if kind == MODEL else "with a file of it"
+    return (
+        f"{setting} = {path!r} is not on this machine and could not be downloaded:"
+        f" {cause.what}{tries}. {cause.remedy}, or get it elsewhere with: hf download"
+        f" {path}{option} --local-dir FOLDER, and pass --{setting} {whole}."
+    )
+
+
+def _cause(error: BaseException) -> _Cause:
+    """What the first telling error of a chain says, the last raised first."""
+    chain = list(_chain(error))
+    if any(isinstance(link, hub_errors.OfflineModeIsEnabled) for link in chain):
+        return _Cause("HF_HUB_OFFLINE is set", "Unset it")
+    causes = filter(None, map(_cause_of_link, chain))
+    return next(causes, _Cause(_said(error), "See to that"))
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _cause_of_link(link: BaseException) -> _Cause | None:
+    # Datasets says both with one class, and drops the hub's error.
+    not_found = type(link).__name__ == "DatasetNotFoundError"
+    gated = not_found and "gated" in str(link)
+    if isinstance(link, hub_errors.GatedRepoError) or gated:
+        licence = "Accept its licence on the hub and run `hf auth login`"
+        return _Cause("it is gated", licence)
+    if isinstance(link, hub_errors.RepositoryNotFoundError) or not_found:
+        remedy = "Check the name, run `hf auth login` if it is private"
+        return _Cause("not found on the hub, or private", remedy)
+    if isinstance(link, hub_errors.RevisionNotFoundError):
+        return _Cause("the hub has no such revision of it", "Check the revision")
+    response = getattr(link, "response", None)
+    if response is not None:
+        return _answered(response.status_code, response.headers.get("retry-after", ""))
+    # Before its base OSError. An OSError with a number is this machine's, such as a
+    # full disk; without one, a file has not the length that was announced.
+    if isinstance(link, ConnectionError | TimeoutError) or (
+        "Connect" in type(link).__name__
+    ):
+        what = f"the hub cannot be reached ({_said(link)})"
+        return _Cause(what, "Check the network", passes=True)
+    if isinstance(link, _HTTP_ERROR) or (
+        isinstance(link, OSError)
+        and link.errno is None
+        and not isinstance(link, FileNotFoundError)
+    ):
+        what = f"the download broke off ({_said(link)})"
+        return _Cause(what, "Check the network", passes=True)
+    return None
+
+
+def _answered(status: int, retry_after: str) -> _Cause:
+    wait = float(retry_after) if retry_after.strip().isdigit() else None
+    if status == _RATE_LIMITED:
+        what = f"the hub limits the rate of requests (answer {status})"
+        remedy = "Wait, or run `hf auth login` for a higher limit"
+        return _Cause(what, remedy, passes=True, wait=wait)
+    if status == _TIMEOUT or status >= _SERVER_ERROR:
+        return _Cause(f"the hub fails (answer {status})", "Wait", True, wait)
+    remedy = "Check the name and your access, run `hf auth login`"
+    return _Cause(f"the hub refuses it (answer {status})", remedy)
+
+
+def _said(error: BaseException) -> str:
+    """An error's kind and the first line of its words."""
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
