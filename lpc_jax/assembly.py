@@ -25,7 +25,7 @@ from lpc_jax import config as cfg
 from lpc_jax import sharding, sources
 from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.errors import UserError
-from lpc_jax.models import attention, network, weights
+from lpc_jax.models import attention, leaves, network, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.types import Batch
 
@@ -115,8 +115,8 @@ def abstract(
 
 def decoder_dtype(config: cfg.Config, path: str, dtype: jnp.dtype) -> jnp.dtype:
     """fp32 masters; the compute dtype for matrices that are not trained."""
-    frozen = not config.trains_decoder and not path.endswith("norm/scale")
-    return dtype if frozen else jnp.dtype("float32")
+    frozen = leaves.at(f"decoder/{path}").frozen_dtype(dtype)
+    return jnp.dtype("float32") if config.trains_decoder else frozen
 
 
 def kept_states(

@@ -1,12 +1,11 @@
-"""The mesh, and where every parameter lives on it: one table, claimed exactly once.
+"""The mesh, and placing arrays on it.
 
-Activations' side is in ``axes.py``. Knows nothing of what a parameter computes.
+Which axis letters are split over which of its axes is in ``axes.py``.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,32 +19,6 @@ from jaxtyping import Array, Shaped
 from lpc_jax import axes
 from lpc_jax.errors import UserError
 from lpc_jax.types import Batch
-
-_F, _T = ("fsdp",), ("tensor",)
-
-# Parameter path -> the mesh axes of each array axis; letters as in types.py.
-PARAMETER_TABLE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
-    r"decoder/(embedding|head)": (_T, _F),  # V D
-    r"decoder/final_norm/scale": (None,),  # D
-    r"decoder/blocks/(attention|mlp)_norm/scale": (None, None),  # L D
-    r"decoder/blocks/attention/(query|key|value)": (None, _F, _T, None),  # L D N H
-    r"decoder/blocks/attention/output": (None, _T, None, _F),  # L N H D
-    r"decoder/blocks/mlp/(gate|up)": (None, _F, _T),  # L D F
-    r"decoder/blocks/mlp/down": (None, _T, _F),  # L F D
-    r"adapters/attention/(query|key|value)/a": (None, _F, None),  # L D r
-    r"adapters/attention/(query|key|value)/b": (None, None, _T, None),  # L r N H
-    r"adapters/attention/output/a": (None, _T, None, None),  # L N H r
-    r"adapters/attention/output/b": (None, None, _F),  # L r D
-    r"adapters/mlp/(gate|up)/a": (None, _F, None),  # L D r
-    r"adapters/mlp/(gate|up)/b": (None, None, _T),  # L r F
-    r"adapters/mlp/down/a": (None, _T, None),  # L F r
-    r"adapters/mlp/down/b": (None, None, _F),  # L r D
-    r"latent/codebook": (None, _F),  # C D
-    r"latent/(prior|posterior)_mlp/input_(mean|spread)": (None,),
-    r"latent/(prior|posterior)_mlp/hidden_kernel": (_F, None),
-    r"latent/(prior|posterior)_mlp/output_kernel": (_F, None),
-    r"latent/(prior|posterior)_mlp/(hidden|output)_bias": (None,),
-}
 
 
 def axis_sizes(*, data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int]:
@@ -133,45 +106,10 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
-def claim(paths: list[str], table: dict[str, Any]) -> dict[str, Any]:
-    """What a pattern table says of each path, every path claimed exactly once.
-
-    Args:
-        paths: Parameter paths.
-        table: Regular expressions that match whole paths, and their values.
-
-    Raises:
-        UserError: Some path is claimed by no pattern or by several.
-    """
-    claims = {path: [p for p in table if re.fullmatch(p, path)] for path in paths}
-    unclaimed = sorted(path for path, found in claims.items() if not found)
-    contested = sorted(path for path, found in claims.items() if len(found) > 1)
-    if unclaimed or contested:
-        raise ValueError(
-            "every parameter must match exactly one pattern; matched by none:"
-            f" {unclaimed}; by several: {contested}. Mend the table."
-        )
-    return {path: table[found[0]] for path, found in claims.items()}
-
-
-def parameter_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """A sharding for each parameter.
-
-    Args:
-        shapes: Tree of arrays or ``ShapeDtypeStruct``s, paths as in the table.
-        mesh: The mesh. An axis that it does not divide stays whole.
-
-    Raises:
-        UserError: As ``claim``.
-    """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    rules = claim([path_name(path) for path, _ in leaves], PARAMETER_TABLE)
-    shardings = []
-    for path, leaf in leaves:
-        split = zip(rules[path_name(path)], leaf.shape, strict=True)
-        spec = P(*(axes.divisible(names, size, mesh) for names, size in split))
-        shardings.append(NamedSharding(mesh, spec))
-    return jax.tree.unflatten(structure, shardings)
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their ``path_name``."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {path_name(path): leaf for path, leaf in leaves}
 
 
 def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
@@ -185,10 +123,7 @@ def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
         shardings: Of the parameters.
         mesh: The mesh.
     """
-    known = {
-        path_name(path): sharding
-        for path, sharding in jax.tree_util.tree_flatten_with_path(shardings)[0]
-    }
+    known = by_path(shardings)
 
     def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for start in range(len(path)):

@@ -19,7 +19,7 @@ from lpc_jax import config as cfg
 from lpc_jax import objective, sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.models import network, weights
+from lpc_jax.models import leaves, network, weights
 from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training import step
 from tests import tiny
@@ -44,7 +44,7 @@ class Harness:
             data=1, fsdp=-1, tensor=tensor, devices=jax.devices()[:devices]
         )
         shapes = jax.eval_shape(lambda: params)
-        shardings = sharding.parameter_shardings(shapes, self.mesh)
+        shardings = leaves.shardings(shapes, self.mesh)
         optimizer = optimizers.build(config, shapes, steps)
         layout = step.state_shardings(shapes, shardings, optimizer, self.mesh)
         self.programs = step.build(config, graph, layout, optimizer, steps)

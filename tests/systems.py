@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
 from lpc_jax.evaluation import system
+from lpc_jax.models import leaves
 from tests import runs
 
 CODES = 8
@@ -45,7 +46,7 @@ def with_codes(
     make, graph, shapes = assembly.abstract(
         config, base.architecture, "cpu", plain=False
     )
-    shardings = sharding.parameter_shardings(shapes, where)
+    shardings = leaves.shardings(shapes, where)
 
     def head(key: jax.Array) -> dict:
         made = nnx.to_pure_dict(nnx.split(make(key))[1])["latent"]

@@ -71,7 +71,7 @@ def test_both_differences_are_listed():
 
 def test_a_parameter_that_the_table_does_not_know_stops_the_start(shapes):
     more = {**shapes, "adapters": {"down": shapes["latent"]["codebook"]}}
-    assert refusal(sharding.parameter_shardings, more, mesh()) == (
+    assert refusal(leaves.shardings, more, mesh()) == (
         "every parameter must match exactly one pattern; matched by none:"
         " ['adapters/down']; by several: []. Mend the table."
     )
@@ -170,7 +170,7 @@ MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}]
 @pytest.mark.parametrize("column", range(len(MESHES)), ids=lambda i: str(MESHES[i]))
 def test_every_parameter_has_the_shard_worked_out_by_hand(shapes, column):
     made = mesh(**MESHES[column])
-    placed = by_path(sharding.parameter_shardings(shapes, made))
+    placed = by_path(leaves.shardings(shapes, made))
     leaves = by_path(shapes)
     assert leaves.keys() == SHARDS.keys()
     for path, (whole, *shards) in SHARDS.items():
@@ -179,13 +179,13 @@ def test_every_parameter_has_the_shard_worked_out_by_hand(shapes, column):
 
 
 def test_copies_over_data_hold_whole_parameters(shapes):
-    placed = by_path(sharding.parameter_shardings(shapes, mesh(data=8)))
+    placed = by_path(leaves.shardings(shapes, mesh(data=8)))
     for path, (whole, *_) in SHARDS.items():
         assert placed[path].shard_shape(whole) == whole, path
 
 
 def test_heads_that_do_not_divide_stay_whole_and_the_rest_is_split(shapes):
-    placed = by_path(sharding.parameter_shardings(shapes, mesh(fsdp=2, tensor=4)))
+    placed = by_path(leaves.shardings(shapes, mesh(fsdp=2, tensor=4)))
     assert placed["decoder/blocks/attention/key"].spec == P(None, "fsdp", None, None)
     assert placed["decoder/blocks/attention/query"].spec == (
         P(None, "fsdp", "tensor", None)
@@ -202,7 +202,7 @@ def test_the_optimizer_s_state_lies_where_its_parameters_lie(name):
     )
     _, params = tiny.split_policy()
     shapes = jax.eval_shape(lambda: params)
-    shardings = sharding.parameter_shardings(shapes, made)
+    shardings = leaves.shardings(shapes, made)
     optimizer = optimizers.build(config, shapes, 4)
     layout = step.state_shardings(shapes, shardings, optimizer, made)
     params = jax.device_put(params, shardings)

@@ -22,7 +22,7 @@ from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.models import adapters, network, weights
+from lpc_jax.models import adapters, leaves, network, weights
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models.architectures import Architecture
 
@@ -284,7 +284,7 @@ def _dtype_of(
     wanted = computed if dtype is None else dtype
 
     def dtype_of(path: str) -> jnp.dtype:
-        return jnp.dtype("float32") if path.endswith("norm/scale") else wanted
+        return leaves.at(f"decoder/{path}").frozen_dtype(wanted)
 
     return dtype_of
 
@@ -294,7 +294,7 @@ def _shapes(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     platform = sharding.platform(mesh)
     _, _, shapes = assembly.abstract(config, architecture, platform, plain=False)
-    return shapes, sharding.parameter_shardings(shapes, mesh)
+    return shapes, leaves.shardings(shapes, mesh)
 
 
 def _load_decoder(

@@ -56,10 +56,7 @@ class CachedDecoder(nnx.Module):
         if not self.architecture.tied:
             self.head = decoder.head
 
-    @property
-    def head_weight(self) -> Float[Array, "V D"]:
-        """The LM head."""
-        return self.embedding[...] if self.architecture.tied else self.head[...]
+    head_weight = Decoder.head_weight
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """Room for so many tokens in each of so many rows."""

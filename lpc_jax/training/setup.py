@@ -28,9 +28,10 @@ from lpc_jax.data.report import Report
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.models import latent as latent_models
-from lpc_jax.models import network, weights
+from lpc_jax.models import leaves, network, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.training import reference
+from lpc_jax.training import start as latent_start
 from lpc_jax.types import Batch
 
 # Pairs from which the latent's inputs are standardised: enough for a coordinate's
@@ -247,7 +248,7 @@ def load_start(
     platform = sharding.platform(mesh)
     dtype = assembly.compute_dtype(config, platform)
     make, graph, shapes = assembly.abstract(config, architecture, platform, plain=False)
-    shardings = sharding.parameter_shardings(shapes, mesh)
+    shardings = leaves.shardings(shapes, mesh)
     seeded = [part for part in shapes if part != "decoder"]
 
     def make_seeded(key: Array) -> Any:
@@ -335,7 +336,7 @@ def prepare_latent(
     # However they were packed.
     order = np.argsort(np.concatenate(ids))
     prompt, judged = (np.concatenate(some)[order] for some in zip(*found, strict=True))
-    new = latent_models.standardization(
+    new = latent_start.standardization(
         prompt, judged, posterior_input=config.latent.posterior_input
     )
     latent = start.params["latent"]
@@ -380,16 +381,14 @@ def _cluster_outputs(
     }
     standard, _ = found["posterior_mlp"]
     if users is not None:
-        standard = latent_models.means_of_others(standard, users)
+        standard = latent_start.means_of_others(standard, users)
     cluster = np.asarray(
-        processes.from_main(
-            lambda: latent_models.clusters(standard, num_codes).tolist()
-        )
+        processes.from_main(lambda: latent_start.clusters(standard, num_codes).tolist())
     )
     pooled = {"posterior_mlp": users, "prior_mlp": None}
     return {
         name: new[name]
-        | latent_models.output_for(hidden, cluster, num_codes, pooled[name])
+        | latent_start.output_for(hidden, cluster, num_codes, pooled[name])
         for name, (_, hidden) in found.items()
     }
 
@@ -504,7 +503,7 @@ def reference_column(
         _, _, shapes = assembly.abstract(
             config, architecture, sharding.platform(mesh), plain=True
         )
-        shardings = sharding.parameter_shardings(shapes, mesh)
+        shardings = leaves.shardings(shapes, mesh)
         dtype = start.compute_dtype
         decoder = assembly.load_decoder(
             path,

@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lpc_jax.models import architectures, gguf_file, safetensors_file, weights
+from lpc_jax.models import gguf_file, hf_config, leaves, safetensors_file, weights
 from lpc_jax.models.architectures import Architecture, RopeScaling
 from tests.fake_hub import ONCE
 
@@ -93,7 +93,7 @@ def write_folder(
     shards: int = 1,
 ) -> Path:
     folder.mkdir(exist_ok=True)
-    config = architectures.hf_config(architecture)
+    config = hf_config.fields(architecture)
     (folder / "config.json").write_text(json.dumps(config))
     names = list(tensors)
     weight_map = {}
@@ -312,21 +312,12 @@ def test_linear_scaling_and_a_window_are_read_from_gguf_metadata(tmp_path):
     assert weights.read_architecture(path) == expected
 
 
-@pytest.mark.parametrize(
-    "table",
-    [*weights.KEYS.values(), weights.GGUF_KEYS],
-    ids=["llama", "mistral", "gguf"],
-)
-def test_a_key_table_claims_every_parameter_and_tensor_once(table):
-    paths = collections.Counter(key.path for key in table)
-    assert set(paths.values()) == {1}
-    names = collections.Counter(
-        key.name.format(layer=layer)
-        for key in table
-        for layer in range(L if key.stacked else 1)
-    )
-    assert set(names.values()) == {1}
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_each_parameter_has_a_tensor_of_its_own(form):
+    rows = leaves.decoder(TINY)
+    names = weights.shapes(rows, form, leaves.sizes(TINY))
     assert len(names) == len(hf_tensors(TINY))
+    assert len(names) == sum(L if leaf.stacked else 1 for leaf in rows)
 
 
 def test_harmless_tensors_are_passed_over(tmp_path):
