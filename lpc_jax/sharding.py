@@ -6,13 +6,14 @@ Which axis letters are split over which of its axes is in ``axes.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
@@ -155,6 +156,71 @@ def place(
         return jax.device_put(value, where)
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def place_parts(
+    parts: Iterable[tuple[int | None, Shaped[np.ndarray, "..."]]],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    where: Sharding,
+) -> Shaped[Array, "..."]:
+    """An array on its devices, from parts of which one at a time is in memory.
+
+    The host holds no more than the devices of this process do.
+
+    Args:
+        parts: Each with its index on the first axis; None: it is the whole array.
+        shape: Of the array.
+        dtype: Of the array, whatever the parts'.
+        where: Its sharding.
+    """
+    bounds = {
+        device: _bounds(index, shape)
+        for device, index in where.addressable_devices_indices_map(shape).items()
+    }
+    shards = {
+        its: _pages([b - a for a, b in its], dtype) for its in set(bounds.values())
+    }
+    for at, part in parts:
+        for ((first, end), *rest), shard in shards.items():
+            if at is None:
+                shard[...] = part[_slices([(first, end), *rest])]
+            elif first <= at < end:
+                shard[at - first] = part[_slices(rest)]
+    placed = []
+    for its in list(shards):
+        # Let go of before the next is placed: where devices are the host's own memory
+        # it would hold the array twice.
+        shard = shards.pop(its)
+        for device in (device for device, held in bounds.items() if held == its):
+            there = SingleDeviceSharding(device, memory_kind=where.memory_kind)
+            placed.append(jax.device_put(shard, there).block_until_ready())
+    return jax.make_array_from_single_device_arrays(shape, where, placed)
+
+
+def _bounds(
+    index: tuple[slice, ...] | None, shape: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    parts = index or (slice(None),) * len(shape)
+    return tuple(
+        part.indices(size)[:2] for part, size in zip(parts, shape, strict=True)
+    )
+
+
+def _slices(bounds: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in bounds)
+
+
+def _pages(shape: list[int], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    """An array in pages of its own, which go back to the system when it is dropped.
+
+    What malloc gets back it keeps, up to 32 MB a piece. Not at a page's start, where
+    JAX on CPU would take the array as it is: an update could not be given its memory,
+    and the first would need the parameters twice.
+    """
+    count = math.prod(shape)
+    pages = mmap.mmap(-1, (count + 1) * dtype.itemsize)
+    return np.frombuffer(pages, dtype, count, offset=dtype.itemsize).reshape(shape)
 
 
 def abstract_batch(batch: Batch, mesh: Mesh) -> Batch:

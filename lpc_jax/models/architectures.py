@@ -138,16 +138,10 @@ _LLAMA_3_8B = Architecture(
     rope_theta=500_000.0,
     context_length=8192,
 )
-_MISTRAL_7B_V01 = Architecture(
+_MISTRAL_7B_V01 = dataclasses.replace(
+    _LLAMA_3_8B,
     family="mistral",
     vocabulary=32_000,
-    width=4096,
-    layers=32,
-    query_heads=32,
-    kv_heads=8,
-    head_width=128,
-    mlp_width=14_336,
-    norm_epsilon=1e-5,
     rope_theta=10_000.0,
     sliding_window=4096,
     context_length=32_768,

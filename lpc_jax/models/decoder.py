@@ -188,13 +188,7 @@ class Block(nnx.Module):
 
 
 def stacked(make: Callable[[nnx.Rngs], Module], *, layers: int, key: Array) -> Module:
-    """Modules of all layers as one, each leaf with a leading L axis.
-
-    Args:
-        make: One layer's, from its own randomness.
-        layers: L.
-        key: Split over the layers.
-    """
+    """Modules of all layers as one, each leaf with a leading L axis."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     states = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(
         jax.random.split(key, layers)
@@ -251,13 +245,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "R T D"]:
         """Hidden states h of LPC's equations, in the compute dtype.
 
-        Args:
-            tokens: Token ids.
-            positions: Rotary positions.
-            pair: Pair slots, for the mask.
-            branch: Branches, for the mask.
-            adapters: Added to the blocks' products, ``stacked``; None: the decoder
-                alone.
+        Tokens as in ``Batch``; ``adapters``, stacked, add to the blocks' products.
         """
         layout = attention.layout(
             positions,

@@ -7,6 +7,7 @@ way that the decoder does not compute is an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lpc_jax import untrusted
@@ -21,6 +22,9 @@ from lpc_jax.models.architectures import (
     positive,
     size,
 )
+
+NAME = "config.json"
+_LARGEST = 10_000_000  # real ones have a few thousand bytes
 
 # Our field -> theirs, in the order in which a file is written.
 _NAMES = {
@@ -70,6 +74,29 @@ _ROPE: dict[str, dict[str, str]] = {
         "original_max_position_embeddings": "original_length",
     },
 }
+
+
+def open_folder(path: Path) -> tuple[dict[str, Any], Path]:
+    """The fields of a folder's ``config.json``, and the file.
+
+    Raises:
+        UserError: There is none, or it is no JSON object.
+    """
+    config = untrusted.own_file(path, NAME)
+    if config is None:
+        raise UserError(
+            f"{path}: expected a folder with {NAME}, or a file ending in .gguf."
+            " Check the path."
+        )
+    try:
+        fields = untrusted.read_json(config, most=_LARGEST)
+    except ValueError as e:
+        raise UserError(
+            f"{config}: broken JSON ({untrusted.shown(e)}). Download it again."
+        ) from e
+    if not isinstance(fields, dict):
+        raise UserError(f"{config} must be a JSON object. Download it again.")
+    return fields, config
 
 
 def read(config: Mapping[str, Any], origin: str) -> Architecture:

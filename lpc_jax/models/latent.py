@@ -166,8 +166,10 @@ class LatentHead(nnx.Module):
         num_codes: C.
         codebook_scale: Standard deviation of the codebook; 0 starts as the plain
             policy, exactly.
-        posterior_input: As ``judged``.
+        posterior_input: What the posterior reads; see ``judged``.
     """
+
+    codebook: nnx.Param
 
     def __init__(
         self,
@@ -180,8 +182,9 @@ class LatentHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.posterior_input: PosteriorInput = posterior_input
-        drawn = leaves.LATENT[0].draw({"C": num_codes, "D": width}, rngs)
-        self.codebook = nnx.Param(codebook_scale * drawn)
+        sizes = {"C": num_codes, "D": width}
+        leaves.fill(self, "latent", leaves.LATENT, sizes, rngs)
+        self.codebook[...] = codebook_scale * self.codebook[...]
         self.prior_mlp = CodeMlp(width, hidden_width, num_codes, rngs=rngs)
         self.posterior_mlp = CodeMlp(
             judged_width(posterior_input, width), hidden_width, num_codes, rngs=rngs

@@ -27,17 +27,9 @@ from lpc_jax.models.architectures import Architecture
 INITIAL_SCALE = 0.02
 
 # matrix: of the decoder. kernel, mean, spread: of the latent's networks, whose inputs'
-# mean and spread no update changes. factor_a, factor_b: of an adapter.
+# mean and spread no update changes. lora_a, lora_b: of an adapter.
 Kind = Literal[
-    "matrix",
-    "norm",
-    "bias",
-    "kernel",
-    "mean",
-    "spread",
-    "codebook",
-    "factor_a",
-    "factor_b",
+    "matrix", "norm", "bias", "kernel", "mean", "spread", "codebook", "lora_a", "lora_b"
 ]
 Format = Literal["hf", "gguf"]
 
@@ -87,7 +79,7 @@ class Leaf:
     @property
     def decays(self) -> bool:
         """Whether weight decay shrinks it: norms, biases and codes are spared."""
-        return self.kind in ("matrix", "kernel", "factor_a", "factor_b")
+        return self.kind in ("matrix", "kernel", "lora_a", "lora_b")
 
     @property
     def group(self) -> str:
@@ -121,42 +113,34 @@ class Leaf:
                 return INITIAL_SCALE * jax.random.normal(rngs.params(), size)
             case "kernel" | "codebook":
                 return jax.random.normal(rngs.params(), size)
-            case "factor_a":  # as the PEFT library does
+            case "lora_a":  # as the PEFT library does
                 most = 1 / math.sqrt(math.prod(size[:-1]))
                 return jax.random.uniform(
                     rngs.params(), size, minval=-most, maxval=most
                 )
             case "norm" | "spread":
                 return jnp.ones(size)
-            case "bias" | "mean" | "factor_b":
+            case "bias" | "mean" | "lora_b":
                 return jnp.zeros(size)
             case _:
                 assert_never(self.kind)
 
 
+def _top(path: str, axes: str, hf: str, gguf: str, **more: Any) -> Leaf:
+    return Leaf(f"decoder/{path}", axes, f"{hf}.weight", f"{gguf}.weight", **more)
+
+
 def _layer(
     path: str, axes: str, hf: str, gguf: str, stored: str = "", **more: Any
 ) -> Leaf:
-    names = f"model.layers.{{layer}}.{hf}.weight", f"blk.{{layer}}.{gguf}.weight"
-    return Leaf(f"decoder/blocks/{path}", f"L {axes}", *names, stored, **more)
+    names = f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}"
+    return _top(f"blocks/{path}", f"L {axes}", *names, stored=stored, **more)
 
 
 DECODER: tuple[Leaf, ...] = (
-    Leaf("decoder/embedding", "V D", "model.embed_tokens.weight", "token_embd.weight"),
-    Leaf(
-        "decoder/head",
-        "V D",
-        "lm_head.weight",
-        "output.weight",
-        when=lambda a: not a.tied,
-    ),
-    Leaf(
-        "decoder/final_norm/scale",
-        "D",
-        "model.norm.weight",
-        "output_norm.weight",
-        kind="norm",
-    ),
+    _top("embedding", "V D", "model.embed_tokens", "token_embd"),
+    _top("head", "V D", "lm_head", "output", when=lambda a: not a.tied),
+    _top("final_norm/scale", "D", "model.norm", "output_norm", kind="norm"),
     _layer("attention_norm/scale", "D", "input_layernorm", "attn_norm", kind="norm"),
     _layer(
         "attention/query", "D N H", "self_attn.q_proj", "attn_q", "(N H) D", rotary=True
@@ -166,11 +150,7 @@ DECODER: tuple[Leaf, ...] = (
     ),
     _layer("attention/value", "D K H", "self_attn.v_proj", "attn_v", "(K H) D"),
     _layer(
-        "attention/output",
-        "N H D",
-        "self_attn.o_proj",
-        "attn_output",
-        "D (N H)",
+        *("attention/output", "N H D", "self_attn.o_proj", "attn_output", "D (N H)"),
         inputs=2,
     ),
     _layer("mlp_norm/scale", "D", "post_attention_layernorm", "ffn_norm", kind="norm"),
@@ -194,17 +174,11 @@ def decoder(architecture: Architecture) -> tuple[Leaf, ...]:
 def adapters(targets: Sequence[str]) -> tuple[Leaf, ...]:
     """The rows of adapters: two factors for each of some ``TARGETS``."""
     rows = []
-    for leaf in (TARGETS[name] for name in TARGETS if name in targets):
-        axes, path = (
-            leaf.layer_axes.split(),
-            leaf.path.replace("decoder/blocks", "adapters"),
-        )
-        a = " ".join(["L", *axes[: leaf.inputs], "r"])
-        b = " ".join(["L r", *axes[leaf.inputs :]])
-        rows += [
-            Leaf(f"{path}/a", a, kind="factor_a"),
-            Leaf(f"{path}/b", b, kind="factor_b"),
-        ]
+    for leaf in (leaf for target, leaf in TARGETS.items() if target in targets):
+        path, axes = leaf.path.replace("decoder/blocks", "adapters"), leaf.axes.split()
+        inputs, outputs = axes[: leaf.inputs + 1], axes[leaf.inputs + 1 :]
+        rows.append(Leaf(f"{path}/a", " ".join([*inputs, "r"]), kind="lora_a"))
+        rows.append(Leaf(f"{path}/b", " ".join(["L r", *outputs]), kind="lora_b"))
     return tuple(rows)
 
 
@@ -233,10 +207,11 @@ LATENT: tuple[Leaf, ...] = (
 
 def sizes(architecture: Architecture, **others: int) -> dict[str, int]:
     """The size of each axis letter of a decoder, and of others that are given."""
-    a, half = architecture, architecture.head_width // 2
-    of_heads = {"N": a.query_heads, "K": a.kv_heads, "H": a.head_width}
+    a = architecture
+    heads = {"N": a.query_heads, "K": a.kv_heads, "H": a.head_width}
+    halves = {"two": 2, "half": a.head_width // 2}
     rest = {"L": a.layers, "V": a.vocabulary, "D": a.width, "F": a.mlp_width}
-    return of_heads | rest | {"two": 2, "half": half} | others
+    return heads | halves | rest | others
 
 
 def shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -301,12 +276,10 @@ def known(tree: Any) -> Any:
 
 
 def shardings(shapes: Any, mesh: Mesh) -> Any:
-    """Where each parameter lies on a mesh, as a tree like that of shapes.
-
-    Vectors, which are small, are whole on every device; the rest as ``axes.spec`` says.
+    """Where each parameter lies: vectors are whole, the rest as ``axes.spec`` says.
 
     Raises:
-        ValueError: As ``known``.
+        ValueError: Some parameter has no row or several.
     """
 
     def place(leaf: Leaf, x: Any) -> NamedSharding:

@@ -11,8 +11,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-import math
-import mmap
 import re
 import shutil
 import tempfile
@@ -24,25 +22,16 @@ import einops
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Shaped
+from jaxtyping import Shaped
 
-from lpc_jax import sharding as shardings
-from lpc_jax import sources, untrusted
+from lpc_jax import sharding, sources, untrusted
 from lpc_jax.errors import UserError
 from lpc_jax.models import gguf_file, hf_config, leaves, safetensors_file
 from lpc_jax.models.architectures import LPC_FAMILIES, Architecture
 from lpc_jax.models.leaves import Format, Leaf
 
 # Of a hub repository: pickles and Mistral's second copy (consolidated.*) are left.
-_HUB_PATTERNS = (
-    "*.json",
-    "model*.safetensors",
-    "tokenizer*",
-    "*.jinja",
-    "merges.txt",
-)
-_CONFIG = "config.json"
-_LARGEST_CONFIG = 10_000_000  # real ones have a few thousand bytes
+_HUB_PATTERNS = ("*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt")
 _GGUF = ".gguf"
 _SHOWN = 10
 _READ_BYTES = 1 << 20
@@ -51,19 +40,10 @@ _READ_BYTES = 1 << 20
 _HARMLESS = ("*rotary_emb.inv_freq", gguf_file.ROPE_FACTORS)
 _HARMLESS_WHEN_TIED = ("lm_head.weight",)
 
-_Tensor = safetensors_file.Tensor | gguf_file.Tensor
-_Bounds = tuple[tuple[int, int], ...]
-
 
 @dataclasses.dataclass(frozen=True)
 class LatentSizes:
-    """What the tensors of a latent are as large as, beside the decoder's width.
-
-    Attributes:
-        num_codes: C.
-        hidden_width: W, the hidden width of prior and posterior.
-        posterior_inputs: X, how many numbers the posterior reads.
-    """
+    """C, the networks' hidden width W, and X, how many numbers the posterior reads."""
 
     num_codes: int
     hidden_width: int
@@ -77,24 +57,9 @@ def _is_gguf(path: Path) -> bool:
 def find(
     path: str, *, setting: str, revision: str | None, retry: sources.Retry
 ) -> Path:
-    """The folder or GGUF file that a setting names, downloaded if need be.
-
-    Args:
-        path: A local path, ``package:NAME/FILE`` or a hub model id.
-        setting: The setting's name in the user's words, for messages.
-        revision: Branch, tag or commit of a hub id.
-        retry: When a download fails.
-
-    Raises:
-        UserError: In one line, what is missing and how to get it.
-    """
-    return sources.resolve(
-        path,
-        setting=setting,
-        revision=revision,
-        patterns=_HUB_PATTERNS,
-        retry=retry,
-    )
+    """The folder or GGUF file that a setting names, as ``sources.resolve`` finds it."""
+    options: dict[str, Any] = {"revision": revision, "retry": retry}
+    return sources.resolve(path, setting=setting, patterns=_HUB_PATTERNS, **options)
 
 
 def read_architecture(path: Path) -> Architecture:
@@ -106,21 +71,19 @@ def read_architecture(path: Path) -> Architecture:
     """
     if _is_gguf(path):
         return gguf_file.architecture(gguf_file.read_header(path))
-    fields, config = _read_config(path)
+    fields, config = hf_config.open_folder(path)
     return hf_config.read(fields, str(config))
 
 
 def read_latent_section(path: Path) -> dict[str, Any] | None:
-    """The ``lpc`` section of an exported folder's ``config.json``, not looked into.
-
-    None for a plain model. Of a path that ``read_architecture`` has read.
+    """An exported folder's settings of the latent, unread; None for a plain model.
 
     Raises:
-        UserError: There is no such section where there must be one.
+        UserError: There are none where there must be.
     """
     if _is_gguf(path):
         return None
-    fields, config = _read_config(path)
+    fields, config = hf_config.open_folder(path)
     if fields["architectures"][0] not in LPC_FAMILIES:
         return None
     section = fields.get("lpc")
@@ -130,24 +93,6 @@ def read_latent_section(path: Path) -> dict[str, Any] | None:
             f" {untrusted.shown(section)}. Export the folder again."
         )
     return section
-
-
-def _read_config(path: Path) -> tuple[dict[str, Any], Path]:
-    config = untrusted.own_file(path, _CONFIG)
-    if config is None:
-        raise UserError(
-            f"{path}: expected a folder with {_CONFIG}, or a file ending in {_GGUF}."
-            " Check the path."
-        )
-    try:
-        fields = untrusted.read_json(config, most=_LARGEST_CONFIG)
-    except ValueError as e:
-        raise UserError(
-            f"{config}: broken JSON ({untrusted.shown(e)}). Download it again."
-        ) from e
-    if not isinstance(fields, dict):
-        raise UserError(f"{config} must be a JSON object. Download it again.")
-    return fields, config
 
 
 def tensors(
@@ -221,24 +166,26 @@ def _require_same(
 def check(
     path: Path, architecture: Architecture, latent: LatentSizes | None = None
 ) -> None:
-    """Refuses what ``load`` would refuse by names and shapes; nothing is made.
-
-    Raises:
-        UserError: Tensors are missing, unexpected or of another shape.
-    """
+    """Refuses with a UserError what ``load`` would, by names and shapes."""
     _open(path, architecture, latent)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The checked tensors of a folder or file, and the sizes of their axes."""
+
+    form: Format
+    tensors: Mapping[str, safetensors_file.Tensor | gguf_file.Tensor]
+    sizes: Mapping[str, int]
 
 
 def _open(
     path: Path, architecture: Architecture, latent: LatentSizes | None
-) -> tuple[Format, Mapping[str, _Tensor]]:
-    """The format and the checked tensors of a folder or file."""
-    form: Format = "gguf" if _is_gguf(path) else "hf"
-    stored: Mapping[str, _Tensor]
-    if form == "gguf":
-        stored = gguf_file.read_header(path).tensors
+) -> _Stored:
+    if _is_gguf(path):
+        form, stored = "gguf", gguf_file.read_header(path).tensors
     else:
-        stored = safetensors_file.read_folder(path)
+        form, stored = "hf", safetensors_file.read_folder(path)
     remedy = "Check that the weights and the architecture are of one model."
     if latent is None and any(name.startswith("latent.") for name in stored):
         remedy = (
@@ -246,16 +193,17 @@ def _open(
             " decoder alone, export that with --plain."
         )
     rows = leaves.decoder(architecture) + (leaves.LATENT if latent else ())
+    sizes = _sizes(architecture, latent)
     with_codes = f" and {latent.num_codes} codes" if latent else ""
     _require_same(
-        shapes(rows, form, _sizes(architecture, latent)),
+        shapes(rows, form, sizes),
         {name: tuple(tensor.shape) for name, tensor in stored.items()},
         _HARMLESS + _HARMLESS_WHEN_TIED * architecture.tied,
         f"{path}: the tensors are not those of a {architecture.family} decoder with"
         f" {architecture.layers} layers{with_codes}.",
         f"Nothing was loaded. {remedy}",
     )
-    return form, stored
+    return _Stored(form, stored, sizes)
 
 
 def load(
@@ -266,28 +214,23 @@ def load(
     sharding_of: Callable[[str], jax.sharding.Sharding],
     latent: LatentSizes | None = None,
 ) -> dict[str, Any]:
-    """The decoder's parameters, leaf by leaf, each part on its device.
+    """The decoder's parameters as a nested dict, each part read onto its device.
 
     All names and shapes are checked before anything is read.
 
     Args:
         path: From ``find``.
         architecture: From ``read_architecture``.
-        dtype_of: From a leaf's path, such as ``blocks/attention/query``, whatever the
-            file's.
-        sharding_of: From a leaf's path.
+        dtype_of: From a path such as ``blocks/attention/query``, whatever the file's.
+        sharding_of: From such a path.
         latent: Of an exported LPC folder, whose latent ``load_latent`` reads.
-
-    Returns:
-        Nested dict; leaves of blocks are stacked on a leading L axis.
 
     Raises:
         UserError: A cut or broken file, or tensors missing, unexpected or of another
             shape; all three lists are in the message.
     """
-    form, stored = _open(path, architecture, latent)
-    rows, sizes = leaves.decoder(architecture), _sizes(architecture, latent)
-    return _read(rows, form, stored, sizes, dtype_of, sharding_of)
+    stored = _open(path, architecture, latent)
+    return _read(leaves.decoder(architecture), stored, dtype_of, sharding_of)
 
 
 def load_latent(
@@ -297,27 +240,14 @@ def load_latent(
     *,
     sharding_of: Callable[[str], jax.sharding.Sharding],
 ) -> dict[str, Any]:
-    """The latent's parameters of an exported LPC folder, in fp32, as ``load`` does.
-
-    Args:
-        path: From ``find``.
-        architecture: From ``read_architecture``.
-        latent: As the folder's config has them.
-        sharding_of: From a leaf's path, such as ``prior_mlp/hidden_kernel``.
-
-    Raises:
-        UserError: What ``load`` refuses.
-    """
-    form, stored = _open(path, architecture, latent)
-    sizes = _sizes(architecture, latent)
-    return _read(leaves.LATENT, form, stored, sizes, lambda _: np.float32, sharding_of)
+    """The latent's parameters of an exported LPC folder, in fp32; see ``load``."""
+    stored = _open(path, architecture, latent)
+    return _read(leaves.LATENT, stored, lambda _: np.float32, sharding_of)
 
 
 def _read(
     rows: tuple[Leaf, ...],
-    form: Format,
-    stored: Mapping[str, _Tensor],
-    sizes: Mapping[str, int],
+    stored: _Stored,
     dtype_of: Callable[[str], DTypeLike],
     sharding_of: Callable[[str], jax.sharding.Sharding],
 ) -> dict[str, Any]:
@@ -326,70 +256,24 @@ def _read(
         node, (*folders, name) = tree, leaf.within.split("/")
         for folder in folders:
             node = node.setdefault(folder, {})
-        dtype, placed = np.dtype(dtype_of(leaf.within)), sharding_of(leaf.within)
-        node[name] = _read_leaf(leaf, form, stored, sizes, dtype, placed)
+        node[name] = sharding.place_parts(
+            _parts(leaf, stored),
+            leaves.shape(leaf.axes, stored.sizes),
+            np.dtype(dtype_of(leaf.within)),
+            sharding_of(leaf.within),
+        )
     return tree
 
 
-def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> _Bounds:
-    parts = index or (slice(None),) * len(shape)
-    return tuple(
-        part.indices(size)[:2] for part, size in zip(parts, shape, strict=True)
-    )
-
-
-def _slices(bounds: _Bounds) -> tuple[slice, ...]:
-    return tuple(slice(start, stop) for start, stop in bounds)
-
-
-def _pages(shape: list[int], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
-    """An array in pages of its own, which go back to the system when it is dropped.
-
-    What malloc gets back it keeps, up to 32 MB a piece. Not at a page's start, where
-    JAX on CPU would take the array as it is: an update could not be given its memory,
-    and the first would need the parameters twice.
-    """
-    count = math.prod(shape)
-    pages = mmap.mmap(-1, (count + 1) * dtype.itemsize)
-    return np.frombuffer(pages, dtype, count, offset=dtype.itemsize).reshape(shape)
-
-
-def _read_leaf(
-    leaf: Leaf,
-    form: Format,
-    stored: Mapping[str, _Tensor],
-    sizes: Mapping[str, int],
-    dtype: np.dtype,
-    sharding: jax.sharding.Sharding,
-) -> Shaped[Array, "..."]:
-    """One parameter; the host holds this process's part, each tensor read once."""
-    shape = leaves.shape(leaf.axes, sizes)
-    indices = {
-        device: _bounds(index, shape)
-        for device, index in sharding.addressable_devices_indices_map(shape).items()
-    }
-    shards = {
-        bounds: _pages([stop - start for start, stop in bounds], dtype)
-        for bounds in set(indices.values())
-    }
-    for name, (_, layer) in tensors((leaf,), form, sizes).items():
-        whole = _rearrange(stored[name].read(), *leaf.axes_in(form), sizes)
-        for bounds, shard in shards.items():
-            if not leaf.stacked:
-                shard[...] = whole[_slices(bounds)]
-            elif bounds[0][0] <= layer < bounds[0][1]:
-                shard[layer - bounds[0][0]] = whole[_slices(bounds[1:])]
-    placed = []
-    for bounds in list(shards):
-        # Let go of before the next is placed: where devices are the host's own memory
-        # it would hold the leaf twice.
-        shard = shards.pop(bounds)
-        for device in (d for d, its in indices.items() if its == bounds):
-            there = jax.sharding.SingleDeviceSharding(
-                device, memory_kind=sharding.memory_kind
-            )
-            placed.append(jax.device_put(shard, there).block_until_ready())
-    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+def _parts(
+    leaf: Leaf, stored: _Stored
+) -> Iterator[tuple[int | None, Shaped[np.ndarray, "..."]]]:
+    """Each layer's parameter, read once it is asked for, or the only one."""
+    names = tensors((leaf,), stored.form, stored.sizes)
+    for name, (_, layer) in names.items():
+        there, ours = leaf.axes_in(stored.form)
+        part = _rearrange(stored.tensors[name].read(), there, ours, stored.sizes)
+        yield layer if leaf.stacked else None, part
 
 
 def digest(path: Path) -> str:
@@ -407,11 +291,8 @@ def digest(path: Path) -> str:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write, which takes the name when all is written.
 
-    Args:
-        folder: Where to; must not exist, or be empty.
-
     Raises:
-        UserError: The folder holds something.
+        UserError: There is such a folder, and it holds something.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} must be new or empty. Choose another folder.")
@@ -472,7 +353,7 @@ def write(
             elements too large for it.
     """
     rows = leaves.decoder(architecture)
-    params = shardings.by_path({"decoder": decoder})
+    params = sharding.by_path({"decoder": decoder})
     sizes = _sizes(architecture, None)
     _require_same(
         {leaf.within: leaves.shape(leaf.axes, sizes) for leaf in rows},
@@ -486,7 +367,7 @@ def write(
         inputs, width = latent["posterior_mlp"]["hidden_kernel"].shape
         codes = LatentSizes(len(latent["codebook"]), width, inputs)
         rows, sizes = rows + leaves.LATENT, _sizes(architecture, codes)
-        params |= shardings.by_path({"latent": latent})
+        params |= sharding.by_path({"latent": latent})
     named = tensors(rows, "hf", sizes)
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
@@ -502,7 +383,7 @@ def write(
     fields = hf_config.fields(architecture)
     fields["dtype"] = fields["torch_dtype"] = str(np.dtype(dtype))
     text = json.dumps(fields | dict(config), indent=2)
-    (folder / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / hf_config.NAME).write_text(text + "\n", encoding="utf-8")
     safetensors_file.write_folder(
         folder,
         shapes(rows, "hf", sizes),
