@@ -115,15 +115,15 @@ def read(config: Mapping[str, Any], origin: str) -> Architecture:
     if missing:
         raise UserError(f"{origin}: missing fields {missing}.")
     theta, scaling = _rope(config, origin)
-    defaults = _DEFAULTS[family]
+    values = _DEFAULTS[family] | {
+        ours: config[theirs] for ours, theirs in _NAMES.items() if theirs in config
+    }
 
     def sized(ours: str, **most: int) -> int:
-        value = config.get(_NAMES[ours], defaults.get(ours))
-        return size(value, _NAMES[ours], origin, **most)
+        return size(values.get(ours), _NAMES[ours], origin, **most)
 
     def sized_or_none(ours: str) -> int | None:
-        value = config.get(_NAMES[ours], defaults.get(ours))
-        return None if value is None else sized(ours)
+        return None if values.get(ours) is None else sized(ours)
 
     width, heads = sized("width"), sized("query_heads")
     kv_heads = sized_or_none("kv_heads") or heads
@@ -132,13 +132,13 @@ def read(config: Mapping[str, Any], origin: str) -> Architecture:
             f"{origin}: num_attention_heads = {heads} must be a multiple of"
             f" num_key_value_heads = {kv_heads}."
         )
-    tied = config.get("tie_word_embeddings")
+    tied = values.get("tied")
     if tied is not None and not isinstance(tied, bool):
         raise UserError(
             f"{origin}: tie_word_embeddings must be true or false, got {tied!r:.80}."
             " Download it again."
         )
-    given, of = config.get("head_dim"), {"width": width, "heads": heads}
+    of = {"width": width, "heads": heads, "name": "head_dim", "origin": origin}
     return Architecture(
         family=family,
         vocabulary=sized("vocabulary"),
@@ -146,15 +146,15 @@ def read(config: Mapping[str, Any], origin: str) -> Architecture:
         layers=sized("layers", most=MOST_LAYERS),
         query_heads=heads,
         kv_heads=kv_heads,
-        head_width=head_width(given, **of, name="head_dim", origin=origin),
+        head_width=head_width(values.get("head_width"), **of),
         mlp_width=sized("mlp_width"),
-        norm_epsilon=positive(config["rms_norm_eps"], "rms_norm_eps", origin),
+        norm_epsilon=positive(values["norm_epsilon"], "rms_norm_eps", origin),
         rope_theta=theta,
+        context_length=sized("context_length"),
         rope_scaling=scaling,
         # Only Mistral's code reads the field; a Llama config may carry it unused.
         sliding_window=sized_or_none("sliding_window") if family == "mistral" else None,
         tied=bool(tied),
-        context_length=sized("context_length"),
     )
 
 

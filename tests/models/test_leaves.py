@@ -61,8 +61,7 @@ BIAS = "decoder/blocks/attention/query_bias"
 ARCHITECTURE = tiny.changed(context_length=129)
 
 
-@pytest.fixture
-def bias(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def add_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bias on queries, in one place."""
     row = leaves.Leaf(
         BIAS,
@@ -74,12 +73,13 @@ def bias(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         rotary=True,
     )
     monkeypatch.setattr(leaves, "DECODER", (*leaves.DECODER, row))
-    return monkeypatch
 
 
-def test_a_leaf_more_is_made_run_split_counted_and_kept_from_decay(bias):
-    graph, params = tiny.split_policy(ARCHITECTURE, latent=None)
+def test_a_leaf_more_is_made_run_split_counted_and_kept_from_decay(monkeypatch):
     plain_graph, plain = tiny.split_policy(latent=None)
+    temporary = _temporary()
+    add_bias(monkeypatch)
+    graph, params = tiny.split_policy(ARCHITECTURE, latent=None)
     added = sharding.by_path(params)[BIAS]
     np.testing.assert_array_equal(added, np.zeros((2, 4, 8)))  # L N H
     # The others are drawn as without it, and it adds to what they say.
@@ -103,11 +103,9 @@ def test_a_leaf_more_is_made_run_split_counted_and_kept_from_decay(bias):
     np.testing.assert_array_equal(updated[BIAS], added + 1.0)
     assert leaves.at(BIAS).frozen_dtype(jnp.dtype("bfloat16")) == jnp.float32
 
-    assert leaves.count(ARCHITECTURE) == sum(x.size for x in jax.tree.leaves(params))
-    with_bias = _temporary()
-    bias.undo()
-    assert leaves.count(ARCHITECTURE) == sum(x.size for x in jax.tree.leaves(plain))
-    assert with_bias - _temporary() == 2 * (2 * 4 * 8)  # bfloat16's copies
+    size = sum(leaf.size for leaf in jax.tree.leaves(plain))
+    assert leaves.count(ARCHITECTURE) == size + 2 * 4 * 8
+    assert _temporary() - temporary == 2 * (2 * 4 * 8)  # bfloat16's copies
 
 
 def _temporary() -> int:
@@ -115,7 +113,10 @@ def _temporary() -> int:
     return arithmetic.temporary(tiny.config(), ARCHITECTURE, **settings)
 
 
-def test_a_leaf_more_is_saved_and_loaded_and_refused_without_its_row(bias, tmp_path):
+def test_a_leaf_more_is_saved_and_loaded_and_refused_without_its_row(
+    monkeypatch, tmp_path
+):
+    add_bias(monkeypatch)
     _, params = tiny.split_policy(ARCHITECTURE, latent=None)
     decoder = params["decoder"]
     value = np.random.default_rng(1).normal(size=(2, 4, 8)).astype(np.float32)
@@ -137,6 +138,6 @@ def test_a_leaf_more_is_saved_and_loaded_and_refused_without_its_row(bias, tmp_p
     jax.tree.map(np.testing.assert_array_equal, loaded, decoder)
     # GGUF files have its rows pair by pair, as the query's.
     assert leaves.at(BIAS).axes_in("gguf") == ("(N half two)", "N (two half)")
-    bias.undo()
+    monkeypatch.undo()
     with pytest.raises(ValueError, match=r"unexpected: .*layers\.0.*q_proj\.bias"):
         weights.check(tmp_path, ARCHITECTURE)
