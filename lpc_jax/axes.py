@@ -1,9 +1,9 @@
-"""Which mesh axes each axis letter is split over: activations' side of sharding.
-
-Knows nothing of parameters; their table is in ``sharding.py``.
-"""
+"""Which mesh axes each axis letter is split over, of activations and parameters."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -14,56 +14,53 @@ from jaxtyping import Array, Shaped
 # tensor: heads, MLP width and vocabulary.
 MESH_AXES = ("data", "fsdp", "tensor")
 
-_SPLIT_OVER: dict[str, tuple[str, ...]] = {
+# Letters of types.py, and of the latent's networks X (inputs) and W (hidden width).
+# Others are whole on every device.
+SPLIT_OVER: dict[str, tuple[str, ...]] = {
     "R": ("data", "fsdp"),
     "N": ("tensor",),
     "K": ("tensor",),
     "F": ("tensor",),
     "V": ("tensor",),
+    "D": ("fsdp",),
+    "X": ("fsdp",),
+    "W": ("fsdp",),
 }
 
 
-def divisible(
-    axes: tuple[str, ...] | None, size: int, mesh: Mesh | AbstractMesh
-) -> tuple[str, ...] | None:
-    """The mesh axes if they divide an array axis of this size, else None."""
-    if axes is None:
-        return None
-    ways = 1
-    for axis in axes:
-        ways *= mesh.shape[axis]
-    return axes if size % ways == 0 else None
+def spec(letters: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """How an array of these axes lies on a mesh.
+
+    A mesh axis splits one array axis, the first that asks for it: of "R T D" rows take
+    ``fsdp``, so that D stays whole. An array axis that the mesh does not divide (3 key
+    heads over 2 devices) stays whole too.
+    """
+    free = set(MESH_AXES)
+    split = []
+    for letter, size in zip(letters, shape, strict=True):
+        axes = SPLIT_OVER.get(letter, ())
+        if not free.issuperset(axes):
+            axes = ()
+        free.difference_update(axes)
+        divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
+        split.append(axes if axes and divides else None)
+    return P(*split)
 
 
 def constrain(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
-    """Asks the compiler to lay an activation out as its letters say.
+    """Asks the compiler to lay an activation out as its letters, such as "R T D", say.
 
-    Outside ``jax.set_mesh`` this is the identity. An axis that the mesh does not
-    divide (3 key heads over 2 devices) stays whole.
-
-    Args:
-        x: An activation.
-        letters: Its axes, as in ``"R T D"``.
+    Outside ``jax.set_mesh`` this is the identity.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec = P(*map(split_over, letters.split(), x.shape))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return jax.lax.with_sharding_constraint(x, spec(letters.split(), x.shape, mesh))
 
 
 def split_over(letter: str, size: int) -> tuple[str, ...] | None:
     """The axes of the mesh that is set over which an array axis is split, if any."""
-    return _split(_SPLIT_OVER.get(letter), size)
-
-
-def fsdp_over(size: int) -> tuple[str, ...] | None:
-    """Likewise, of a parameter's axis that is split over ``fsdp``."""
-    return _split(("fsdp",), size)
-
-
-def _split(axes: tuple[str, ...] | None, size: int) -> tuple[str, ...] | None:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or axes is None or all(mesh.shape[axis] == 1 for axis in axes):
-        return None
-    return divisible(axes, size, mesh)
+    axes = SPLIT_OVER.get(letter, ())
+    ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+    return axes if ways > 1 and size % ways == 0 else None

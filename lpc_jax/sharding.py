@@ -1,51 +1,25 @@
-"""The mesh, and where every parameter lives on it: one table, claimed exactly once.
+"""The mesh, and placing arrays on it.
 
-Activations' side is in ``axes.py``. Knows nothing of what a parameter computes.
+Which axis letters are split over which of its axes is in ``axes.py``.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from lpc_jax import axes
 from lpc_jax.errors import UserError
 from lpc_jax.types import Batch
-
-_F, _T = ("fsdp",), ("tensor",)
-
-# Parameter path -> the mesh axes of each array axis; letters as in types.py.
-PARAMETER_TABLE: dict[str, tuple[tuple[str, ...] | None, ...]] = {
-    r"decoder/(embedding|head)": (_T, _F),  # V D
-    r"decoder/final_norm/scale": (None,),  # D
-    r"decoder/blocks/(attention|mlp)_norm/scale": (None, None),  # L D
-    r"decoder/blocks/attention/(query|key|value)": (None, _F, _T, None),  # L D N H
-    r"decoder/blocks/attention/output": (None, _T, None, _F),  # L N H D
-    r"decoder/blocks/mlp/(gate|up)": (None, _F, _T),  # L D F
-    r"decoder/blocks/mlp/down": (None, _T, _F),  # L F D
-    r"adapters/attention/(query|key|value)/a": (None, _F, None),  # L D r
-    r"adapters/attention/(query|key|value)/b": (None, None, _T, None),  # L r N H
-    r"adapters/attention/output/a": (None, _T, None, None),  # L N H r
-    r"adapters/attention/output/b": (None, None, _F),  # L r D
-    r"adapters/mlp/(gate|up)/a": (None, _F, None),  # L D r
-    r"adapters/mlp/(gate|up)/b": (None, None, _T),  # L r F
-    r"adapters/mlp/down/a": (None, _T, None),  # L F r
-    r"adapters/mlp/down/b": (None, None, _F),  # L r D
-    r"latent/codebook": (None, _F),  # C D
-    r"latent/(prior|posterior)_mlp/input_(mean|spread)": (None,),
-    r"latent/(prior|posterior)_mlp/hidden_kernel": (_F, None),
-    r"latent/(prior|posterior)_mlp/output_kernel": (_F, None),
-    r"latent/(prior|posterior)_mlp/(hidden|output)_bias": (None,),
-}
 
 
 def axis_sizes(*, data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int]:
@@ -133,45 +107,10 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
-def claim(paths: list[str], table: dict[str, Any]) -> dict[str, Any]:
-    """What a pattern table says of each path, every path claimed exactly once.
-
-    Args:
-        paths: Parameter paths.
-        table: Regular expressions that match whole paths, and their values.
-
-    Raises:
-        UserError: Some path is claimed by no pattern or by several.
-    """
-    claims = {path: [p for p in table if re.fullmatch(p, path)] for path in paths}
-    unclaimed = sorted(path for path, found in claims.items() if not found)
-    contested = sorted(path for path, found in claims.items() if len(found) > 1)
-    if unclaimed or contested:
-        raise ValueError(
-            "every parameter must match exactly one pattern; matched by none:"
-            f" {unclaimed}; by several: {contested}. Mend the table."
-        )
-    return {path: table[found[0]] for path, found in claims.items()}
-
-
-def parameter_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """A sharding for each parameter.
-
-    Args:
-        shapes: Tree of arrays or ``ShapeDtypeStruct``s, paths as in the table.
-        mesh: The mesh. An axis that it does not divide stays whole.
-
-    Raises:
-        UserError: As ``claim``.
-    """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
-    rules = claim([path_name(path) for path, _ in leaves], PARAMETER_TABLE)
-    shardings = []
-    for path, leaf in leaves:
-        split = zip(rules[path_name(path)], leaf.shape, strict=True)
-        spec = P(*(axes.divisible(names, size, mesh) for names, size in split))
-        shardings.append(NamedSharding(mesh, spec))
-    return jax.tree.unflatten(structure, shardings)
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their ``path_name``."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {path_name(path): leaf for path, leaf in leaves}
 
 
 def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
@@ -185,10 +124,7 @@ def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
         shardings: Of the parameters.
         mesh: The mesh.
     """
-    known = {
-        path_name(path): sharding
-        for path, sharding in jax.tree_util.tree_flatten_with_path(shardings)[0]
-    }
+    known = by_path(shardings)
 
     def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for start in range(len(path)):
@@ -220,6 +156,71 @@ def place(
         return jax.device_put(value, where)
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def place_parts(
+    parts: Iterable[tuple[int | None, Shaped[np.ndarray, "..."]]],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    where: Sharding,
+) -> Shaped[Array, "..."]:
+    """An array on its devices, from parts of which one at a time is in memory.
+
+    The host holds no more than the devices of this process do.
+
+    Args:
+        parts: Each with its index on the first axis; None: it is the whole array.
+        shape: Of the array.
+        dtype: Of the array, whatever the parts'.
+        where: Its sharding.
+    """
+    bounds = {
+        device: _bounds(index, shape)
+        for device, index in where.addressable_devices_indices_map(shape).items()
+    }
+    shards = {
+        its: _pages([b - a for a, b in its], dtype) for its in set(bounds.values())
+    }
+    for at, part in parts:
+        for ((first, end), *rest), shard in shards.items():
+            if at is None:
+                shard[...] = part[_slices([(first, end), *rest])]
+            elif first <= at < end:
+                shard[at - first] = part[_slices(rest)]
+    placed = []
+    for its in list(shards):
+        # Let go of before the next is placed: where devices are the host's own memory
+        # it would hold the array twice.
+        shard = shards.pop(its)
+        for device in (device for device, held in bounds.items() if held == its):
+            there = SingleDeviceSharding(device, memory_kind=where.memory_kind)
+            placed.append(jax.device_put(shard, there).block_until_ready())
+    return jax.make_array_from_single_device_arrays(shape, where, placed)
+
+
+def _bounds(
+    index: tuple[slice, ...] | None, shape: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    parts = index or (slice(None),) * len(shape)
+    return tuple(
+        part.indices(size)[:2] for part, size in zip(parts, shape, strict=True)
+    )
+
+
+def _slices(bounds: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(start, stop) for start, stop in bounds)
+
+
+def _pages(shape: list[int], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
+    """An array in pages of its own, which go back to the system when it is dropped.
+
+    What malloc gets back it keeps, up to 32 MB a piece. Not at a page's start, where
+    JAX on CPU would take the array as it is: an update could not be given its memory,
+    and the first would need the parameters twice.
+    """
+    count = math.prod(shape)
+    pages = mmap.mmap(-1, (count + 1) * dtype.itemsize)
+    return np.frombuffer(pages, dtype, count, offset=dtype.itemsize).reshape(shape)
 
 
 def abstract_batch(batch: Batch, mesh: Mesh) -> Batch:

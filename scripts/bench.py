@@ -37,7 +37,7 @@ from rich.table import Table
 
 from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.models import network, weights
+from lpc_jax.models import leaves, network, weights
 from lpc_jax.models.architectures import Architecture
 
 HERE = Path(__file__).resolve().parent
@@ -407,7 +407,7 @@ def useful_flop(
     """
     head = architecture.vocabulary * architecture.width
     embeddings = head * (1 if architecture.tied else 2)
-    blocks = architecture.parameter_count() - embeddings
+    blocks = leaves.count(architecture) - embeddings
     per_weight = 8 if online else 6
     return per_weight * (tokens.sum(axis=1) * blocks + tokens[:, 1] * head)
 

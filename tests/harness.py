@@ -20,7 +20,7 @@ from lpc_jax import objective, sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.metrics import values
-from lpc_jax.models import network, weights
+from lpc_jax.models import leaves, network, weights
 from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training import step
 from tests import tiny
@@ -45,7 +45,7 @@ class Harness:
             data=1, fsdp=-1, tensor=tensor, devices=jax.devices()[:devices]
         )
         shapes = jax.eval_shape(lambda: params)
-        shardings = sharding.parameter_shardings(shapes, self.mesh)
+        shardings = leaves.shardings(shapes, self.mesh)
         optimizer = optimizers.build(config, shapes, steps)
         with jax.set_mesh(self.mesh):
             placed = jax.tree.map(jax.device_put, params, shardings)

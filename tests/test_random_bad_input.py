@@ -42,7 +42,7 @@ from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
 from lpc_jax.files import safetensors
-from lpc_jax.models import architectures, weights
+from lpc_jax.models import architectures, hf_config, leaves, weights
 from lpc_jax.training import reference
 from tests import runs, test_checkpoint
 from tests.data import test_tokenizer, tiny_tokenizers
@@ -308,9 +308,9 @@ def test_a_config_of_random_values_is_refused_or_is_an_architecture(
         with untouched(folder):
             found = outcome("config.json", lambda: weights.read_architecture(folder))
     if found is not None:
-        again = architectures.hf_config(found)
-        assert architectures.from_hf_config(again, "again") == found
-        assert found.parameter_count() > 0
+        again = hf_config.fields(found)
+        assert hf_config.read(again, "again") == found
+        assert leaves.count(found) > 0
 
 
 # --- GGUF -----------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_a_damaged_gguf_file_is_refused_or_gives_every_array_its_shape(
     if found is not None:
         architecture, params = found
         sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-        assert sum(sizes) == architecture.parameter_count()
+        assert sum(sizes) == leaves.count(architecture)
         assert params["blocks"]["attention"]["query"].shape == (
             *(architecture.layers, architecture.width),
             *(architecture.query_heads, architecture.head_width),

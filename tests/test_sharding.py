@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import types
 from typing import Any
 
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from lpc_jax import axes, sharding
 from lpc_jax import config as cfg
-from lpc_jax.models.adapters import TARGETS
+from lpc_jax.models import leaves
 from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training import step
 from tests import tiny
@@ -28,14 +27,9 @@ def mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     )
 
 
-def by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {sharding.path_name(path): leaf for path, leaf in leaves}
-
-
 @pytest.fixture(scope="module")
 def shapes() -> Any:
-    adapters = {"targets": tuple(TARGETS), "rank": 4, "alpha": 4.0}
+    adapters = {"targets": tuple(leaves.TARGETS), "rank": 4, "alpha": 4.0}
     _, params = tiny.split_policy(adapters=adapters)
     return jax.eval_shape(lambda: params)
 
@@ -44,37 +38,6 @@ def refusal(call: Any, *args: Any, **settings: Any) -> str:
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
         call(*args, **settings)
     return str(error.value)
-
-
-# --- the table ------------------------------------------------------------------------
-
-
-def test_the_table_claims_every_parameter_and_every_pattern_some(shapes):
-    claimed = sharding.claim(list(by_path(shapes)), sharding.PARAMETER_TABLE)
-    assert claimed.keys() == by_path(shapes).keys()
-    unused = [
-        pattern
-        for pattern in sharding.PARAMETER_TABLE
-        if not any(re.fullmatch(pattern, path) for path in claimed)
-    ]
-    assert unused == []
-
-
-def test_both_differences_are_listed():
-    table = {"a/.*": 1, "a/b": 2, "c": 3}
-    assert refusal(sharding.claim, ["c", "a/b", "z", "a/d", "d/c"], table) == (
-        "every parameter must match exactly one pattern; matched by none:"
-        " ['d/c', 'z']; by several: ['a/b']. Mend the table."
-    )
-    assert sharding.claim(["c", "a/d"], table) == {"c": 3, "a/d": 1}
-
-
-def test_a_parameter_that_the_table_does_not_know_stops_the_start(shapes):
-    more = {**shapes, "adapters": {"down": shapes["latent"]["codebook"]}}
-    assert refusal(sharding.parameter_shardings, more, mesh()) == (
-        "every parameter must match exactly one pattern; matched by none:"
-        " ['adapters/down']; by several: []. Mend the table."
-    )
 
 
 # --- where parameters lie -------------------------------------------------------------
@@ -170,22 +133,22 @@ MESHES = [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}]
 @pytest.mark.parametrize("column", range(len(MESHES)), ids=lambda i: str(MESHES[i]))
 def test_every_parameter_has_the_shard_worked_out_by_hand(shapes, column):
     made = mesh(**MESHES[column])
-    placed = by_path(sharding.parameter_shardings(shapes, made))
-    leaves = by_path(shapes)
-    assert leaves.keys() == SHARDS.keys()
+    placed = sharding.by_path(leaves.shardings(shapes, made))
+    found = sharding.by_path(shapes)
+    assert found.keys() == SHARDS.keys()
     for path, (whole, *shards) in SHARDS.items():
-        assert leaves[path].shape == whole, path
+        assert found[path].shape == whole, path
         assert placed[path].shard_shape(whole) == shards[column], path
 
 
 def test_copies_over_data_hold_whole_parameters(shapes):
-    placed = by_path(sharding.parameter_shardings(shapes, mesh(data=8)))
+    placed = sharding.by_path(leaves.shardings(shapes, mesh(data=8)))
     for path, (whole, *_) in SHARDS.items():
         assert placed[path].shard_shape(whole) == whole, path
 
 
 def test_heads_that_do_not_divide_stay_whole_and_the_rest_is_split(shapes):
-    placed = by_path(sharding.parameter_shardings(shapes, mesh(fsdp=2, tensor=4)))
+    placed = sharding.by_path(leaves.shardings(shapes, mesh(fsdp=2, tensor=4)))
     assert placed["decoder/blocks/attention/key"].spec == P(None, "fsdp", None, None)
     assert placed["decoder/blocks/attention/query"].spec == (
         P(None, "fsdp", "tensor", None)
@@ -202,7 +165,7 @@ def test_the_optimizer_s_state_lies_where_its_parameters_lie(name):
     )
     _, params = tiny.split_policy()
     shapes = jax.eval_shape(lambda: params)
-    shardings = sharding.parameter_shardings(shapes, made)
+    shardings = leaves.shardings(shapes, made)
     optimizer = optimizers.build(config, shapes, 4)
     params = jax.device_put(params, shardings)
     layout = step.state_shardings(params, optimizer, made)

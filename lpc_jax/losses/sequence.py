@@ -207,7 +207,7 @@ class _Split:
         return cls(
             axes.split_over("R", tokens.shape[1]),
             axes.split_over("V", head.shape[0]),
-            axes.fsdp_over(head.shape[1]),
+            axes.split_over("D", head.shape[1]),
         )
 
     def run(self, function: Callable[..., Any], specs: Any, out_specs: Any) -> Any:

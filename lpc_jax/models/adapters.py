@@ -5,8 +5,7 @@ Knows nothing of what is trained, nor how; only what an adapter adds.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,60 +13,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lpc_jax.models import leaves
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.projection import project
-
-# Target -> the part of a block that it is in.
-TARGETS = {
-    "query": "attention",
-    "key": "attention",
-    "value": "attention",
-    "output": "attention",
-    "gate": "mlp",
-    "up": "mlp",
-    "down": "mlp",
-}
-
-
-def _axes(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Shape of each target's inputs and outputs."""
-    width, mlp = (architecture.width,), (architecture.mlp_width,)
-    query = (architecture.query_heads, architecture.head_width)
-    key = (architecture.kv_heads, architecture.head_width)
-    return {
-        "query": (width, query),
-        "key": (width, key),
-        "value": (width, key),
-        "output": (query, width),
-        "gate": (width, mlp),
-        "up": (width, mlp),
-        "down": (mlp, width),
-    }
 
 
 class LowRank(nnx.Module):
     """What is added to x @ W: (alpha / r) x @ a @ b, exactly zero at the start.
 
-    Hu et al. 2021, eq. 3, where a is A transposed and b is B transposed. a is drawn
-    uniformly within 1 / sqrt(inputs) of 0 (as the PEFT library does) and b is 0.
+    Hu et al. 2021, eq. 3, where a is A transposed and b is B transposed.
     """
+
+    a: nnx.Param
+    b: nnx.Param
 
     def __init__(
         self,
-        inputs: tuple[int, ...],
-        outputs: tuple[int, ...],
+        path: str,
+        rows: Sequence[leaves.Leaf],
+        sizes: Mapping[str, int],
         *,
-        rank: int,
-        alpha: float,
+        scale: float,
         rngs: nnx.Rngs,
     ):
-        self.scale = alpha / rank
-        most = 1 / math.sqrt(math.prod(inputs))
-        draw = jax.random.uniform(
-            rngs.params(), (*inputs, rank), minval=-most, maxval=most
-        )
-        self.a = nnx.Param(draw)
-        self.b = nnx.Param(jnp.zeros((rank, *outputs)))
+        self.scale = scale
+        leaves.fill(self, path, rows, sizes, rngs)
 
     def __call__(self, x: Float[Array, "R T inputs"]) -> Float[Array, "R T *out"]:
         """The addition; a target of several input axes takes them as one."""
@@ -78,32 +48,37 @@ class LowRank(nnx.Module):
 class PartAdapters(nnx.Module):
     """Adapters of one part of a block, by target; others are absent."""
 
-    def __init__(self, adapters: dict[str, LowRank]):
+    def __init__(self, adapters: Mapping[str, LowRank]):
         for target, adapter in adapters.items():
             setattr(self, target, adapter)
 
 
 def adapted(
     x: Float[Array, "R T inputs"],
-    weight: Float[Array, "inputs *out"],
-    adapters: PartAdapters | None,
+    module: nnx.Module,
     target: str,
+    adapters: PartAdapters | None,
 ) -> Float[Array, "R T *out"]:
-    """x @ weight, plus what the target's adapter adds if it has one."""
-    product = project(x, weight)
+    """x @ W, and what the target's adapter and its bias add if it has them.
+
+    Args:
+        x: What the module's weight of that name is met by, its axes as one.
+        module: Holds the weight, and ``<target>_bias`` or none.
+        target: One of ``leaves.TARGETS``.
+        adapters: Of the module's part of the block.
+    """
+    weight = getattr(module, target)[...]
+    outputs = weight.shape[leaves.TARGETS[target].inputs :]
+    product = project(x, weight.reshape(x.shape[-1], *outputs))
     adapter: LowRank | None = getattr(adapters, target, None)
-    return product if adapter is None else product + adapter(x)
+    if adapter is not None:
+        product = product + adapter(x)
+    bias: nnx.Param | None = getattr(module, f"{target}_bias", None)
+    return product if bias is None else product + bias[...].astype(product.dtype)
 
 
 class BlockAdapters(nnx.Module):
-    """Adapters of one block.
-
-    Args of the constructor:
-        architecture: The decoder's.
-        targets: Some of ``TARGETS``.
-        rank: r.
-        alpha: The addition is scaled by alpha / r.
-    """
+    """Adapters of one block: of some ``leaves.TARGETS``, scaled by alpha / rank."""
 
     def __init__(
         self,
@@ -114,19 +89,15 @@ class BlockAdapters(nnx.Module):
         alpha: float,
         rngs: nnx.Rngs,
     ):
-        axes = _axes(architecture)
-
-        def part(name: str) -> PartAdapters:
-            chosen = [t for t, part in TARGETS.items() if t in targets and part == name]
-            return PartAdapters(
-                {
-                    target: LowRank(*axes[target], rank=rank, alpha=alpha, rngs=rngs)
-                    for target in chosen
-                }
+        rows, sizes = leaves.adapters(targets), leaves.sizes(architecture, r=rank)
+        parts: dict[str, dict[str, LowRank]] = {"attention": {}, "mlp": {}}
+        for path in dict.fromkeys(leaf.path.rpartition("/")[0] for leaf in rows):
+            _, part, target = path.split("/")
+            parts[part][target] = LowRank(
+                path, rows, sizes, scale=alpha / rank, rngs=rngs
             )
-
-        self.attention = part("attention")
-        self.mlp = part("mlp")
+        self.attention = PartAdapters(parts["attention"])
+        self.mlp = PartAdapters(parts["mlp"])
 
 
 def merge(

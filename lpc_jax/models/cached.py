@@ -34,13 +34,10 @@ class Cache:
 
 
 class CachedDecoder(nnx.Module):
-    """A ``Decoder`` whose layers lie apart.
+    """A ``Decoder`` whose layers lie apart, and whose other parameters it shares.
 
     Of layers that are stacked a loop copies each before it is used, which on a CPU
     takes longer than one token's products with it.
-
-    Args of the constructor:
-        decoder: Without adapters; its other parameters are shared.
     """
 
     def __init__(self, decoder: Decoder):
@@ -56,23 +53,20 @@ class CachedDecoder(nnx.Module):
         if not self.architecture.tied:
             self.head = decoder.head
 
-    @property
-    def head_weight(self) -> Float[Array, "V D"]:
-        """The LM head."""
-        return self.embedding[...] if self.architecture.tied else self.head[...]
+    head_weight = Decoder.head_weight
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """Room for so many tokens in each of so many rows."""
         architecture = self.architecture
         shape = (rows, slots, architecture.kv_heads, architecture.head_width)
-
-        def layers() -> tuple[Array, ...]:
-            return tuple(
+        keys, values = (
+            tuple(
                 axes.constrain(jnp.zeros(shape, self.compute_dtype), "R T K H")
                 for _ in range(architecture.layers)
             )
-
-        return Cache(layers(), layers())
+            for _ in range(2)
+        )
+        return Cache(keys, values)
 
     def __call__(
         self,

@@ -16,14 +16,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import attention, block_attention, embedding, projection
+from lpc_jax.models import attention, block_attention, embedding, leaves, projection
 from lpc_jax.models.adapters import BlockAdapters, PartAdapters, adapted
 from lpc_jax.models.architectures import Architecture
 
-# Standard deviation of random weights, as Llama's and Mistral's configs have it.
-INITIAL_SCALE = 0.02
-
 Module = TypeVar("Module", bound=nnx.Module)
+Heads = tuple[Float[Array, "R T N H"], Float[Array, "R T K H"], Float[Array, "R T K H"]]
 
 # What the backward pass needs of a block beside its input: results of matrix products
 # but for attention's scores.
@@ -77,12 +75,21 @@ def rotate(
     return rotated.astype(x.dtype)
 
 
+def _fill(
+    module: nnx.Module, path: str, architecture: Architecture, rngs: nnx.Rngs
+) -> None:
+    rows, sizes = leaves.decoder(architecture), leaves.sizes(architecture)
+    leaves.fill(module, f"decoder{path}", rows, sizes, rngs)
+
+
 class RmsNorm(nnx.Module):
     """Root-mean-square norm in fp32 (Zhang & Sennrich 2019)."""
 
-    def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones((width,)))
-        self.epsilon = epsilon
+    scale: nnx.Param
+
+    def __init__(self, path: str, architecture: Architecture, *, rngs: nnx.Rngs):
+        _fill(self, path, architecture, rngs)
+        self.epsilon = architecture.norm_epsilon
 
     def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
         """x / rms(x) * scale."""
@@ -92,33 +99,22 @@ class RmsNorm(nnx.Module):
         return (normed * self.scale[...]).astype(x.dtype)
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
-    return nnx.Param(INITIAL_SCALE * jax.random.normal(rngs.params(), shape))
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
-        width, head_width = architecture.width, architecture.head_width
-        heads, kv_heads = architecture.query_heads, architecture.kv_heads
-        self.query = _normal(rngs, (width, heads, head_width))
-        self.key = _normal(rngs, (width, kv_heads, head_width))
-        self.value = _normal(rngs, (width, kv_heads, head_width))
-        self.output = _normal(rngs, (heads, head_width, width))
+        _fill(self, "/blocks/attention", architecture, rngs)
 
     def heads(
         self,
         x: Float[Array, "R T D"],
         angles: Float[Array, "R T half_H"],
         adapters: PartAdapters | None,
-    ) -> tuple[
-        Float[Array, "R T N H"], Float[Array, "R T K H"], Float[Array, "R T K H"]
-    ]:
+    ) -> Heads:
         """Rotated queries and keys, and values."""
-        query = adapted(x, self.query[...], adapters, "query")
-        key = adapted(x, self.key[...], adapters, "key")
-        value = adapted(x, self.value[...], adapters, "value")
+        query = adapted(x, self, "query", adapters)
+        key = adapted(x, self, "key", adapters)
+        value = adapted(x, self, "value", adapters)
         query = axes.constrain(rotate(query, angles), "R T N H")
         key = axes.constrain(rotate(key, angles), "R T K H")
         return query, key, value
@@ -128,39 +124,32 @@ class Attention(nnx.Module):
     ) -> Float[Array, "R T D"]:
         """What attention adds to the stream, from what each head has mixed."""
         mixed = axes.constrain(mixed, "R T N H")
-        heads, head_width, width = self.output.shape
-        output = self.output.reshape(heads * head_width, width)
-        mixed = mixed.reshape(*mixed.shape[:2], -1)
-        return adapted(mixed, output, adapters, "output")
+        return adapted(mixed.reshape(*mixed.shape[:2], -1), self, "output", adapters)
 
 
 class Mlp(nnx.Module):
     """SwiGLU (Shazeer 2020)."""
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
-        width, mlp_width = architecture.width, architecture.mlp_width
-        self.gate = _normal(rngs, (width, mlp_width))
-        self.up = _normal(rngs, (width, mlp_width))
-        self.down = _normal(rngs, (mlp_width, width))
+        _fill(self, "/blocks/mlp", architecture, rngs)
 
     def __call__(
         self, x: Float[Array, "R T D"], adapters: PartAdapters | None
     ) -> Float[Array, "R T D"]:
         """down(silu(gate x) * up x)."""
-        gate = adapted(x, self.gate[...], adapters, "gate")
-        up = adapted(x, self.up[...], adapters, "up")
+        gate = adapted(x, self, "gate", adapters)
+        up = adapted(x, self, "up", adapters)
         inner = axes.constrain(jax.nn.silu(gate) * up, "R T F")
-        return adapted(inner, self.down[...], adapters, "down")
+        return adapted(inner, self, "down", adapters)
 
 
 class Block(nnx.Module):
     """Attention, then MLP, each on a normed copy and added to the stream."""
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
-        epsilon = architecture.norm_epsilon
-        self.attention_norm = RmsNorm(architecture.width, epsilon)
+        self.attention_norm = RmsNorm("/blocks/attention_norm", architecture, rngs=rngs)
         self.attention = Attention(architecture, rngs=rngs)
-        self.mlp_norm = RmsNorm(architecture.width, epsilon)
+        self.mlp_norm = RmsNorm("/blocks/mlp_norm", architecture, rngs=rngs)
         self.mlp = Mlp(architecture, rngs=rngs)
 
     def __call__(
@@ -179,12 +168,10 @@ class Block(nnx.Module):
         x: Float[Array, "R T D"],
         angles: Float[Array, "R T half_H"],
         adapters: BlockAdapters | None,
-    ) -> tuple[
-        Float[Array, "R T N H"], Float[Array, "R T K H"], Float[Array, "R T K H"]
-    ]:
-        """Queries, keys and values of this block."""
-        of_attention = None if adapters is None else adapters.attention
-        return self.attention.heads(self.attention_norm(x), angles, of_attention)
+    ) -> Heads:
+        """Rotated queries and keys, and values, of this block."""
+        added = None if adapters is None else adapters.attention
+        return self.attention.heads(self.attention_norm(x), angles, added)
 
     def add(
         self,
@@ -201,13 +188,7 @@ class Block(nnx.Module):
 
 
 def stacked(make: Callable[[nnx.Rngs], Module], *, layers: int, key: Array) -> Module:
-    """Modules of all layers as one, each leaf with a leading L axis.
-
-    Args:
-        make: One layer's, from its own randomness.
-        layers: L.
-        key: Split over the layers.
-    """
+    """Modules of all layers as one, each leaf with a leading L axis."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
     states = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key)))[1])(
         jax.random.split(key, layers)
@@ -222,6 +203,9 @@ class Decoder(nnx.Module):
     compiled whatever the depth.
     """
 
+    embedding: nnx.Param
+    head: nnx.Param
+
     def __init__(
         self,
         architecture: Architecture,
@@ -235,17 +219,16 @@ class Decoder(nnx.Module):
         self.compute_dtype = compute_dtype
         self.attention_backend = attention_backend
         self.remat = remat
-        vocabulary, width = architecture.vocabulary, architecture.width
-        self.embedding = _normal(rngs, (vocabulary, width))
-
+        rows, sizes = leaves.decoder(architecture), leaves.sizes(architecture)
+        # Drawn in this order: the embedding, the blocks, the head if there is one.
+        leaves.fill(self, "decoder", rows[:1], sizes, rngs)
         self.blocks = stacked(
             lambda rngs: Block(architecture, rngs=rngs),
             layers=architecture.layers,
             key=rngs.params(),
         )
-        self.final_norm = RmsNorm(width, architecture.norm_epsilon)
-        if not architecture.tied:
-            self.head = _normal(rngs, (vocabulary, width))
+        self.final_norm = RmsNorm("/final_norm", architecture, rngs=rngs)
+        leaves.fill(self, "decoder", rows[1:], sizes, rngs)
 
     @property
     def head_weight(self) -> Float[Array, "V D"]:
@@ -262,13 +245,7 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "R T D"]:
         """Hidden states h of LPC's equations, in the compute dtype.
 
-        Args:
-            tokens: Token ids.
-            positions: Rotary positions.
-            pair: Pair slots, for the mask.
-            branch: Branches, for the mask.
-            adapters: Added to the blocks' products, ``stacked``; None: the decoder
-                alone.
+        Tokens as in ``Batch``; ``adapters``, stacked, add to the blocks' products.
         """
         layout = attention.layout(
             positions,

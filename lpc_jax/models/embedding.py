@@ -31,7 +31,7 @@ def look_up(
     """
     rows = axes.split_over("R", tokens.shape[0])
     vocabulary = axes.split_over("V", table.shape[0])
-    width = axes.fsdp_over(table.shape[1])
+    width = axes.split_over("D", table.shape[1])
     if rows is None and vocabulary is None and width is None:
         return table[tokens]
     if rows is None:  # too few rows for the mesh: nothing to change places with

@@ -8,27 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, assert_never
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import scipy.cluster.vq
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from lpc_jax.models import leaves
 from lpc_jax.types import LatentCodes
-
-# Keeps a coordinate that hardly varies from being blown up: its standard deviation
-# counts as at least this share of the hidden states' root mean square.
-_LEAST_SPREAD = 0.01
-
-# Of the start from clusters: principal components in which clusters are sought, logit
-# of a pair's cluster above the others', and the ridge as a share of the mean variance.
-_COMPONENTS, _CLUSTER_LOGIT, _RIDGE = 20, 3.0, 1.0
-
-# Where all pairs are one.
-_LEAST_RIDGE = 1e-12
 
 # What is kept of a limit for products in another order or precision.
 _ROUNDING = 1e-3
@@ -50,17 +38,16 @@ class CodeMlp(nnx.Module):
     Paper: only "MLP" is stated; depth, width, activation and scaling are our choice.
     """
 
+    input_mean: nnx.Param
+    input_spread: nnx.Param
+    hidden_kernel: nnx.Param
+    hidden_bias: nnx.Param
+    output_kernel: nnx.Param
+    output_bias: nnx.Param
+
     def __init__(self, inputs: int, hidden: int, num_codes: int, *, rngs: nnx.Rngs):
-        self.input_mean = nnx.Param(jnp.zeros((inputs,)))
-        self.input_spread = nnx.Param(jnp.ones((inputs,)))
-        self.hidden_kernel = nnx.Param(
-            jax.random.normal(rngs.params(), (inputs, hidden))
-        )
-        self.hidden_bias = nnx.Param(jnp.zeros((hidden,)))
-        self.output_kernel = nnx.Param(
-            jax.random.normal(rngs.params(), (hidden, num_codes))
-        )
-        self.output_bias = nnx.Param(jnp.zeros((num_codes,)))
+        rows, sizes = leaves.mlp("mlp", "X"), {"X": inputs, "W": hidden, "C": num_codes}
+        leaves.fill(self, "mlp", rows, sizes, rngs)
 
     def __call__(self, x: Float[Array, "*pairs inputs"]) -> Float[Array, "*pairs C"]:
         """Logits over codes."""
@@ -103,7 +90,8 @@ class PairStates:
 
 def judged_width(posterior_input: PosteriorInput, width: int) -> int:
     """How many numbers the posterior reads of a pair, at model width D."""
-    return width * {"concat": 2, "both": 2, "all": 3}.get(posterior_input, 1)
+    of = {"concat": 2, "difference": 1, "mean_difference": 1, "both": 2, "all": 3}
+    return width * of[posterior_input]
 
 
 def judged(
@@ -120,134 +108,21 @@ def judged(
             not where no prompt tells the factor (docs/results.md).
     """
     end, mean = states.end.astype(jnp.float32), states.mean.astype(jnp.float32)
-    if posterior_input == "concat":
-        return jnp.concatenate([end[..., 0, :], end[..., 1, :]], axis=-1)
     of_end, of_mean = (x[..., 0, :] - x[..., 1, :] for x in (end, mean))
-    if posterior_input == "difference":
-        return of_end
-    if posterior_input == "mean_difference":
-        return of_mean
-    differences = [of_end, of_mean]
-    if posterior_input == "all":
-        differences.append(states.prompt.astype(jnp.float32))
-    return jnp.concatenate(differences, axis=-1)
-
-
-def standardization(
-    prompt: Float[np.ndarray, "B D"],
-    pairs: Float[np.ndarray, "B inputs"],
-    *,
-    posterior_input: PosteriorInput,
-) -> dict[str, dict[str, Float[np.ndarray, "_"]]]:
-    """The fixed inputs' means and spreads of both MLPs, from some pairs of the data.
-
-    Data-dependent initialisation (Salimans & Kingma 2016, section 3). Chosen and
-    rejected answers share theirs, and differences have mean 0, so that nothing tells
-    the two apart but their states.
-
-    Args:
-        prompt: Last hidden states of the start model where the prior reads.
-        pairs: What the posterior reads, from ``judged``.
-        posterior_input: What that is.
-
-    Returns:
-        ``input_mean`` and ``input_spread`` for ``prior_mlp`` and ``posterior_mlp``.
-    """
-
-    def moments(states: np.ndarray, *, centred: bool) -> dict[str, np.ndarray]:
-        states = states.astype(np.float64)
-        least = _LEAST_SPREAD**2 * np.mean(states**2)
-        mean = states.mean(axis=0) if centred else np.zeros(states.shape[1])
-        spread = np.sqrt(np.mean((states - mean) ** 2, axis=0) + least)
-        return {"input_mean": mean, "input_spread": spread}
-
-    of_prompt = moments(prompt, centred=True)
-    if posterior_input == "concat":
-        sides = np.concatenate(np.split(pairs, 2, axis=1))
-        parts = [moments(sides, centred=True)] * 2
-    elif posterior_input == "all":
-        differences = pairs[:, : -prompt.shape[1]]
-        parts = [moments(differences, centred=False), of_prompt]
-    else:
-        parts = [moments(pairs, centred=False)]
-    return {
-        mlp: {
-            name: np.concatenate([part[name] for part in some]).astype(np.float32)
-            for name in ("input_mean", "input_spread")
-        }
-        for mlp, some in (("prior_mlp", [of_prompt]), ("posterior_mlp", parts))
-    }
-
-
-def clusters(
-    inputs: Float[np.ndarray, "B inputs"], num_codes: int
-) -> Int[np.ndarray, "B"]:
-    """A cluster for each of some pairs, by k-means on their principal components.
-
-    From random networks the codes compete for all pairs at once and often one wins; a
-    codebook that starts from clusters of the data does not collapse (Zeghidour et al.
-    2021, section III.C, start vector quantisation so).
-
-    Args:
-        inputs: What the posterior reads of the pairs, standardised.
-        num_codes: C; of fewer pairs than codes each is a cluster.
-    """
-    centred = inputs - inputs.mean(axis=0)
-    directions = np.linalg.svd(centred, full_matrices=False)[2][:_COMPONENTS]
-    _, found = scipy.cluster.vq.kmeans2(
-        centred @ directions.T, min(num_codes, len(inputs)), minit="++", rng=0
-    )
-    return found
-
-
-def means_of_others(
-    inputs: Float[np.ndarray, "B inputs"], users: Int[np.ndarray, "B"]
-) -> Float[np.ndarray, "B inputs"]:
-    """The mean over the other pairs of each pair's user; itself where it is alone."""
-    same = (users[:, None] == users).astype(inputs.dtype)
-    others = same - np.eye(len(users), dtype=inputs.dtype)
-    alone = others.sum(axis=1) == 0
-    others[alone] = same[alone]
-    return others @ inputs / others.sum(axis=1, keepdims=True)
-
-
-def output_for(
-    hidden: Float[np.ndarray, "B W"],
-    cluster: Int[np.ndarray, "B"],
-    num_codes: int,
-    users: Int[np.ndarray, "B"] | None = None,
-) -> dict[str, Float[np.ndarray, "..."]]:
-    """An output layer whose logits name each pair's cluster, by ridge regression.
-
-    A ridge that keeps the layer from learning these pairs by heart shrinks its logits,
-    so that a draw's noise would drown them: they are scaled up again to the spread that
-    was wanted.
-
-    Args:
-        hidden: What the layer reads of the pairs.
-        cluster: From ``clusters``.
-        num_codes: C.
-        users: Who judged each pair, where logits are pooled over others of the user's.
-
-    Returns:
-        ``output_kernel`` and ``output_bias``.
-    """
-    wanted = _CLUSTER_LOGIT * (np.eye(num_codes)[cluster] - 1 / num_codes)
-    features = (hidden - hidden.mean(axis=0)).astype(np.float64)
-    products = features @ features.T
-    ridge = _RIDGE * np.trace(products) / min(features.shape) + _LEAST_RIDGE
-    weights = np.linalg.solve(
-        products + ridge * np.eye(len(products)), wanted - wanted.mean(axis=0)
-    )
-    kernel = features.T @ weights
-    found = features @ kernel
-    read = found if users is None else means_of_others(found, users)
-    kernel *= wanted.std() / max(read.std(), _LEAST_RIDGE)
-    bias = wanted.mean(axis=0) - hidden.mean(axis=0) @ kernel
-    return {
-        "output_kernel": kernel.astype(np.float32),
-        "output_bias": bias.astype(np.float32),
-    }
+    match posterior_input:
+        case "concat":
+            return jnp.concatenate([end[..., 0, :], end[..., 1, :]], axis=-1)
+        case "difference":
+            return of_end
+        case "mean_difference":
+            return of_mean
+        case "both":
+            return jnp.concatenate([of_end, of_mean], axis=-1)
+        case "all":
+            prompt = states.prompt.astype(jnp.float32)
+            return jnp.concatenate([of_end, of_mean, prompt], axis=-1)
+        case _:
+            assert_never(posterior_input)
 
 
 @jax.jit
@@ -291,8 +166,10 @@ class LatentHead(nnx.Module):
         num_codes: C.
         codebook_scale: Standard deviation of the codebook; 0 starts as the plain
             policy, exactly.
-        posterior_input: As ``judged``.
+        posterior_input: What the posterior reads; see ``judged``.
     """
+
+    codebook: nnx.Param
 
     def __init__(
         self,
@@ -305,9 +182,9 @@ class LatentHead(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.posterior_input: PosteriorInput = posterior_input
-        self.codebook = nnx.Param(
-            codebook_scale * jax.random.normal(rngs.params(), (num_codes, width))
-        )
+        sizes = {"C": num_codes, "D": width}
+        leaves.fill(self, "latent", leaves.LATENT, sizes, rngs)
+        self.codebook[...] = codebook_scale * self.codebook[...]
         self.prior_mlp = CodeMlp(width, hidden_width, num_codes, rngs=rngs)
         self.posterior_mlp = CodeMlp(
             judged_width(posterior_input, width), hidden_width, num_codes, rngs=rngs

@@ -111,7 +111,7 @@ def build(
         architecture: The decoder's.
         compute_dtype: Of matrix products.
         attention_backend: From ``attention.choose``.
-        remat: As ``model.remat``.
+        remat: One of ``decoder.REMAT_POLICIES``, or ``none``.
         adapters: ``targets``, ``rank`` and ``alpha`` of the adapters, or None.
         latent: ``num_codes``, ``hidden_width`` (None is D), ``codebook_scale`` and
             ``posterior_input`` of the latent head, or None.

@@ -284,7 +284,7 @@ def _load_model(abstract: Policy, dtype: jnp.dtype | None) -> Params:
     wanted = abstract.merged(dtype).params
     params = {"decoder": _decoder(abstract, wanted["decoder"], latent)}
     if latent is not None:
-        leaves = by_path(wanted["latent"])
+        leaves = sharding.by_path(wanted["latent"])
         params["latent"] = weights.load_latent(
             abstract.source.path,
             abstract.architecture,
@@ -299,7 +299,7 @@ def _decoder(
 ) -> Params:
     """A decoder from its files, leaf by leaf, straight onto the mesh."""
     weights.check(abstract.source.path, abstract.architecture, latent)
-    leaves = by_path(wanted)
+    leaves = sharding.by_path(wanted)
     return weights.load(
         abstract.source.path,
         abstract.architecture,
@@ -307,12 +307,6 @@ def _decoder(
         sharding_of=lambda path: leaves[path].sharding,
         latent=latent,
     )
-
-
-def by_path(tree: Params) -> dict[str, Any]:
-    """The leaves of a tree of parameters by path, such as ``blocks/mlp/up``."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {sharding.path_name(path): leaf for path, leaf in leaves}
 
 
 def _require_weights(path: Path, saved: Checkpoint) -> None:
@@ -384,6 +378,8 @@ def start(abstract: Policy, *, seed: int) -> Policy:
 
 def _require_no_addition(adapters: Params) -> None:
     """Before the first update adapters must add exactly zero to the frozen decoder."""
-    factors = [leaf for path, leaf in by_path(adapters).items() if path.endswith("/b")]
+    factors = [
+        leaf for path, leaf in sharding.by_path(adapters).items() if path.endswith("/b")
+    ]
     if not factors or any(bool(jnp.any(leaf != 0)) for leaf in factors):
         raise RuntimeError("new adapters change the decoder: a fault of lpc_jax")

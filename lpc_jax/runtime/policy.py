@@ -23,7 +23,7 @@ from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.models import adapters as adapter_models
-from lpc_jax.models import network, weights
+from lpc_jax.models import leaves, network, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.network import Network
 from lpc_jax.runtime.compute import Compute
@@ -50,7 +50,7 @@ class Policy:
     Attributes:
         name: What it is, for a person.
         architecture: The decoder's.
-        tokenizer: With its chat template; None in a plan.
+        own_tokenizer: With its chat template; None in a plan.
         graph: The network without its parameters.
         params: What an update changes, in fp32; of a policy that is only asked, all.
         frozen: The decoder where it is not trained, its matrices in the compute dtype;
@@ -68,7 +68,7 @@ class Policy:
 
     name: str
     architecture: Architecture
-    tokenizer: Tokenizer | None
+    own_tokenizer: Tokenizer | None
     graph: nnx.GraphDef[Network]
     params: Params
     frozen: Params
@@ -90,6 +90,12 @@ class Policy:
     def network(self) -> Network:
         """The module; inside jit, merge ``graph`` with parameters as arguments."""
         return nnx.merge(self.graph, self.whole)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, with its chat template."""
+        assert self.own_tokenizer is not None, "a plan asks for no token"
+        return self.own_tokenizer
 
     @property
     def config(self) -> cfg.Config:
@@ -243,7 +249,7 @@ def abstract(
             leaf.shape, leaf.dtype, sharding=where
         ),
         of_network,
-        sharding.parameter_shardings(of_network, mesh),
+        leaves.shardings(of_network, mesh),
     )
     frozen: Params = {}
     if not train_decoder:
@@ -251,7 +257,7 @@ def abstract(
     return Policy(
         name=name,
         architecture=architecture,
-        tokenizer=tokenizer,
+        own_tokenizer=tokenizer,
         graph=graph,
         params=placed,
         frozen=frozen,
@@ -271,14 +277,9 @@ def _cast(decoder: Params, dtype: jnp.dtype) -> Params:
     """The decoder's matrices in a dtype; its norms stay in fp32."""
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        wanted = frozen_dtype(sharding.path_name(path), dtype)
+        wanted = leaves.at(f"decoder/{sharding.path_name(path)}").frozen_dtype(dtype)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, wanted, sharding=leaf.sharding)
         return leaf.astype(wanted)
 
     return jax.tree_util.tree_map_with_path(cast, decoder)
-
-
-def frozen_dtype(path: str, dtype: jnp.dtype) -> jnp.dtype:
-    """Of a leaf that is not trained: norms stay in fp32."""
-    return jnp.dtype("float32") if path.endswith("norm/scale") else jnp.dtype(dtype)

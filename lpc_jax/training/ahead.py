@@ -24,7 +24,7 @@ from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.errors import UserError
 from lpc_jax.files import sources
-from lpc_jax.models import architectures, weights
+from lpc_jax.models import architectures, leaves, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training import setup, step
@@ -136,7 +136,7 @@ def abstract(
     platform = sharding.platform(mesh)
     dtype = assembly.compute_dtype(config, platform)
     _, graph, shapes = assembly.abstract(config, architecture, platform, plain=False)
-    shardings = sharding.parameter_shardings(shapes, mesh)
+    shardings = leaves.shardings(shapes, mesh)
     trained = [part for part in shapes if config.trains_decoder or part != "decoder"]
 
     def placed(path: Any, shape: Any, where: Any) -> jax.ShapeDtypeStruct:

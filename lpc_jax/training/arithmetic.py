@@ -11,7 +11,9 @@ import dataclasses
 
 from lpc_jax import config as cfg
 from lpc_jax.losses import sequence
+from lpc_jax.models import leaves
 from lpc_jax.models.architectures import Architecture
+from lpc_jax.models.latent import judged_width
 
 _FP32, _BF16 = 4, 2
 
@@ -67,31 +69,29 @@ class Flops:
 
 def block_matrices(architecture: Architecture) -> int:
     """Parameters of one block's matrices."""
-    a = architecture
-    attention = a.width * a.head_width * 2 * (a.query_heads + a.kv_heads)
-    return attention + 3 * a.width * a.mlp_width
+    sizes = leaves.sizes(architecture)
+    rows = leaves.decoder(architecture)
+    return sum(
+        leaf.size(sizes) for leaf in rows if leaf.stacked and leaf.kind == "matrix"
+    )
 
 
 def _adapter_matrices(architecture: Architecture, adapters: cfg.Adapters) -> int:
-    a = architecture
-    query, key = a.query_heads * a.head_width, a.kv_heads * a.head_width
-    ends = {
-        "query": a.width + query,
-        "key": a.width + key,
-        "value": a.width + key,
-        "output": query + a.width,
-        "gate": a.width + a.mlp_width,
-        "up": a.width + a.mlp_width,
-        "down": a.mlp_width + a.width,
-    }
-    return adapters.rank * sum(ends[target] for target in adapters.targets)
+    sizes = leaves.sizes(architecture, r=adapters.rank)
+    return sum(leaf.size(sizes) for leaf in leaves.adapters(adapters.targets))
 
 
 def _latent_matrices(architecture: Architecture, latent: cfg.Latent) -> int:
     """Multiply-adds for one pair: prior, posterior and both mixes of codes."""
-    width, codes = architecture.width, latent.num_codes
-    hidden = latent.hidden_width or width
-    return 3 * width * hidden + 2 * hidden * codes + 2 * codes * width
+    width = architecture.width
+    sizes = {
+        "D": width,
+        "C": latent.num_codes,
+        "W": latent.hidden_width or width,
+        "X": judged_width(latent.posterior_input, width),
+    }
+    met = {"kernel": 1, "codebook": 2}
+    return sum(met.get(leaf.kind, 0) * leaf.size(sizes) for leaf in leaves.LATENT)
 
 
 def flops(
@@ -257,5 +257,5 @@ def temporary(
     weights, copies = block * _BF16, 0
     if config.trains_decoder:
         weights += block * _FP32
-        copies = a.parameter_count() // split * _BF16
+        copies = leaves.count(a) // split * _BF16
     return a.layers * kept + 2 * products + scores + weights + copies

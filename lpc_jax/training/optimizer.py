@@ -9,33 +9,14 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
 from lpc_jax import config as cfg
-from lpc_jax import sharding
 from lpc_jax.errors import UserError
-
-# Which parameters weight decay shrinks; norms, biases and the codebook are spared.
-DECAY_TABLE: dict[str, bool] = {
-    r"decoder/(embedding|head)": True,
-    r"decoder/final_norm/scale": False,
-    r"decoder/blocks/(attention|mlp)_norm/scale": False,
-    r"decoder/blocks/attention/(query|key|value|output)": True,
-    r"decoder/blocks/mlp/(gate|up|down)": True,
-    r"adapters/(attention|mlp)/(query|key|value|output|gate|up|down)/(a|b)": True,
-    r"latent/codebook": False,
-    r"latent/(prior|posterior)_mlp/input_(mean|spread)": False,
-    r"latent/(prior|posterior)_mlp/(hidden|output)_kernel": True,
-    r"latent/(prior|posterior)_mlp/(hidden|output)_bias": False,
-}
-
-# Parameters that no update changes.
-_FIXED = re.compile(r"latent/.*/input_(mean|spread)")
+from lpc_jax.models import leaves
 
 # What optax's optimizers call weight decay, and where it applies.
 _DECAY_OPTIONS = ("weight_decay", "weight_decay_rate")
@@ -68,18 +49,13 @@ def schedule(optimizer: cfg.Optimizer, peak: float, total_steps: int) -> optax.S
     )
 
 
-def _decay_mask(params: Any) -> Callable[[Any], Any]:
-    """A function from a tree of parameters, or of a group's, to what decays."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    names = [sharding.path_name(path) for path, _ in leaves]
-    decays = sharding.claim(names, DECAY_TABLE)
-    return lambda tree: jax.tree_util.tree_map_with_path(
-        lambda path, _: decays[sharding.path_name(path)], tree
-    )
+def _decay_mask(params: Any) -> Any:
+    """Which of some parameters decay."""
+    return jax.tree.map(lambda leaf: leaf.decays, leaves.known(params))
 
 
 def _named(
-    optimizer: cfg.Optimizer, rate: optax.Schedule, params: Any
+    optimizer: cfg.Optimizer, rate: optax.Schedule
 ) -> optax.GradientTransformation:
     """The optax optimizer of that name with the config's options."""
     known = _known()
@@ -108,7 +84,7 @@ def _named(
             " it out or choose another optimizer, such as adamw."
         )
     if decays:
-        options[masks[0]] = _decay_mask(params)
+        options[masks[0]] = _decay_mask
     make: Any = getattr(optax, optimizer.name)
     made: Any = make(learning_rate=rate, **options)
     return made
@@ -144,13 +120,6 @@ def peaks(config: cfg.Config) -> dict[str, float]:
     return rates
 
 
-def _group(path: Any) -> str:
-    name = sharding.path_name(path)
-    if name == "latent/codebook":
-        return "codebook"
-    return "fixed" if _FIXED.fullmatch(name) else name.split("/")[0]
-
-
 def build(
     config: cfg.Config, params: Any, total_steps: int, *, codebook_unit: float = 1.0
 ) -> optax.GradientTransformation:
@@ -171,12 +140,12 @@ def build(
     """
     optimizer = config.optimizer
     groups = {
-        group: _named(optimizer, schedule(optimizer, peak, total_steps), params)
+        group: _named(optimizer, schedule(optimizer, peak, total_steps))
         for group, peak in peaks(config).items()
     }
     if "codebook" in groups:
         groups["codebook"] = optax.chain(groups["codebook"], optax.scale(codebook_unit))
-    labels = jax.tree_util.tree_map_with_path(lambda path, _: _group(path), params)
+    labels = jax.tree.map(lambda leaf: leaf.group, leaves.known(params))
     by_group = optax.multi_transform({**groups, "fixed": optax.set_to_zero()}, labels)
     if optimizer.clip_norm is None:
         return by_group

@@ -119,7 +119,6 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
         train_decoder=config.trains_decoder,
         row_length=config.packing.row_length,
     )
-    assert outline.tokenizer is not None
     train, held_out = setup.read_pairs(config, outline.tokenizer)
     require_one_run(config, digests(outline.tokenizer, train, held_out or Pairs([])))
     if train.report is not None:

@@ -425,10 +425,9 @@ class Run:
 
 
 def digests(
-    of_tokenizer: tokenizer.Tokenizer | None, train: Pairs, held_out: Pairs
+    of_tokenizer: tokenizer.Tokenizer, train: Pairs, held_out: Pairs
 ) -> dict[str, str]:
     """SHA-256 over the token ids of each set's pairs; the tokenizer's."""
-    assert of_tokenizer is not None
     return {
         "tokenizer_digest": tokenizer.digest(of_tokenizer),
         "data_digest": train.digest(),

@@ -20,6 +20,7 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.models import latent as latent_models
 from lpc_jax.runtime.policy import Params, Policy
+from lpc_jax.training import clusters
 from lpc_jax.types import Batch
 
 # Pairs from which the latent's inputs are standardised: enough for a coordinate's
@@ -61,7 +62,7 @@ def prepare_latent(
         len(train), step=0, pairs_per_step=wanted, seed=config.training.seed
     )
     prompt, judged = _states_read(policy, [train[i] for i in indices], shape)
-    new = latent_models.standardization(
+    new = clusters.standardization(
         prompt, judged, posterior_input=settings.posterior_input
     )
     latent = policy.params["latent"]
@@ -128,16 +129,13 @@ def _cluster_outputs(
     }
     standard, _ = found["posterior_mlp"]
     if users is not None:
-        standard = latent_models.means_of_others(standard, users)
+        standard = clusters.means_of_others(standard, users)
     cluster = np.asarray(
-        processes.from_main(
-            lambda: latent_models.clusters(standard, num_codes).tolist()
-        )
+        processes.from_main(lambda: clusters.clusters(standard, num_codes).tolist())
     )
     pooled = {"posterior_mlp": users, "prior_mlp": None}
     return {
-        name: new[name]
-        | latent_models.output_for(hidden, cluster, num_codes, pooled[name])
+        name: new[name] | clusters.output_for(hidden, cluster, num_codes, pooled[name])
         for name, (_, hidden) in found.items()
     }
 

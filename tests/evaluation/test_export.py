@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import json
 import shutil
@@ -23,7 +22,7 @@ from lpc_jax.evaluation import export, logit_bias, system
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
 from lpc_jax.files import safetensors as safetensors_file
-from lpc_jax.models import weights
+from lpc_jax.models import leaves, weights
 from tests import exports
 
 FP32 = jnp.dtype("float32")
@@ -157,9 +156,8 @@ def test_the_latent_s_tensors_have_their_names_and_shapes(folder):
 
 
 def test_the_latent_s_key_table_claims_every_parameter_once(lpc):
-    paths = collections.Counter(key.path for key in weights.LATENT_KEYS)
-    leaves = jax.tree_util.tree_flatten_with_path(lpc.params["latent"])[0]
-    assert paths == collections.Counter(sharding.path_name(path) for path, _ in leaves)
+    paths = sorted(leaf.path for leaf in leaves.LATENT)
+    assert paths == sorted(sharding.by_path({"latent": lpc.params["latent"]}))
 
 
 def test_the_config_says_what_the_module_needs_and_what_the_run_had(folder, lpc):

@@ -21,7 +21,7 @@ from flax import nnx
 
 from lpc_jax import sharding
 from lpc_jax.files import safetensors
-from lpc_jax.models import architectures, network, weights
+from lpc_jax.models import hf_config, leaves, network, weights
 from lpc_jax.models.architectures import Architecture
 
 # Of Llama's proportions; layers are added until it has the bytes asked for.
@@ -46,19 +46,18 @@ SHARDS = 6
 
 def of_bytes(wanted: int) -> Architecture:
     """Layers enough for so many bytes of float32."""
-    one, two = (
-        4 * dataclasses.replace(LAYER, layers=n).parameter_count() for n in (1, 2)
-    )
+    one, two = (4 * leaves.count(dataclasses.replace(LAYER, layers=n)) for n in (1, 2))
     more = max(0, wanted - one)
     return dataclasses.replace(LAYER, layers=1 - (-more // (two - one)))
 
 
 def write(folder: Path, architecture: Architecture) -> int:
     """Each tensor is filled with its number; the bytes written."""
-    keys = weights._keys(weights.KEYS["llama"], architecture)
-    shapes = weights._stored_shapes(keys, weights._sizes(architecture))
+    shapes = weights.shapes(
+        leaves.decoder(architecture), "hf", leaves.sizes(architecture)
+    )
     number = {name: i + 1 for i, name in enumerate(shapes)}
-    size = 4 * architecture.parameter_count()
+    size = 4 * leaves.count(architecture)
     folder.mkdir(parents=True)
     safetensors.write_folder(
         folder,
@@ -67,7 +66,7 @@ def write(folder: Path, architecture: Architecture) -> int:
         dtype_of=lambda _: np.dtype(np.float32),
         shard_bytes=size // SHARDS,
     )
-    config = architectures.hf_config(architecture)
+    config = hf_config.fields(architecture)
     (folder / "config.json").write_text(json.dumps(config))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
@@ -99,7 +98,7 @@ def main(folder: Path, wanted: int) -> None:
     placed = {
         sharding.path_name(path): leaf
         for path, leaf in jax.tree_util.tree_flatten_with_path(
-            sharding.parameter_shardings(shapes, mesh)["decoder"]
+            leaves.shardings(shapes, mesh)["decoder"]
         )[0]
     }
     jax.block_until_ready(jax.device_put(np.zeros(8), placed["final_norm/scale"]))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lpc_jax.models import adapters, network, weights
+from lpc_jax.models import adapters, leaves, network, weights
 from tests import tiny
 from tests.harness import logits
 
-ALL = tuple(adapters.TARGETS)
+ALL = tuple(leaves.TARGETS)
 SETTINGS = {"targets": ALL, "rank": 3, "alpha": 6.0}
 TOKENS = jax.random.randint(jax.random.key(0), (2, 12), 0, tiny.ARCHITECTURE.vocabulary)
 

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from lpc_jax import config as cfg
-from lpc_jax.models import architectures, weights
+from lpc_jax.models import architectures, hf_config, leaves, weights
 from lpc_jax.models.architectures import Architecture, RopeScaling
 
 # Llama-3.1-8B's config.json, less what no decoder reads.
@@ -57,7 +57,7 @@ MISTRAL = {
 
 
 def test_llama31_is_read_field_by_field():
-    assert architectures.from_hf_config(LLAMA31, "config.json") == Architecture(
+    assert hf_config.read(LLAMA31, "config.json") == Architecture(
         family="llama",
         vocabulary=128256,
         width=4096,
@@ -87,15 +87,15 @@ def test_llama31_is_read_field_by_field():
     [(LLAMA31, 8_030_261_248), (MISTRAL, 7_241_732_096)],
 )
 def test_parameter_count_is_the_published_one(config, published):
-    read = architectures.from_hf_config(config, "config.json")
-    assert read.parameter_count() == published
+    read = hf_config.read(config, "config.json")
+    assert leaves.count(read) == published
 
 
 def test_mistral_reads_its_window_and_llama_ignores_one():
-    assert architectures.from_hf_config(MISTRAL, "").sliding_window == 4096
-    none = architectures.from_hf_config({**MISTRAL, "sliding_window": None}, "")
+    assert hf_config.read(MISTRAL, "").sliding_window == 4096
+    none = hf_config.read({**MISTRAL, "sliding_window": None}, "")
     assert none.sliding_window is None
-    llama = architectures.from_hf_config({**LLAMA31, "sliding_window": 4096}, "")
+    llama = hf_config.read({**LLAMA31, "sliding_window": 4096}, "")
     assert llama.sliding_window is None
 
 
@@ -107,7 +107,7 @@ def test_fields_left_out_take_transformers_defaults(config, theirs):
     optional = ["num_key_value_heads", "max_position_embeddings", "sliding_window"]
     optional += ["rope_theta", "rope_scaling", "tie_word_embeddings", "hidden_act"]
     bare = {name: value for name, value in config.items() if name not in optional}
-    read = architectures.from_hf_config(bare, "config.json")
+    read = hf_config.read(bare, "config.json")
     expected = theirs(**bare)
     assert read.kv_heads == expected.num_key_value_heads
     assert read.context_length == expected.max_position_embeddings
@@ -126,16 +126,14 @@ def test_both_spellings_of_rope_read_the_same(config, theirs):
     spelt = json.loads(theirs(**config).to_json_string(use_diff=False))
     assert "rope_parameters" in spelt  # transformers 5
     assert "rope_scaling" not in spelt
-    assert architectures.from_hf_config(spelt, "") == architectures.from_hf_config(
-        config, ""
-    )
+    assert hf_config.read(spelt, "") == hf_config.read(config, "")
 
 
 @pytest.mark.parametrize("config", [LLAMA31, MISTRAL])
 def test_hf_config_reads_back_as_the_same_architecture(config):
-    read = architectures.from_hf_config(config, "")
-    written = json.loads(json.dumps(architectures.hf_config(read)))
-    assert architectures.from_hf_config(written, "") == read
+    read = hf_config.read(config, "")
+    written = json.loads(json.dumps(hf_config.fields(read)))
+    assert hf_config.read(written, "") == read
 
 
 @pytest.mark.parametrize(
@@ -143,7 +141,7 @@ def test_hf_config_reads_back_as_the_same_architecture(config):
     [(LLAMA31, transformers.LlamaConfig), (MISTRAL, transformers.MistralConfig)],
 )
 def test_transformers_reads_hf_config_as_the_original(config, theirs):
-    written = architectures.hf_config(architectures.from_hf_config(config, ""))
+    written = hf_config.fields(hf_config.read(config, ""))
     read, expected = theirs(**written).to_dict(), theirs(**config).to_dict()
     for tokens in ("bos_token_id", "eos_token_id"):
         del read[tokens], expected[tokens]
@@ -152,13 +150,13 @@ def test_transformers_reads_hf_config_as_the_original(config, theirs):
 
 def test_linear_rope_scaling_is_read_and_written():
     config = {**LLAMA31, "rope_scaling": {"type": "linear", "factor": 2.0}}
-    read = architectures.from_hf_config(config, "")
+    read = hf_config.read(config, "")
     assert read.rope_scaling == RopeScaling(kind="linear", factor=2.0)
-    assert architectures.from_hf_config(architectures.hf_config(read), "") == read
+    assert hf_config.read(hf_config.fields(read), "") == read
 
 
 def test_every_field_of_the_architecture_changes_the_written_config():
-    read = architectures.from_hf_config({**MISTRAL, "head_dim": 64}, "")
+    read = hf_config.read({**MISTRAL, "head_dim": 64}, "")
     changed = {
         "family": "llama",
         "vocabulary": 1,
@@ -176,10 +174,10 @@ def test_every_field_of_the_architecture_changes_the_written_config():
         "context_length": 8,
     }
     assert set(changed) == {field.name for field in dataclasses.fields(Architecture)}
-    written = architectures.hf_config(read)
+    written = hf_config.fields(read)
     for field, value in changed.items():
         other = dataclasses.replace(read, **{field: value})
-        assert architectures.hf_config(other) != written, field
+        assert hf_config.fields(other) != written, field
 
 
 @pytest.mark.parametrize(
@@ -244,7 +242,7 @@ def test_every_field_of_the_architecture_changes_the_written_config():
 )
 def test_what_the_decoder_does_not_compute_is_named(change, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the whole message follows
-        architectures.from_hf_config({**LLAMA31, **change}, "c.json")
+        hf_config.read({**LLAMA31, **change}, "c.json")
     assert str(raised.value) == message
 
 
@@ -260,21 +258,21 @@ def test_what_the_decoder_does_not_compute_is_named(change, message):
     ],
 )
 def test_a_known_model_has_as_many_parameters_as_published(path, parameters):
-    assert architectures.KNOWN[path].parameter_count() == parameters
+    assert leaves.count(architectures.KNOWN[path]) == parameters
 
 
 def test_a_known_model_is_what_its_config_json_says():
     known = architectures.KNOWN
     zephyr = known["alignment-handbook/zephyr-7b-sft-full"]
-    assert zephyr == architectures.from_hf_config(MISTRAL, "config.json")
+    assert zephyr == hf_config.read(MISTRAL, "config.json")
     # v0.2's differs in two fields.
     fields = MISTRAL | {"rope_theta": 1e6, "sliding_window": None}
     v02 = known["mistralai/Mistral-7B-Instruct-v0.2"]
-    assert v02 == architectures.from_hf_config(fields, "config.json")
+    assert v02 == hf_config.read(fields, "config.json")
     # Llama 3's is 3.1's without the stretch.
     fields = LLAMA31 | {"rope_scaling": None, "max_position_embeddings": 8192}
     llama = known["meta-llama/Meta-Llama-3-8B-Instruct"]
-    assert llama == architectures.from_hf_config(fields, "config.json")
+    assert llama == hf_config.read(fields, "config.json")
 
 
 @pytest.mark.smollm2

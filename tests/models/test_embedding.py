@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lpc_jax import axes, sharding
-from lpc_jax.models import embedding
+from lpc_jax.models import embedding, leaves
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 48, 16, 8, 5
 MESHES = [
@@ -60,7 +60,7 @@ def test_every_mesh_gives_numpys_rows_and_their_summed_gradient(
     else:
         mesh = sharding.make_mesh(**sizes, devices=jax.devices())
         leaf = {"decoder": {"embedding": jax.ShapeDtypeStruct(table.shape, "float32")}}
-        placed = sharding.parameter_shardings(leaf, mesh)["decoder"]["embedding"]
+        placed = leaves.shardings(leaf, mesh)["decoder"]["embedding"]
         with jax.set_mesh(mesh):
             gradient, found = jax.jit(pull, out_shardings=(placed, None))(
                 jax.device_put(table, placed), tokens, cotangent

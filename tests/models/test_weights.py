@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lpc_jax.files import gguf as gguf_file
 from lpc_jax.files import safetensors as safetensors_file
-from lpc_jax.models import architectures, weights
+from lpc_jax.models import hf_config, leaves, weights
 from lpc_jax.models.architectures import Architecture, RopeScaling
 
 D, F, H, K, L, N, V = 64, 96, 16, 2, 3, 4, 40
@@ -94,7 +94,7 @@ def write_folder(
     shards: int = 1,
 ) -> Path:
     folder.mkdir(exist_ok=True)
-    config = architectures.hf_config(architecture)
+    config = hf_config.fields(architecture)
     (folder / "config.json").write_text(json.dumps(config))
     names = list(tensors)
     weight_map = {}
@@ -313,21 +313,12 @@ def test_linear_scaling_and_a_window_are_read_from_gguf_metadata(tmp_path):
     assert weights.read_architecture(path) == expected
 
 
-@pytest.mark.parametrize(
-    "table",
-    [*weights.KEYS.values(), weights.GGUF_KEYS],
-    ids=["llama", "mistral", "gguf"],
-)
-def test_a_key_table_claims_every_parameter_and_tensor_once(table):
-    paths = collections.Counter(key.path for key in table)
-    assert set(paths.values()) == {1}
-    names = collections.Counter(
-        key.name.format(layer=layer)
-        for key in table
-        for layer in range(L if key.stacked else 1)
-    )
-    assert set(names.values()) == {1}
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_each_parameter_has_a_tensor_of_its_own(form):
+    rows = leaves.decoder(TINY)
+    names = weights.shapes(rows, form, leaves.sizes(TINY))
     assert len(names) == len(hf_tensors(TINY))
+    assert len(names) == sum(L if leaf.stacked else 1 for leaf in rows)
 
 
 def test_harmless_tensors_are_passed_over(tmp_path):
@@ -823,7 +814,7 @@ _PEAK = """
 import sys
 from pathlib import Path
 import jax
-from lpc_jax.models import weights
+from lpc_jax.models import leaves, weights
 path = Path(sys.argv[1])
 one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 read = weights.read_architecture(path)

@@ -103,14 +103,11 @@ def plain() -> Any:
     return tiny.split_policy(latent=None)[1]
 
 
-def paths(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {sharding.path_name(path): leaf for path, leaf in leaves}
-
-
 def trained(updates: Any) -> list[Any]:
     """All but what standardises the latent's inputs, which stays as it was found."""
-    return [leaf for path, leaf in paths(updates).items() if "input_" not in path]
+    return [
+        leaf for path, leaf in sharding.by_path(updates).items() if "input_" not in path
+    ]
 
 
 def test_each_group_moves_by_its_own_rate(params):
@@ -121,9 +118,9 @@ def test_each_group_moves_by_its_own_rate(params):
     updates, _ = one_update(made, params, filled(params, 1.0))
     # Plain gradient descent: minus the rate.
     chex.assert_trees_all_close(updates["decoder"], filled(params["decoder"], -PEAK))
-    fixed = [path for path in paths(updates) if "input_" in path]
+    fixed = [path for path in sharding.by_path(updates) if "input_" in path]
     assert len(fixed) == 4  # mean and spread of prior and posterior
-    for path, update in paths(updates["latent"]).items():
+    for path, update in sharding.by_path(updates["latent"]).items():
         expected = 0.0 if f"latent/{path}" in fixed else -0.25
         if path == "codebook":
             expected = -0.5
@@ -207,10 +204,10 @@ def test_without_clipping_a_gradient_is_taken_whole(plain):
 SPARED = re.compile(r".*(norm/scale|bias|codebook|input_mean|input_spread)")
 
 
-def test_the_decay_table_claims_every_parameter_once_and_spares_the_right_ones(params):
-    decays = sharding.claim(list(paths(params)), optimizers.DECAY_TABLE)
+def test_decay_is_of_all_but_norms_biases_codes_and_what_is_fixed(params):
+    decays = sharding.by_path(optimizers._decay_mask(params))
     assert {path for path, decayed in decays.items() if not decayed} == {
-        path for path in paths(params) if SPARED.fullmatch(path)
+        path for path in sharding.by_path(params) if SPARED.fullmatch(path)
     }
     assert sum(decays.values()) == 13
 
@@ -233,7 +230,7 @@ def test_decay_spares_norms_biases_and_the_codebook(params, name, option):
     large = filled(params, 3.0)
     # No gradient: what moves was decayed.
     updates, _ = one_update(made, large, filled(params, 0.0))
-    for path, update in paths(updates).items():
+    for path, update in sharding.by_path(updates).items():
         if SPARED.fullmatch(path):
             assert np.all(update == 0), path
         else:

@@ -1,0 +1,290 @@
+"""Every parameter, once: its path, axes and kind, and where files keep it.
+
+Modules make their parameters from these rows, drawing in this order. Shardings, weight
+decay, precision, counts, adapters' targets, and reading and writing files follow too.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, assert_never
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float
+
+from lpc_jax import axes as mesh_axes
+from lpc_jax import sharding
+from lpc_jax.models.architectures import Architecture
+
+# Standard deviation of random weights, as Llama's and Mistral's configs have it.
+INITIAL_SCALE = 0.02
+
+# matrix: of the decoder. kernel, mean, spread: of the latent's networks, whose inputs'
+# mean and spread no update changes. lora_a, lora_b: of an adapter.
+Kind = Literal[
+    "matrix", "norm", "bias", "kernel", "mean", "spread", "codebook", "lora_a", "lora_b"
+]
+Format = Literal["hf", "gguf"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter; where its axes begin with L, those of all layers.
+
+    Attributes:
+        path: In a policy's parameters.
+        axes: A letter each, as in ``types.py``. Of the latent's networks W is the
+            hidden width and X what the posterior reads; r is an adapter's rank.
+        hf: Name in safetensors, with ``{layer}`` for each layer's.
+        gguf: Name in GGUF files, likewise.
+        stored: A layer's axes in files, as einops writes them; "" where they are ours.
+        kind: What its start, weight decay, learning rate and precision follow from.
+        inputs: How many of a layer's axes a product with it contracts.
+        rotary: Whether RoPE turns what it makes.
+        when: Whether the decoder of an architecture has it.
+    """
+
+    path: str
+    axes: str
+    hf: str = ""
+    gguf: str = ""
+    stored: str = ""
+    kind: Kind = "matrix"
+    inputs: int = 1
+    rotary: bool = False
+    when: Callable[[Architecture], bool] = lambda _: True
+
+    @property
+    def within(self) -> str:
+        """Its path in the decoder, the adapters or the latent."""
+        return self.path.partition("/")[2]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its first axis is of layers."""
+        return self.axes.startswith("L ")
+
+    @property
+    def layer_axes(self) -> str:
+        """Axes of one layer's."""
+        return self.axes.removeprefix("L ")
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay shrinks it: norms, biases and codes are spared."""
+        return self.kind in ("matrix", "kernel", "lora_a", "lora_b")
+
+    @property
+    def group(self) -> str:
+        """Whose learning rate it has; ``fixed`` stays as it is."""
+        if self.kind in ("mean", "spread"):
+            return "fixed"
+        return "codebook" if self.kind == "codebook" else self.path.partition("/")[0]
+
+    def frozen_dtype(self, compute: jnp.dtype) -> jnp.dtype:
+        """In what it is kept untrained: norms and biases are small, so fp32."""
+        return compute if self.kind == "matrix" else jnp.dtype("float32")
+
+    def axes_in(self, form: Format) -> tuple[str, str]:
+        """A layer's axes in a file, and ours in the same letters."""
+        stored = self.stored or self.layer_axes
+        if form == "gguf" and self.rotary:
+            # Stored for RoPE on neighbours; ours turns element i with i + H/2.
+            turned = self.layer_axes.replace("H", "(two half)")
+            return stored.replace("H", "half two"), turned
+        return stored, self.layer_axes
+
+    def size(self, sizes: Mapping[str, int]) -> int:
+        """Elements of one layer's."""
+        return math.prod(shape(self.layer_axes, sizes))
+
+    def draw(self, sizes: Mapping[str, int], rngs: nnx.Rngs) -> Float[Array, "..."]:
+        """Start values of one layer's, in fp32."""
+        size = shape(self.layer_axes, sizes)
+        match self.kind:
+            case "matrix":
+                return INITIAL_SCALE * jax.random.normal(rngs.params(), size)
+            case "kernel" | "codebook":
+                return jax.random.normal(rngs.params(), size)
+            case "lora_a":  # as the PEFT library does
+                most = 1 / math.sqrt(math.prod(size[:-1]))
+                return jax.random.uniform(
+                    rngs.params(), size, minval=-most, maxval=most
+                )
+            case "norm" | "spread":
+                return jnp.ones(size)
+            case "bias" | "mean" | "lora_b":
+                return jnp.zeros(size)
+            case _:
+                assert_never(self.kind)
+
+
+def _top(path: str, axes: str, hf: str, gguf: str, **more: Any) -> Leaf:
+    return Leaf(f"decoder/{path}", axes, f"{hf}.weight", f"{gguf}.weight", **more)
+
+
+def _layer(
+    path: str, axes: str, hf: str, gguf: str, stored: str = "", **more: Any
+) -> Leaf:
+    names = f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}"
+    return _top(f"blocks/{path}", f"L {axes}", *names, stored=stored, **more)
+
+
+DECODER: tuple[Leaf, ...] = (
+    _top("embedding", "V D", "model.embed_tokens", "token_embd"),
+    _top("head", "V D", "lm_head", "output", when=lambda a: not a.tied),
+    _top("final_norm/scale", "D", "model.norm", "output_norm", kind="norm"),
+    _layer("attention_norm/scale", "D", "input_layernorm", "attn_norm", kind="norm"),
+    _layer(
+        "attention/query", "D N H", "self_attn.q_proj", "attn_q", "(N H) D", rotary=True
+    ),
+    _layer(
+        "attention/key", "D K H", "self_attn.k_proj", "attn_k", "(K H) D", rotary=True
+    ),
+    _layer("attention/value", "D K H", "self_attn.v_proj", "attn_v", "(K H) D"),
+    _layer(
+        *("attention/output", "N H D", "self_attn.o_proj", "attn_output", "D (N H)"),
+        inputs=2,
+    ),
+    _layer("mlp_norm/scale", "D", "post_attention_layernorm", "ffn_norm", kind="norm"),
+    _layer("mlp/gate", "D F", "mlp.gate_proj", "ffn_gate", "F D"),
+    _layer("mlp/up", "D F", "mlp.up_proj", "ffn_up", "F D"),
+    _layer("mlp/down", "F D", "mlp.down_proj", "ffn_down", "D F"),
+)
+# Which of them can have an adapter, by name.
+TARGETS = {
+    leaf.path.rpartition("/")[2]: leaf
+    for leaf in DECODER
+    if leaf.kind == "matrix" and leaf.stacked
+}
+
+
+def decoder(architecture: Architecture) -> tuple[Leaf, ...]:
+    """The rows of an architecture's decoder."""
+    return tuple(leaf for leaf in DECODER if leaf.when(architecture))
+
+
+def adapters(targets: Sequence[str]) -> tuple[Leaf, ...]:
+    """The rows of adapters: two factors for each of some ``TARGETS``."""
+    rows = []
+    for leaf in (leaf for target, leaf in TARGETS.items() if target in targets):
+        path, axes = leaf.path.replace("decoder/blocks", "adapters"), leaf.axes.split()
+        inputs, outputs = axes[: leaf.inputs + 1], axes[leaf.inputs + 1 :]
+        rows.append(Leaf(f"{path}/a", " ".join([*inputs, "r"]), kind="lora_a"))
+        rows.append(Leaf(f"{path}/b", " ".join(["L r", *outputs]), kind="lora_b"))
+    return tuple(rows)
+
+
+def mlp(path: str, inputs: str) -> tuple[Leaf, ...]:
+    """The rows of a network from an axis of inputs to codes."""
+    rows: dict[str, tuple[str, Kind]] = {
+        "input_mean": (inputs, "mean"),
+        "input_spread": (inputs, "spread"),
+        "hidden_kernel": (f"{inputs} W", "kernel"),
+        "hidden_bias": ("W", "bias"),
+        "output_kernel": ("W C", "kernel"),
+        "output_bias": ("C", "bias"),
+    }
+    return tuple(
+        Leaf(f"{path}/{name}", axes, f"{path}/{name}".replace("/", "."), kind=kind)
+        for name, (axes, kind) in rows.items()
+    )
+
+
+LATENT: tuple[Leaf, ...] = (
+    Leaf("latent/codebook", "C D", "latent.codebook", kind="codebook"),
+    *mlp("latent/prior_mlp", "D"),
+    *mlp("latent/posterior_mlp", "X"),
+)
+
+
+def sizes(architecture: Architecture, **others: int) -> dict[str, int]:
+    """The size of each axis letter of a decoder, and of others that are given."""
+    a = architecture
+    heads = {"N": a.query_heads, "K": a.kv_heads, "H": a.head_width}
+    halves = {"two": 2, "half": a.head_width // 2}
+    rest = {"L": a.layers, "V": a.vocabulary, "D": a.width, "F": a.mlp_width}
+    return heads | halves | rest | others
+
+
+def shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of ``"(N H) D"``: one number a word or bracket."""
+    return tuple(
+        math.prod(sizes[letter] for letter in group.strip("()").split())
+        for group in re.findall(r"\([^)]*\)|\S+", axes)
+    )
+
+
+def count(architecture: Architecture) -> int:
+    """Parameters of the decoder."""
+    of = sizes(architecture)
+    return sum(math.prod(shape(leaf.axes, of)) for leaf in decoder(architecture))
+
+
+def fill(
+    module: nnx.Module,
+    path: str,
+    rows: Sequence[Leaf],
+    sizes: Mapping[str, int],
+    rngs: nnx.Rngs,
+) -> None:
+    """Gives a module the parameters that are at its path, drawn in the rows' order."""
+    for leaf in rows:
+        parent, _, name = leaf.path.rpartition("/")
+        if parent == path:
+            setattr(module, name, nnx.Param(leaf.draw(sizes, rngs)))
+
+
+def _rows() -> dict[str, list[Leaf]]:
+    rows = collections.defaultdict(list)
+    for leaf in (*DECODER, *adapters(tuple(TARGETS)), *LATENT):
+        rows[leaf.path].append(leaf)
+    return rows
+
+
+def at(path: str) -> Leaf:
+    """The row of a parameter."""
+    (leaf,) = _rows()[path]
+    return leaf
+
+
+def known(tree: Any) -> Any:
+    """The row of each parameter, as a tree like the one that is given.
+
+    Raises:
+        ValueError: Some parameter has no row or several.
+    """
+    rows = _rows()
+    paths = sorted(sharding.by_path(tree))
+    unclaimed = [path for path in paths if path not in rows]
+    contested = [path for path in paths if len(rows[path]) > 1]
+    if unclaimed or contested:
+        raise ValueError(
+            "every parameter must have exactly one row in leaves.py; without one:"
+            f" {unclaimed}; with several: {contested}. Mend the table."
+        )
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: rows[sharding.path_name(path)][0], tree
+    )
+
+
+def shardings(shapes: Any, mesh: Mesh) -> Any:
+    """Where each parameter lies: vectors are whole, the rest as ``axes.spec`` says.
+
+    Raises:
+        ValueError: Some parameter has no row or several.
+    """
+
+    def place(leaf: Leaf, x: Any) -> NamedSharding:
+        vector = " " not in leaf.layer_axes
+        letters = [""] * len(x.shape) if vector else leaf.axes.split()
+        return NamedSharding(mesh, mesh_axes.spec(letters, x.shape, mesh))
+
+    return jax.tree.map(place, known(shapes), shapes)
