@@ -24,9 +24,9 @@ from jaxtyping import Array, Float
 from lpc_jax import config as cfg
 from lpc_jax import sharding, sources
 from lpc_jax.data.hidden_states import HiddenStates
-from lpc_jax.errors import UserError
-from lpc_jax.models import attention, network, weights
+from lpc_jax.models import network, weights
 from lpc_jax.models.architectures import Architecture
+from lpc_jax.models.attention import table
 from lpc_jax.types import Batch
 
 # Row lengths are multiples of the blocks that attention walks: 64 on CPU, 128 in
@@ -65,15 +65,12 @@ def attention_backend(config: cfg.Config, platform: str) -> str:
     Raises:
         UserError: One that cannot run on this platform or in this precision.
     """
-    backend = attention.choose(
-        config.model.attention, platform, row_unit=row_unit(config, platform)
+    return table.choose(
+        config.model.attention,
+        platform,
+        dtype=compute_dtype(config, platform),
+        row_unit=row_unit(config, platform),
     )
-    if backend == "cudnn" and compute_dtype(config, platform) == jnp.float32:
-        raise UserError(
-            "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32."
-            " Use 'auto' for one of the two."
-        )
-    return backend
 
 
 def abstract(

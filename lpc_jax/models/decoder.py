@@ -16,9 +16,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import attention, block_attention, embedding, projection
+from lpc_jax.models import attention, embedding, projection
 from lpc_jax.models.adapters import BlockAdapters, PartAdapters, adapted
 from lpc_jax.models.architectures import Architecture
+from lpc_jax.models.attention.blocks import KEPT
 
 # Standard deviation of random weights, as Llama's and Mistral's configs have it.
 INITIAL_SCALE = 0.02
@@ -27,7 +28,7 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 # What the backward pass needs of a block beside its input: results of matrix products
 # but for attention's scores.
-_KEPT = (projection.PRODUCT, block_attention.KEPT)
+_KEPT = (projection.PRODUCT, KEPT)
 # What it finds kept of a block: its input alone, or these too, on the device or, as
 # they are needed much later, in the host's memory.
 REMAT_POLICIES = {

@@ -1,7 +1,6 @@
 """A run's programs, compiled ahead of time for devices that are elsewhere.
 
-From shapes with shardings alone: no weight is ever made. Knows nothing of what follows
-from them.
+From shapes with shardings alone: no weight is ever made.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from lpc_jax.data import packing
 from lpc_jax.errors import UserError
 from lpc_jax.models import architectures, weights
 from lpc_jax.models.architectures import Architecture
+from lpc_jax.planning.arithmetic import Pair
 from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training import setup, step
-from lpc_jax.training.arithmetic import Pair
 from lpc_jax.types import Batch
 
 # Updates in the run: the programs hold it as a number that changes no size.
@@ -108,8 +107,12 @@ def timed(name: str, lower: Callable[[], Any], seconds: dict[str, float]) -> Any
 
 @dataclasses.dataclass(frozen=True)
 class Abstract:
-    """Everything that programs are compiled from, as shapes with shardings."""
+    """Everything that a run's programs are compiled from, as shapes with shardings."""
 
+    config: cfg.Config
+    architecture: Architecture
+    pair: Pair
+    mesh: Mesh
     programs: step.Programs
     state: Any
     frozen: dict[str, Any]
@@ -138,27 +141,46 @@ def abstract(
     dtype = assembly.compute_dtype(config, platform)
     _, graph, shapes = assembly.abstract(config, architecture, platform, plain=False)
     shardings = sharding.parameter_shardings(shapes, mesh)
-    trained = [part for part in shapes if config.trains_decoder or part != "decoder"]
 
     def placed(path: Any, shape: Any, where: Any) -> jax.ShapeDtypeStruct:
         kept = assembly.decoder_dtype(config, sharding.path_name(path), dtype)
         return jax.ShapeDtypeStruct(shape.shape, kept, sharding=where)
 
-    decoder = {
+    plain = {
         "decoder": jax.tree_util.tree_map_with_path(
             placed, shapes["decoder"], shardings["decoder"]
         )
     }
-    frozen = {} if config.trains_decoder else decoder
-    trained_shapes = {part: shapes[part] for part in trained}
-    trained_shardings = {part: shardings[part] for part in trained}
-    optimizer = optimizers.build(config, trained_shapes, _STEPS)
-    layout = step.state_shardings(trained_shapes, trained_shardings, optimizer, mesh)
-    packed = config.packing
-    states = None
+    frozen = {} if config.trains_decoder else plain
+    trained, trained_shardings = (
+        {part: tree[part] for part in tree if part not in frozen}
+        for tree in (shapes, shardings)
+    )
+    optimizer = optimizers.build(config, trained, _STEPS)
+    layout = step.state_shardings(trained, trained_shardings, optimizer, mesh)
+    return Abstract(
+        config=config,
+        architecture=architecture,
+        pair=pair,
+        mesh=mesh,
+        programs=step.build(config, graph, layout, optimizer, _STEPS),
+        state=step.abstract_state(trained, optimizer, layout),
+        frozen=frozen,
+        batch=sharding.abstract_batch(
+            _batch(config, architecture, pair, platform), mesh
+        ),
+        plain=plain,
+    )
+
+
+def _batch(
+    config: cfg.Config, architecture: Architecture, pair: Pair, platform: str
+) -> Batch:
+    """A micro-batch of the run's shape, empty."""
+    packed, prompt, states = config.packing, pair.prompt, None
     if config.decoder == "frozen":
-        states = np.empty((0, architecture.width), dtype)
-    prompt = pair.prompt if states is None else 1
+        dtype = assembly.compute_dtype(config, platform)
+        prompt, states = 1, np.empty((0, architecture.width), dtype)
     shape = packing.row_shape(
         np.asarray([[prompt, pair.answer, pair.answer]], np.int32),
         rows=packed.rows,
@@ -166,68 +188,49 @@ def abstract(
         pairs_per_row=packed.pairs_per_row,
         score_chunk=assembly.score_chunk(config, platform),
     )
-    batch = packing.empty_batch(
+    return packing.empty_batch(
         shape,
         packed.row_length,
         with_reference=objective.needs_reference(config.loss),
         states=states,
     )
-    return Abstract(
-        step.build(config, graph, layout, optimizer, _STEPS),
-        step.abstract_state(trained_shapes, optimizer, layout),
-        frozen,
-        sharding.abstract_batch(batch, mesh),
-        decoder,
-    )
 
 
-def besides_gradients(
-    config: cfg.Config,
-    architecture: Architecture,
-    pair: Pair,
-    run: Abstract,
-    mesh: Mesh,
-    *,
-    several: bool,
-) -> dict[str, Callable[[], Any]]:
-    """The rest of a step's programs and the reference's, by how to lower them.
+def jobs(run: Abstract, *, several: bool) -> dict[str, Callable[[], Any]]:
+    """A step's programs, gradients first, and the reference's, by how to lower them.
 
     Args:
-        config: The run.
-        architecture: The decoder's.
-        pair: What all pairs are taken to be.
         run: From ``abstract``.
-        mesh: Likewise.
         several: Whether a step has several micro-batches.
     """
-    programs = run.programs
+    state, programs = run.state, run.programs
     pairs = jax.ShapeDtypeStruct((), jnp.int32)
-    jobs: dict[str, Callable[[], Any]] = {
-        "update": lambda: programs.update.lower(
-            run.state, run.state.params, pairs, run.frozen
-        )
+    made: dict[str, Callable[[], Any]] = {
+        "gradients": lambda: programs.gradients.lower(*run.given),
+        "update": lambda: programs.update.lower(state, state.params, pairs, run.frozen),
     }
     if several:
-        summed = jax.eval_shape(programs.gradients, *run.given)[1]
-        replicated = run.state.step.sharding
-        term = (
-            run.state.params,
-            jax.tree.map(
-                lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated),
-                summed,
+        sums = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(
+                s.shape, s.dtype, sharding=state.step.sharding
             ),
+            jax.eval_shape(programs.gradients, *run.given)[1],
         )
-        jobs["add"] = lambda: programs.add.lower(term, term)
-    if objective.needs_reference(config.loss):
-        other = architecture
-        if config.reference.path is not None:
-            model = dataclasses.replace(config.model, path=config.reference.path)
-            other = find_architecture(dataclasses.replace(config, model=model))
-        plain = run.plain
-        if other != architecture:
-            alone = dataclasses.replace(config, latent=None, adapters=None)
-            plain = abstract(alone, other, pair, mesh).plain
-        unscored = dataclasses.replace(run.batch, reference_logp=None)
-        score: Any = setup.reference_program(config, other, mesh)
-        jobs["reference"] = lambda: score.lower(plain, unscored)
-    return jobs
+        term = (state.params, sums)
+        made["add"] = lambda: programs.add.lower(term, term)
+    if objective.needs_reference(run.config.loss):
+        made["reference"] = lambda: _lower_reference(run)
+    return made
+
+
+def _lower_reference(run: Abstract) -> Any:
+    config, architecture, plain = run.config, run.architecture, run.plain
+    if config.reference.path is not None:
+        model = dataclasses.replace(config.model, path=config.reference.path)
+        architecture = find_architecture(dataclasses.replace(config, model=model))
+    if architecture != run.architecture:
+        alone = dataclasses.replace(config, latent=None, adapters=None)
+        plain = abstract(alone, architecture, run.pair, run.mesh).plain
+    unscored = dataclasses.replace(run.batch, reference_logp=None)
+    score: Any = setup.reference_program(config, architecture, run.mesh)
+    return score.lower(plain, unscored)

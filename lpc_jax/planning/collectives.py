@@ -1,7 +1,7 @@
 """Which collectives a compiled program holds: how large, and how often they run.
 
 Read from the compiler's own text, the HLO after partitioning, so that it is what will
-run and not what was asked for. Knows nothing of models, chips or seconds.
+run and not what was asked for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 # Instructions that move data between devices, without their asynchronous halves.
 KINDS: tuple[str, ...] = (
@@ -52,31 +52,23 @@ class Shape:
         """Size without padding."""
         bits = _BITS.get(self.dtype)
         if bits is None:
-            found = re.search(r"\d+", self.dtype)
-            bits = int(found.group()) if found else 0  # a token has none
+            number = re.search(r"\d+", self.dtype)
+            bits = int(number.group()) if number else 0  # a token has none
         return math.prod(self.sizes) * bits // 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective instruction.
+    """One collective instruction."""
 
-    Attributes:
-        kind: One of ``KINDS``.
-        results: What each device has after it.
-        group: Devices that take part together.
-        times: How often it runs in one call of the program.
-        exact: False if a loop around it has a length that only the data knows; that
-            loop then counts once.
-        source: The operation in the program that it stems from, as JAX named it.
-    """
-
-    kind: str
-    results: tuple[Shape, ...]
-    group: int
-    times: int
+    kind: str  # one of KINDS
+    results: tuple[Shape, ...]  # what each device has after it
+    group: int  # devices that take part together
+    times: int  # how often it runs in one call of the program
+    # False if a loop around it has a length that only the data knows; that loop then
+    # counts once.
     exact: bool
-    source: str
+    source: str  # the operation in the program that it stems from, as JAX named it
 
     @property
     def sent(self) -> int:
@@ -107,14 +99,31 @@ class _Instruction:
     text: str  # what follows the opcode
     root: bool
 
+    @property
+    def index(self) -> int | None:
+        """Of a tuple's element, its place."""
+        place = re.search(r"index=(\d+)", self.text)
+        is_element = self.opcode == "get-tuple-element"
+        return int(place.group(1)) if is_element and place else None
 
-@dataclasses.dataclass(frozen=True)
-class _Computation:
-    instructions: dict[str, _Instruction]
+    @property
+    def constant(self) -> int | None:
+        value = re.match(r"\((-?\d+)\)", self.text)
+        return int(value.group(1)) if self.opcode == "constant" and value else None
+
+
+class _Computation(dict[str, _Instruction]):
+    """Instructions by name."""
 
     @property
     def root(self) -> _Instruction:
-        return next(i for i in self.instructions.values() if i.root)
+        return next(i for i in self.values() if i.root)
+
+    def origin(self, name: str) -> _Instruction:
+        """The instruction whose value is handed on under a name."""
+        while self[name].opcode in _TRANSPARENT:
+            name = self[name].operands[0]
+        return self[name]
 
 
 def read(text: str) -> list[Collective]:
@@ -132,24 +141,14 @@ def read(text: str) -> list[Collective]:
     return list(_walk(computations, entry, 1, True, devices))
 
 
-def sent_by_kind(found: Sequence[Collective]) -> dict[str, int]:
-    """Bytes that each device sends in one call, by kind; kinds without any too."""
-    return {kind: sum(c.sent for c in found if c.kind == kind) for kind in KINDS}
-
-
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
-    entry, current = None, {}
+    entry, current = None, _Computation()
     for line in text.splitlines():
-        opened = _COMPUTATION.match(line)
-        if opened:
-            current = {}
-            computations[opened.group(2)] = _Computation(current)
-            if opened.group(1):
-                entry = opened.group(2)
-            continue
-        matched = _INSTRUCTION.match(line)
-        if matched:
+        if opened := _COMPUTATION.match(line):
+            current = computations[opened.group(2)] = _Computation()
+            entry = opened.group(2) if opened.group(1) else entry
+        elif matched := _INSTRUCTION.match(line):
             instruction = _instruction(line, matched)
             current[instruction.name] = instruction
     if entry is None:
@@ -165,8 +164,7 @@ def _instruction(line: str, matched: re.Match[str]) -> _Instruction:
     end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
-    closing = _closing(rest, opening)
-    operands = re.findall(r"%([\w.\-]+)", rest[opening:closing])
+    operands = re.findall(r"%([\w.\-]+)", rest[opening : _closing(rest, opening)])
     return _Instruction(
         matched.group(2),
         shape,
@@ -188,66 +186,55 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _walk(
-    computations: dict[str, _Computation],
+    computations: Mapping[str, _Computation],
     name: str,
     times: int,
     exact: bool,
     devices: int,
 ) -> Iterator[Collective]:
-    for instruction in computations[name].instructions.values():
+    for instruction in computations[name].values():
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
             yield _collective(instruction, kind, times, exact, devices)
             continue
         inner, inner_exact = times, exact
         if instruction.opcode == "while":
-            trips = _trips(computations, name, instruction)
+            trips = _trips(computations, computations[name], instruction)
             inner, inner_exact = times * (trips or 1), exact and trips is not None
         for called in _called(instruction):
-            found = _walk(computations, called, inner, inner_exact, devices)
-            if called.startswith(_SCATTERING_FUSION):
-                found = (_scattered(c, instruction) for c in found)
-            yield from found
+            for collective in _walk(computations, called, inner, inner_exact, devices):
+                if called.startswith(_SCATTERING_FUSION):  # each keeps a part
+                    kept = _shapes(instruction.shape)
+                    yield dataclasses.replace(
+                        collective, kind="reduce-scatter", results=kept
+                    )
+                else:
+                    yield collective
 
 
 def _called(instruction: _Instruction) -> list[str]:
     """Computations that an instruction begins; not those that only add two numbers."""
-    names = []
     if instruction.name.startswith(_DONE_FUSION):
-        return names
+        return []
+    names = []
     for attribute, value in _CALLED.findall(instruction.text):
-        if attribute == "condition":
-            continue
-        if attribute == "to_apply" and instruction.opcode != "call":
-            continue
-        names += re.findall(r"%([\w.\-]+)", value)
+        adds = attribute == "to_apply" and instruction.opcode != "call"
+        if attribute != "condition" and not adds:
+            names += re.findall(r"%([\w.\-]+)", value)
     return [name for name in names if not name.startswith(_CONTINUED_FUSION)]
 
 
 def _collective(
     instruction: _Instruction, kind: str, times: int, exact: bool, devices: int
 ) -> Collective:
-    shapes = _shapes(instruction.shape)
+    shapes, text = _shapes(instruction.shape), instruction.text
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
         # (operands, results, what the hardware keeps beside them)
         count = len(instruction.operands)
         shapes = shapes[count : 2 * count]
-    source = re.search(r'op_name="([^"]*)"', instruction.text)
-    return Collective(
-        kind,
-        shapes,
-        _group(instruction.text, devices),
-        times,
-        exact,
-        source.group(1) if source else "",
-    )
-
-
-def _scattered(found: Collective, fusion: _Instruction) -> Collective:
-    """What the fusion of an all-reduce and a slice is: each keeps a part."""
-    return dataclasses.replace(
-        found, kind="reduce-scatter", results=_shapes(fusion.shape)
-    )
+    source = re.search(r'op_name="([^"]*)"', text)
+    name = source.group(1) if source else ""
+    return Collective(kind, shapes, _group(text, devices), times, exact, name)
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
@@ -259,14 +246,11 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 def _group(text: str, devices: int) -> int:
     """Devices in one of the groups that an instruction names in any of three ways."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
-    if listed:
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return listed.group(1).count(",") + 1
-    tiled = re.search(r"replica_groups=\[\d+,(\d+)\]<=", text)
-    if tiled:
+    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
         return int(tiled.group(1))
-    by_axis = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
-    if by_axis:
+    if by_axis := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
         sizes = dict(re.findall(r"'([\w:()]+)'=(\d+)", by_axis.group(1)))
         names = re.findall(r"'([\w]+)(?::\(\d+\)(\d+))?'", by_axis.group(2))
         return math.prod(int(part or sizes[name]) for name, part in names)
@@ -274,91 +258,55 @@ def _group(text: str, devices: int) -> int:
 
 
 def _trips(
-    computations: dict[str, _Computation], caller: str, loop: _Instruction
+    computations: Mapping[str, _Computation], caller: _Computation, loop: _Instruction
 ) -> int | None:
     """How often a loop runs; None if its bounds are no constants.
 
     The TPU's text names no count, so it is found as the compiler itself does: a counter
     that starts at a constant, grows by one, and is compared with one.
     """
-    known = _KNOWN_TRIPS.search(loop.text)
-    if known:
+    if known := _KNOWN_TRIPS.search(loop.text):
         return int(known.group(1))
     called = dict(_CALLED.findall(loop.text))
-    condition = computations[called["condition"].lstrip("%")]
-    body = computations[called["body"].lstrip("%")]
-    test = condition.root
-    if test.opcode == "fusion":
-        condition, test = _unfused(computations, condition, test)
+    body, condition = (
+        computations[called[name].lstrip("%")] for name in ("body", "condition")
+    )
+    initial = caller[loop.operands[0]]
+    condition, test = _unfused(computations, condition, condition.root)
     if test.opcode != "compare" or "direction=LT" not in test.text:
         return None
-    counter = _element(condition, test.operands[0])
-    if counter is None:
+    counter, bound = (condition.origin(name) for name in test.operands)
+    if (
+        counter.index is None
+        or initial.opcode != "tuple"
+        or body.root.opcode != "tuple"
+    ):
         return None
-    initial = computations[caller].instructions[loop.operands[0]]
-    if initial.opcode != "tuple":
+    first = caller.origin(initial.operands[counter.index]).constant
+    last = bound.constant
+    if bound.index is not None:  # carried by the loop, unchanged
+        last = caller.origin(initial.operands[bound.index]).constant
+    grown = body.origin(body.root.operands[counter.index])
+    body, added = _unfused(computations, body, grown)
+    if added.opcode != "add" or first is None or last is None:
         return None
-
-    def before(place: int) -> int | None:
-        return _constant(computations[caller], initial.operands[place])
-
-    last = _constant(condition, test.operands[1])
-    bound = _element(condition, test.operands[1])
-    if last is None and bound is not None:
-        last = before(bound)  # carried by the loop, unchanged
-    step = _growth(computations, body, counter)
-    first = before(counter)
-    if first is None or last is None or not step:
-        return None
-    return max(0, -(-(last - first) // step))
+    steps = [body.origin(name).constant for name in added.operands]
+    step = next((step for step in steps if step is not None), 0)
+    return max(0, -(-(last - first) // step)) if step else None
 
 
 def _unfused(
-    computations: dict[str, _Computation], outer: _Computation, fusion: _Instruction
+    computations: Mapping[str, _Computation],
+    outer: _Computation,
+    instruction: _Instruction,
 ) -> tuple[_Computation, _Instruction]:
     """A fusion's last instruction, its parameters replaced by what they are outside."""
-    (name,) = _called(fusion)
-    inside = dict(computations[name].instructions)
-    for key, instruction in inside.items():
-        if instruction.opcode == "parameter":
-            index = int(instruction.text[1 : instruction.text.index(")")])
-            inside[key] = outer.instructions[fusion.operands[index]]
-    both = _Computation({**outer.instructions, **inside})
-    return both, computations[name].root
-
-
-def _resolve(computation: _Computation, name: str) -> _Instruction:
-    instruction = computation.instructions[name]
-    while instruction.opcode in _TRANSPARENT:
-        instruction = computation.instructions[instruction.operands[0]]
-    return instruction
-
-
-def _constant(computation: _Computation, name: str) -> int | None:
-    instruction = _resolve(computation, name)
-    value = re.match(r"\((-?\d+)\)", instruction.text)
-    return int(value.group(1)) if instruction.opcode == "constant" and value else None
-
-
-def _element(computation: _Computation, name: str) -> int | None:
-    """Which of the loop's values an instruction is."""
-    instruction = _resolve(computation, name)
-    index = re.search(r"index=(\d+)", instruction.text)
-    if instruction.opcode != "get-tuple-element" or index is None:
-        return None
-    return int(index.group(1))
-
-
-def _growth(
-    computations: dict[str, _Computation], body: _Computation, counter: int
-) -> int | None:
-    """What a pass of the body adds to a counter."""
-    if body.root.opcode != "tuple":
-        return None
-    added = _resolve(body, body.root.operands[counter])
-    if added.opcode == "fusion":
-        body, added = _unfused(computations, body, added)
-    if added.opcode != "add":
-        return None
-    by = [_constant(body, name) for name in added.operands]
-    return next((step for step in by if step is not None), None)
+    if instruction.opcode != "fusion":
+        return outer, instruction
+    (name,) = _called(instruction)
+    inside = dict(computations[name])
+    for key, inner in inside.items():
+        if inner.opcode == "parameter":
+            index = int(inner.text[1 : inner.text.index(")")])
+            inside[key] = outer[instruction.operands[index]]
+    return _Computation({**outer, **inside}), computations[name].root
