@@ -53,10 +53,9 @@ def find_architecture(config: cfg.Config) -> Architecture:
     """
     path = config.model.path
     if not sources.is_hub_id(path):
-        found = weights.find(
-            path, setting="model.path", revision=None, retry=assembly.retry(config)
-        )
-        return weights.read_architecture(found)
+        retry = assembly.retry(config)
+        file = weights.find(path, setting="model.path", revision=None, retry=retry)
+        return weights.read_architecture(file)
     if path not in architectures.KNOWN:
         raise UserError(
             f"model.path must be a local folder or one of"
@@ -77,13 +76,10 @@ def devices(topology: str) -> tuple[Any, ...]:
             "--topology needs the TPU's compiler, the package libtpu, which is not"
             " installed. Install it with pip install -e '.[plan]', or use make plan."
         )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"platform": "tpu", "topology_name": topology}
     if topology.endswith(":1x1"):  # less than the four chips of a host
         options["chips_per_host_bounds"] = (1, 1, 1)
-    found = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, **options
-    )
-    return tuple(found.devices)
+    return tuple(topologies.get_topology_desc(**options).devices)
 
 
 def timed(name: str, lower: Callable[[], Any], seconds: dict[str, float]) -> Any:
@@ -98,9 +94,9 @@ def timed(name: str, lower: Callable[[], Any], seconds: dict[str, float]) -> Any
     except jax.errors.JaxRuntimeError as e:
         if _TOO_LARGE not in str(e):
             raise
-        found = _USED.search(str(e))
-        used = float(found.group(1)) * _UNITS[found.group(2)] if found else None
-        raise TooLargeError(name, None if used is None else round(used)) from e
+        used = _USED.search(str(e))
+        size = round(float(used.group(1)) * _UNITS[used.group(2)]) if used else None
+        raise TooLargeError(name, size) from e
     seconds[name] = time.perf_counter() - begun
     return program
 
@@ -129,14 +125,7 @@ class Abstract:
 def abstract(
     config: cfg.Config, architecture: Architecture, pair: Pair, mesh: Mesh
 ) -> Abstract:
-    """A run's programs and what they are given, none of it materialised.
-
-    Args:
-        config: The run.
-        architecture: The decoder's.
-        pair: What all pairs are taken to be.
-        mesh: Of devices that may be elsewhere.
-    """
+    """A run's programs and what they are given, on devices that may be elsewhere."""
     platform = sharding.platform(mesh)
     dtype = assembly.compute_dtype(config, platform)
     _, graph, shapes = assembly.abstract(config, architecture, platform, plain=False)
@@ -199,9 +188,7 @@ def _batch(
 def jobs(run: Abstract, *, several: bool) -> dict[str, Callable[[], Any]]:
     """A step's programs, gradients first, and the reference's, by how to lower them.
 
-    Args:
-        run: From ``abstract``.
-        several: Whether a step has several micro-batches.
+    ``add`` is among them if a step has ``several`` micro-batches.
     """
     state, programs = run.state, run.programs
     pairs = jax.ShapeDtypeStruct((), jnp.int32)

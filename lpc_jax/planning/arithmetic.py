@@ -149,15 +149,8 @@ def least_memory_traffic(
     """Bytes that a device must at least read and write in a step, without activations.
 
     In a micro-batch the weights, gathered over ``fsdp``, and every gradient written and
-    added; in the update gradients read, masters and optimizer state read and written.
-
-    Args:
-        config: Names remat.
-        architecture: The decoder's.
-        tensor: Devices that share a row; each meets a part of every weight.
-        micro_batches: Of a step.
-        trained: Bytes of its part of the fp32 masters.
-        optimizer: Bytes of its part of the optimizer's state.
+    added; in the update gradients read, masters and optimizer state read and written,
+    of which ``trained`` and ``optimizer`` are a device's bytes.
     """
     micro_batch = _weights_read(config, architecture) / tensor + 2 * trained
     return micro_batches * micro_batch + float(3 * trained + 2 * optimizer)
@@ -168,11 +161,7 @@ def gathered_and_scattered(
 ) -> dict[str, float]:
     """Bytes that a device sends for FSDP in a micro-batch, by kind of collective.
 
-    Args:
-        config: Names remat.
-        architecture: The decoder's.
-        mesh: Sizes of the axes.
-        trained: Parameters whose gradients are summed.
+    ``trained`` counts the parameters whose gradients are summed.
     """
     data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
     gather = _weights_read(config, architecture) / tensor * (fsdp - 1) / fsdp

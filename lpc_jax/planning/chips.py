@@ -14,28 +14,18 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a maker's data sheet says of one accelerator.
-
-    Attributes:
-        name: As in ``v5e:8x8``.
-        platform: As JAX names it.
-        memory: Bytes of high-bandwidth memory.
-        flops: Dense bfloat16 operations a second, a multiply-add being two.
-        memory_bandwidth: Bytes a second to and from that memory.
-        link_bandwidth: Bytes a second that it can send to the others, all links taken
-            together. Where a source counts both directions, half of it.
-        layouts: The slices that there are; none of GPUs.
-        cores_in_name: What the number in a name such as ``v5p-8`` counts for one chip.
-    """
+    """What a maker's data sheet says of one accelerator."""
 
     name: str
-    platform: str
-    memory: int
-    flops: float
-    memory_bandwidth: float
+    platform: str  # as JAX names it
+    memory: int  # bytes of high-bandwidth memory
+    flops: float  # dense bfloat16 operations a second, a multiply-add being two
+    memory_bandwidth: float  # bytes a second to and from that memory
+    # Bytes a second that it can send to the others, all links taken together. Where a
+    # source counts both directions, half of it.
     link_bandwidth: float
-    layouts: tuple[str, ...] = ()
-    cores_in_name: int = 1
+    layouts: tuple[str, ...] = ()  # of slices; none of GPUs
+    cores_in_name: int = 1  # what the number in a name such as v5p-8 counts for a chip
 
 
 # Google Cloud, "TPU v5e" and "TPU v6e": supported configurations. The single chip is
@@ -113,7 +103,7 @@ def parse_topology(text: str) -> Slice:
     if not matched:
         raise UserError(
             "--topology must be a chip and its layout such as v5e:8x8 or v5p:2x2x1, or"
-            f" a name such as v5p-8, got {text!r}.{_example(text)}"
+            f" a name such as v5p-8, got {text!r}.{_near(text)}"
         )
     name, number, layout = matched.groups()
     chip = CHIPS.get(_ALIASES.get(name, name))
@@ -160,13 +150,9 @@ def parse_devices(text: str) -> Slice:
     return Slice(chip, int(count), None)
 
 
-def _example(text: str) -> str:
-    chip = CHIPS.get(text)
-    if chip is None or not chip.layouts:
-        return _near(text)
-    return f" Did you mean {chip.name}-{64 * chip.cores_in_name}?"
-
-
 def _near(text: str) -> str:
+    """The chip that was meant, if any; a slice of it where the chip alone was named."""
+    if text in _TPUS:
+        return f" Did you mean {text}-{64 * CHIPS[text].cores_in_name}?"
     near = difflib.get_close_matches(re.split("[:-]", text)[0], _TPUS, n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near else f" There are {', '.join(_TPUS)}."

@@ -30,7 +30,10 @@ _DONE_FUSION = "async-collective-done"
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^ +(ROOT )?%?([\w.\-]+) = ")
+# Layouts hold brackets of their own, T(8,128): operands end where attributes begin.
+_INSTRUCTION = re.compile(
+    r"^ +(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)(\((.*?)\)(?:, [a-z_\-]+=.*|$))"
+)
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|branch_computations|true_computation"
     r"|false_computation)=(\{[^}]*\}|%[\w.\-]+)"
@@ -149,40 +152,19 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             current = computations[opened.group(2)] = _Computation()
             entry = opened.group(2) if opened.group(1) else entry
         elif matched := _INSTRUCTION.match(line):
-            instruction = _instruction(line, matched)
-            current[instruction.name] = instruction
+            root, name, shape, opcode, text, given = matched.groups()
+            operands = re.findall(r"%([\w.\-]+)", given)
+            current[name] = _Instruction(
+                name, shape, opcode, tuple(operands), text, bool(root)
+            )
+        elif re.match(r" +(ROOT )?%", line):
+            raise ValueError(f"an HLO instruction must have operands, got {line!r}")
     if entry is None:
         raise ValueError(
             "a compiled program's text must hold an ENTRY computation, got"
             f" {text[:40]!r}. Use compiled.as_text()."
         )
     return computations, entry
-
-
-def _instruction(line: str, matched: re.Match[str]) -> _Instruction:
-    rest = line[matched.end() :]
-    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    opening = rest.index("(")
-    operands = re.findall(r"%([\w.\-]+)", rest[opening : _closing(rest, opening)])
-    return _Instruction(
-        matched.group(2),
-        shape,
-        rest[:opening],
-        tuple(operands),
-        rest[opening:],
-        bool(matched.group(1)),
-    )
-
-
-def _closing(text: str, opening: int) -> int:
-    """Where the bracket that opens at an index has closed."""
-    depth = 0
-    for i in range(opening, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0:
-            return i + 1
-    raise ValueError(f"an HLO line must close its brackets, got {text[:80]!r}")
 
 
 def _walk(

@@ -138,11 +138,6 @@ class _Subject:
         by_slots = packed.rows * packed.pairs_per_row
         return packed.pairs_per_step / min(room / self.pair.tokens, by_slots)
 
-    def changed(self, section: str, **values: Any) -> _Subject:
-        inner = dataclasses.replace(getattr(self.config, section), **values)
-        config = dataclasses.replace(self.config, **{section: inner})
-        return dataclasses.replace(self, config=config)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Account:
@@ -160,11 +155,7 @@ class _Account:
 def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
     """The plan of a config; of one that doesn't fit, with the changes that make it.
 
-    Args:
-        config: The run.
-        on: Where.
-        pair: What all pairs are taken to be.
-        say: Told what is compiled, and what was tried.
+    All pairs are taken to be like ``pair``; ``say`` is told what is compiled and tried.
 
     Raises:
         UserError: Something that the user can mend, before anything is compiled.
@@ -200,7 +191,9 @@ def _change(
     for name, value in values.items():
         flag = f"--{section}.{name.replace('_', '-')}"
         flags[flag] = f"{flag} {value}"
-    return subject.changed(section, **values)
+    inner = dataclasses.replace(getattr(subject.config, section), **values)
+    config = dataclasses.replace(subject.config, **{section: inner})
+    return dataclasses.replace(subject, config=config)
 
 
 def _fitting(subject: _Subject, flags: dict[str, str], say: Say) -> Plan:
@@ -235,9 +228,8 @@ def _can_fit(subject: _Subject) -> bool:
 def _changes(subject: _Subject) -> Iterator[tuple[_Subject, dict[str, str]]]:
     """Ways to need less memory, the least change first; each keeps those before it."""
     flags: dict[str, str] = {}
-    order = ("none", "dots", "block")
-    remat = subject.config.model.remat
-    for less in order[order.index(remat) + 1 :] if remat in order else ("block",):
+    less_kept = {"none": ("dots", "block"), "block": ()}
+    for less in less_kept.get(subject.config.model.remat, ("block",)):
         subject = _change(subject, flags, "model", remat=less)
         yield subject, dict(flags)
     while (per_device := subject.config.packing.rows // subject.ways) > 1:
