@@ -65,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(own: argparse.Namespace, rest: Sequence[str]) -> int:
     if own.table:
-        from lpc_jax.training import plan_report
+        from lpc_jax.planning import report
 
-        print(plan_report.table(own.table))
+        print(report.table(own.table))
         return 0
     config = cfg.load(rest)
     # JAX is slow to import; --help and a mistyped flag need not wait for it.
-    from lpc_jax.training import chips, plan, plan_report
+    from lpc_jax.planning import chips, plan, report
 
     made = plan.make(
         config,
@@ -79,9 +79,9 @@ def _plan(own: argparse.Namespace, rest: Sequence[str]) -> int:
         plan.Pair(prompt=own.prompt_tokens, answer=own.answer_tokens),
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    print("\n".join(plan_report.lines(made)))
+    print("\n".join(report.lines(made)))
     if own.json is not None:
-        plan_report.write_json(made, own.json)
+        report.write_json(made, own.json)
     return 0 if made.fits else DOES_NOT_FIT
 
 

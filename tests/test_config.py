@@ -340,9 +340,8 @@ TYPES = [
     ),
     (
         cfg.Model,
-        {"path": "x", "attention": "flash"},
-        "model.attention must be 'auto' or 'xla' or 'blocks' or 'splash' or 'cudnn',"
-        " got 'flash'.",
+        {"path": "x", "remat": "all"},
+        "model.remat must be 'none' or 'dots' or 'offload' or 'block', got 'all'.",
     ),
     (cfg.Training, {"epochs": 1.5}, "training.epochs must be int, got 1.5."),
     (cfg.Training, {"epochs": True}, "training.epochs must be int, got True."),

@@ -46,7 +46,7 @@ class Model(Settings):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; masters stay float32. auto: bfloat16 on
     accelerators, float32 on CPU."""
-    attention: Literal["auto", "xla", "blocks", "splash", "cudnn"] = "auto"
+    attention: str = "auto"
     """Attention backend: xla holds a row's scores under a mask; blocks walks them a
     block at a time and skips what is masked, as does splash, a kernel for TPUs; cudnn,
     a kernel for GPUs that needs bfloat16, holds no scores and skips nothing. auto:

@@ -16,16 +16,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import attention, block_attention, embedding, leaves, projection
+from lpc_jax.models import attention, embedding, leaves, projection
 from lpc_jax.models.adapters import BlockAdapters, PartAdapters, adapted
 from lpc_jax.models.architectures import Architecture
+from lpc_jax.models.attention.blocks import KEPT
 
 Module = TypeVar("Module", bound=nnx.Module)
 Heads = tuple[Float[Array, "R T N H"], Float[Array, "R T K H"], Float[Array, "R T K H"]]
 
 # What the backward pass needs of a block beside its input: results of matrix products
 # but for attention's scores.
-_KEPT = (projection.PRODUCT, block_attention.KEPT)
+_KEPT = (projection.PRODUCT, KEPT)
 # What it finds kept of a block: its input alone, or these too, on the device or, as
 # they are needed much later, in the host's memory.
 REMAT_POLICIES = {

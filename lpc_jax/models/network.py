@@ -110,7 +110,7 @@ def build(
     Args:
         architecture: The decoder's.
         compute_dtype: Of matrix products.
-        attention_backend: From ``attention.choose``.
+        attention_backend: From ``attention.table.choose``.
         remat: One of ``decoder.REMAT_POLICIES``, or ``none``.
         adapters: ``targets``, ``rank`` and ``alpha`` of the adapters, or None.
         latent: ``num_codes``, ``hidden_width`` (None is D), ``codebook_scale`` and

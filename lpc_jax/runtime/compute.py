@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lpc_jax import config as cfg
-from lpc_jax.errors import UserError
-from lpc_jax.models import attention
+from lpc_jax.models.attention import table
 
 # Row lengths are multiples of the blocks that attention walks: 64 on CPU, 128 in
 # kernels.
@@ -55,12 +54,9 @@ def resolve(model: cfg.Model, *, row_length: int, platform: str) -> Compute:
     if dtype == "auto":  # bfloat16 where the device is made for it
         dtype = "float32" if cpu else "bfloat16"
     row_unit = math.gcd(row_length, _CPU_ROW_UNIT if cpu else _ROW_UNIT)
-    backend = attention.choose(model.attention, platform, row_unit=row_unit)
-    if backend == "cudnn" and dtype == "float32":
-        raise UserError(
-            "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32."
-            " Use 'auto' for one of the two."
-        )
+    backend = table.choose(
+        model.attention, platform, dtype=jnp.dtype(dtype), row_unit=row_unit
+    )
     chunk = model.score_chunk or (_CPU_SCORE_CHUNK if cpu else _SCORE_CHUNK)
     return Compute(platform, jnp.dtype(dtype), backend, model.remat, chunk, row_unit)
 

@@ -1,6 +1,6 @@
 """What a person should look at while a run goes, in plain words.
 
-Knows nothing of how a number was made; any of them may be absent.
+Any of the numbers may be absent.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def over_start(
 
 
 def warnings(
-    metrics: Mapping[str, float],
-    start: Mapping[str, Any],
-    num_codes: int | None,
+    metrics: Mapping[str, float], start: Mapping[str, Any], num_codes: int | None
 ) -> list[str]:
     """What is wrong, and what to change; empty when all is well.
 
@@ -50,38 +48,34 @@ def warnings(
         start: The same before the first update.
         num_codes: C, or None without a latent.
     """
-    found = []
+    said = []
     if num_codes is not None and "code/perplexity" in metrics:
         uniform = metrics["code/perplexity"] > _UNIFORM_SHARE * num_codes
         if metrics["latent/kl"] < _UNUSED_KL and uniform:
-            found.append(
+            said.append(
                 "codes are unused: KL is near 0 and usage uniform. Raise"
                 " latent.learning_rate or latent.codebook_rate."
             )
         if metrics["code/largest_share"] > _COLLAPSED_SHARE:
-            found.append(
+            said.append(
                 "one code takes all: lower latent.kl_weight or latent.codebook_rate, or"
                 " set latent.posterior_start to clusters."
             )
     fallen = metrics.get(OVER_START, metrics.get(_OVER_REFERENCE, 0.0))
     if fallen < -_FALLING_LOGP:
-        found.append(
+        said.append(
             f"chosen answers have lost more than {_FALLING_LOGP:g} nats per token"
             f" since the start: the model unlearns to say them. {_MORE_LIKELIHOOD}"
         )
-    circles, ended = (
-        metrics[name] - start[name] if name in metrics and name in start else 0.0
-        for name in ("answers/circle", "answers/ended")
-    )
-    if circles >= _CIRCLES:
-        found.append(
-            f"{metrics['answers/circle']:.0%} of its answers run in a circle, of the"
-            f" start model's {start['answers/circle']:.0%}. {_MORE_LIKELIHOOD}"
-        )
-    if -ended >= _ENDED:
-        found.append(
-            f"{metrics['answers/ended']:.0%} of its answers end within"
-            f" training.sample_tokens, of the start model's"
-            f" {start['answers/ended']:.0%}. {_MORE_LIKELIHOOD}"
-        )
-    return found
+    for name, sign, limit, what in (
+        ("answers/circle", 1, _CIRCLES, "run in a circle"),
+        ("answers/ended", -1, _ENDED, "end within training.sample_tokens"),
+    ):
+        if name not in metrics or name not in start:
+            continue
+        if sign * (metrics[name] - start[name]) >= limit:
+            said.append(
+                f"{metrics[name]:.0%} of its answers {what}, of the start model's"
+                f" {start[name]:.0%}. {_MORE_LIKELIHOOD}"
+            )
+    return said

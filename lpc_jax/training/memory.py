@@ -1,7 +1,7 @@
 """What a run will need of each device's memory, known before its first update.
 
 From the compiler's own account of each program and the sizes of what stays between
-them. Knows nothing of losses, models or data.
+them.
 """
 
 from __future__ import annotations
@@ -23,30 +23,20 @@ _SAFE_SHARE = 0.92
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Bytes on the fullest device.
+    """Bytes on the fullest device."""
 
-    Attributes:
-        parameters: fp32 masters of what is trained.
-        frozen: The decoder under adapters.
-        optimizer: What optax keeps.
-        gradients: One sum of gradients; two where a step has several micro-batches.
-        temporary: The most that any program needs besides.
-        process: On a CPU, what the process holds that is no array: Python, libraries
-            and compiled programs.
-        peak: The most at any time.
-        capacity: What the device has, or None if it does not say.
-        checkpoint: On a CPU, the copy of the state that a checkpoint is written from
-            while updates go on; other devices' copies are in the host's memory.
-    """
-
-    parameters: int
-    frozen: int
-    optimizer: int
-    gradients: int
-    temporary: int
+    parameters: int  # fp32 masters of what is trained
+    frozen: int  # the decoder under adapters
+    optimizer: int  # what optax keeps
+    gradients: int  # one sum of them; two where a step has several micro-batches
+    temporary: int  # the most that any program needs besides
+    # On a CPU, what the process holds that is no array: Python, libraries and compiled
+    # programs.
     process: int
-    peak: int
-    capacity: int | None
+    peak: int  # the most at any time
+    capacity: int | None  # what the device has, or None if it does not say
+    # On a CPU, the copy of the state that a checkpoint is written from while updates go
+    # on; other devices' copies are in the host's memory.
     checkpoint: int = 0
 
     @property
@@ -54,13 +44,23 @@ class Prediction:
         """Whether the peak leaves the margin that runs need."""
         return self.capacity is None or self.peak <= _SAFE_SHARE * self.capacity
 
+    @property
+    def listed(self) -> str:
+        """The parts in words, those that there are."""
+        parts = {
+            "parameters": self.parameters,
+            "frozen decoder": self.frozen,
+            "optimizer": self.optimizer,
+            "gradients": self.gradients,
+            "temporary": self.temporary,
+            "process": self.process,
+            "checkpoint": self.checkpoint,
+        }
+        return ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part)
+
 
 def bytes_per_device(tree: Any) -> int:
-    """Size of the arrays' parts on one device.
-
-    Args:
-        tree: Arrays, or shapes with shardings.
-    """
+    """Size of one device's parts of arrays, or of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -68,12 +68,17 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-def _capacity() -> int | None:
-    """Memory of the first device; on a CPU the machine's."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (device.memory_stats() or {}).get("bytes_limit")
+def _outside_arrays() -> int:
+    """What this process holds besides JAX's arrays, where those are in its memory."""
+    resident = _status("VmRSS")
+    if jax.default_backend() != "cpu" or resident is None:
+        return 0
+    arrays = (
+        sum(shard.data.nbytes for shard in x.addressable_shards)
+        for x in jax.live_arrays()
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+    return max(0, resident - sum(arrays))
 
 
 def _status(name: str) -> int | None:
@@ -86,18 +91,12 @@ def _status(name: str) -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def _outside_arrays() -> int:
-    """What this process holds besides JAX's arrays, where those are in its memory."""
-    resident = _status("VmRSS")
-    if jax.default_backend() != "cpu" or resident is None:
-        return 0
-    return max(0, resident - sum(_bytes_here(x) for x in jax.live_arrays()))
-
-
-def _bytes_here(x: jax.Array) -> int:
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return 0
-    return sum(shard.data.nbytes for shard in x.addressable_shards)
+def _capacity() -> int | None:
+    """Memory of the first device; on a CPU the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def real_peak() -> int | None:
@@ -108,38 +107,21 @@ def real_peak() -> int | None:
 
 
 def predict(
-    compiled: Mapping[str, Any],
-    *,
-    params: Any,
-    frozen: Any,
-    opt_state: Any,
-    several_micro_batches: bool,
-    saves_between_updates: bool,
+    compiled: Mapping[str, Any], *, saves_between_updates: bool, **of_run: Any
 ) -> Prediction:
-    """The memory of a run whose programs are compiled.
+    """The memory of a run on this process's devices.
 
     Args:
-        compiled: ``gradients``, ``update`` and others by name, from
-            ``jitted.lower(...).compile()``.
-        params: Shapes with shardings of the trained parameters.
-        frozen: Likewise, of the rest.
-        opt_state: Likewise, of the optimizer's state.
-        several_micro_batches: Whether a step sums gradients over several.
+        compiled: As for ``needed``.
         saves_between_updates: Whether there are checkpoints besides the end's.
+        **of_run: The trees and ``several_micro_batches`` of ``needed``.
     """
-    found = needed(
-        compiled,
-        params=params,
-        frozen=frozen,
-        opt_state=opt_state,
-        several_micro_batches=several_micro_batches,
-        process=_outside_arrays(),
-        capacity=_capacity(),
-    )
+    of_run |= {"process": _outside_arrays(), "capacity": _capacity()}
+    run = needed(compiled, **of_run)
     if not saves_between_updates or jax.default_backend() != "cpu":
-        return found
-    copied = found.parameters + found.optimizer
-    return dataclasses.replace(found, checkpoint=copied, peak=found.peak + copied)
+        return run
+    copied = run.parameters + run.optimizer
+    return dataclasses.replace(run, checkpoint=copied, peak=run.peak + copied)
 
 
 def needed(
@@ -152,10 +134,11 @@ def needed(
     process: int,
     capacity: int | None,
 ) -> Prediction:
-    """As ``predict``, for devices that may be elsewhere.
+    """The memory of compiled programs and what they work on; devices may be elsewhere.
 
     Args:
-        compiled: As for ``predict``; likewise the others.
+        compiled: ``gradients``, ``add``, ``update`` and others by name, from
+            ``jitted.lower(...).compile()``.
         params: Shapes with shardings of the trained parameters.
         frozen: Likewise, of the rest.
         opt_state: Likewise, of the optimizer's state.
@@ -163,57 +146,41 @@ def needed(
         process: What a device holds besides JAX's arrays.
         capacity: What a device has.
     """
-    held = bytes_per_device(params), bytes_per_device(frozen)
-    optimizer = bytes_per_device(opt_state)
-    one_sum = held[0]
-    gradients = one_sum * (2 if several_micro_batches else 1)
+    parameters, rest, optimizer = map(bytes_per_device, (params, frozen, opt_state))
+    gradients = parameters * (2 if several_micro_batches else 1)
     temporary, peak = 0, 0
     for name, program in compiled.items():
         use = program.memory_analysis()
-        wanted = use.temp_size_in_bytes
+        new = use.output_size_in_bytes
         if name.startswith("gradients"):
-            wanted += gradients
+            new = gradients
         elif name == "update":  # parameters and optimizer state in place
-            wanted += one_sum + use.output_size_in_bytes - use.alias_size_in_bytes
-        else:
-            wanted += use.output_size_in_bytes
+            new += parameters - use.alias_size_in_bytes
+        elif name == "add":  # two sums become one, in place of the first
+            new += gradients - use.alias_size_in_bytes
         temporary = max(temporary, use.temp_size_in_bytes)
-        peak = max(peak, sum(held) + optimizer + wanted)
+        peak = max(peak, use.temp_size_in_bytes + new)
+    held = process + parameters + rest + optimizer
     return Prediction(
-        held[0],
-        held[1],
+        parameters,
+        rest,
         optimizer,
         gradients,
         temporary,
         process,
-        process + peak,
+        held + peak,
         capacity,
     )
 
 
 def lines(prediction: Prediction, remedies: list[str]) -> list[str]:
-    """What to tell a person; with the remedies where it will hardly fit.
-
-    Args:
-        prediction: From ``predict``.
-        remedies: What would lower the peak, in the words of the settings.
-    """
+    """What to tell a person; where it will hardly fit, with the remedies."""
     p = prediction
-    parts = {
-        "parameters": p.parameters,
-        "frozen decoder": p.frozen,
-        "optimizer": p.optimizer,
-        "gradients": p.gradients,
-        "temporary": p.temporary,
-        "process": p.process,
-        "checkpoint": p.checkpoint,
-    }
-    listed = ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part)
     has = "" if p.capacity is None else f" of {size(p.capacity)}"
-    found = [f"memory: predicted peak {size(p.peak)}{has} a device ({listed})"]
+    said = [f"memory: predicted peak {size(p.peak)}{has} a device ({p.listed})"]
     if not p.fits:
-        found.append(f"warning: this will hardly fit. {' '.join(remedies)}")
-    return found
+        said.append(f"warning: this will hardly fit. {' '.join(remedies)}")
+    return said
 
 
 def size(count: int) -> str:

@@ -1,7 +1,4 @@
-"""What to look at when updates are skipped one after the other: a dump of one step.
-
-Knows nothing of when a run gives up.
-"""
+"""What to look at when updates are skipped one after the other: a dump of one step."""
 
 from __future__ import annotations
 
@@ -39,26 +36,20 @@ def report(
         number: The step's, counted from 0.
         in_a_row: Updates skipped up to this one.
     """
-    places = run.step_rows(number)
+    places, frozen = run.step_rows(number), run.policy.frozen
     gradients: set[str] = set()
     suspects: list[int] = []
     for packed, batch in zip(places, update.batches, strict=True):
-        found, _ = run.programs.gradients(
-            run.state.params,
-            run.policy.frozen,
-            batch,
-            run.state.key,
-            run.state.step - 1,  # draws are seeded by it
-        )
-        wrong = _not_finite(found)
-        gradients |= set(wrong)
-        if wrong:
+        # Draws are seeded by the step.
+        given = (run.state.params, frozen, batch, run.state.key, run.state.step - 1)
+        if wrong := _not_finite(run.programs.gradients(*given)[0]):
+            gradients |= set(wrong)
             suspects += packed.pair_id[packed.pair_mask].tolist()
     # In a row together one pair's NaN becomes all others', so each is scored alone.
     pairs = [_scored_alone(run, pair_id) for pair_id in sorted(suspects)]
-    parameters = _not_finite(run.state.params | run.policy.frozen)
+    parameters = _not_finite(run.state.params | frozen)
     assert run.folder is not None
-    folder = run.folder / "nonfinite"
+    file = run.folder / "nonfinite" / f"step-{number + 1}.json"
     if processes.is_main():
         contents = {
             "step": number + 1,
@@ -67,8 +58,7 @@ def report(
             "gradients_not_finite": sorted(gradients),
             "pairs": sorted(pairs, key=lambda pair: pair["finite"]),
         }
-        folder.mkdir(exist_ok=True)
-        file = folder / f"step-{number + 1}.json"
+        file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(contents, indent=1) + "\n")
         arrays = {
             f"{index}/{name}": value
@@ -82,29 +72,24 @@ def report(
     return (
         f"step {number + 1}: {in_a_row} updates in a row were skipped, since their"
         f" gradients were not finite; stopped. Pairs: {_listed(named)}.{also} Look at"
-        f" {folder}; lower optimizer.learning_rate, compute in float32, or remove the"
-        " pairs, and start a new run, or go on from the latest checkpoint with"
+        f" {file.parent}; lower optimizer.learning_rate, compute in float32, or remove"
+        " the pairs, and start a new run, or go on from the latest checkpoint with"
         " --resume."
     )
 
 
 def _scored_alone(run: Run, pair_id: int) -> dict[str, Any]:
     """A pair's loss and rewards, numbers as text since JSON has no NaN."""
-    index = next(i for i, p in enumerate(run.train.tokens) if p.id == pair_id)
+    train = run.train.tokens
+    index = next(i for i, pair in enumerate(train) if pair.id == pair_id)
     (batch,) = run.pack(np.asarray([index]))
-    _, by_pair = run.programs.evaluate(
-        run.state.params,
-        run.policy.frozen,
-        sharding.place_batch(batch, run.policy.mesh),
-        run.state.key,
-    )
-    by_pair = jax.device_get(by_pair)
-    loss, *rewards = (
-        float(x) for x in (by_pair["loss"][0, 0], *by_pair["rewards"][0, 0])
-    )
+    placed = sharding.place_batch(batch, run.policy.mesh)
+    given = (run.state.params, run.policy.frozen, placed, run.state.key)
+    by_pair = jax.device_get(run.programs.evaluate(*given)[1])
+    loss, *rewards = map(float, (by_pair["loss"][0, 0], *by_pair["rewards"][0, 0]))
     return {
         "pair": pair_id,
-        "source": run.train.tokens[index].source,
+        "source": train[index].source,
         "finite": bool(np.isfinite([loss, *rewards]).all()),
         "loss": str(loss),
         "rewards": [str(reward) for reward in rewards],
@@ -114,11 +99,8 @@ def _scored_alone(run: Run, pair_id: int) -> dict[str, Any]:
 def _not_finite(tree: Any) -> list[str]:
     """Paths of leaves that hold a number that is not finite."""
     finite = jax.device_get(_all_finite(tree))
-    return [
-        sharding.path_name(path)
-        for path, whole in jax.tree_util.tree_flatten_with_path(finite)[0]
-        if not whole
-    ]
+    leaves, _ = jax.tree_util.tree_flatten_with_path(finite)
+    return [sharding.path_name(path) for path, whole in leaves if not whole]
 
 
 @jax.jit

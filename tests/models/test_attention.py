@@ -1,22 +1,38 @@
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lpc_jax import sharding
-from lpc_jax.models import attention, block_attention, splash
+from lpc_jax import assembly, sharding
+from lpc_jax import config as cfg
+from lpc_jax.errors import UserError
+from lpc_jax.models import attention
+from lpc_jax.models.attention import blocks, splash, table
+from lpc_jax.models.attention.mask import Tokens, ends, visible
+from lpc_jax.planning import chips, plan
+from lpc_jax.planning.arithmetic import Pair
 from tests import tiny
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 # Each longer than a block, so that pairs start inside blocks and span several.
-ROW_LENGTH = 3 * block_attention.BLOCK + 8
+ROW_LENGTH = 3 * blocks.BLOCK + 8
+
+
+def tokens_of(batch):
+    return Tokens(batch.positions, batch.pair, batch.branch)
+
+
+def mask_of(batch, sliding_window=None):
+    tokens = tokens_of(batch)
+    return np.asarray(visible(tokens, tokens, sliding_window=sliding_window))
 
 
 def test_mask_follows_the_rule_token_by_token():
     batch = tiny.batches(tiny.pairs(6), rows=2)[0]
-    mask = np.asarray(
-        attention.pair_mask(batch.positions, batch.pair, batch.branch, sliding_window=3)
-    )
+    mask = mask_of(batch, sliding_window=3)
     position, pair, branch = map(
         np.asarray, (batch.positions, batch.pair, batch.branch)
     )
@@ -31,6 +47,23 @@ def test_mask_follows_the_rule_token_by_token():
                     and position[r, q] - position[r, k] < 3
                 )
                 assert mask[r, q, k] == expected, (r, q, k)
+
+
+def test_where_keys_end_by_hand():
+    # A pair of 2 + 1 + 2 tokens, one of 1 + 2 + 1, then padding.
+    pair = [0, 0, 0, 0, 0, 1, 1, 1, 1, -1]
+    branch = [0, 0, 1, 2, 2, 0, 1, 1, 2, 0]
+    row = Tokens(*(jnp.asarray([x]) for x in (pair, pair, branch)))
+    assert ends(row).tolist() == [[5, 5, 3, 5, 5, 9, 8, 8, 9, 0]]
+
+
+@pytest.mark.parametrize("longest", [8, 60])
+def test_one_integer_a_key_says_the_same_as_the_rule(longest):
+    batch, _, _ = _rows(longest)
+    place = np.arange(ROW_LENGTH)
+    end = np.asarray(ends(tokens_of(batch)))[:, None, :]
+    by_interval = (place <= place[:, None]) & (place[:, None] < end)
+    np.testing.assert_array_equal(by_interval, mask_of(batch))
 
 
 @pytest.mark.parametrize("backend", ["xla", "blocks"])
@@ -102,15 +135,13 @@ def test_blocks_equal_a_masked_row_in_value_and_gradient(longest, sliding_window
 @pytest.mark.parametrize("sliding_window", [None, 5])
 def test_blocks_that_are_walked_are_those_seen_under_the_mask(sliding_window):
     batch, _, _ = _rows(60)
-    tokens = (batch.positions, batch.pair, batch.branch)
-    found = block_attention.seen_blocks(*tokens, sliding_window=sliding_window)
-    mask = np.asarray(attention.pair_mask(*tokens, sliding_window=sliding_window))
-    blocks = -(-ROW_LENGTH // block_attention.BLOCK)
+    found = blocks.prepare(tokens_of(batch), sliding_window)
+    mask = mask_of(batch, sliding_window)
     skipped_below_the_diagonal = 0
-    for row, i in np.ndindex(len(mask), blocks):
-        here = slice(i * block_attention.BLOCK, (i + 1) * block_attention.BLOCK)
+    for row, i in np.ndindex(len(mask), -(-ROW_LENGTH // blocks.BLOCK)):
+        here = slice(i * blocks.BLOCK, (i + 1) * blocks.BLOCK)
         keys = np.flatnonzero(mask[row, here].any(axis=0))
-        expected = sorted(set(keys // block_attention.BLOCK))
+        expected = sorted(set(keys // blocks.BLOCK))
         count = int(found.count[row, i])
         assert found.index[row, i, :count].tolist() == expected
         skipped_below_the_diagonal += i + 1 - count
@@ -158,8 +189,9 @@ def test_the_tpu_kernel_equals_a_masked_row_in_value_and_gradient(sliding_window
     batch = tiny.batches(
         tiny.pairs(24, longest=60), rows=2, row_length=length, pairs_per_row=16
     )[0]
-    tokens = (batch.positions, batch.pair, batch.branch)
-    layout = attention.layout(*tokens, sliding_window=sliding_window, backend="xla")
+    layout = attention.layout(
+        *tokens_of(batch), sliding_window=sliding_window, backend="xla"
+    )
     draw = np.random.default_rng(1).normal
     inputs = [
         jnp.asarray(draw(size=(2, length, count, width)), jnp.float32)
@@ -176,9 +208,13 @@ def test_the_tpu_kernel_equals_a_masked_row_in_value_and_gradient(sliding_window
 
         return jax.jit(jax.grad(total, has_aux=True))(inputs)
 
-    found = of(lambda *heads: splash.attend(*heads, layout.mask, interpret=True))
+    found = of(lambda *heads: splash.attend(*heads, layout.prepared, interpret=True))
     expected = of(lambda *heads: attention.attend(*heads, layout))
     chex.assert_trees_all_close(found, expected, atol=2e-5)
+
+
+def choose(name, platform, *, dtype="bfloat16", row_unit=256):
+    return table.choose(name, platform, dtype=jnp.dtype(dtype), row_unit=row_unit)
 
 
 @pytest.mark.parametrize(
@@ -191,29 +227,51 @@ def test_the_tpu_kernel_equals_a_masked_row_in_value_and_gradient(sliding_window
         ("xla", "cpu", 256, "xla"),
         ("blocks", "gpu", 256, "blocks"),
         ("splash", "tpu", 256, "splash"),
+        ("cudnn", "gpu", 256, "cudnn"),
     ],
 )
 def test_auto_is_what_suits_the_platform(backend, platform, row_unit, expected):
-    assert attention.choose(backend, platform, row_unit=row_unit) == expected
+    assert choose(backend, platform, row_unit=row_unit) == expected
 
 
-@pytest.mark.parametrize(("platform", "row_unit"), [("cpu", 256), ("tpu", 200)])
-def test_the_tpu_kernel_is_refused_where_it_cannot_run(platform, row_unit):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
-        attention.choose("splash", platform, row_unit=row_unit)
-    assert str(error.value) == (
-        "model.attention='splash' needs a TPU and a packing.row_length that is a"
-        f" multiple of 128, got a {platform} and multiples of {row_unit}. Use 'auto'."
-    )
+SPLASH_NEEDS = (
+    "model.attention='splash' needs a TPU and a packing.row_length that is a multiple"
+    " of 128, got a {} and multiples of {}. Use 'auto'."
+)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_the_gpu_kernel_is_refused_where_there_is_none(platform):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
-        attention.choose("cudnn", platform, row_unit=256)
-    assert str(error.value) == (
-        f"model.attention='cudnn' needs a GPU, got a {platform}. Use 'auto'."
-    )
+@pytest.mark.parametrize(
+    ("name", "where", "message"),
+    [
+        ("splash", {"platform": "cpu"}, SPLASH_NEEDS.format("cpu", 256)),
+        (
+            "splash",
+            {"platform": "tpu", "row_unit": 200},
+            SPLASH_NEEDS.format("tpu", 200),
+        ),
+        (
+            "cudnn",
+            {"platform": "tpu"},
+            "model.attention='cudnn' needs a GPU, got a tpu. Use 'auto'.",
+        ),
+        (
+            "cudnn",
+            {"platform": "gpu", "dtype": "float32"},
+            "model.attention='cudnn' needs model.compute_dtype bfloat16, got float32."
+            " Use 'auto' for one of the two.",
+        ),
+        (
+            "flash",
+            {"platform": "cpu"},
+            "model.attention must be 'auto' or 'xla' or 'blocks' or 'splash' or"
+            " 'cudnn', got 'flash'.",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(name, where, message):
+    with pytest.raises(UserError) as error:
+        choose(name, **where)
+    assert str(error.value) == message
 
 
 def test_the_gpu_kernel_is_asked_for_what_the_mask_path_computes(monkeypatch):
@@ -234,10 +292,79 @@ def test_the_gpu_kernel_is_asked_for_what_the_mask_path_computes(monkeypatch):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
-        attention.choose("flash", "cpu", row_unit=256)
-    assert str(error.value) == (
-        "model.attention must be 'auto' or 'xla' or 'blocks' or 'splash' or 'cudnn',"
-        " got 'flash'."
+# --- a backend of one's own, added in one place ---------------------------------------
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """XLA's products as a kernel would run them; what it was called with."""
+    calls = []
+
+    def attend(query, key, value, mask):
+        calls.append(query.shape)
+        return table.BACKENDS["xla"].attend(query, key, value, mask)
+
+    backend = table.Backend(
+        prepare=table.BACKENDS["xla"].prepare,
+        attend=attend,
+        refuses=lambda platform, dtype, unit: None if unit % 2 == 0 else "even rows.",
+        auto_on="gpu",
+        computed_again=1.0,
     )
+    monkeypatch.setitem(table.BACKENDS, "toy", backend)
+    return calls
+
+
+def test_a_new_backend_is_chosen_refused_and_named(toy):
+    assert choose("auto", "gpu") == "toy"
+    assert choose("auto", "gpu", row_unit=3) == "xla"
+    assert choose("toy", "cpu") == "toy"
+    with pytest.raises(UserError, match=r"^model\.attention='toy' needs even rows\.$"):
+        choose("toy", "gpu", row_unit=3)
+    with pytest.raises(UserError, match="or 'cudnn' or 'toy', got 'flash'"):
+        choose("flash", "gpu")
+
+
+def test_a_new_backend_runs_in_a_decoder_on_each_devices_rows(toy):
+    batch, heads, used = _rows(60, rows=8)
+    expected = _mix(batch, heads, used, backend="xla", sliding_window=None)
+    devices = sharding.make_mesh(data=1, fsdp=8, tensor=1, devices=jax.devices())
+    with jax.set_mesh(devices):
+        found = jax.jit(
+            lambda heads: _mix(batch, heads, used, backend="toy", sliding_window=None)
+        )(heads)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert toy == [(1, ROW_LENGTH, 4, 8)]
+
+
+def test_a_new_backend_is_built_into_the_network_of_a_config(toy):
+    batch = tiny.batches(tiny.pairs(4))[0]
+    tokens = (batch.tokens, batch.positions, batch.pair, batch.branch)
+
+    def hidden(attention):
+        model = cfg.Model(path="unused", attention=attention)
+        make, _, _ = assembly.abstract(
+            tiny.config(model=model), tiny.ARCHITECTURE, "cpu", plain=True
+        )
+        return make(jax.random.key(0)).decoder(*tokens)
+
+    np.testing.assert_array_equal(hidden("toy"), hidden("xla"))
+    assert toy
+
+
+def test_a_new_backend_is_planned_by_its_costs(toy):
+    def planned(attention):
+        packed = cfg.Packing(rows=4, row_length=256, pairs_per_row=4)
+        model = cfg.Model(path=str(GOLDEN / "tiny_llama"), attention=attention)
+        config = tiny.config(model=model, packing=packed)
+        pair = Pair(prompt=20, answer=30)
+        return plan.make(config, chips.parse_devices("gpu:1xh100"), pair, print)
+
+    by_toy, by_blocks = planned("auto"), planned("blocks")
+    assert (by_toy.attention, by_blocks.attention) == ("toy", "blocks")
+    # Of attention's two forward products it computes two again, blocks one: of 4 heads
+    # of 8, in 2 layers, at every key that is seen.
+    seen = 20 * 21 // 2 + 2 * (30 * 20 + 30 * 31 // 2)
+    one = 2 * 4 * 8 * seen * 2 * by_toy.pairs_per_step
+    more = by_toy.hardware_flops - by_blocks.hardware_flops
+    assert more == pytest.approx(one, rel=1e-9)

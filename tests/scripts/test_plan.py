@@ -40,6 +40,11 @@ def test_what_fits_nowhere_has_a_status_of_its_own(capsys):
             ["--config", CONFIG, "--devices", "1xh100", "--model.attention", "splash"],
             "model.attention='splash' needs a TPU",
         ),
+        (
+            ["--config", CONFIG, "--devices", "1xh100", "--model.attention", "flash"],
+            "model.attention must be 'auto' or 'xla' or 'blocks' or 'splash' or 'cudnn'"
+            ", got 'flash'.",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):

@@ -12,9 +12,9 @@ from lpc_jax import sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.losses import sequence
-from lpc_jax.models import attention
-from lpc_jax.training import ahead, arithmetic
-from lpc_jax.training.arithmetic import Pair
+from lpc_jax.models.attention.mask import Tokens, visible
+from lpc_jax.planning import ahead, arithmetic
+from lpc_jax.planning.arithmetic import Pair
 from tests import tiny
 
 # Wide enough that products outweigh all else; no wider than a tile of the head.
@@ -40,8 +40,8 @@ def test_the_keys_that_are_seen_are_the_masks(prompt, answer):
         lengths, rows=1, row_length=pair.tokens, pairs_per_row=1, score_chunk=1
     )
     (batch,) = packing.micro_batches([made], shape, reference_logp=None)
-    layout = map(jnp.asarray, (batch.positions, batch.pair, batch.branch))
-    mask = attention.pair_mask(*layout, sliding_window=None)
+    tokens = Tokens(*map(jnp.asarray, (batch.positions, batch.pair, batch.branch)))
+    mask = visible(tokens, tokens, sliding_window=None)
     assert int(mask.sum()) == pair.seen
     assert pair.scored == int(batch.score_mask.sum())
 

@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 from lpc_jax import axes, sharding
 from lpc_jax import config as cfg
-from lpc_jax.training import ahead, collectives
-from lpc_jax.training.arithmetic import Pair
-from lpc_jax.training.collectives import Shape
+from lpc_jax.planning import ahead, collectives
+from lpc_jax.planning.arithmetic import Pair
+from lpc_jax.planning.collectives import Shape
 from tests import tiny
 
 # --- the reader -----------------------------------------------------------------------
@@ -207,11 +207,12 @@ def test_what_xla_compiles_is_counted_as_by_hand():
     placed = jax.ShapeDtypeStruct(
         (16, 3), jnp.float32, sharding=NamedSharding(mesh, P("x"))
     )
-    found = collectives.sent_by_kind(
-        collectives.read(run.lower(placed).compile().as_text())
-    )
+    text = run.lower(placed).compile().as_text()
+    sent = dict.fromkeys(collectives.KINDS, 0)
+    for collective in collectives.read(text):
+        sent[collective.kind] += collective.sent
     part = 2 * 3 * 4  # bytes that a device has
-    assert found == {
+    assert sent == {
         "all-gather": 7 * part,
         "reduce-scatter": 7 * part,
         "all-reduce": 5 * (2 * part * 7 // 8),

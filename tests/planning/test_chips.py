@@ -2,7 +2,7 @@
 
 import pytest
 
-from lpc_jax.training import chips
+from lpc_jax.planning import chips
 
 # Google Cloud documentation, "TPU v5e", "TPU v5p" and "TPU v6e": accelerator types.
 NAMES = [
@@ -89,8 +89,9 @@ def test_exactly_one_of_the_two_flags(both):
         chips.named(topology=both, devices=both)
 
 
-def test_every_layout_has_as_many_chips_as_it_says():
+def test_every_layout_has_a_name_of_its_own():
     for chip in chips.CHIPS.values():
-        for count, layout in (chip.layouts or {}).items():
-            found = chips.parse_topology(f"{chip.name}:{layout}")
-            assert found.count == count
+        for layout in chip.layouts:
+            by_layout = chips.parse_topology(f"{chip.name}:{layout}")
+            cores = by_layout.count * chip.cores_in_name
+            assert chips.parse_topology(f"{chip.name}-{cores}") == by_layout

@@ -1,7 +1,7 @@
 """The TPU's attention: JAX's splash kernel under a mask that the batch decides.
 
 Scores never leave the chip's fast memory, and blocks in which no query sees a key are
-skipped, forward and backward. Knows nothing of what the mask means.
+skipped, forward and backward.
 """
 
 from __future__ import annotations
@@ -16,12 +16,23 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Bool, Float
 
-from lpc_jax.models.block_attention import KEPT
+from lpc_jax.models.attention.blocks import KEPT
 
 # The kernel's smallest block, of which a row is a whole number. The largest block that
 # divides the row is taken.
 UNIT = kernel.NUM_LANES
 _BLOCKS = (512, 384, 256, 128)
+_OF_PASSES = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
+
+
+def refuses(platform: str, dtype: jnp.dtype, row_unit: int) -> str | None:
+    """What the kernel needs where it cannot run; None where it can."""
+    if platform == "tpu" and row_unit % UNIT == 0:
+        return None
+    return (
+        f"a TPU and a packing.row_length that is a multiple of {UNIT}, got a {platform}"
+        f" and multiples of {row_unit}. Use 'auto'."
+    )
 
 
 def attend(
@@ -32,42 +43,23 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "R T N H"]:
-    """Softmax attention with scores scaled by 1 / sqrt(H) and summed in fp32.
+    """Softmax attention over rows that are a multiple of ``UNIT`` long.
 
-    Args:
-        query: Rotated queries; query head n reads key head ``n // (N / K)``. T is a
-            multiple of ``UNIT``, as ``attention.choose`` has seen to.
-        key: Rotated keys.
-        value: Values.
-        mask: Which key (last axis) each query sees. One that sees none sees itself.
-        interpret: Runs the kernel's steps one by one, on any device; for tests.
+    A query that sees no key sees itself. ``interpret`` runs the kernel's steps one by
+    one, on any device; for tests.
     """
     length, scale = query.shape[1], 1 / math.sqrt(query.shape[-1])
     block = next(size for size in _BLOCKS if length % size == 0)
-    sizes = kernel.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    sizes: dict[str, Any] = {f"block_{name}": block for name in _OF_PASSES}
     # The kernel would divide by nothing for a query that sees nothing.
     mask = mask | (~mask.any(axis=-1, keepdims=True) & jnp.eye(length, dtype=bool))
 
-    def of_row(
-        row: tuple[
-            Float[Array, "T N H"],
-            Float[Array, "T K H"],
-            Float[Array, "T K H"],
-            Bool[Array, "T T"],
-        ],
-    ) -> Float[Array, "T N H"]:
+    def of_row(row: tuple[Array, Array, Array, Array]) -> Float[Array, "T N H"]:
         *heads, seen = row
         by_head = [x.swapaxes(0, 1) for x in heads]
         attend_row = kernel.make_splash_mha(
             seen[None],  # one for all heads
-            block_sizes=sizes,
+            block_sizes=kernel.BlockSizes(**sizes),
             head_shards=1,
             q_seq_shards=1,
             residual_checkpoint_name=KEPT,

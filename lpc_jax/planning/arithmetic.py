@@ -1,35 +1,27 @@
 """What a step costs, counted by hand: operations, and the least bytes it must move.
 
 Compilers count the body of a loop once, and a decoder is loops; so this is counted from
-the architecture, and a test holds it against the compiler's count of one layer. Knows
-nothing of programs or chips.
+the architecture, and a test holds it against the compiler's count of one layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from lpc_jax import config as cfg
 from lpc_jax.losses import sequence
 from lpc_jax.models import leaves
 from lpc_jax.models.architectures import Architecture
+from lpc_jax.models.attention.table import BACKENDS
 from lpc_jax.models.latent import judged_width
 
 _FP32, _BF16 = 4, 2
 
-# Of attention's two forward products, what its backward pass computes besides its own
-# four: scores again; splash does so, and dO V^T, in each of two passes.
-_COMPUTED_AGAIN = {"xla": 0.0, "blocks": 0.5, "cudnn": 0.5, "splash": 1.5}
-
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Tokens of the pair that a plan takes for all pairs.
-
-    Attributes:
-        prompt: Of the prompt.
-        answer: Of the chosen and of the rejected answer, each.
-    """
+    """Tokens in the prompt and in each answer of what all pairs are taken to be."""
 
     prompt: int
     answer: int
@@ -46,7 +38,7 @@ class Pair:
 
     @property
     def seen(self) -> int:
-        """Keys that all queries attend to together, under ``attention.pair_mask``."""
+        """Keys that all queries attend to together, by the mask's rule."""
         own = self.prompt * (self.prompt + 1) // 2
         answer = self.answer * self.prompt + self.answer * (self.answer + 1) // 2
         return own + 2 * answer
@@ -54,17 +46,11 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Operations for one pair, a multiply-add being two.
+    """Operations for one pair, a multiply-add being two."""
 
-    Attributes:
-        model: Forward and backward with nothing computed twice: what MFU counts.
-        hardware: With what remat, the head's tiles and attention compute again.
-        reference: Scoring it once with the reference; 0 for a loss without.
-    """
-
-    model: float
-    hardware: float
-    reference: float
+    model: float  # forward and backward with nothing computed twice: what MFU counts
+    hardware: float  # with what remat, the head's tiles and attention compute again
+    reference: float  # scoring it once with the reference; 0 for a loss without
 
 
 def block_matrices(architecture: Architecture) -> int:
@@ -97,25 +83,20 @@ def _latent_matrices(architecture: Architecture, latent: cfg.Latent) -> int:
 def flops(
     config: cfg.Config, architecture: Architecture, pair: Pair, backend: str
 ) -> Flops:
-    """Operations for one pair.
+    """Operations for one pair under an attention backend.
 
-    Args:
-        config: Names remat, adapters, latent, loss and the row's length.
-        architecture: The decoder's.
-        pair: Tokens of the pair.
-        backend: Of attention; ``xla`` and ``cudnn`` compute all scores of a row, the
-            others those that are seen (and, uncounted, the rest of their blocks).
+    Of masked scores those are counted that the backend computes, but for the rest of
+    the blocks of those that skip.
     """
     a, layers, tokens = architecture, architecture.layers, pair.tokens
-    frozen = not config.trains_decoder
+    row = BACKENDS[backend]
     blocks = 2.0 * layers * block_matrices(a) * tokens
-    added = 0.0
+    added = latent = 0.0
     if config.adapters is not None:
         added = 2.0 * layers * _adapter_matrices(a, config.adapters) * tokens
     # Two products of N x H a query and key: scores, and the mix of values.
     attention = 4.0 * layers * a.query_heads * a.head_width * pair.seen
     head = 2.0 * a.vocabulary * a.width * pair.scored
-    latent = 0.0
     if config.latent is not None:
         latent = 2.0 * _latent_matrices(a, config.latent)
     needed = config.loss.needs_reference
@@ -125,26 +106,26 @@ def flops(
         return Flops(alone, alone, head if needed else 0.0)
     forward = blocks + added + attention + head + latent
     # Of each product two more, by its input and by its weight; a frozen weight's isn't.
-    one_or_two = 1 if frozen else 2
+    one_or_two = 2 if config.trains_decoder else 1
     backward = one_or_two * (blocks + head) + 2 * (added + attention + latent)
     computed = attention
-    if backend in ("xla", "cudnn"):
+    if row.whole_rows:
         computed *= tokens * config.packing.row_length / pair.seen
     again = head
     if config.model.remat == "block":
         # Nothing asks again for what the MLP's last product gives.
         last = 2.0 * layers * a.width * a.mlp_width * tokens
         again += blocks - last + added + computed
-    elif config.model.remat != "none" and backend == "xla":
+    elif config.model.remat != "none" and row.holds_scores:
         again += computed
-    again += computed * _COMPUTED_AGAIN[backend]
+    again += computed * row.computed_again
     model = forward + backward
     hardware = model + 3 * (computed - attention) + again
     scored_once = blocks + computed + head
     return Flops(model, hardware, scored_once if needed else 0.0)
 
 
-def weights_read(config: cfg.Config, architecture: Architecture) -> int:
+def _weights_read(config: cfg.Config, architecture: Architecture) -> int:
     """Bytes of bfloat16 weights that the passes of a micro-batch meet, all devices'.
 
     Blocks are met forward, backward and, under ``remat='block'``, once more between
@@ -157,8 +138,7 @@ def weights_read(config: cfg.Config, architecture: Architecture) -> int:
     block = 2 * once
     if config.model.remat == "block":
         block += once - a.width * a.mlp_width
-    blocks = a.layers * block
-    return _BF16 * (blocks + 2 * a.vocabulary * a.width)
+    return _BF16 * (a.layers * block + 2 * a.vocabulary * a.width)
 
 
 def least_memory_traffic(
@@ -166,60 +146,36 @@ def least_memory_traffic(
     architecture: Architecture,
     *,
     tensor: int,
+    micro_batches: int,
     trained: int,
     optimizer: int,
-) -> tuple[float, float]:
-    """Bytes that a device must at least read and write, without activations.
+) -> float:
+    """Bytes that a device must at least read and write in a step, without activations.
 
-    Args:
-        config: Names remat.
-        architecture: The decoder's.
-        tensor: Devices that share a row; each meets a part of every weight, gathered
-            over ``fsdp``.
-        trained: Bytes of its part of the fp32 masters.
-        optimizer: Bytes of its part of the optimizer's state.
-
-    Returns:
-        Of a micro-batch: ``weights_read``, and every gradient written and added. Of an
-        update: gradients read, masters and optimizer state read and written.
+    In a micro-batch the weights, gathered over ``fsdp``, and every gradient written and
+    added; in the update gradients read, masters and optimizer state read and written,
+    of which ``trained`` and ``optimizer`` are a device's bytes.
     """
-    micro_batch = weights_read(config, architecture) / tensor + 2 * trained
-    return micro_batch, float(3 * trained + 2 * optimizer)
+    micro_batch = _weights_read(config, architecture) / tensor + 2 * trained
+    return micro_batches * micro_batch + float(3 * trained + 2 * optimizer)
 
 
 def gathered_and_scattered(
-    config: cfg.Config,
-    architecture: Architecture,
-    *,
-    trained: int,
-    tensor: int,
-    fsdp: int,
-    data: int,
+    config: cfg.Config, architecture: Architecture, mesh: dict[str, int], trained: int
 ) -> dict[str, float]:
-    """Bytes that a device sends for FSDP in a micro-batch, where nothing is compiled.
+    """Bytes that a device sends for FSDP in a micro-batch, by kind of collective.
 
-    Args:
-        config: Names remat.
-        architecture: The decoder's.
-        trained: Parameters whose gradients are summed.
-        tensor: Devices that share a row.
-        fsdp: Devices over which parameters are split.
-        data: Copies of the parameters.
+    ``trained`` counts the parameters whose gradients are summed.
     """
-    gather = weights_read(config, architecture) / tensor * (fsdp - 1) / fsdp
+    data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
+    gather = _weights_read(config, architecture) / tensor * (fsdp - 1) / fsdp
     scatter = trained / tensor * _FP32 * (fsdp - 1) / fsdp
     copies = 2 * trained / tensor / fsdp * _FP32 * (data - 1) / data
     return {"all-gather": gather, "reduce-scatter": scatter, "all-reduce": copies}
 
 
 def temporary(
-    config: cfg.Config,
-    architecture: Architecture,
-    *,
-    tokens: int,
-    backend: str,
-    split: int,
-    tensor: int,
+    config: cfg.Config, architecture: Architecture, mesh: dict[str, int], backend: str
 ) -> int:
     """Bytes that a gradient's program needs besides what it is given and gives.
 
@@ -227,35 +183,29 @@ def temporary(
     makes and its gradients, its weights gathered and their gradients before they are
     scattered. Unless they are frozen, all weights once more in bfloat16, which
     compilers make before the layers' loop.
-
-    Args:
-        config: Names remat, adapters and the row's length.
-        architecture: The decoder's.
-        tokens: Of a device's rows, divided by ``tensor``.
-        backend: Of attention.
-        split: Devices over which parameters are split.
-        tensor: Devices that share a row.
     """
-    a = architecture
+    a, packed = architecture, config.packing
+    tokens = packed.rows * packed.row_length // math.prod(mesh.values())
     if config.decoder == "frozen":  # probabilities of a chunk
-        rows = tokens / config.packing.row_length
+        rows = tokens / packed.row_length
         return round(rows * sequence.HELD * a.vocabulary * _FP32)
     stream = tokens * a.width * _BF16
     heads = (2 * a.query_heads + 2 * a.kv_heads) * a.head_width
     products = tokens * (heads + a.width + 3 * a.mlp_width) * _BF16
     scores = 0
-    if backend in ("xla", "cudnn"):
+    if BACKENDS[backend].whole_rows:
         # In fp32, and their softmax in bfloat16 (docs/performance.md has it compiled).
-        scores = tokens * a.query_heads * config.packing.row_length * (_FP32 + _BF16)
+        # cuDNN's kernel holds none, and yet is counted so: nobody has measured it.
+        scores = tokens * a.query_heads * packed.row_length * (_FP32 + _BF16)
     kept = {
         "block": stream,
         "offload": stream,
         "dots": stream + products,
         "none": stream + 2 * products + scores,
     }[config.model.remat]
-    block = block_matrices(a) // tensor
+    block = block_matrices(a) // mesh["tensor"]
     weights, copies = block * _BF16, 0
     if config.trains_decoder:
         weights += block * _FP32
-        copies = leaves.count(a) // split * _BF16
+        copies = leaves.count(a) // (mesh["fsdp"] * mesh["tensor"]) * _BF16
     return a.layers * kept + 2 * products + scores + weights + copies

@@ -11,8 +11,9 @@ import pytest
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
-from lpc_jax.training import ahead, chips, memory, plan, plan_report
-from lpc_jax.training.arithmetic import Pair
+from lpc_jax.planning import ahead, chips, plan, report
+from lpc_jax.planning.arithmetic import Pair
+from lpc_jax.training import memory
 from scripts import plan as script
 from tests import tiny
 
@@ -104,7 +105,7 @@ def test_a_model_s_operations_are_six_a_weight_and_token():
 def test_rows_are_raised_to_what_the_mesh_splits():
     found = by_hand(flagship(), "tpu:64xv5e")
     assert (found.rows, found.changes) == (64, ("--packing.rows 64",))
-    assert "pass: --packing.rows 64" in plan_report.lines(found)
+    assert "pass: --packing.rows 64" in report.lines(found)
     assert by_hand(flagship(), "tpu:4xv5p").changes == ()
 
 
@@ -157,7 +158,7 @@ def compiler(monkeypatch):
     """A compiler that says what a test wants of each config, and remembers them."""
     asked, wanted = [], {}
 
-    def ask(subject, flags, say):
+    def ask(subject, say):
         config = subject.config
         packed, mesh = config.packing, config.mesh
         key = (config.model.remat, packed.rows, packed.row_length, mesh.tensor)
@@ -165,10 +166,9 @@ def compiler(monkeypatch):
         peak = wanted["peak"](*key)
         if peak is None:
             raise ahead.TooLargeError("gradients", 20 * GB)
-        made = plan._by_hand(subject, flags, ())
-        return dataclasses.replace(
-            made, memory=dataclasses.replace(made.memory, peak=peak * GB)
-        )
+        by_hand = plan._by_hand(subject)
+        predicted = dataclasses.replace(by_hand.memory, peak=peak * GB)
+        return dataclasses.replace(by_hand, memory=predicted)
 
     monkeypatch.setattr(plan, "_by_compiler", ask)
     monkeypatch.setattr(ahead, "devices", lambda topology: (None,) * 8)
@@ -410,7 +410,7 @@ def a_plan(**changes):
 
 
 def test_what_a_person_reads():
-    assert plan_report.lines(a_plan()) == [
+    assert report.lines(a_plan()) == [
         "plan: mine on v6e:2x4 (8 chips), compiled ahead of time by jax 1.2, libtpu"
         " 3.4",
         "model: 8000.0 M parameters, compute bfloat16; mesh data=1 fsdp=8 tensor=1;"
@@ -435,7 +435,7 @@ def test_what_a_person_reads():
 
 
 def test_arithmetic_is_named_so():
-    found = plan_report.lines(a_plan(compiled=False, versions={}))
+    found = report.lines(a_plan(compiled=False, versions={}))
     assert "BY ARITHMETIC, nothing was compiled" in found[0]
 
 
@@ -446,7 +446,7 @@ def test_a_reference_may_be_what_does_not_fit():
 
 def test_the_table_is_made_from_files(tmp_path):
     file = tmp_path / "plans" / "mine.json"
-    plan_report.write_json(a_plan(), file)
+    report.write_json(a_plan(), file)
     saved = json.loads(file.read_text())
     assert saved["memory"]["temporary"] == 5 * GB
     assert (saved["mfu"], saved["binds"], saved["pair"]["answer"]) == (
@@ -454,10 +454,10 @@ def test_the_table_is_made_from_files(tmp_path):
         "compute",
         350,
     )
-    assert plan_report.table([file]).splitlines()[2] == (
+    assert report.table([file]).splitlines()[2] == (
         "| mine | v6e:2x4 | 8 x 4096 | `--packing.rows 8 --model.remat block` | 25.0 of"
         " 50.0 | 0.50 | compute | 50% | 256.0 |"
     )
     file.write_text("{}")
     with pytest.raises(ValueError, match="must be a file that --json wrote, got one"):
-        plan_report.table([file])
+        report.table([file])

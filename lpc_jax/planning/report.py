@@ -1,7 +1,4 @@
-"""A plan for a person, for a file, and many of them as the table of a document.
-
-Knows nothing of how a plan is made.
-"""
+"""A plan for a person, for a file, and many of them as the table of a document."""
 
 from __future__ import annotations
 
@@ -12,34 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from lpc_jax.errors import UserError
+from lpc_jax.planning.plan import Plan
 from lpc_jax.training.memory import size
-from lpc_jax.training.plan import Plan
 
 
 def lines(plan: Plan) -> list[str]:
     """What ``scripts/plan.py`` prints, per chip unless it says otherwise."""
-    m, pair = plan.memory, plan.pair
-    how = (
-        "compiled ahead of time by "
-        + ", ".join(f"{name} {version}" for name, version in plan.versions.items())
-        if plan.compiled
-        else "BY ARITHMETIC, nothing was compiled: memory is an estimate"
-    )
+    pair, capacity = plan.pair, plan.memory.capacity or 0
+    how = "BY ARITHMETIC, nothing was compiled: memory is an estimate"
+    if plan.compiled:
+        versions = (f"{name} {version}" for name, version in plan.versions.items())
+        how = f"compiled ahead of time by {', '.join(versions)}"
     mesh = " ".join(f"{axis}={ways}" for axis, ways in plan.mesh.items())
-    trained = (
-        ""
-        if plan.trained == plan.parameters
-        else f", {plan.trained / 1e6:.1f} M trained"
-    )
-    held = {
-        "parameters": m.parameters,
-        "frozen decoder": m.frozen,
-        "optimizer": m.optimizer,
-        "gradients": m.gradients,
-        "temporary": m.temporary,
-    }
-    capacity = m.capacity or 0
-    found = [
+    part = plan.trained != plan.parameters
+    trained = f", {plan.trained / 1e6:.1f} M trained" if part else ""
+    said = [
         f"plan: {plan.config} on {plan.slice} ({plan.chips} chips), {how}",
         f"model: {plan.parameters / 1e6:.1f} M parameters{trained}, compute"
         f" {plan.compute_dtype}; mesh {mesh}; attention {plan.attention}; remat"
@@ -49,30 +33,26 @@ def lines(plan: Plan) -> list[str]:
         " --prompt-tokens, --answer-tokens)",
         f"batch: {plan.pairs_per_step} pairs a step in {plan.micro_batches:.2f}"
         f" micro-batches of {plan.rows} rows x {plan.row_length} tokens",
-        "memory: "
-        + ", ".join(f"{name} {size(part)}" for name, part in held.items() if part),
+        f"memory: {plan.memory.listed}",
     ]
     if plan.reference_peak:
-        found.append(f"memory: {size(plan.reference_peak)} while the reference scores")
-    found.append(
+        said.append(f"memory: {size(plan.reference_peak)} while the reference scores")
+    said.append(
         f"memory: peak {size(plan.peak)} of {size(capacity)}"
         f" ({plan.peak / capacity:.0%}): {'fits' if plan.fits else 'DOES NOT FIT'}"
     )
-    found += _step_lines(plan)
+    said += _step_lines(plan)
     if plan.compile_seconds:
-        times = plan.compile_seconds.items()
-        found.append(
-            "compiled in: " + ", ".join(f"{name} {t:.0f} s" for name, t in times)
-        )
-    found += [f"note: {note}" for note in plan.notes]
+        times = (f"{name} {t:.0f} s" for name, t in plan.compile_seconds.items())
+        said.append(f"compiled in: {', '.join(times)}")
+    said += [f"note: {note}" for note in plan.notes]
     if plan.changes:
-        found.append(f"pass: {' '.join(plan.changes)}")
-    return found
+        said.append(f"pass: {' '.join(plan.changes)}")
+    return said
 
 
 def _step_lines(plan: Plan) -> list[str]:
-    sent = {kind: count for kind, count in plan.sent.items() if count}
-    listed = ", ".join(f"{kind} {size(count)}" for kind, count in sent.items())
+    sent = ", ".join(f"{kind} {size(n)}" for kind, n in plan.sent.items() if n)
     unknown = (
         f" ({plan.inexact} of them in loops of unknown length, counted once)"
         if plan.inexact
@@ -82,7 +62,7 @@ def _step_lines(plan: Plan) -> list[str]:
     return [
         f"a step, all chips: {plan.model_flops / 1e15:.2f} PFLOP of the model,"
         f" {plan.hardware_flops / 1e15:.2f} with what is computed twice",
-        f"a step, sent: {listed or 'nothing'}{unknown}",
+        f"a step, sent: {sent or 'nothing'}{unknown}",
         f"a step, at least: {bounds}; bound by {plan.binds}",
         f"at best: {plan.step_seconds:.3f} s a step, MFU {plan.mfu:.0%},"
         f" {plan.pairs_per_second:.1f} pairs/s. A bound, not a measurement.",

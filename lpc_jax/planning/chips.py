@@ -1,0 +1,158 @@
+"""Accelerators by name: what one can do, and how many of them a slice has."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+
+from lpc_jax.errors import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a maker's data sheet says of one accelerator."""
+
+    name: str
+    platform: str  # as JAX names it
+    memory: int  # bytes of high-bandwidth memory
+    flops: float  # dense bfloat16 operations a second, a multiply-add being two
+    memory_bandwidth: float  # bytes a second to and from that memory
+    # Bytes a second that it can send to the others, all links taken together. Where a
+    # source counts both directions, half of it.
+    link_bandwidth: float
+    layouts: tuple[str, ...] = ()  # of slices; none of GPUs
+    cores_in_name: int = 1  # what the number in a name such as v5p-8 counts for a chip
+
+
+# Google Cloud, "TPU v5e" and "TPU v6e": supported configurations. The single chip is
+# compiled for with other host bounds than the rest, see ahead.py.
+_PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+# Google Cloud, "TPU v5p": supported configurations, those of up to a cube of 8.
+_CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        # Google Cloud documentation, "TPU v5e" (docs.cloud.google.com/tpu/docs/v5e):
+        # 197 TFLOP/s, 16 GB (GiB: the compiler gives programs 15.75), 819 GB/s, ICI 400
+        # GB/s in both directions.
+        Chip("v5e", "tpu", 16 * GIB, 197e12, 819e9, 200e9, _PLANE),
+        # The same, "TPU v5p": 459 TFLOP/s, 95 GiB, 2,765 GB/s, ICI 1,200 GB/s in both
+        # directions. A name counts cores, two a chip.
+        Chip("v5p", "tpu", 95 * GIB, 459e12, 2765e9, 600e9, _CUBE, cores_in_name=2),
+        # The same, "TPU v6e": 918 TFLOP/s, 32 GB (GiB), 1,640 GB/s (1,600 in other
+        # editions of the page), ICI 800 GB/s in both directions.
+        Chip("v6e", "tpu", 32 * GIB, 918e12, 1640e9, 400e9, _PLANE),
+        # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOP/s dense, 2,039 GB/s, NVLink 600
+        # GB/s in both directions.
+        Chip("a100", "gpu", 80 * 10**9, 312e12, 2039e9, 300e9),
+        # NVIDIA H100 data sheet, SXM: 1,979 TFLOP/s with sparsity, half of it dense; 80
+        # GB at 3.35 TB/s; NVLink 900 GB/s in both directions.
+        Chip("h100", "gpu", 80 * 10**9, 989e12, 3350e9, 450e9),
+        # NVIDIA H200 data sheet, SXM: as the H100, with 141 GB at 4.8 TB/s.
+        Chip("h200", "gpu", 141 * 10**9, 989e12, 4800e9, 450e9),
+    )
+}
+# As Google's accelerator types spell it.
+_ALIASES = {"v5litepod": "v5e"}
+_TPUS = [chip.name for chip in CHIPS.values() if chip.platform == "tpu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Some chips of one kind, wired to each other."""
+
+    chip: Chip
+    count: int
+    topology: str | None  # as the TPU compiler knows it (``v5e:8x8``); None for GPUs
+
+    @property
+    def name(self) -> str:
+        """As a person would write it."""
+        return self.topology or f"{self.count} x {self.chip.name}"
+
+
+def named(*, topology: str | None, devices: str | None) -> Slice:
+    """The slice that one of the two flags names.
+
+    Raises:
+        UserError: Not exactly one is given, or it names nothing that there is.
+    """
+    if topology is not None and devices is None:
+        return parse_topology(topology)
+    if devices is not None and topology is None:
+        return parse_devices(devices)
+    raise UserError(
+        "exactly one of --topology and --devices is required, got"
+        f" {'neither' if topology is None else 'both'}. Use --topology v5e:8x8 to"
+        " compile for a TPU slice, --devices gpu:8xh100 for arithmetic."
+    )
+
+
+def parse_topology(text: str) -> Slice:
+    """The slice that ``--topology`` names: ``v5e:8x8``, or by marketing ``v5p-8``.
+
+    Raises:
+        UserError: No such chip, or no such slice of it.
+    """
+    matched = re.fullmatch(r"(?:tpu:)?([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text)
+    if not matched:
+        raise UserError(
+            "--topology must be a chip and its layout such as v5e:8x8 or v5p:2x2x1, or"
+            f" a name such as v5p-8, got {text!r}.{_near(text)}"
+        )
+    name, number, layout = matched.groups()
+    chip = CHIPS.get(_ALIASES.get(name, name))
+    if chip is None or chip.platform != "tpu":
+        hint = " For GPUs use --devices." if chip is not None else _near(name)
+        raise UserError(
+            f"--topology: the chip must be one of {', '.join(_TPUS)}, got {name!r} in"
+            f" {text!r}.{hint}"
+        )
+    counts = {known: math.prod(map(int, known.split("x"))) for known in chip.layouts}
+    names = {chip.cores_in_name * n: known for known, n in counts.items()}
+    if number and int(number) not in names:
+        listed = ", ".join(f"{chip.name}-{n}" for n in names)
+        raise UserError(
+            f"--topology: a {chip.name} slice must be one of {listed},"
+            f" got {text!r}. Use one of these, or name a layout such as"
+            f" {chip.name}:{chip.layouts[0]}."
+        )
+    layout = layout or names[int(number)]
+    if layout not in counts:
+        listed = ", ".join(f"{chip.name}:{known}" for known in counts)
+        raise UserError(
+            f"--topology: the layout of a {chip.name} slice must be one of {listed},"
+            f" got {text!r}. Use one of these."
+        )
+    return Slice(chip, counts[layout], f"{chip.name}:{layout}")
+
+
+def parse_devices(text: str) -> Slice:
+    """The chips that ``--devices`` names: ``gpu:8xh100``, ``tpu:4xv5p``.
+
+    Raises:
+        UserError: Not of that form, or no such chip.
+    """
+    matched = re.fullmatch(r"(?:(gpu|tpu):)?([1-9]\d*)x([a-z0-9]+)", text)
+    platform, count, name = matched.groups() if matched else (None, "", "")
+    chip = CHIPS.get(_ALIASES.get(name, name))
+    if chip is None or platform not in (None, chip.platform):
+        known = ", ".join(f"{c.platform}:8x{c.name}" for c in CHIPS.values())
+        raise UserError(
+            f"--devices must be a number of chips such as {known}, got {text!r}."
+            " Use one of these kinds."
+        )
+    return Slice(chip, int(count), None)
+
+
+def _near(text: str) -> str:
+    """The chip that was meant, if any; a slice of it where the chip alone was named."""
+    if text in _TPUS:
+        return f" Did you mean {text}-{64 * CHIPS[text].cores_in_name}?"
+    near = difflib.get_close_matches(re.split("[:-]", text)[0], _TPUS, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else f" There are {', '.join(_TPUS)}."

@@ -1,0 +1,294 @@
+"""Which collectives a compiled program holds: how large, and how often they run.
+
+Read from the compiler's own text, the HLO after partitioning, so that it is what will
+run and not what was asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+# Instructions that move data between devices, without their asynchronous halves.
+KINDS: tuple[str, ...] = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+)
+
+# The TPU compiler's fusion of an all-reduce of which each device keeps a part.
+_SCATTERING_FUSION = "all-reduce-scatter"
+# A collective that runs beside other work is written down where it starts, in each
+# fusion that goes on with it, and where it is done.
+_CONTINUED_FUSION = "async_collective_fusion"
+_DONE_FUSION = "async-collective-done"
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4}
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# Layouts hold brackets of their own, T(8,128): operands end where attributes begin.
+_INSTRUCTION = re.compile(
+    r"^ +(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)(\((.*?)\)(?:, [a-z_\-]+=.*|$))"
+)
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|branch_computations|true_computation"
+    r"|false_computation)=(\{[^}]*\}|%[\w.\-]+)"
+)
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# What hands a value on unchanged, for the search of a loop's bounds.
+_TRANSPARENT = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array's dtype and sizes, as one device holds it."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size without padding."""
+        bits = _BITS.get(self.dtype)
+        if bits is None:
+            number = re.search(r"\d+", self.dtype)
+            bits = int(number.group()) if number else 0  # a token has none
+        return math.prod(self.sizes) * bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective instruction."""
+
+    kind: str  # one of KINDS
+    results: tuple[Shape, ...]  # what each device has after it
+    group: int  # devices that take part together
+    times: int  # how often it runs in one call of the program
+    # False if a loop around it has a length that only the data knows; that loop then
+    # counts once.
+    exact: bool
+    source: str  # the operation in the program that it stems from, as JAX named it
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each device sends, at least, in one call of the program.
+
+        Of n devices, each sends its own part to n - 1 others (all-gather, all-to-all)
+        or n - 1 parts of what is summed (reduce-scatter); an all-reduce is the latter
+        and then the former (Patarasuk & Yuan 2009).
+        """
+        others = self.group - 1
+        size = sum(shape.bytes for shape in self.results)
+        of_one = {
+            "all-gather": size * others // self.group,
+            "all-to-all": size * others // self.group,
+            "reduce-scatter": size * others,
+            "all-reduce": 2 * size * others // self.group,
+            "collective-permute": size,
+        }
+        return of_one[self.kind] * self.times
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str  # what follows the opcode
+    root: bool
+
+    @property
+    def index(self) -> int | None:
+        """Of a tuple's element, its place."""
+        place = re.search(r"index=(\d+)", self.text)
+        is_element = self.opcode == "get-tuple-element"
+        return int(place.group(1)) if is_element and place else None
+
+    @property
+    def constant(self) -> int | None:
+        value = re.match(r"\((-?\d+)\)", self.text)
+        return int(value.group(1)) if self.opcode == "constant" and value else None
+
+
+class _Computation(dict[str, _Instruction]):
+    """Instructions by name."""
+
+    @property
+    def root(self) -> _Instruction:
+        return next(i for i in self.values() if i.root)
+
+    def origin(self, name: str) -> _Instruction:
+        """The instruction whose value is handed on under a name."""
+        while self[name].opcode in _TRANSPARENT:
+            name = self[name].operands[0]
+        return self[name]
+
+
+def read(text: str) -> list[Collective]:
+    """All collectives of a program.
+
+    Args:
+        text: ``compiled.as_text()``.
+
+    Raises:
+        ValueError: The text is no HLO module.
+    """
+    computations, entry = _parse(text)
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    devices = int(partitions.group(1)) if partitions else 1
+    return list(_walk(computations, entry, 1, True, devices))
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    entry, current = None, _Computation()
+    for line in text.splitlines():
+        if opened := _COMPUTATION.match(line):
+            current = computations[opened.group(2)] = _Computation()
+            entry = opened.group(2) if opened.group(1) else entry
+        elif matched := _INSTRUCTION.match(line):
+            root, name, shape, opcode, text, given = matched.groups()
+            operands = re.findall(r"%([\w.\-]+)", given)
+            current[name] = _Instruction(
+                name, shape, opcode, tuple(operands), text, bool(root)
+            )
+        elif re.match(r" +(ROOT )?%", line):
+            raise ValueError(f"an HLO instruction must have operands, got {line!r}")
+    if entry is None:
+        raise ValueError(
+            "a compiled program's text must hold an ENTRY computation, got"
+            f" {text[:40]!r}. Use compiled.as_text()."
+        )
+    return computations, entry
+
+
+def _walk(
+    computations: Mapping[str, _Computation],
+    name: str,
+    times: int,
+    exact: bool,
+    devices: int,
+) -> Iterator[Collective]:
+    for instruction in computations[name].values():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in KINDS:
+            yield _collective(instruction, kind, times, exact, devices)
+            continue
+        inner, inner_exact = times, exact
+        if instruction.opcode == "while":
+            trips = _trips(computations, computations[name], instruction)
+            inner, inner_exact = times * (trips or 1), exact and trips is not None
+        for called in _called(instruction):
+            for collective in _walk(computations, called, inner, inner_exact, devices):
+                if called.startswith(_SCATTERING_FUSION):  # each keeps a part
+                    kept = _shapes(instruction.shape)
+                    yield dataclasses.replace(
+                        collective, kind="reduce-scatter", results=kept
+                    )
+                else:
+                    yield collective
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    """Computations that an instruction begins; not those that only add two numbers."""
+    if instruction.name.startswith(_DONE_FUSION):
+        return []
+    names = []
+    for attribute, value in _CALLED.findall(instruction.text):
+        adds = attribute == "to_apply" and instruction.opcode != "call"
+        if attribute != "condition" and not adds:
+            names += re.findall(r"%([\w.\-]+)", value)
+    return [name for name in names if not name.startswith(_CONTINUED_FUSION)]
+
+
+def _collective(
+    instruction: _Instruction, kind: str, times: int, exact: bool, devices: int
+) -> Collective:
+    shapes, text = _shapes(instruction.shape), instruction.text
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        # (operands, results, what the hardware keeps beside them)
+        count = len(instruction.operands)
+        shapes = shapes[count : 2 * count]
+    source = re.search(r'op_name="([^"]*)"', text)
+    name = source.group(1) if source else ""
+    return Collective(kind, shapes, _group(text, devices), times, exact, name)
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    return tuple(
+        Shape(dtype, tuple(int(size) for size in sizes.split(",") if size))
+        for dtype, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", text))
+    )
+
+
+def _group(text: str, devices: int) -> int:
+    """Devices in one of the groups that an instruction names in any of three ways."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return listed.group(1).count(",") + 1
+    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
+        return int(tiled.group(1))
+    if by_axis := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'([\w:()]+)'=(\d+)", by_axis.group(1)))
+        names = re.findall(r"'([\w]+)(?::\(\d+\)(\d+))?'", by_axis.group(2))
+        return math.prod(int(part or sizes[name]) for name, part in names)
+    return devices
+
+
+def _trips(
+    computations: Mapping[str, _Computation], caller: _Computation, loop: _Instruction
+) -> int | None:
+    """How often a loop runs; None if its bounds are no constants.
+
+    The TPU's text names no count, so it is found as the compiler itself does: a counter
+    that starts at a constant, grows by one, and is compared with one.
+    """
+    if known := _KNOWN_TRIPS.search(loop.text):
+        return int(known.group(1))
+    called = dict(_CALLED.findall(loop.text))
+    body, condition = (
+        computations[called[name].lstrip("%")] for name in ("body", "condition")
+    )
+    initial = caller[loop.operands[0]]
+    condition, test = _unfused(computations, condition, condition.root)
+    if test.opcode != "compare" or "direction=LT" not in test.text:
+        return None
+    counter, bound = (condition.origin(name) for name in test.operands)
+    if (
+        counter.index is None
+        or initial.opcode != "tuple"
+        or body.root.opcode != "tuple"
+    ):
+        return None
+    first = caller.origin(initial.operands[counter.index]).constant
+    last = bound.constant
+    if bound.index is not None:  # carried by the loop, unchanged
+        last = caller.origin(initial.operands[bound.index]).constant
+    grown = body.origin(body.root.operands[counter.index])
+    body, added = _unfused(computations, body, grown)
+    if added.opcode != "add" or first is None or last is None:
+        return None
+    steps = [body.origin(name).constant for name in added.operands]
+    step = next((step for step in steps if step is not None), 0)
+    return max(0, -(-(last - first) // step)) if step else None
+
+
+def _unfused(
+    computations: Mapping[str, _Computation],
+    outer: _Computation,
+    instruction: _Instruction,
+) -> tuple[_Computation, _Instruction]:
+    """A fusion's last instruction, its parameters replaced by what they are outside."""
+    if instruction.opcode != "fusion":
+        return outer, instruction
+    (name,) = _called(instruction)
+    inside = dict(computations[name])
+    for key, inner in inside.items():
+        if inner.opcode == "parameter":
+            index = int(inner.text[1 : inner.text.index(")")])
+            inside[key] = outer[instruction.operands[index]]
+    return _Computation({**outer, **inside}), computations[name].root
