@@ -27,7 +27,7 @@ from rich.console import Console
 
 from lpc_jax import config as cfg
 from lpc_jax import sources
-from lpc_jax.data import examples
+from lpc_jax.data import examples, rows
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
 
@@ -149,13 +149,13 @@ def to_pair(row: Any, *, origin: str, score: str, seed: int) -> dict[str, Any] |
 
 def _rows(options: Options) -> Iterator[tuple[str, Any]]:
     hub = cfg.Hub()
-    rows = examples.rows(
+    whole = rows.read(
         options.input,
         setting="input",
         split=options.split,
         retry=sources.Retry(hub.retries, hub.wait),
     )
-    for count, row in enumerate(rows):
+    for count, row in enumerate(whole):
         if count == options.limit:
             return
         yield row

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lpc_jax import sources
-from lpc_jax.data import examples
+from lpc_jax.data import rows as files
 from lpc_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -72,7 +72,7 @@ def rows(name: str, folder: Path) -> list[Row]:
     """
     file = folder / FILES[name]
     found = []
-    for origin, row in examples.rows(
+    for origin, row in files.read(
         str(file), setting="--tasks-data", split=None, retry=sources.Retry(0, 0.0)
     ):
         try:
