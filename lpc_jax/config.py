@@ -483,7 +483,7 @@ class Optimizer(Settings):
     section: typing.ClassVar[str] = "optimizer."
 
     name: str = "adamw"
-    """Any optimizer of optax."""
+    """adamw, adam, lion, sgd or adafactor, as optax has them."""
     options: dict[str, float] = dataclasses.field(
         default_factory=lambda: {
             "b1": 0.9,

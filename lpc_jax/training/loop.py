@@ -22,8 +22,9 @@ from lpc_jax import assembly, checkpoint, objective, processes, sharding
 from lpc_jax import config as cfg
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation import preference, samples
-from lpc_jax.training import health, memory, nonfinite, runfolder
-from lpc_jax.training.runlog import EVALUATION, TRAIN, RunLog, require_trackers
+from lpc_jax.training import health, memory, nonfinite, run_folder
+from lpc_jax.training.log import EVALUATION, TRAIN, RunLog
+from lpc_jax.training.trackers import require_trackers
 from lpc_jax.training.trainer import Trainer
 from lpc_jax.types import TrainState
 
@@ -149,7 +150,7 @@ def train(config: cfg.Config, console: Console) -> Result:
     with (
         processes.together(),
         processes.Termination().watched() as termination,
-        runfolder.held(config) as folder,
+        run_folder.held(config) as folder,
         jax.set_mesh(mesh),
     ):
         trainer = Trainer(config, folder, mesh, console)
@@ -158,7 +159,7 @@ def train(config: cfg.Config, console: Console) -> Result:
 
 def _run(trainer: Trainer, termination: processes.Termination) -> Result:
     config, folder = trainer.config, trainer.folder
-    runfolder.make(config, folder)
+    run_folder.make(config, folder)
     with _checkpoints(trainer) as kept:
         restored = None
         if config.run.resume and kept.latest() is not None:

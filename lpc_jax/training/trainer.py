@@ -79,8 +79,8 @@ class Trainer:
             config, model_path, sharding.platform(mesh)
         )
         _require_one_run(config, pairs)
-        for line in pairs.train_report.lines():
-            self.say(line)
+        for table in pairs.train_report.tables():
+            console.print(table)
         self.total_steps = setup.total_steps(config, pairs.train)
         self.start = start = setup.load_start(config, model_path, architecture, mesh)
         self._describe()

@@ -110,7 +110,7 @@ TESTED_IN = {
     "hub.wait": "test_every_download_is_tried_as_often_as_configured",
     "run.folder": "test_a_run_tells_its_trackers_and_stays_in_its_folder",
     "run.trackers": "test_a_run_tells_its_trackers_and_stays_in_its_folder",
-    "run.project": "tests/training/test_runlog.py",
+    "run.project": "tests/training/test_log.py",
     "run.resume": "tests/training/test_loop.py",
     "run.overwrite": "tests/training/test_loop.py",
     "run.profile": "tests/training/test_loop.py",

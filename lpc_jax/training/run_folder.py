@@ -18,7 +18,7 @@ from pathlib import Path
 from lpc_jax import config as cfg
 from lpc_jax import processes
 from lpc_jax.errors import UserError
-from lpc_jax.training.runlog import METRICS_FILE
+from lpc_jax.training.log import METRICS_FILE
 
 
 def _require_free(config: cfg.Config) -> Path:
