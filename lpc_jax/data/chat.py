@@ -36,33 +36,19 @@ _CHUNK = 1024
 
 @dataclasses.dataclass(frozen=True)
 class TokenizedPair:
-    """Three token strings that share a beginning: prompt, and two answers after it.
+    """Three token strings that share a beginning: prompt, and two answers after it."""
 
-    Attributes:
-        prompt: Ids of everything not scored: BOS if the tokenizer has one, the
-            conversation, the assistant's header.
-        chosen: Scored ids of the better answer, ending in the end-of-turn token
-            unless ``cut_chosen``.
-        rejected: Scored ids of the worse answer, likewise.
-        source: Where the pair's prompt comes from, for reports.
-        id: The pair's position in the list that was read, unique in it.
-        cut_prompt: Whether the prompt's start was cut away.
-        cut_chosen: Whether the chosen answer's end was cut away.
-        cut_rejected: Whether the rejected answer's end was cut away.
-        user: Who judged; empty where nobody says.
-        states: A frozen decoder's hidden states of the prompt's last token and of both
-            answers' tokens, one after the other; None where it has to read the pair.
-    """
-
-    prompt: Ids
-    chosen: Ids
-    rejected: Ids
-    source: str
-    id: int
-    cut_prompt: bool
-    cut_chosen: bool
+    prompt: Ids  # not scored: BOS if there is one, the turns, the assistant's header
+    chosen: Ids  # scored; ends in the end-of-turn token unless it is cut
+    rejected: Ids  # likewise
+    source: str  # where the prompt comes from, for reports
+    id: int  # position in what was read, unique in it
+    cut_prompt: bool  # at its start
+    cut_chosen: bool  # at its end
     cut_rejected: bool
-    user: str = ""
+    user: str = ""  # who judged, where known
+    # A frozen decoder's, of the prompt's last token and of both answers' tokens, one
+    # after the other; None where it has to read the pair.
     states: Float[np.ndarray, "_ D"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
@@ -241,7 +227,13 @@ def tokenize(
         whole = encoder.split(*ids)
         mismatch = len(whole[0]) < len(ids[0])
         if mismatch and prefix_mismatch == "error":
-            raise UserError(_mismatch_text(example, len(ids[0]), len(whole[0])))
+            raise UserError(
+                f"{example.origin}: with data.prefix_mismatch = 'error' the"
+                f" {len(ids[0])} tokens of the prompt must start prompt plus answer,"
+                f" got only the first {len(whole[0])}. Use data.prefix_mismatch ="
+                " 'cut', or a chat template that writes the prompt alike with and"
+                " without an answer."
+            )
         try:
             pairs.append(_pair(example, whole, fit(*whole)))
         except Dropped as drop:
@@ -312,15 +304,6 @@ def _common_prefix(a: Ids, b: Ids) -> int:
     shorter = min(len(a), len(b))
     differ = np.flatnonzero(a[:shorter] != b[:shorter])
     return int(differ[0]) if len(differ) else shorter
-
-
-def _mismatch_text(example: PreferenceExample, tokens: int, shared: int) -> str:
-    return (
-        f"{example.origin}: with data.prefix_mismatch = 'error' the {tokens}"
-        " tokens of the prompt must start prompt plus answer, got only the first"
-        f" {shared}. Use data.prefix_mismatch = 'cut', or a chat template that writes"
-        " the prompt alike with and without an answer."
-    )
 
 
 def _pair(

@@ -29,25 +29,15 @@ EQUAL = "chosen equals rejected"
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceExample:
-    """A conversation and two answers to its last turn.
+    """A conversation and two answers to its last turn, which is the user's."""
 
-    Attributes:
-        prompt: Messages ``{"role", "content"}``, the last one the user's.
-        chosen: The better answer's text.
-        rejected: The worse answer's text.
-        source: Where the prompt comes from, for reports.
-        origin: The row as ``file:line``, for messages.
-        index: The row's position in what was read, dropped rows counted.
-        user: Who judged; empty where the row does not say.
-    """
-
-    prompt: tuple[Message, ...]
+    prompt: tuple[Message, ...]  # {"role", "content"} each
     chosen: str
     rejected: str
-    source: str
-    origin: str
-    index: int
-    user: str = ""
+    source: str  # where the prompt comes from, for reports
+    origin: str  # the row as file:line, for messages
+    index: int  # of the row in what was read, dropped rows counted
+    user: str = ""  # who judged, where the row says so
 
 
 class _Dropped(Exception):

@@ -50,13 +50,9 @@ class _Kept:
 
 
 class HiddenStates:
-    """Hidden states on disk for one set of weights and one compute dtype.
+    """Hidden states on disk, D wide, for one set of weights and one compute dtype.
 
-    Args:
-        folder: Where each set of weights has a folder; created when first written.
-        weights_digest: Of the decoder's weights.
-        dtype: That it computes in, and that states are kept in.
-        width: D.
+    Each such set has a folder in ``folder``, created when first written.
 
     Raises:
         UserError: A file there is damaged.
@@ -105,15 +101,10 @@ class HiddenStates:
         shape: packing.RowShape,
         say: Callable[[str], None],
     ) -> list[TokenizedPair]:
-        """The pairs with their hidden states, reading those that are missing.
+        """The pairs with their hidden states, of which ``read`` gives those missing.
 
-        Of those kept from before, a few are read again as a check.
-
-        Args:
-            pairs: Without states.
-            read: A micro-batch's hidden states.
-            shape: Of a micro-batch of such pairs.
-            say: Told the size before anything is read, and how many are done.
+        Of those kept from before, a few are read again as a check. The size is said
+        before anything is read.
 
         Raises:
             UserError: Kept states are damaged or not what the decoder gives now, the

@@ -29,20 +29,12 @@ _CANDIDATES = 32
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """The few static shapes of a run's micro-batches.
+    """The few static shapes of a run's micro-batches."""
 
-    Attributes:
-        rows: R.
-        row_lengths: Choices of T, in tokens, ascending.
-        pair_slots: P.
-        scored: S, scored positions in a row of the greatest length; a shorter row has
-            no more of them than tokens.
-    """
-
-    rows: int
-    row_lengths: tuple[int, ...]
-    pair_slots: int
-    scored: int
+    rows: int  # R
+    row_lengths: tuple[int, ...]  # choices of T, ascending
+    pair_slots: int  # P
+    scored: int  # S of the greatest length; no row has more of them than tokens
 
     def holding(self, tokens: int) -> int:
         """The smallest row length that holds so many tokens."""
@@ -68,18 +60,11 @@ def row_shape(
     pairs_per_row: int,
     score_chunk: int,
 ) -> RowShape:
-    """The smallest shape, of one row length, that packs these pairs well.
+    """The smallest shape, of one row length, that packs all pairs of a run well.
 
     A row has room for more scored positions than the data's own share of scored tokens
     asks for, and for no fewer than the longest pair needs, rounded up to a multiple of
     ``score_chunk``.
-
-    Args:
-        lengths: Of every pair of the run.
-        rows: R.
-        row_length: Most tokens in a row.
-        pairs_per_row: P.
-        score_chunk: Scored positions that the head takes at a time.
 
     Raises:
         UserError: A pair is longer than a row.
@@ -108,17 +93,11 @@ def choose_row_lengths(
     choices: int,
     unit: int,
 ) -> RowShape:
-    """The shape, of one row length, with others of which these steps waste little.
+    """The shape with more row lengths, ``choices`` at most, multiples of ``unit``.
 
-    They are added one by one, each time the one with which the steps take the fewest
-    tokens; those that no step takes go again.
-
-    Args:
-        shape: Of one row length, in which every pair fits.
-        lengths: Of every pair of the run.
-        steps: Indices into ``lengths`` of the pairs of some of the run's steps.
-        choices: Most row lengths to choose.
-        unit: Row lengths are multiples of it.
+    To the one that there is, in which every pair fits, others are added one by one,
+    each time that with which the steps (indices of pairs) take the fewest tokens; those
+    that no step takes go again.
     """
     (row_length,) = shape.row_lengths
     stride = unit * -(-row_length // (unit * _CANDIDATES))
@@ -251,36 +230,34 @@ def _write_pair(
 ) -> tuple[int, int]:
     """Writes one pair at ``start``; returns where tokens and scores go on."""
     prompt = _prompt(pair)
-    prompt_end = start + len(prompt) - 1
+    sizes = np.asarray([len(prompt), len(pair.chosen), len(pair.rejected)])
+    prompt_end, chosen_end, rejected_end = (start + np.cumsum(sizes) - 1).tolist()
+    answers = np.concatenate([pair.chosen, pair.rejected])
+    held = slice(start, rejected_end + 1)
+    spent = slice(scored, scored + len(answers))
+    batch.tokens[row, held] = np.concatenate([prompt, answers])
+    # Both answers continue from the prompt.
+    starts = np.repeat([0, sizes[1]], sizes[1:])
+    positions = sizes[0] + np.arange(len(answers)) - starts
+    batch.positions[row, held] = np.concatenate([np.arange(sizes[0]), positions])
+    batch.pair[row, held] = slot
+    batch.branch[row, held] = np.repeat([PROMPT, CHOSEN, REJECTED], sizes)
+    # A token is predicted one before it, an answer's first at the prompt's end.
+    batch.score_from[row, spent] = np.arange(prompt_end, rejected_end)
+    batch.score_from[row, scored + sizes[1]] = prompt_end
+    batch.score_token[row, spent] = answers
+    batch.score_slot[row, spent] = 2 * slot + np.repeat([0, 1], sizes[1:])
+    batch.score_mask[row, spent] = True
     batch.prompt_end[row, slot] = prompt_end
-    ends = (batch.chosen_end, batch.rejected_end)
-    parts = ((PROMPT, prompt), (CHOSEN, pair.chosen), (REJECTED, pair.rejected))
-    for branch, tokens in parts:
-        stop = start + len(tokens)
-        first_position = 0 if branch == PROMPT else len(prompt)
-        batch.tokens[row, start:stop] = tokens
-        batch.positions[row, start:stop] = first_position + np.arange(len(tokens))
-        batch.pair[row, start:stop] = slot
-        batch.branch[row, start:stop] = branch
-        if branch != PROMPT:
-            side = 0 if branch == CHOSEN else 1
-            span = slice(scored, scored + len(tokens))
-            batch.score_from[row, span] = np.arange(start - 1, stop - 1)
-            # The first token of either answer is predicted at the prompt's end.
-            batch.score_from[row, scored] = prompt_end
-            batch.score_token[row, span] = tokens
-            batch.score_slot[row, span] = 2 * slot + side
-            batch.score_mask[row, span] = True
-            batch.lengths[row, slot, side] = len(tokens)
-            ends[side][row, slot] = stop - 1
-            scored = span.stop
-        start = stop
-    if pair.states is not None:
-        assert batch.hidden is not None
-        batch.hidden[row, prompt_end:start] = pair.states
+    batch.chosen_end[row, slot] = chosen_end
+    batch.rejected_end[row, slot] = rejected_end
+    batch.lengths[row, slot] = sizes[1:]
     batch.pair_mask[row, slot] = True
     batch.pair_id[row, slot] = pair.id
-    return start, scored
+    if pair.states is not None:
+        assert batch.hidden is not None
+        batch.hidden[row, prompt_end : held.stop] = pair.states
+    return held.stop, spent.stop
 
 
 def micro_batches(
@@ -291,11 +268,7 @@ def micro_batches(
 ) -> list[Batch]:
     """All pairs once, packed into as many micro-batches as they need, of NumPy arrays.
 
-    Args:
-        pairs: The pairs of a step, or of an evaluation set.
-        shape: Of a micro-batch.
-        reference_logp: Summed log-probabilities of each pair's chosen and rejected
-            answer under the reference, in the order of ``pairs``.
+    ``reference_logp`` is each pair's chosen and rejected log-prob under the reference.
     """
     batches = []
     for length, rows in plan_micro_batches(pair_lengths(pairs), shape):

@@ -20,15 +20,10 @@ QUANTILES = {"least": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Drops:
-    """Rows left out, by the rule that left them out.
-
-    Attributes:
-        counts: Rows per rule, in the order in which rules first applied.
-        origins: The first few rows of each rule, as ``file:line``.
-    """
+    """Rows left out, by the rule that left them out, in the order of their first."""
 
     counts: Mapping[str, int]
-    origins: Mapping[str, tuple[str, ...]]
+    origins: Mapping[str, tuple[str, ...]]  # the first few, as file:line
 
     @classmethod
     def count(cls, events: Iterable[tuple[str, str]]) -> Drops:
@@ -67,37 +62,21 @@ class Drops:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What tokenizing did to a data set.
+    """What tokenizing did to a data set."""
 
-    Attributes:
-        read: Rows that came in, dropped ones included.
-        kept: Pairs that remain.
-        drops: Rows left out, by rule.
-        cut_prompts: Kept pairs whose prompt lost its start.
-        cut_chosen: Kept pairs whose chosen answer lost its end.
-        cut_rejected: Kept pairs whose rejected answer lost its end.
-        prefix_mismatches: Kept pairs whose prompt, tokenized alone, was no prefix of
-            prompt plus answer; their common prefix is the prompt.
-        duplicates: Kept pairs whose three token strings all occurred before.
-        lengths: Token counts at ``QUANTILES`` of ``prompt``, ``chosen``, ``rejected``
-            and ``pair`` (all three).
-        chosen_longer: Share of kept pairs whose chosen answer has more tokens: the
-            accuracy of preferring the longer answer.
-        same_length: Share of kept pairs whose answers have as many tokens.
-        sources: Kept pairs per source.
-    """
-
-    read: int
-    kept: int
+    read: int  # rows that came in, dropped ones included
+    kept: int  # of which are all below but drops
     drops: Drops
-    cut_prompts: int
-    cut_chosen: int
+    cut_prompts: int  # at their start
+    cut_chosen: int  # at their end
     cut_rejected: int
-    prefix_mismatches: int
-    duplicates: int
-    lengths: Mapping[str, tuple[int, ...]]
-    chosen_longer: float
-    same_length: float
+    prefix_mismatches: int  # the prompt alone was no token prefix of prompt plus answer
+    duplicates: int  # all three token strings occurred before
+    lengths: Mapping[
+        str, tuple[int, ...]
+    ]  # tokens at QUANTILES: each string, all three
+    chosen_longer: float  # share: the accuracy of preferring the longer answer
+    same_length: float  # share
     sources: Mapping[str, int]
 
     def lines(self) -> list[str]:

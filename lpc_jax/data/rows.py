@@ -39,11 +39,8 @@ _PARQUET_ROWS = 256
 def read(path: str, *, setting: str, split: str | None, retry: sources.Retry) -> Rows:
     """Each row with its origin, as ``file:line``.
 
-    Args:
-        path: A .jsonl, .jsonl.gz, .json or .parquet file, or ``owner/name``.
-        setting: What messages call the path.
-        split: Of a hub data set; a file has none.
-        retry: When a download fails.
+    ``path`` is a .jsonl, .jsonl.gz, .json or .parquet file, or the ``owner/name`` of a
+    hub data set, which alone has a split; messages call it ``setting``.
 
     Raises:
         UserError: The data cannot be had, or a row is broken.

@@ -50,12 +50,9 @@ class RunLog:
     """The log of one run; a context manager, closed on errors too.
 
     Args:
-        folder: The run folder; ``metrics.jsonl``, ``plot.png`` and trackers' files go
-            there.
-        name: The run's name, for trackers.
-        project: The project's name, for trackers.
+        folder: The run folder, for ``metrics.jsonl``, ``plot.png``, trackers' files.
+        name: The run's, with ``project`` and ``settings`` by dotted name for trackers.
         trackers: Any of ``tensorboard``, ``wandb``, ``trackio``.
-        settings: The run's settings by dotted name, for trackers.
         total_steps: Updates of the whole run.
         resume_from: Updates done before, or None for a new run. Lines of an earlier
             attempt beyond them are removed; of a new run, all.
@@ -88,20 +85,13 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         _rewind(folder / METRICS_FILE, resume_from)
         samples.rewind(folder / samples.FILE, resume_from)
+        about = {"name": name, "project": project, "settings": settings}
         self._trackers: list[Tracker] = []
         with contextlib.ExitStack() as on_error:
-            self._file = on_error.enter_context(
-                (folder / METRICS_FILE).open("a", encoding="utf-8")
-            )
+            file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+            self._file = on_error.enter_context(file)
             for tracker in trackers:
-                started = start_tracker(
-                    tracker,
-                    folder,
-                    name=name,
-                    project=project,
-                    settings=settings,
-                    resume_from=resume_from,
-                )
+                started = start_tracker(tracker, folder, resume_from, **about)
                 on_error.callback(started.close)
                 self._trackers.append(started)
             self._closing = on_error.pop_all()
@@ -116,10 +106,7 @@ class RunLog:
                 console=self._console,
             )
             self._task = self._progress.add_task(
-                self._name,
-                total=self._total,
-                completed=self._start,
-                status="compiling",
+                self._name, total=self._total, completed=self._start, status="compiling"
             )
             self._progress.start()
             self._closing.callback(self._progress.stop)
@@ -198,12 +185,9 @@ class RunLog:
             tracker.log(step, named)
 
     def finish(self, *, before: Evaluation | None, after: Evaluation | None) -> None:
-        """Prints the final tables and draws ``plot.png``.
+        """Prints the final tables, where there are held-out pairs, and draws the plot.
 
-        Args:
-            before: Held-out pairs before training; None (a resumed run) takes the
-                first evaluation in ``metrics.jsonl``.
-            after: Held-out pairs after training; None where there are none.
+        ``before`` is None in a resumed run: the first line of ``metrics.jsonl`` counts.
         """
         if self._progress is not None:
             self._progress.stop()
@@ -216,12 +200,11 @@ class RunLog:
             for line in samples.before_and_after(answers) if answers else ():
                 self.say(line)
         records, path = read(self._folder), self._folder / PLOT_FILE
-        tables.plot(
-            path,
-            self._folder.resolve().name,
-            _of(records, TRAIN),
-            _of(records, EVALUATION),
+        train, held_out = (
+            [record for record in records if record[_SPLIT] == split]
+            for split in (TRAIN, EVALUATION)
         )
+        tables.plot(path, self._folder.resolve().name, train, held_out)
         self.say(f"plot: {path}")
 
 
@@ -259,10 +242,6 @@ def read(folder: Path) -> list[dict[str, Any]]:
             off by a crash is passed over.
     """
     return [record for _, record in _lines(folder / METRICS_FILE)]
-
-
-def _of(records: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    return [record for record in records if record[_SPLIT] == split]
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -70,11 +70,7 @@ def summary(before: Mapping[str, Any], after: Mapping[str, float]) -> Table:
 
 
 def usage(usage_by_source: Mapping[str, Float[np.ndarray, "C"]]) -> Table:
-    """Which codes the prior uses for which source of prompts.
-
-    Args:
-        usage_by_source: Mean prior probability of each code, by source.
-    """
+    """Which codes the prior uses, by its mean, for which source of prompts."""
     table = Table(title="Code usage by source", title_justify="left")
     table.add_column("source", no_wrap=True)
     table.add_column("codes in use", justify="right")
@@ -99,11 +95,7 @@ def plot(
 ) -> None:
     """Draws preference loss and accuracy over steps as a PNG file.
 
-    Args:
-        path: Of the file.
-        title: Above the panels.
-        train: Records of training: ``step``, and metrics by path.
-        held_out: Records of evaluations, likewise.
+    Records have ``step`` and metrics by path.
     """
     # Slow to import, and only needed once, at the end.
     from matplotlib.figure import Figure

@@ -82,11 +82,11 @@ Tracker = TensorBoard | Hosted
 def start_tracker(
     tracker: str,
     folder: Path,
+    resume_from: int | None,
     *,
     name: str,
     project: str,
     settings: Mapping[str, Any],
-    resume_from: int | None,
 ) -> Tracker:
     """A tracker of the run in this folder; a resumed run goes on under its id or name.
 
