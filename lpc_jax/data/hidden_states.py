@@ -39,14 +39,8 @@ _SPARE_BYTES = 2**28
 ReadHidden = Callable[[Batch], Float[np.ndarray, "R T D"]]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """Where a pair's states lie: rows of a file, and their checksum."""
-
-    file: Path
-    start: int
-    stop: int
-    crc: int
+# Rows of a file, mapped into memory; their checksum; the file.
+_Kept = tuple[np.ndarray, int, Path]
 
 
 class HiddenStates:
@@ -83,8 +77,9 @@ class HiddenStates:
         whole = data.is_file() and data.stat().st_size == size
         if not whole or not np.all(starts < ends):
             raise self._damaged(index)
+        rows = np.memmap(data, self.dtype, mode="r").reshape(-1, self.width)
         return {
-            key.tobytes(): _Kept(data, int(start), int(stop), int(crc))
+            key.tobytes(): (rows[start:stop], int(crc), data)
             for key, start, stop, crc in zip(keys, starts, ends, checksums, strict=True)
         }
 
@@ -115,7 +110,9 @@ class HiddenStates:
         missing = {key: pair for key, pair in by_key.items() if key not in kept}
         self._announce(kept, missing, say)
         for key, pair in kept.items():
-            self._require_whole(self._known[key], pair)
+            rows, crc, file = self._known[key]
+            if len(rows) != positions(pair) or zlib.crc32(rows.tobytes()) != crc:
+                raise self._damaged(file)
         self._require_same(list(kept.values())[:CHECKED_PAIRS], read, shape)
         keys = list(missing)
         for first in range(0, len(keys), _GROUP):
@@ -123,7 +120,10 @@ class HiddenStates:
             self._store(list(group), _states(list(group.values()), read, shape))
             if len(keys) > _GROUP:
                 say(f"hidden states: {first + len(group)} pairs read")
-        return [dataclasses.replace(pair, states=self._view(pair)) for pair in pairs]
+        return [
+            dataclasses.replace(pair, states=self._known[pair.key()][0])
+            for pair in pairs
+        ]
 
     def _announce(
         self,
@@ -149,24 +149,12 @@ class HiddenStates:
                 " --model.states-cache, or lower data.limit."
             )
 
-    def _rows(self, kept: _Kept) -> np.ndarray:
-        mapped = np.memmap(kept.file, self.dtype, mode="r")
-        return mapped.reshape(-1, self.width)[kept.start : kept.stop]
-
-    def _view(self, pair: TokenizedPair) -> np.ndarray:
-        return self._rows(self._known[pair.key()])
-
-    def _require_whole(self, kept: _Kept, pair: TokenizedPair) -> None:
-        rows = self._rows(kept)
-        if len(rows) != positions(pair) or zlib.crc32(rows.tobytes()) != kept.crc:
-            raise self._damaged(kept.file)
-
     def _require_same(
         self, pairs: list[TokenizedPair], read: ReadHidden, shape: packing.RowShape
     ) -> None:
         if not pairs:
             return
-        kept = np.concatenate([self._view(pair) for pair in pairs])
+        kept = np.concatenate([self._known[pair.key()][0] for pair in pairs])
         live = np.concatenate(_states(pairs, read, shape))
         kept, live = kept.astype(np.float32), live.astype(np.float32)
         off = float(np.sqrt(np.mean((live - kept) ** 2) / np.mean(kept**2)))
