@@ -25,7 +25,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from lpc_jax.data import examples
+from lpc_jax.data import examples, rows
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
 
@@ -146,12 +146,12 @@ def to_pair(row: Any, *, origin: str, score: str, seed: int) -> dict[str, Any] |
 
 
 def _rows(options: Options) -> Iterator[tuple[str, Any]]:
-    rows = examples.rows(
+    whole = rows.read(
         options.input,
         setting="input",
         split=options.split,
     )
-    for count, row in enumerate(rows):
+    for count, row in enumerate(whole):
         if count == options.limit:
             return
         yield row

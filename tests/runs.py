@@ -20,7 +20,8 @@ from rich.console import Console
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
-from lpc_jax.training import loop, program, run, runlog
+from lpc_jax.training import log as logs
+from lpc_jax.training import loop, program, run
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = GOLDEN / "tiny_llama"
@@ -100,7 +101,7 @@ class Run:
 
     def lines(self, split: str) -> list[dict[str, Any]]:
         """Log lines of training or evaluation."""
-        return [r for r in runlog.read(self.folder) if r["split"] == split]
+        return [r for r in logs.read(self.folder) if r["split"] == split]
 
 
 def train(made: cfg.Config, *, on: int = 1) -> Run:
@@ -123,7 +124,7 @@ def without_clock(record: dict[str, Any]) -> dict[str, Any]:
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
     """All log lines of a run folder, less the clock."""
-    return [without_clock(line) for line in runlog.read(folder)]
+    return [without_clock(line) for line in logs.read(folder)]
 
 
 def bits(tree: Any) -> list[bytes]:

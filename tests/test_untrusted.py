@@ -23,7 +23,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
-from lpc_jax.data import chat, examples, tokenizer
+from lpc_jax.data import chat, examples, gguf_tokenizer, rows, tokenizer
 from lpc_jax.files import gguf as gguf_file
 from lpc_jax.files import safetensors as safetensors_file
 from lpc_jax.files import untrusted
@@ -544,7 +544,7 @@ def test_a_gguf_number_that_no_model_has_is_refused(tmp_path, key, value, said):
 )
 def test_gguf_metadata_that_no_tokenizer_has_is_refused(field, value):
     metadata = tiny_tokenizers.metadata() | {f"tokenizer.ggml.{field}": value}
-    message = refusal(lambda: tokenizer.from_metadata(metadata, file="m.gguf"))
+    message = refusal(lambda: gguf_tokenizer.from_metadata(metadata, file="m.gguf"))
     broken = "tokens" if field == "tokens" else field
     assert message.startswith(f"m.gguf: broken metadata field tokenizer.ggml.{broken}:")
 
@@ -584,14 +584,14 @@ def test_a_few_kilobytes_that_unpack_to_gigabytes_are_refused_in_time(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert message.startswith(f"{file}:{said}")
-    assert peak < 4 * examples.LONGEST_LINE
+    assert peak < 4 * rows.LONGEST_LINE
 
 
 def test_a_line_of_a_plain_file_has_the_same_bound(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(row_of(64))
     with file.open("r+b") as opened:
-        opened.truncate(examples.LONGEST_LINE + 200)  # sparse: zeros without an end
+        opened.truncate(rows.LONGEST_LINE + 200)  # sparse: zeros without an end
     assert refusal(read, file) == (
         f"{file}:2: expected one pair a line, of at most 67,108,864 bytes, got a longer"
         " line. Write one object a line, or remove it."
@@ -601,7 +601,7 @@ def test_a_line_of_a_plain_file_has_the_same_bound(tmp_path):
 def test_a_small_file_may_repeat_itself_as_it_likes(tmp_path):
     file = tmp_path / "a.jsonl.gz"
     file.write_bytes(gzip.compress(row_of(1 << 14) * 1000))
-    assert file.stat().st_size * examples.MOST_UNPACKED < 1000 << 14
+    assert file.stat().st_size * rows.MOST_UNPACKED < 1000 << 14
     assert len(read(file)) == 1000
 
 
@@ -609,7 +609,7 @@ def test_a_json_file_too_large_to_parse_whole_is_refused_unread(tmp_path):
     file = tmp_path / "a.json"
     file.write_bytes(b"[]")
     with file.open("r+b") as opened:
-        opened.truncate(examples.LARGEST_JSON + 1)  # sparse
+        opened.truncate(rows.LARGEST_JSON + 1)  # sparse
     tracemalloc.start()
     message = refusal(read, file)
     assert tracemalloc.get_traced_memory()[1] < 1e7
@@ -673,8 +673,8 @@ def test_a_parquet_file_with_garbage_in_it_is_refused(tmp_path, at):
 
 @pytest.mark.parametrize("field", ["prompt", "chosen", "rejected", "source"])
 def test_half_of_a_surrogate_pair_is_named_and_its_row_refused(tmp_path, field):
-    rows = [PLAIN | {"source": "x"}, PLAIN | {"source": "x", field: "cut \ud83d"}]
-    file = runs.write_pairs(tmp_path / "a.jsonl", rows)
+    spoilt = [PLAIN | {"source": "x"}, PLAIN | {"source": "x", field: "cut \ud83d"}]
+    file = runs.write_pairs(tmp_path / "a.jsonl", spoilt)
     assert refusal(read, file) == (
         "a.jsonl:2: expected text, got '\\ud83d' at 4, half of a pair that stands for"
         " one character: cut \\ud83d. It may have been cut there: mend or remove the"
@@ -813,9 +813,9 @@ def test_a_gguf_token_that_is_no_text_is_refused(tmp_path):
 
 def test_gguf_merges_of_unknown_tokens_are_refused():
     metadata = tiny_tokenizers.metadata(merges=["x yy"])
-    assert refusal(lambda: tokenizer.from_metadata(metadata, file="m.gguf")).startswith(
-        "m.gguf: its metadata fields make no tokenizer ("
-    )
+    assert refusal(
+        lambda: gguf_tokenizer.from_metadata(metadata, file="m.gguf")
+    ).startswith("m.gguf: its metadata fields make no tokenizer (")
 
 
 ESCAPES = {

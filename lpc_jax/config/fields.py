@@ -211,7 +211,7 @@ class Optimizer(Settings):
     """The decoder's optimizer; codes share all of it but the learning rate."""
 
     name: str = "adamw"
-    """Any optimizer of optax."""
+    """adamw, adam, lion, sgd or adafactor, as optax has them."""
     options: dict[str, float] = dataclasses.field(
         default_factory=lambda: dict(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     )

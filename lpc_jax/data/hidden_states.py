@@ -3,8 +3,7 @@
 Of a pair they are those of the prompt's last token and of both answers' tokens: all
 that prior, posterior and head read. They are keyed by its token ids after truncation,
 the weights and the compute dtype, and by nothing else, as the reference's
-log-probabilities are; and they stay on disk, mapped into memory. Knows nothing of
-models or devices.
+log-probabilities are; and they stay on disk, mapped into memory.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
 from lpc_jax.types import Batch
 
-# Pairs read live when a cache is found, and how far their states may be off, as a share
-# of their root mean square: bfloat16 under another packing stays well below it, other
+# Kept pairs that are read again, and how far their states may be off, as a share of
+# their root mean square: bfloat16 under another packing stays well below it, other
 # weights don't.
 CHECKED_PAIRS = 4
 CHECK_TOLERANCE = 0.1
@@ -40,24 +39,14 @@ _SPARE_BYTES = 2**28
 ReadHidden = Callable[[Batch], Float[np.ndarray, "R T D"]]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """Where a pair's states lie: rows of a file, and their checksum."""
-
-    file: Path
-    start: int
-    stop: int
-    crc: int
+# Rows of a file, mapped into memory; their checksum; the file.
+_Kept = tuple[np.ndarray, int, Path]
 
 
 class HiddenStates:
-    """Hidden states on disk for one set of weights and one compute dtype.
+    """Hidden states on disk, D wide, for one set of weights and one compute dtype.
 
-    Args of the constructor:
-        folder: Where each set of weights has a folder; created when first written.
-        weights_digest: Of the decoder's weights.
-        dtype: That it computes in, and that states are kept in.
-        width: D.
+    Each such set has a folder in ``folder``, created when first written.
 
     Raises:
         UserError: A file there is damaged.
@@ -74,27 +63,23 @@ class HiddenStates:
 
     def _read_index(self, index: Path) -> dict[bytes, _Kept]:
         data = index.with_suffix(".bin")
-        found = untrusted.read_arrays(
+        arrays = untrusted.read_arrays(
             index, {"keys": "u1", "ends": "i8", "checksums": "u4"}
         )
-        if found is None:
+        if arrays is None:
             raise self._damaged(index)
-        keys, ends, checksums = found["keys"], found["ends"], found["checksums"]
-        pairs = keys.shape[:1]
-        one_each = ends.shape == checksums.shape == pairs
-        if keys.ndim != 2 or pairs == (0,) or not one_each:
+        keys, ends, checksums = arrays["keys"], arrays["ends"], arrays["checksums"]
+        one_each = ends.shape == checksums.shape == keys.shape[:1]
+        if keys.ndim != 2 or not len(keys) or not one_each:
             raise self._damaged(index)
         starts = np.concatenate([[0], ends[:-1]])
-        row = self.width * self.dtype.itemsize
-        whole = (
-            bool(np.all(starts < ends))
-            and data.is_file()
-            and data.stat().st_size == int(ends[-1]) * row
-        )
-        if not whole:
+        size = int(ends[-1]) * self.width * self.dtype.itemsize
+        whole = data.is_file() and data.stat().st_size == size
+        if not whole or not np.all(starts < ends):
             raise self._damaged(index)
+        rows = np.memmap(data, self.dtype, mode="r").reshape(-1, self.width)
         return {
-            key.tobytes(): _Kept(data, int(start), int(stop), int(crc))
+            key.tobytes(): (rows[start:stop], int(crc), data)
             for key, start, stop, crc in zip(keys, starts, ends, checksums, strict=True)
         }
 
@@ -111,34 +96,34 @@ class HiddenStates:
         shape: packing.RowShape,
         say: Callable[[str], None],
     ) -> list[TokenizedPair]:
-        """The pairs with their hidden states, reading those that are missing.
+        """The pairs with their hidden states, of which ``read`` gives those missing.
 
-        When any were kept from before, a few are read again as a check.
-
-        Args:
-            pairs: Without states.
-            read: A micro-batch's hidden states.
-            shape: Of a micro-batch of such pairs.
-            say: Told the size before anything is read, and how many are done.
+        Of those kept from before, a few are read again as a check. The size is said
+        before anything is read.
 
         Raises:
             UserError: Kept states are damaged or not what the decoder gives now, the
                 disk is too small, or the decoder gives something that is not finite.
         """
         by_key = {pair.key(): pair for pair in pairs}
-        kept = {key: one for key, one in by_key.items() if key in self._known}
-        missing = {key: one for key, one in by_key.items() if key not in kept}
+        kept = {key: pair for key, pair in by_key.items() if key in self._known}
+        missing = {key: pair for key, pair in by_key.items() if key not in kept}
         self._announce(kept, missing, say)
         for key, pair in kept.items():
-            self._require_whole(key, pair)
-        self._require_same(dict(list(kept.items())[:CHECKED_PAIRS]), read, shape)
-        some = list(missing.items())
-        for first in range(0, len(some), _GROUP):
-            group = dict(some[first : first + _GROUP])
-            self._store(group, _states(group, read, shape))
-            if len(some) > _GROUP:
+            rows, crc, file = self._known[key]
+            if len(rows) != positions(pair) or zlib.crc32(rows.tobytes()) != crc:
+                raise self._damaged(file)
+        self._require_same(list(kept.values())[:CHECKED_PAIRS], read, shape)
+        keys = list(missing)
+        for first in range(0, len(keys), _GROUP):
+            group = {key: missing[key] for key in keys[first : first + _GROUP]}
+            self._store(list(group), _states(list(group.values()), read, shape))
+            if len(keys) > _GROUP:
                 say(f"hidden states: {first + len(group)} pairs read")
-        return [dataclasses.replace(pair, states=self._view(pair)) for pair in pairs]
+        return [
+            dataclasses.replace(pair, states=self._known[pair.key()][0])
+            for pair in pairs
+        ]
 
     def _announce(
         self,
@@ -148,7 +133,7 @@ class HiddenStates:
     ) -> None:
         row = self.width * self.dtype.itemsize
         here, needed = (
-            row * sum(map(positions, some.values())) for some in (kept, missing)
+            row * sum(map(positions, pairs.values())) for pairs in (kept, missing)
         )
         say(
             f"hidden states: {len(kept) + len(missing)} pairs,"
@@ -164,44 +149,25 @@ class HiddenStates:
                 " --model.states-cache, or lower data.limit."
             )
 
-    def _rows(self, kept: _Kept) -> np.ndarray:
-        mapped = np.memmap(kept.file, self.dtype, mode="r")
-        return mapped.reshape(-1, self.width)[kept.start : kept.stop]
-
-    def _view(self, pair: TokenizedPair) -> np.ndarray:
-        return self._rows(self._known[pair.key()])
-
-    def _require_whole(self, key: bytes, pair: TokenizedPair) -> None:
-        kept = self._known[key]
-        rows = self._rows(kept)
-        if len(rows) != positions(pair) or zlib.crc32(rows.tobytes()) != kept.crc:
-            raise self._damaged(kept.file)
-
     def _require_same(
-        self,
-        some: dict[bytes, TokenizedPair],
-        read: ReadHidden,
-        shape: packing.RowShape,
+        self, pairs: list[TokenizedPair], read: ReadHidden, shape: packing.RowShape
     ) -> None:
-        if not some:
+        if not pairs:
             return
-        kept = np.concatenate([self._view(pair) for pair in some.values()])
-        live = np.concatenate(_states(some, read, shape))
+        kept = np.concatenate([self._known[pair.key()][0] for pair in pairs])
+        live = np.concatenate(_states(pairs, read, shape))
         kept, live = kept.astype(np.float32), live.astype(np.float32)
         off = float(np.sqrt(np.mean((live - kept) ** 2) / np.mean(kept**2)))
         if not off <= CHECK_TOLERANCE:
             raise UserError(
                 f"hidden states in {self.path} must be the decoder's to"
-                f" {CHECK_TOLERANCE:g} of their size, got {off:.3g} on {len(some)}"
+                f" {CHECK_TOLERANCE:g} of their size, got {off:.3g} on {len(pairs)}"
                 " pairs: they are of other weights. Delete the folder to have them read"
                 " again."
             )
 
-    def _store(
-        self, group: dict[bytes, TokenizedPair], states: list[np.ndarray]
-    ) -> None:
+    def _store(self, keys: list[bytes], states: list[np.ndarray]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        keys = list(group)
         data = self.path / f"{keys[0].hex()}.bin"
         partial = data.with_suffix(f".{os.getpid()}.partial")
         checksums = []
@@ -231,20 +197,20 @@ def positions(pair: TokenizedPair) -> int:
 
 
 def _states(
-    group: dict[bytes, TokenizedPair], read: ReadHidden, shape: packing.RowShape
+    pairs: list[TokenizedPair], read: ReadHidden, shape: packing.RowShape
 ) -> list[Float[np.ndarray, "_ D"]]:
     """What is kept of each pair, from passes over all of them packed."""
-    some = [dataclasses.replace(one, id=i) for i, one in enumerate(group.values())]
-    found: list[np.ndarray] = [np.empty(0)] * len(some)
-    for batch in packing.micro_batches(some, shape, reference_logp=None):
+    numbered = [dataclasses.replace(pair, id=i) for i, pair in enumerate(pairs)]
+    states: list[np.ndarray] = [np.empty(0)] * len(pairs)
+    for batch in packing.micro_batches(numbered, shape, reference_logp=None):
         hidden = read(batch)
         for row, slot in np.argwhere(batch.pair_mask):
             span = slice(batch.prompt_end[row, slot], batch.rejected_end[row, slot] + 1)
-            found[batch.pair_id[row, slot]] = hidden[row, span]
-    bad = sum(not np.isfinite(rows.astype(np.float32)).all() for rows in found)
+            states[batch.pair_id[row, slot]] = hidden[row, span]
+    bad = sum(not np.isfinite(rows.astype(np.float32)).all() for rows in states)
     if bad:
         raise UserError(
             "the start model must give finite hidden states, got nan or inf on"
-            f" {bad} of {len(found)} pairs. Check model.path, or compute in float32."
+            f" {bad} of {len(states)} pairs. Check model.path, or compute in float32."
         )
-    return found
+    return states

@@ -1,4 +1,4 @@
-"""Pairs to rows: shared prompts, packing, and the plan of micro-batches for a step.
+"""Pairs to rows: the plan of a step's micro-batches, and their arrays.
 
 Everything is a function of lengths and a seed, so that every host computes the same
 plan and a run resumes from its step number alone. Knows nothing of devices or text.
@@ -29,20 +29,12 @@ _CANDIDATES = 32
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """The few static shapes of a run's micro-batches.
+    """The few static shapes of a run's micro-batches."""
 
-    Attributes:
-        rows: R.
-        row_lengths: Choices of T, in tokens, ascending.
-        pair_slots: P.
-        scored: S, scored positions in a row of the greatest length; a shorter row has
-            no more of them than tokens.
-    """
-
-    rows: int
-    row_lengths: tuple[int, ...]
-    pair_slots: int
-    scored: int
+    rows: int  # R
+    row_lengths: tuple[int, ...]  # choices of T, ascending
+    pair_slots: int  # P
+    scored: int  # S of the greatest length; no row has more of them than tokens
 
     def holding(self, tokens: int) -> int:
         """The smallest row length that holds so many tokens."""
@@ -68,18 +60,11 @@ def row_shape(
     pairs_per_row: int,
     score_chunk: int,
 ) -> RowShape:
-    """The smallest shape, of one row length, that packs these pairs well.
+    """The smallest shape, of one row length, that packs all pairs of a run well.
 
     A row has room for more scored positions than the data's own share of scored tokens
-    asks for, and for no fewer than the longest pair needs; the packer fills rows within
-    both limits.
-
-    Args:
-        lengths: Of every pair of the run.
-        rows: Rows in a micro-batch.
-        row_length: Most tokens in a row.
-        pairs_per_row: Most pairs in a row.
-        score_chunk: Scored positions are rounded up to a multiple of it.
+    asks for, and for no fewer than the longest pair needs, rounded up to a multiple of
+    ``score_chunk``.
 
     Raises:
         UserError: A pair is longer than a row.
@@ -108,17 +93,11 @@ def choose_row_lengths(
     choices: int,
     unit: int,
 ) -> RowShape:
-    """The shape with row lengths of which these steps waste little.
+    """The shape with more row lengths, ``choices`` at most, multiples of ``unit``.
 
-    To the length that there is others are added one by one, each time the one with
-    which the steps take the fewest tokens; those that no step takes go again.
-
-    Args:
-        shape: Of one row length.
-        lengths: Of every pair of the run, all of which must fit.
-        steps: Indices into ``lengths`` of the pairs of some of the run's steps.
-        choices: Most row lengths to choose.
-        unit: They are multiples of it, as is the shape's.
+    To the one that there is, in which every pair fits, others are added one by one,
+    each time that with which the steps (indices of pairs) take the fewest tokens; those
+    that no step takes go again.
     """
     (row_length,) = shape.row_lengths
     stride = unit * -(-row_length // (unit * _CANDIDATES))
@@ -157,10 +136,7 @@ def choose_row_lengths(
 def _needs(
     lengths: Int[np.ndarray, "B 3"], shape: RowShape, row_length: int
 ) -> Int[np.ndarray, "micro_batches"] | None:
-    """Tokens of each micro-batch's fullest row, rows filled up to a length.
-
-    None if some pair is longer.
-    """
+    """Tokens of each micro-batch's fullest row, or None if some pair is longer."""
     totals = lengths.sum(axis=1)
     if totals.max(initial=0) > row_length:
         return None
@@ -171,34 +147,20 @@ def _needs(
 def plan_micro_batches(
     lengths: Int[np.ndarray, "B 3"], shape: RowShape
 ) -> list[tuple[int, list[list[int]]]]:
-    """Which pairs share which row, and which rows a micro-batch of which length.
+    """A row length and at most R rows for each micro-batch of these pairs.
 
-    Rows are filled up to each of the lengths that there are, those that fit a shorter
-    one are then cut to it, and the plan with the fewest tokens is taken.
-
-    Args:
-        lengths: Of the pairs to place.
-        shape: The limits of a row.
-
-    Returns:
-        A row length and at most R rows for each micro-batch; a row is a list of
-        indices into ``lengths``, every pair exactly once.
+    A row is a list of indices into ``lengths``, every pair exactly once. Rows are
+    filled up to each length in turn, those that fit a shorter one are then cut to it,
+    and the plan with the fewest tokens is taken.
     """
     totals = lengths.sum(axis=1)
     longest = int(totals.max(initial=0))
     plans = []
-    for most in reversed(shape.row_lengths):
-        if most < longest:
-            break
-        filled = [
-            (shape.holding(int(totals[row].sum())), row)
-            for row in _fill_rows(lengths, shape, most)
-        ]
-        filled.sort(key=lambda held: -held[0])  # stable: one length keeps the order
-        groups = [
-            filled[first : first + shape.rows]
-            for first in range(0, len(filled), shape.rows)
-        ]
+    for most in reversed([n for n in shape.row_lengths if n >= longest]):
+        rows = _fill_rows(lengths, shape, most)
+        filled = [(shape.holding(int(totals[row].sum())), row) for row in rows]
+        filled.sort(key=lambda of_length: -of_length[0])  # stable: one length in order
+        groups = [filled[i : i + shape.rows] for i in range(0, len(rows), shape.rows)]
         plans.append([(group[0][0], [row for _, row in group]) for group in groups])
     return min(plans, key=lambda plan: sum(length for length, _ in plan))
 
@@ -232,13 +194,9 @@ def empty_batch(
     with_reference: bool,
     states: Float[np.ndarray, "_ D"] | None = None,
 ) -> Batch:
-    """A micro-batch of padding alone.
+    """A micro-batch of padding alone, its rows of ``length`` tokens.
 
-    Args:
-        shape: The shapes that it may have.
-        length: Of its rows, one of the shape's.
-        with_reference: Whether it holds a reference's log-probabilities.
-        states: Any of the hidden states that it holds, or None where it holds none.
+    It holds hidden states where ``states``, some pair's, are given.
     """
 
     def zeros(*axes: int) -> np.ndarray:
@@ -272,39 +230,34 @@ def _write_pair(
 ) -> tuple[int, int]:
     """Writes one pair at ``start``; returns where tokens and scores go on."""
     prompt = _prompt(pair)
-    prompt_end = start + len(prompt) - 1
+    sizes = np.asarray([len(prompt), len(pair.chosen), len(pair.rejected)])
+    prompt_end, chosen_end, rejected_end = (start + np.cumsum(sizes) - 1).tolist()
+    answers = np.concatenate([pair.chosen, pair.rejected])
+    held = slice(start, rejected_end + 1)
+    spent = slice(scored, scored + len(answers))
+    batch.tokens[row, held] = np.concatenate([prompt, answers])
+    # Both answers continue from the prompt.
+    starts = np.repeat([0, sizes[1]], sizes[1:])
+    positions = sizes[0] + np.arange(len(answers)) - starts
+    batch.positions[row, held] = np.concatenate([np.arange(sizes[0]), positions])
+    batch.pair[row, held] = slot
+    batch.branch[row, held] = np.repeat([PROMPT, CHOSEN, REJECTED], sizes)
+    # A token is predicted one before it, an answer's first at the prompt's end.
+    batch.score_from[row, spent] = np.arange(prompt_end, rejected_end)
+    batch.score_from[row, scored + sizes[1]] = prompt_end
+    batch.score_token[row, spent] = answers
+    batch.score_slot[row, spent] = 2 * slot + np.repeat([0, 1], sizes[1:])
+    batch.score_mask[row, spent] = True
     batch.prompt_end[row, slot] = prompt_end
-    ends = (batch.chosen_end, batch.rejected_end)
-    parts = (
-        (PROMPT, prompt),
-        (CHOSEN, pair.chosen),
-        (REJECTED, pair.rejected),
-    )
-    for branch, tokens in parts:
-        stop = start + len(tokens)
-        first_position = 0 if branch == PROMPT else len(prompt)
-        batch.tokens[row, start:stop] = tokens
-        batch.positions[row, start:stop] = first_position + np.arange(len(tokens))
-        batch.pair[row, start:stop] = slot
-        batch.branch[row, start:stop] = branch
-        if branch != PROMPT:
-            side = 0 if branch == CHOSEN else 1
-            span = slice(scored, scored + len(tokens))
-            batch.score_from[row, span] = np.arange(start - 1, stop - 1)
-            batch.score_from[row, scored] = prompt_end
-            batch.score_token[row, span] = tokens
-            batch.score_slot[row, span] = 2 * slot + side
-            batch.score_mask[row, span] = True
-            batch.lengths[row, slot, side] = len(tokens)
-            ends[side][row, slot] = stop - 1
-            scored = span.stop
-        start = stop
-    if pair.states is not None:
-        assert batch.hidden is not None
-        batch.hidden[row, prompt_end:start] = pair.states
+    batch.chosen_end[row, slot] = chosen_end
+    batch.rejected_end[row, slot] = rejected_end
+    batch.lengths[row, slot] = sizes[1:]
     batch.pair_mask[row, slot] = True
     batch.pair_id[row, slot] = pair.id
-    return start, scored
+    if pair.states is not None:
+        assert batch.hidden is not None
+        batch.hidden[row, prompt_end : held.stop] = pair.states
+    return held.stop, spent.stop
 
 
 def micro_batches(
@@ -313,17 +266,9 @@ def micro_batches(
     *,
     reference_logp: Float[np.ndarray, "B 2"] | None,
 ) -> list[Batch]:
-    """All pairs, packed into as many micro-batches as they need.
+    """All pairs once, packed into as many micro-batches as they need, of NumPy arrays.
 
-    Args:
-        pairs: The pairs of a step, or of an evaluation set.
-        shape: The shapes that a micro-batch may have.
-        reference_logp: Summed log-probabilities of each pair's chosen and rejected
-            answer under the reference, in the order of ``pairs``.
-
-    Returns:
-        Batches of NumPy arrays that hold each pair once; the last one's unused rows
-        are padding.
+    ``reference_logp`` is each pair's chosen and rejected log-prob under the reference.
     """
     batches = []
     for length, rows in plan_micro_batches(pair_lengths(pairs), shape):
@@ -367,7 +312,7 @@ def step_indices(
         pairs_per_step: B; the last step of an epoch has what is left.
         seed: With the epoch's number it seeds the order of that epoch.
         users: Who judged each pair, numbered; pairs of one user then come a few
-            together, as ``latent.pool = "user"`` needs them. None: in any order.
+            together, as ``latent.pool = "user"`` needs them.
     """
     epoch, within = divmod(step, steps_per_epoch(count, pairs_per_step=pairs_per_step))
     rng = np.random.default_rng([seed, epoch])
@@ -375,10 +320,10 @@ def step_indices(
     if users is not None:
         by_user = order[np.argsort(users[order], kind="stable")]
         ends = np.flatnonzero(np.diff(users[by_user])) + 1
-        some = [
+        groups = [
             group
             for own in np.split(by_user, ends)
             for group in np.array_split(own, max(len(own) // _TOGETHER, 1))
         ]
-        order = np.concatenate([some[i] for i in rng.permutation(len(some))])
+        order = np.concatenate([groups[i] for i in rng.permutation(len(groups))])
     return order[within * pairs_per_step : (within + 1) * pairs_per_step]

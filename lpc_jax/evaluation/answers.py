@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lpc_jax.data import chat, examples
+from lpc_jax.data import chat, examples, rows
 from lpc_jax.data.examples import Message
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
@@ -66,7 +66,7 @@ def read_prompts(
         UserError: No such file, a row of no known form, or no rows.
     """
     found = []
-    read = examples.rows(path, setting="--prompts", split=split)
+    read = rows.read(path, setting="--prompts", split=split)
     for origin, row in itertools.islice(read, limit):
         messages = examples.parse_prompt(row, origin=origin)
         if system_prompt is not None and messages[0]["role"] != "system":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lpc_jax.data import examples
+from lpc_jax.data import rows as files
 from lpc_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -71,7 +71,7 @@ def rows(name: str, folder: Path) -> list[Row]:
     """
     file = folder / FILES[name]
     found = []
-    for origin, row in examples.rows(str(file), setting="--tasks-data", split=None):
+    for origin, row in files.read(str(file), setting="--tasks-data", split=None):
         try:
             found.append(_FORMS[name](row))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

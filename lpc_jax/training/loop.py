@@ -16,8 +16,8 @@ from lpc_jax import config as cfg
 from lpc_jax.evaluation import preference, samples
 from lpc_jax.metrics import Sums, values
 from lpc_jax.training import health
+from lpc_jax.training.log import EVALUATION, TRAIN, RunLog
 from lpc_jax.training.run import Update
-from lpc_jax.training.runlog import EVALUATION, TRAIN, RunLog
 
 # Updates before a trace begins.
 _UNPROFILED = 2

@@ -7,8 +7,8 @@ used. Knows nothing of losses or data.
 
 from __future__ import annotations
 
-import difflib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,22 +18,20 @@ from lpc_jax import config as cfg
 from lpc_jax.errors import UserError
 from lpc_jax.models import leaves
 
-# What optax's optimizers call weight decay, and where it applies.
-_DECAY_OPTIONS = ("weight_decay", "weight_decay_rate")
-_MASK_ARGUMENTS = ("mask", "weight_decay_mask")
-
-# Beginnings of names that have a learning rate and yet are parts of optimizers, or
-# (lbfgs) ask for the loss itself.
-_NO_OPTIMIZERS = ("_", "scale_by_", "lbfgs")
+# Each with its options of weight decay: how much, and of what.
+_OPTIMIZERS: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "adamw": (optax.adamw, "weight_decay", "mask"),
+    "adam": (optax.adam, "", ""),
+    "lion": (optax.lion, "weight_decay", "mask"),
+    "sgd": (optax.sgd, "", ""),
+    "adafactor": (optax.adafactor, "weight_decay_rate", "weight_decay_mask"),
+}
 
 
 def schedule(optimizer: cfg.Optimizer, peak: float, total_steps: int) -> optax.Schedule:
     """Learning rate by update: linear warmup from 0 to the peak, then its decay.
 
-    Args:
-        optimizer: Names the decay and the warmup's share.
-        peak: The largest rate.
-        total_steps: Updates in the run; the decay reaches 0 after the last.
+    The decay reaches 0 after the last of ``total_steps`` updates.
     """
     warmup = round(optimizer.warmup_fraction * total_steps)
     rest = max(total_steps - warmup, 1)
@@ -57,50 +55,24 @@ def _decay_mask(params: Any) -> Any:
 def _named(
     optimizer: cfg.Optimizer, rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    """The optax optimizer of that name with the config's options."""
-    known = _known()
-    if optimizer.name not in known:
-        near = difflib.get_close_matches(optimizer.name, known)
-        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    """The optimizer of that name with the config's options."""
+    if optimizer.name not in _OPTIMIZERS:
         raise UserError(
-            "optimizer.name must be an optimizer of optax that takes a learning rate,"
-            f" got {optimizer.name!r}. {hint}There are: {', '.join(known)}."
+            f"optimizer.name must be one of {', '.join(_OPTIMIZERS)}, got"
+            f" {optimizer.name!r}. Choose one of these."
         )
-    accepted = known[optimizer.name]
-    unknown = sorted(set(optimizer.options) - accepted)
+    make, decay, mask = _OPTIMIZERS[optimizer.name]
+    options: dict[str, Any] = dict(optimizer.options)
+    accepted = set(inspect.signature(make).parameters) - {"learning_rate"}
+    unknown = sorted(set(options) - accepted)
     if unknown:
         raise UserError(
             f"optimizer.options must be arguments of optax.{optimizer.name}, which has"
-            f" {', '.join(sorted(accepted - {'learning_rate'}))}; got"
-            f" {', '.join(unknown)}. Leave them out."
+            f" {', '.join(sorted(accepted))}; got {', '.join(unknown)}. Leave them out."
         )
-    options: dict[str, Any] = dict(optimizer.options)
-    decays = [name for name in _DECAY_OPTIONS if options.get(name)]
-    masks = [name for name in _MASK_ARGUMENTS if name in accepted]
-    if decays and not masks:
-        raise UserError(
-            f"optimizer.options: {decays[0]} must spare norms, biases and the codebook,"
-            f" which optax.{optimizer.name} cannot, got {options[decays[0]]!r}. Leave"
-            " it out or choose another optimizer, such as adamw."
-        )
-    if decays:
-        options[masks[0]] = _decay_mask
-    make: Any = getattr(optax, optimizer.name)
-    made: Any = make(learning_rate=rate, **options)
-    return made
-
-
-def _known() -> dict[str, set[str]]:
-    """Optimizers of optax that take a learning rate, with their arguments' names."""
-    functions = inspect.getmembers(optax, inspect.isfunction)
-    arguments = {
-        name: set(inspect.signature(make).parameters) for name, make in functions
-    }
-    return {
-        name: accepted
-        for name, accepted in arguments.items()
-        if "learning_rate" in accepted and not name.startswith(_NO_OPTIMIZERS)
-    }
+    if options.get(decay):
+        options[mask] = _decay_mask
+    return make(rate, **options)
 
 
 def trained_part(config: cfg.Config) -> str | None:
@@ -136,7 +108,7 @@ def build(
         codebook_unit: From ``latent.codebook_unit`` of the start model's head.
 
     Raises:
-        UserError: An optimizer or option that optax does not have.
+        UserError: An optimizer that is none of five, or an option that it has not.
     """
     optimizer = config.optimizer
     groups = {

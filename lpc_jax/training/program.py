@@ -19,10 +19,11 @@ from lpc_jax import config as cfg
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
 from lpc_jax.runtime import compute, loading
-from lpc_jax.training import memory, nonfinite, reference, runfolder, setup
+from lpc_jax.training import memory, nonfinite, reference, run_folder, setup
+from lpc_jax.training.log import RunLog
 from lpc_jax.training.loop import Loop
 from lpc_jax.training.run import Run, digests, require_one_run
-from lpc_jax.training.runlog import RunLog, require_trackers
+from lpc_jax.training.trackers import require_trackers
 
 # Settings that a resumed run may change: they alter no update.
 FREE_ON_RESUME = (
@@ -98,7 +99,7 @@ def train(config: cfg.Config, console: Console) -> Loop:
     with (
         processes.together(),
         processes.Termination().watched() as termination,
-        runfolder.held(config) as folder,
+        run_folder.held(config) as folder,
         jax.set_mesh(mesh),
     ):
         return _train(prepare(config, mesh, folder, console), console, termination)
@@ -122,8 +123,8 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
     train, held_out = setup.read_pairs(config, outline.tokenizer)
     require_one_run(config, digests(outline.tokenizer, train, held_out or Pairs([])))
     if train.report is not None:
-        for line in train.report.lines():
-            say(line)
+        for table in train.report.tables():
+            console.print(table)
     started = loading.start(outline, seed=config.training.seed)
     return Run(
         config,
@@ -139,7 +140,7 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
 def _train(run: Run, console: Console, termination: processes.Termination) -> Loop:
     config, folder = run.config, run.folder
     assert folder is not None
-    runfolder.make(config, folder)
+    run_folder.make(config, folder)
     with contextlib.ExitStack() as closing:
         kept = checkpoint.Checkpoints(
             folder / loading.CHECKPOINTS,

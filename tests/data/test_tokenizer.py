@@ -3,7 +3,7 @@ import json
 import gguf
 import pytest
 
-from lpc_jax.data import tokenizer
+from lpc_jax.data import gguf_tokenizer, tokenizer
 from tests.data import tiny_tokenizers as tiny
 
 TOKEN_TYPES = gguf.TokenType
@@ -121,7 +121,7 @@ def test_sentencepiece_merges_the_best_scored_piece_first():
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
     }
-    loaded = tokenizer.from_metadata(fields, file="tiny.gguf")
+    loaded = gguf_tokenizer.from_metadata(fields, file="tiny.gguf")
     # By hand: bc (-1) before ab (-2), then ▁a (-3).
     assert loaded.convert_ids_to_tokens(loaded("abc").input_ids) == ["<s>", "▁a", "bc"]
     assert tokens(loaded, "a</s>") == ["▁a", "</s>"]
@@ -209,7 +209,7 @@ def test_a_truncated_gguf_file_is_refused(tmp_path):
 def from_metadata_without(name, **options):
     fields = tiny.metadata(**options)
     del fields[name]
-    return refusal(tokenizer.from_metadata, fields, file="tiny.gguf")
+    return refusal(gguf_tokenizer.from_metadata, fields, file="tiny.gguf")
 
 
 def test_an_unknown_pre_tokenizer_is_named():
@@ -222,7 +222,7 @@ def test_an_unknown_pre_tokenizer_is_named():
 
 def test_an_unknown_tokenizer_model_is_named():
     fields = tiny.metadata() | {"tokenizer.ggml.model": "bert"}
-    assert refusal(tokenizer.from_metadata, fields, file="tiny.gguf") == (
+    assert refusal(gguf_tokenizer.from_metadata, fields, file="tiny.gguf") == (
         "tiny.gguf: tokenizer.ggml.model must be one of gpt2, llama, got 'bert'. Set"
         " model.tokenizer to the model's folder with tokenizer.json."
     )

@@ -2,7 +2,7 @@
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lpc_jax.data import tokenizer
+from lpc_jax.data import gguf_tokenizer
 
 ALPHABET = list(bytes_to_unicode().values())
 START, END = "<|im_start|>", "<|im_end|>"
@@ -61,7 +61,7 @@ def metadata(
 
 
 def build(**options):
-    return tokenizer.from_metadata(metadata(**options), file="tiny.gguf")
+    return gguf_tokenizer.from_metadata(metadata(**options), file="tiny.gguf")
 
 
 def chatml(**options):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.models import leaves, weights
-from lpc_jax.training import arithmetic
+from lpc_jax.planning import arithmetic
 from lpc_jax.training import optimizer as optimizers
 from tests import tiny
 from tests.harness import logits

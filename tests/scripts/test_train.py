@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from lpc_jax import config as cfg
-from lpc_jax.training import loop, runlog
+from lpc_jax.training import log as logs
+from lpc_jax.training import loop, trackers
 from scripts import train
 from tests import runs
 
@@ -72,7 +73,7 @@ def test_the_command_trains_and_leaves_a_run(command):
     assert (status, errors) == (0, "")
     assert "step 2/2  loss " in said
     assert (command.run_folder / "plot.png").exists()
-    assert [line["step"] for line in runlog.read(command.run_folder)] == [0, 1, 2, 2]
+    assert [line["step"] for line in logs.read(command.run_folder)] == [0, 1, 2, 2]
 
 
 def test_from_a_shell_an_error_is_one_line_without_a_traceback(repository):
@@ -303,7 +304,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(command, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_refused_first(command, monkeypatch):
-    monkeypatch.setitem(runlog._PACKAGES, "wandb", "wandb_that_is_not_there")
+    monkeypatch.setitem(trackers.PACKAGES, "wandb", "wandb_that_is_not_there")
     assert command.refusal("--run.trackers", "wandb") == (
         "run.trackers asks for 'wandb', which needs the package"
         " wandb_that_is_not_there, and that is not installed. Run: pip install"
@@ -316,7 +317,7 @@ def test_a_tracker_that_is_not_installed_is_refused_first(command, monkeypatch):
 
 def test_a_checkpoint_of_another_config_is_refused_and_kept(command):
     assert command()[0] == 0
-    before = runlog.read(command.run_folder)
+    before = logs.read(command.run_folder)
     status, _, said = command("--resume", "--loss.gamma", "1.0")
     assert status == 2
     assert said == (
@@ -332,7 +333,7 @@ def test_a_checkpoint_of_another_config_is_refused_and_kept(command):
         " Continue it with --resume, choose another --name, or replace it with"
         " --run.overwrite.\n"
     )
-    assert runlog.read(command.run_folder) == before
+    assert logs.read(command.run_folder) == before
     status, said, _ = command("--resume")  # what there is to resume is done
     assert status == 0
     assert "resumed after step 2" in said

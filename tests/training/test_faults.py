@@ -23,7 +23,8 @@ import pytest
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.runtime import loading
-from lpc_jax.training import loop, runlog, setup
+from lpc_jax.training import log as logs
+from lpc_jax.training import loop, setup
 from tests import kills, runs
 
 # 50 in make soak.
@@ -42,15 +43,15 @@ def run_folder(config: cfg.Config) -> Path:
 @contextmanager
 def at_step(step: int, action: Any) -> Iterator[None]:
     """Something happens when the run logs a step."""
-    log = runlog.RunLog.train
+    log = logs.RunLog.train
 
-    def logging(self: runlog.RunLog, now: int, metrics: Any) -> None:
+    def logging(self: logs.RunLog, now: int, metrics: Any) -> None:
         log(self, now, metrics)
         if now == step:
             action()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runlog.RunLog, "train", logging)
+        patch.setattr(logs.RunLog, "train", logging)
         yield
 
 
@@ -423,7 +424,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(
     with np.load(place / "step-3.npz") as arrays:
         rows = [arrays[name] for name in arrays if name.endswith("/tokens")]
     assert any((row == token).any() for row in rows)
-    assert [line["step"] for line in runlog.read(run_folder(every))] == [1, 2, 3]
+    assert [line["step"] for line in logs.read(run_folder(every))] == [1, 2, 3]
 
 
 def step_pairs(config: cfg.Config, number: int) -> list[int]:

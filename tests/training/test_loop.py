@@ -14,9 +14,10 @@ import pytest
 
 from lpc_jax import checkpoint
 from lpc_jax import config as cfg
-from lpc_jax.data import packing, pairs
+from lpc_jax.data import packing
 from lpc_jax.runtime import policy
-from lpc_jax.training import runlog
+from lpc_jax.training import log as logs
+from lpc_jax.training import trackers
 from lpc_jax.training.run import Run
 from tests import runs
 
@@ -184,7 +185,7 @@ def test_schedules_are_logged_as_they_are_applied(lpc_dpo):
 
 def test_the_run_says_what_it_works_on_and_ends_with_a_table(lpc_dpo):
     for line in (
-        "pairs: 40 read, 40 kept, 0 dropped",
+        "Lengths",
         "mesh: 1 x cpu, data=1 fsdp=1 tensor=1; attention: blocks; remat: block",
         "loss = -log sigmoid(0.1 * (r_w - r_l)) + 0.05 KL(q||p)",
         "reference: 53 pairs scored, 0 found in",
@@ -319,14 +320,14 @@ class Crash(Exception):
 
 def crash_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run dies when it logs a step beyond its last checkpoint."""
-    log = runlog.RunLog.train
+    log = logs.RunLog.train
 
-    def dies(self: runlog.RunLog, now: int, metrics: Any) -> None:
+    def dies(self: logs.RunLog, now: int, metrics: Any) -> None:
         log(self, now, metrics)
         if now == step:
             raise Crash
 
-    monkeypatch.setattr(runlog.RunLog, "train", dies)
+    monkeypatch.setattr(logs.RunLog, "train", dies)
 
 
 def interrupted(config: cfg.Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -515,7 +516,7 @@ def test_overwriting_replaces_the_older_run(folder):
 def test_a_mistake_does_not_cost_the_run_to_be_overwritten(
     lpc_dpo, folder, mistake, monkeypatch
 ):
-    monkeypatch.setitem(runlog._PACKAGES, "wandb", "a_package_that_is_not_there")
+    monkeypatch.setitem(trackers.PACKAGES, "wandb", "a_package_that_is_not_there")
     changes = {"run": {}} | mistake
     changes["run"] = changes["run"] | {"overwrite": True}
     refusal(runs.config(folder, name=lpc_dpo.config.name, **changes))
@@ -636,7 +637,7 @@ def test_the_next_batch_is_made_before_the_log_waits_for_this_one(folder, monkey
 
     watch(Run, "step_batches")
     watch(Run, "update")
-    watch(runlog.RunLog, "train")
+    watch(logs.RunLog, "train")
     runs.train(runs.config(folder, name="ahead", training={"steps": 3}))
     first = ["update", "step_batches", "step_batches", "train"]
     assert order == [*first, "update", "step_batches", "train", "update", "train"]
@@ -712,13 +713,13 @@ def test_nothing_compiles_once_all_programs_are_compiled_ahead(folder, monkeypat
     compiled: list[str] = []
     at: dict[tuple[str, int], int] = {}
     for method in ("train", "evaluation"):
-        log = getattr(runlog.RunLog, method)
+        log = getattr(logs.RunLog, method)
 
         def counting(self, step, metrics, *rest, log=log, method=method):
             at[method, step] = len(compiled)
             log(self, step, metrics, *rest)
 
-        monkeypatch.setattr(runlog.RunLog, method, counting)
+        monkeypatch.setattr(logs.RunLog, method, counting)
 
     def listen(event: str, _: float, **__: Any) -> None:
         if "backend_compile" in event:

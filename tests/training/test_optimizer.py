@@ -217,9 +217,7 @@ def test_decay_is_of_all_but_norms_biases_codes_and_what_is_fixed(params):
     [
         ("adamw", "weight_decay"),
         ("lion", "weight_decay"),
-        ("lamb", "weight_decay"),
         ("adafactor", "weight_decay_rate"),
-        ("lars", "weight_decay"),
     ],
 )
 def test_decay_spares_norms_biases_and_the_codebook(params, name, option):
@@ -252,11 +250,11 @@ def test_without_decay_nothing_shrinks(params):
     [
         ("sgd", {"momentum": 0.9}, optax.sgd(PEAK, momentum=0.9)),
         ("lion", {"b1": 0.5}, optax.lion(PEAK, b1=0.5, weight_decay=0.0)),
-        ("rmsprop", {}, optax.rmsprop(PEAK)),
+        ("adam", {}, optax.adam(PEAK)),
         ("adafactor", {}, optax.adafactor(PEAK)),
     ],
 )
-def test_any_optimizer_of_optax_does_what_optax_does(plain, name, options, second):
+def test_each_optimizer_does_what_optax_does(plain, name, options, second):
     if name == "lion":
         options = options | {"weight_decay": 0.0}
     made = optimizers.build(
@@ -274,22 +272,11 @@ def refusal(plain: Any, **changes: Any) -> str:
     return str(error.value)
 
 
-def test_a_mistyped_optimizer_brings_the_near_ones(plain):
-    message = refusal(plain, name="adamv")
-    head, listed = message.split(" There are: ")
-    assert head == (
-        "optimizer.name must be an optimizer of optax that takes a learning rate, got"
-        " 'adamv'. Did you mean adam or radam or adamw?"
-    )
-    assert {"adamw", "lion", "sgd", "adafactor"} <= set(listed[:-1].split(", "))
-    assert not {"apply_updates", "chain", "Optional"} & set(listed[:-1].split(", "))
-
-
-@pytest.mark.parametrize("name", ["apply_updates", "losses", "__doc__", "lbfgs"])
-def test_what_is_no_optimizer_is_refused_though_optax_has_it(plain, name):
-    assert refusal(plain, name=name, options={}).startswith(
-        "optimizer.name must be an optimizer of optax that takes a learning rate, got"
-        f" {name!r}."
+@pytest.mark.parametrize("name", ["adamv", "lamb", "apply_updates", "__doc__"])
+def test_another_optimizer_is_refused_with_those_there_are(plain, name):
+    assert refusal(plain, name=name, options={}) == (
+        "optimizer.name must be one of adamw, adam, lion, sgd, adafactor, got"
+        f" {name!r}. Choose one of these."
     )
 
 
@@ -301,9 +288,7 @@ def test_an_unknown_option_is_named_beside_those_there_are(plain):
     )
 
 
-def test_decay_that_cannot_spare_norms_is_refused(plain):
-    assert refusal(plain, name="novograd", options={"weight_decay": 0.1}) == (
-        "optimizer.options: weight_decay must spare norms, biases and the codebook,"
-        " which optax.novograd cannot, got 0.1. Leave it out or choose another"
-        " optimizer, such as adamw."
-    )
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_decay_that_cannot_spare_norms_is_refused(plain, name):
+    message = refusal(plain, name=name, options={"weight_decay": 0.1})
+    assert message.endswith("; got weight_decay. Leave them out.")

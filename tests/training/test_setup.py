@@ -112,7 +112,7 @@ TESTED_IN = {
     "reference.cache": "test_the_reference_is_kept_in_the_named_folder",
     "run.folder": "test_a_run_tells_its_trackers_and_stays_in_its_folder",
     "run.trackers": "test_a_run_tells_its_trackers_and_stays_in_its_folder",
-    "run.project": "tests/training/test_runlog.py",
+    "run.project": "tests/training/test_log.py",
     "run.resume": "tests/training/test_loop.py",
     "run.overwrite": "tests/training/test_loop.py",
     "run.profile": "tests/training/test_loop.py",

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from lpc_jax.models.latent import CodeMlp
-from lpc_jax.training import start
+from lpc_jax.training import clusters
 
 RNG = np.random.default_rng(0)
 
@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 def test_standardized_inputs_have_mean_0_and_spread_1():
     prompt, chosen, rejected = RNG.normal(3.0, [[[2.0]], [[5.0]], [[0.5]]], (3, 50, 8))
     sides = np.concatenate([chosen, rejected], axis=1)
-    found = start.standardization(prompt, sides, posterior_input="concat")
+    found = clusters.standardization(prompt, sides, posterior_input="concat")
     prior, posterior = found["prior_mlp"], found["posterior_mlp"]
     standard = (prompt - prior["input_mean"]) / prior["input_spread"]
     np.testing.assert_allclose(standard.mean(0), 0.0, atol=1e-6)
@@ -30,13 +30,13 @@ def test_standardized_inputs_have_mean_0_and_spread_1():
 
 def test_a_coordinate_that_never_varies_is_not_blown_up():
     states = np.ones((4, 8), np.float32)
-    found = start.standardization(states, states, posterior_input="difference")
+    found = clusters.standardization(states, states, posterior_input="difference")
     np.testing.assert_allclose(found["prior_mlp"]["input_spread"], 0.01, rtol=1e-5)
 
 
 def test_differences_are_scaled_and_not_moved():
     pairs = RNG.normal(3.0, 2.0, (50, 8)).astype(np.float32)
-    found = start.standardization(pairs, pairs, posterior_input="difference")
+    found = clusters.standardization(pairs, pairs, posterior_input="difference")
     np.testing.assert_array_equal(found["posterior_mlp"]["input_mean"], 0.0)
     np.testing.assert_allclose(
         found["posterior_mlp"]["input_spread"],
@@ -48,7 +48,7 @@ def test_differences_are_scaled_and_not_moved():
 def test_the_prompt_s_state_is_centred_beside_the_differences():
     prompt = RNG.normal(3.0, 2.0, (50, 8)).astype(np.float32)
     pairs = np.concatenate([RNG.normal(3.0, 2.0, (50, 16)), prompt], axis=1)
-    found = start.standardization(prompt, np.float32(pairs), posterior_input="all")[
+    found = clusters.standardization(prompt, np.float32(pairs), posterior_input="all")[
         "posterior_mlp"
     ]
     np.testing.assert_allclose(found["input_mean"][16:], prompt.mean(0), rtol=1e-5)
@@ -58,7 +58,7 @@ def test_the_prompt_s_state_is_centred_beside_the_differences():
 
 def test_others_of_a_user_are_averaged_without_the_pair_itself():
     inputs = np.arange(10.0).reshape(5, 2)
-    found = start.means_of_others(inputs, np.asarray([3, 1, 3, 3, 7]))
+    found = clusters.means_of_others(inputs, np.asarray([3, 1, 3, 3, 7]))
     np.testing.assert_allclose(found[0], (inputs[2] + inputs[3]) / 2)
     np.testing.assert_allclose(found[3], (inputs[0] + inputs[2]) / 2)
     np.testing.assert_allclose(found[1], inputs[1])  # alone
@@ -71,8 +71,8 @@ def test_a_start_from_clusters_tells_them_apart():
     graph, state = nnx.split(CodeMlp(8, 16, 3, rngs=nnx.Rngs(0)))
     mlp = nnx.to_pure_dict(state)
     hidden = np.asarray(nnx.merge(graph, mlp).hidden(jnp.asarray(inputs)))
-    cluster = start.clusters(inputs, 3)
-    made = start.output_for(hidden, cluster, 3)
+    cluster = clusters.clusters(inputs, 3)
+    made = clusters.output_for(hidden, cluster, 3)
     network = nnx.merge(graph, mlp | {k: jnp.asarray(v) for k, v in made.items()})
     beliefs = jax.nn.softmax(network(jnp.asarray(inputs)), axis=-1)
     code = np.asarray(beliefs).argmax(axis=-1)
@@ -92,11 +92,13 @@ def test_pooled_logits_are_as_far_apart_as_one_pair_s_are_where_none_are_pooled(
         return (0.4 * wants[who] + noise).astype(np.float32)
 
     read, later = drawn(users), drawn(users)
-    made = start.output_for(read, users, 4, users)
+    made = clusters.output_for(read, users, 4, users)
     spread = 3.0 * np.sqrt(3) / 4  # of 3 for one code of four and 0 for the others
     logits = read @ made["output_kernel"] + made["output_bias"]
-    assert start.means_of_others(logits, users).std() == pytest.approx(spread, rel=0.1)
-    alone = start.output_for(read, users, 4)
+    assert clusters.means_of_others(logits, users).std() == pytest.approx(
+        spread, rel=0.1
+    )
+    alone = clusters.output_for(read, users, 4)
     assert (read @ alone["output_kernel"]).std() == pytest.approx(spread, rel=0.1)
     # Pairs that were not there are told apart too, four of a user together.
     said = later @ made["output_kernel"] + made["output_bias"]
@@ -106,10 +108,10 @@ def test_pooled_logits_are_as_far_apart_as_one_pair_s_are_where_none_are_pooled(
 
 def test_more_codes_than_pairs_start_without_a_cluster():
     inputs = RNG.normal(size=(4, 8)).astype(np.float32)
-    cluster = start.clusters(inputs, 6)
+    cluster = clusters.clusters(inputs, 6)
     assert sorted(cluster) == [0, 1, 2, 3]
-    made = start.output_for(inputs, cluster, 6)
+    made = clusters.output_for(inputs, cluster, 6)
     assert made["output_kernel"].shape == (8, 6)
     assert np.isfinite(made["output_kernel"]).all()
-    alone = start.output_for(inputs[:1], start.clusters(inputs[:1], 6), 6)
+    alone = clusters.output_for(inputs[:1], start.clusters(inputs[:1], 6), 6)
     assert np.isfinite(alone["output_kernel"]).all()

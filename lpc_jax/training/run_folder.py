@@ -18,20 +18,7 @@ from pathlib import Path
 from lpc_jax import config as cfg
 from lpc_jax import processes
 from lpc_jax.errors import UserError
-from lpc_jax.training.runlog import METRICS_FILE
-
-
-def _require_free(config: cfg.Config) -> Path:
-    """The run's folder, which must be new, resumed or asked to be replaced."""
-    folder = Path(config.run.folder) / config.name
-    held = processes.from_main(lambda: _holds_run(folder))
-    if held and not (config.run.resume or config.run.overwrite):
-        raise UserError(
-            f"run folder {folder} must be new, got one that holds a run. Continue it"
-            " with --resume, choose another --name, or replace it with"
-            " --run.overwrite."
-        )
-    return folder
+from lpc_jax.training.log import METRICS_FILE
 
 
 def _holds_run(folder: Path) -> bool:
@@ -60,8 +47,15 @@ def held(config: cfg.Config) -> Iterator[Path]:
         UserError: Another live run holds it, whose process, host and start are named;
             or it holds an ended run, and neither resume nor overwrite was asked for.
     """
+    folder = Path(config.run.folder) / config.name
+    continued = config.run.resume or config.run.overwrite
+    if processes.from_main(lambda: _holds_run(folder)) and not continued:
+        raise UserError(
+            f"run folder {folder} must be new, got one that holds a run. Continue it"
+            " with --resume, choose another --name, or replace it with"
+            " --run.overwrite."
+        )
     taken: list[int] = []
-    folder = _require_free(config)
     file = folder.with_name(f".{folder.name}.lock")
     processes.from_main(lambda: taken.append(_take(file, folder)))
     try:
@@ -99,7 +93,7 @@ def _take(file: Path, folder: Path) -> int:
 
 def _holder(descriptor: int) -> str:
     try:
-        said = json.loads(os.pread(descriptor, 4096, 0))
+        holder = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:  # it has the lock and has not yet written who it is
         return "another process"
-    return f"process {said['process']} on {said['host']} since {said['since']}"
+    return f"process {holder['process']} on {holder['host']} since {holder['since']}"

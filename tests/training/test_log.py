@@ -19,12 +19,13 @@ from rich.console import Console
 
 from lpc_jax.evaluation.preference import Evaluation
 from lpc_jax.evaluation.samples import Sample
-from lpc_jax.training import runlog
+from lpc_jax.training import log as logs
+from lpc_jax.training import tables, trackers
 
 SETTINGS = {"loss.beta": 2.0, "run.trackers": ["wandb"]}
 
 
-def make(folder: Path, **changes: Any) -> runlog.RunLog:
+def make(folder: Path, **changes: Any) -> logs.RunLog:
     arguments: dict[str, Any] = {
         "name": "tiny",
         "project": "tests",
@@ -34,7 +35,7 @@ def make(folder: Path, **changes: Any) -> runlog.RunLog:
         "resume_from": None,
         "console": None,
     }
-    return runlog.RunLog(folder, **arguments | changes)
+    return logs.RunLog(folder, **arguments | changes)
 
 
 def console(*, terminal: bool) -> Console:
@@ -74,7 +75,7 @@ def test_numbers_read_back_exactly(tmp_path: Path) -> None:
     assert (parsed["step"], parsed["split"]) == (1, "train")
     assert parsed["gradient/norm"] is None
     assert parsed["nonfinite"] == {"gradient/norm": "nan", "reward/chosen": "-inf"}
-    (record,) = runlog.read(tmp_path)
+    (record,) = logs.read(tmp_path)
     for name, value in metrics.items():
         assert record[name] == value or (math.isnan(value) and math.isnan(record[name]))
 
@@ -83,7 +84,7 @@ def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
     with make(tmp_path) as log:
         log.evaluation(0, {"reward/accuracy": 0.5}, {"terse": 0.25})
         log.train(1, {"loss/total": 0.7})
-        first, second = runlog.read(tmp_path)
+        first, second = logs.read(tmp_path)
     assert (first["step"], first["split"]) == (0, "eval")
     assert first["reward/accuracy/terse"] == 0.25
     assert (second["step"], second["split"]) == (1, "train")
@@ -112,7 +113,7 @@ def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     for _ in range(2):
         with make(tmp_path) as log:
             log.train(1, {})
-    assert len(runlog.read(tmp_path)) == 1
+    assert len(logs.read(tmp_path)) == 1
 
 
 def test_a_broken_line_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -167,7 +168,7 @@ def test_the_time_left_ignores_the_step_that_compiles(
 ) -> None:
     out = console(terminal=False)
     clock = iter([100.0, 110.0, 120.0])  # the first step ended after 100 s
-    monkeypatch.setattr(runlog.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(clock))
     with make(tmp_path, console=out, total_steps=400) as log:
         for step in (10, 20, 30):
             log.train(step, {})
@@ -227,7 +228,7 @@ def test_without_held_out_pairs_there_is_still_a_plot(tmp_path: Path) -> None:
 def test_the_running_mean_passes_over_nan() -> None:
     values = np.array([np.nan, 2.0, 4.0, np.nan, 9.0])
     np.testing.assert_allclose(
-        runlog._running_mean(values, 2), [np.nan, 2.0, 3.0, 4.0, 9.0]
+        tables._running_mean(values, 2), [np.nan, 2.0, 3.0, 4.0, 9.0]
     )
 
 
@@ -379,7 +380,7 @@ def test_a_tracker_that_is_not_installed_names_its_extra(
     def missing(name: str) -> types.ModuleType:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr(runlog.importlib, "import_module", missing)
+    monkeypatch.setattr(trackers.importlib, "import_module", missing)
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
         make(tmp_path, trackers=(tracker,))
     assert str(error.value) == (

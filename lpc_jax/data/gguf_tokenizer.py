@@ -1,0 +1,208 @@
+"""Builds a tokenizer from a GGUF file's metadata, as llama.cpp reads it.
+
+Needs no torch. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gguf
+import tokenizers
+import transformers
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import tokenization_utils_base
+
+from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
+
+Metadata = dict[str, Any]
+Tokenizer = transformers.PreTrainedTokenizerBase
+
+_TOKENS = "tokenizer.ggml.tokens"
+_NAMED_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+_KINDS = {"tokens": str, "merges": str, "token_type": int, "scores": (int, float)}
+
+# The split of Llama 3's tokenizer.json.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+_USE_FOLDER = "Set model.tokenizer to the model's folder with tokenizer.json."
+
+
+def from_metadata(metadata: Metadata, *, file: str) -> Tokenizer:
+    """A tokenizer from the ``tokenizer.*`` fields of a GGUF file, by full name.
+
+    Raises:
+        UserError: A field is missing, or says a kind that is not supported.
+    """
+    for name in ("tokenizer.ggml.model", _TOKENS):
+        if name not in metadata:
+            raise UserError(
+                f"{file}: expected the metadata field {name}, got none. The file holds"
+                " no tokenizer: set model.tokenizer to a folder with tokenizer.json."
+            )
+    _check_lists(metadata, file)
+    loaded = _choose(_MODELS, metadata, "tokenizer.ggml.model", file)(metadata, file)
+    kinds = metadata.get("tokenizer.ggml.token_type", ())
+    special_of_kind = {gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}
+    for kind, special in special_of_kind.items():
+        added = [
+            tokenizers.AddedToken(token, normalized=False, special=special)
+            for token, its_kind in zip(metadata[_TOKENS], kinds, strict=False)
+            if its_kind == kind
+        ]
+        loaded.add_tokens(added, special_tokens=special)
+    loaded.chat_template = metadata.get("tokenizer.chat_template")
+    return loaded
+
+
+@contextlib.contextmanager
+def broken(message: str) -> Iterator[None]:
+    """What goes wrong in the tokenizer libraries is the file's fault, and is said so.
+
+    Raises:
+        UserError: The message, the library's own in place of ``{reason}``.
+    """
+    try:
+        yield
+    except MemoryError:
+        raise
+    # tokenizers raises Exception itself, and transformers whatever a field of an
+    # unexpected kind leads to: KeyError, TypeError, AttributeError among others.
+    except Exception as e:
+        first = next(iter(str(e).splitlines()), "") or type(e).__name__
+        raise UserError(message.replace("{reason}", untrusted.shown(first))) from e
+
+
+def _check_lists(metadata: Metadata, file: str) -> None:
+    """Lists are of what they must be, and ids are of tokens that there are."""
+    count = 0
+    for name, kind in _KINDS.items():
+        field = f"tokenizer.ggml.{name}"
+        given = metadata.get(field, [])
+        whole = isinstance(given, list) and all(isinstance(i, kind) for i in given)
+        if name == "tokens" and whole:
+            count = len(given)
+        if name == "merges" and whole:
+            whole = all(len(merge.split(" ")) == 2 for merge in given)
+        if not whole or (name == "scores" and given and len(given) != count):
+            raise UserError(
+                f"{file}: broken metadata field {field}: expected a list of its kind."
+                " Fetch it again."
+            )
+    for field in _NAMED_TOKENS.values():
+        given = metadata.get(field, 0)
+        if type(given) is not int or not 0 <= given < count:
+            raise UserError(
+                f"{file}: broken metadata field {field}: expected the number of one of"
+                f" {count} tokens, got {given!r:.80}. Fetch it again."
+            )
+
+
+def _choose(table: dict[str, Any], metadata: Metadata, field: str, file: str) -> Any:
+    kind = metadata.get(field)
+    if not isinstance(kind, str) or kind not in table:
+        raise UserError(
+            f"{file}: {field} must be one of {', '.join(table)}, got {kind!r:.80}."
+            f" {_USE_FOLDER}"
+        )
+    return table[kind]
+
+
+def _required(metadata: Metadata, field: str, file: str) -> Any:
+    if field not in metadata:
+        raise UserError(
+            f"{file}: expected the metadata field {field}, got none. {_USE_FOLDER}"
+        )
+    return metadata[field]
+
+
+def _no_tokenizer(file: str) -> str:
+    return (
+        f"{file}: its metadata fields make no tokenizer ({{reason}}). Fetch it again,"
+        " or set model.tokenizer to the model's folder with tokenizer.json."
+    )
+
+
+def _options(metadata: Metadata, *, adds_bos: bool) -> dict[str, Any]:
+    """Named tokens, and which of them the tokenizer adds by itself."""
+    tokens = metadata[_TOKENS]
+    return {
+        **{n: tokens[metadata[f]] for n, f in _NAMED_TOKENS.items() if f in metadata},
+        "add_bos_token": metadata.get("tokenizer.ggml.add_bos_token", adds_bos),
+        "add_eos_token": metadata.get("tokenizer.ggml.add_eos_token", False),
+    }
+
+
+def _byte_level(metadata: Metadata, file: str) -> Tokenizer:
+    """Byte-level BPE, ``gpt2`` in GGUF's words."""
+    split, ignore_merges, adds_bos = _choose(
+        _PRE_TOKENIZERS, metadata, "tokenizer.ggml.pre", file
+    )
+    merges = _required(metadata, "tokenizer.ggml.merges", file)
+    with broken(_no_tokenizer(file)):
+        backend = tokenizers.Tokenizer(
+            models.BPE(
+                vocab={token: index for index, token in enumerate(metadata[_TOKENS])},
+                merges=[tuple(merge.split(" ")) for merge in merges],
+                ignore_merges=ignore_merges,
+            )
+        )
+        backend.pre_tokenizer = split()
+        backend.decoder = decoders.ByteLevel()
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            clean_up_tokenization_spaces=False,
+            **_options(metadata, adds_bos=adds_bos),
+        )
+
+
+def _sentence_piece(metadata: Metadata, file: str) -> Tokenizer:
+    """SentencePiece BPE, ``llama`` in GGUF's words; merges follow from the scores."""
+    tokens = metadata[_TOKENS]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    values = _required(metadata, "tokenizer.ggml.scores", file)
+    scores = dict(zip(tokens, values, strict=True))
+    with broken(_no_tokenizer(file)):
+        return transformers.LlamaTokenizer(
+            vocab=vocabulary,
+            merges=tokenization_utils_base.generate_merges(vocabulary, scores),  # pyright: ignore[reportArgumentType] -- annotated as str, takes the list
+            add_prefix_space=metadata.get("tokenizer.ggml.add_space_prefix", True),
+            **_options(metadata, adds_bos=True),
+        )
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+def _smollm() -> pre_tokenizers.PreTokenizer:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Sequence([digits, _gpt2()])
+
+
+def _llama3() -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), behavior="isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([words, as_bytes])
+
+
+# How to split before merging, whether a whole word of the vocabulary skips the merges,
+# and whether BOS is added when the file does not say: as llama.cpp reads the names.
+_PRE_TOKENIZERS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
+    "gpt-2": (_gpt2, False, False),
+    "smollm": (_smollm, False, False),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_llama3, True, True)),
+}
+
+_MODELS = {"gpt2": _byte_level, "llama": _sentence_piece}

@@ -1,0 +1,209 @@
+"""Reads rows from a file or a hub data set, with the place that each comes from.
+
+A row that cannot be decoded is an error that names its file and line. Knows nothing of
+what a row holds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+from datasets import exceptions as dataset_errors
+
+from lpc_jax.errors import UserError
+from lpc_jax.files import sources, untrusted
+
+Rows = Iterator[tuple[str, Any]]
+
+# What is read at a time, in bytes. A line is one pair: of English, a million tokens are
+# about 4 MB. A .json file is parsed whole, and then takes several times its size.
+LONGEST_LINE = 64 << 20
+LARGEST_JSON = 1 << 30
+# Text unpacks to some twenty times its packed size at most, and made-up text to a
+# thousand times. Small files may repeat themselves as they like.
+MOST_UNPACKED, UNPACKED_FREELY = 200, 16 << 20
+# A few large texts can stand for any number of rows of a parquet file, so that rows are
+# unpacked by so few.
+_PARQUET_ROWS = 256
+
+
+def read(path: str, *, setting: str, split: str | None) -> Rows:
+    """Each row with its origin, as ``file:line``.
+
+    ``path`` is a .jsonl, .jsonl.gz, .json or .parquet file, or the ``owner/name`` of a
+    hub data set, which alone has a split; messages call it ``setting``.
+
+    Raises:
+        UserError: The data cannot be had, or a row is broken.
+    """
+    if not sources.exists(path):
+        if path.endswith(tuple(_READERS)) or not sources.is_hub_id(path):
+            raise UserError(_missing_file(path, setting))
+        return _hub(path, setting=setting, split=split)
+    file = Path(path).expanduser()
+    suffixes = ", ".join(_READERS)
+    if not file.is_file():
+        kind = "a folder" if file.is_dir() else "a device or pipe"
+        raise UserError(
+            f"{setting} = {path!r} is {kind}, expected a file ending in {suffixes}."
+            " Name the file inside it."
+        )
+    for suffix, rows_of in _READERS.items():
+        if file.name.endswith(suffix):
+            return rows_of(file)
+    raise UserError(
+        f"{setting} = {path!r} must end in {suffixes}, got {file.name!r}. Convert or"
+        " rename the file."
+    )
+
+
+def _missing_file(path: str, setting: str) -> str:
+    folder, names = Path(path).parent, []
+    if sources.exists(str(folder)) and folder.expanduser().is_dir():
+        names = [file.name for file in folder.expanduser().iterdir()]
+    near = difflib.get_close_matches(Path(path).name, names, n=1)
+    hint = f"Did you mean {str(folder / near[0])!r}?" if near else "Check the path."
+    return (
+        f"{setting} = {path!r}: no such file, and not a hub id of the form owner/name."
+        f" {hint}"
+    )
+
+
+def _json_lines(file: Path) -> Rows:
+    number = unpacked = 0
+    try:
+        with file.open("rb") as packed:
+            lines = gzip.GzipFile(fileobj=packed) if file.suffix == ".gz" else packed
+            while line := lines.readline(LONGEST_LINE + 1):
+                number, unpacked = number + 1, unpacked + len(line)
+                where = f"{file}:{number}"
+                if len(line) > LONGEST_LINE:
+                    raise UserError(
+                        f"{where}: expected one pair a line, of at most"
+                        f" {LONGEST_LINE:,} bytes, got a longer line. Write one object"
+                        " a line, or remove it."
+                    )
+                _check_ratio(where, unpacked, packed.tell())
+                if line.strip():
+                    yield f"{file.name}:{number}", _decode(line, where)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise UserError(
+            f"{file}:{number + 1}: expected gzip data, got a broken or truncated file"
+            f" ({untrusted.shown(e)}). Fetch or compress the file again."
+        ) from e
+
+
+def _json_list(file: Path) -> Rows:
+    size = file.stat().st_size
+    if size > LARGEST_JSON:
+        raise UserError(
+            f"{file}: a .json file is read whole and must have at most"
+            f" {LARGEST_JSON:,} bytes, got {size:,}. Write one object a line in a"
+            " .jsonl file, which is read line by line."
+        )
+    items = _decode(file.read_bytes(), str(file))
+    if not isinstance(items, list):
+        raise UserError(
+            f"{file} must hold a list of rows, got {type(items).__name__}. Write it as"
+            " [{...}, {...}], or one object a line in a .jsonl file."
+        )
+    for number, item in enumerate(items, 1):
+        yield f"{file.name}:{number}", item
+
+
+def _check_ratio(where: str, unpacked: int, packed: int) -> None:
+    if unpacked > max(UNPACKED_FREELY, MOST_UNPACKED * packed):
+        raise UserError(
+            f"{where}: expected text, which unpacks to at most {MOST_UNPACKED} times"
+            f" its size, got {unpacked:,} bytes out of {packed:,}. The file may be made"
+            " to exhaust the memory: unpack it yourself if you trust it."
+        )
+
+
+def _decode(text: bytes, where: str) -> Any:
+    try:
+        return untrusted.parse_json(text, repeats=True)
+    except json.JSONDecodeError as e:
+        # Some of the messages end in "at" themselves.
+        raise UserError(
+            f"{where}: expected JSON, got {e.msg.removesuffix(' at')} at line"
+            f" {e.lineno}, column {e.colno}. Mend or remove it."
+        ) from e
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"{where}: expected UTF-8 text, got byte {text[e.start]:#04x} at {e.start}."
+            " Save the file as UTF-8."
+        ) from e
+    except ValueError as e:
+        raise UserError(
+            f"{where}: expected JSON, got a text that is {untrusted.shown(e)}. Mend or"
+            " remove it."
+        ) from e
+
+
+def _parquet(file: Path) -> Rows:
+    number = unpacked = 0
+    packed = file.stat().st_size
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for group in range(table.num_row_groups):
+                announced = table.metadata.row_group(group).total_byte_size
+                _check_ratio(str(file), announced, packed)
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
+                # Each row counted by itself, where rows share their values too.
+                unpacked += sum(
+                    (c.dictionary_decode() if hasattr(c, "dictionary") else c).nbytes
+                    for c in batch.columns
+                )
+                _check_ratio(f"{file}:{number + 1}", unpacked, packed)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file.name}:{number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise UserError(
+            f"{file}: expected a parquet file, got a broken or truncated one after row"
+            f" {number} ({untrusted.shown(reason)}). Fetch or write the file again."
+        ) from e
+
+
+def _hub(path: str, *, setting: str, split: str | None) -> Rows:
+    try:
+        table = sources.download(
+            lambda: datasets.load_dataset(path, split=split),
+            path,
+            setting=setting,
+            kind=sources.DATA_SET,
+            failures=(*sources.FAILURES, dataset_errors.DatasetsError),
+        )
+    except UserError:
+        raise
+    except (ValueError, RuntimeError) as e:  # the latter: a data set that is a script
+        raise UserError(
+            f"{setting} = {path!r} could not be loaded with {setting}_split ="
+            f" {split!r}: {e}"
+        ) from e
+    if not isinstance(table, datasets.Dataset):
+        raise UserError(
+            f"{setting} = {path!r} has the splits {', '.join(map(str, table))}, and"
+            f" none is named. Name one with --{setting}-split."
+        )
+    for number, row in enumerate(table, 1):
+        yield f"{path}/{split}:{number}", row
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _json_lines,
+    ".jsonl.gz": _json_lines,
+    ".json": _json_list,
+    ".parquet": _parquet,
+}

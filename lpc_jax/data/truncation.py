@@ -1,0 +1,73 @@
+"""What of a pair that is too long is cut, and which pairs are dropped for their tokens.
+
+Knows ids and lengths, and no text.
+"""
+
+from __future__ import annotations
+
+import typing
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int32
+
+from lpc_jax.data.examples import EMPTY
+
+Ids = Int32[np.ndarray, "_"]
+Truncation = Literal["drop", "cut_prompt", "cut_prompt_then_answer"]
+
+
+class Dropped(Exception):
+    """A pair that cannot be trained on; the message is the rule's name."""
+
+
+def fit(
+    prompt: Ids,
+    chosen: Ids,
+    rejected: Ids,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    row_length: int,
+    truncation: Truncation,
+    starts_with_bos: bool,
+) -> tuple[Ids, Ids, Ids]:
+    """Prompt, chosen and rejected within all lengths, as ``chat.tokenize`` says.
+
+    A cut prompt loses its start, but for BOS; a cut answer its end.
+
+    Raises:
+        Dropped: They do not fit, or hold no preference.
+    """
+    if not len(prompt):
+        raise Dropped("prompt and answers share no tokens")
+    # One token is the end of turn alone.
+    if min(len(chosen), len(rejected)) < 2:
+        raise Dropped(EMPTY)
+    longest = max(len(chosen), len(rejected))
+    if len(prompt) + longest > max_length:
+        if truncation != "drop" and len(prompt) > max_prompt_length:
+            kept = max_prompt_length - starts_with_bos
+            prompt = np.concatenate(
+                [prompt[:starts_with_bos], prompt[len(prompt) - kept :]]
+            )
+        room = max_length - len(prompt)
+        match truncation:
+            case "drop":
+                raise Dropped("longer than data.max_length")
+            case "cut_prompt":
+                if longest > room:
+                    raise Dropped("longer than data.max_length with its prompt cut")
+            case "cut_prompt_then_answer":
+                if room < 1:
+                    raise Dropped("prompt leaves an answer no room in data.max_length")
+                chosen, rejected = chosen[:room], rejected[:room]
+            case _:
+                typing.assert_never(truncation)
+    if np.array_equal(chosen, rejected):
+        raise Dropped("chosen equals rejected in tokens")
+    if len(prompt) > row_length:
+        raise Dropped("prompt longer than packing.row_length")
+    if len(prompt) + len(chosen) + len(rejected) > row_length:
+        raise Dropped("prompt, chosen and rejected longer than packing.row_length")
+    return prompt, chosen, rejected

@@ -1,0 +1,274 @@
+"""What a run says while it goes: ``metrics.jsonl``, lines or a bar, trackers.
+
+``metrics.jsonl`` is always written and is the only source of the plot; trackers are
+told the same numbers. Knows nothing of how a number was made: metrics are names and
+floats, and any of them may be absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from lpc_jax.errors import UserError
+from lpc_jax.evaluation import samples
+from lpc_jax.evaluation.preference import Evaluation
+from lpc_jax.evaluation.samples import Sample
+from lpc_jax.training import tables
+from lpc_jax.training.trackers import Tracker, require_trackers, start_tracker
+
+METRICS_FILE, PLOT_FILE = "metrics.jsonl", "plot.png"
+
+TRAIN, EVALUATION = "train", "eval"
+
+# Fields of a line of metrics.jsonl that are no metrics.
+_STEP, _SPLIT, _TIME, _NONFINITE = "step", "split", "time", "nonfinite"
+
+# What is printed of a log line, and how; the bar has less room.
+_SPEED = "speed/tokens_per_second"
+_WATCHED = {
+    "loss/total": "loss {:.4f}",
+    "reward/accuracy": "accuracy {:.3f}",
+    "reward/margin": "margin {:+.4f}",
+    _SPEED: "{:,.0f} tokens/s",
+}
+_ON_THE_BAR = ("loss/total", "reward/accuracy", _SPEED)
+
+
+class RunLog:
+    """The log of one run; a context manager, closed on errors too.
+
+    Args:
+        folder: The run folder, for ``metrics.jsonl``, ``plot.png``, trackers' files.
+        name: The run's, with ``project`` and ``settings`` by dotted name for trackers.
+        trackers: Any of ``tensorboard``, ``wandb``, ``trackio``.
+        total_steps: Updates of the whole run.
+        resume_from: Updates done before, or None for a new run. Lines of an earlier
+            attempt beyond them are removed; of a new run, all.
+        console: Where a person reads; None says nothing.
+
+    Raises:
+        UserError: A tracker's package is not installed, or ``metrics.jsonl`` is
+            broken. Nothing was changed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        project: str,
+        trackers: Sequence[str],
+        settings: Mapping[str, Any],
+        total_steps: int,
+        resume_from: int | None,
+        console: Console | None,
+    ) -> None:
+        self._folder, self._name = folder, name
+        self._total, self._start = total_steps, resume_from or 0
+        self._console = console if console is not None else Console(quiet=True)
+        self._pace: tuple[int, float] | None = None  # step and time of the first line
+        self._progress: Progress | None = None
+        self._first: dict[str, dict[str, Any]] = {}
+        require_trackers(trackers)
+        folder.mkdir(parents=True, exist_ok=True)
+        _rewind(folder / METRICS_FILE, resume_from)
+        samples.rewind(folder / samples.FILE, resume_from)
+        about = {"name": name, "project": project, "settings": settings}
+        self._trackers: list[Tracker] = []
+        with contextlib.ExitStack() as on_error:
+            file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+            self._file = on_error.enter_context(file)
+            for tracker in trackers:
+                started = start_tracker(tracker, folder, resume_from, **about)
+                on_error.callback(started.close)
+                self._trackers.append(started)
+            self._closing = on_error.pop_all()
+
+    def __enter__(self) -> RunLog:
+        if self._console.is_terminal and not self._console.quiet:
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}", markup=False),
+                console=self._console,
+            )
+            self._task = self._progress.add_task(
+                self._name, total=self._total, completed=self._start, status="compiling"
+            )
+            self._progress.start()
+            self._closing.callback(self._progress.stop)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.close()
+
+    def say(self, text: str) -> None:
+        """A plain line, above the bar where there is one."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One log line of training, after so many updates: metrics by path."""
+        self._record(step, TRAIN, metrics)
+        remaining = self._remaining(step)
+        status = [] if remaining is None else [f"eta {remaining}"]
+        if self._progress is not None:
+            # What a narrow terminal cuts off comes last.
+            status += _brief(metrics, *_ON_THE_BAR)
+            self._progress.update(
+                self._task, completed=step, status="  ".join(status), refresh=True
+            )
+        else:
+            status = [*_brief(metrics, *_WATCHED), *status]
+            width = len(str(self._total))
+            self.say("  ".join([f"step {step:{width}}/{self._total}", *status]))
+
+    def _remaining(self, step: int) -> datetime.timedelta | None:
+        """Time left at the pace since the first line, which paid for compilation."""
+        now = time.monotonic()
+        if self._pace is None:
+            self._pace = (step, now)
+        first_step, first_time = self._pace
+        if step == first_step:
+            return None
+        seconds = (now - first_time) / (step - first_step) * (self._total - step)
+        return datetime.timedelta(seconds=round(seconds))
+
+    def evaluation(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        accuracy_by_source: Mapping[str, float] | None = None,
+    ) -> None:
+        """Metrics by path of the held-out pairs, after so many updates.
+
+        Accuracies by source are recorded as ``reward/accuracy/SOURCE``.
+        """
+        by_source = _named_by_source(accuracy_by_source or {})
+        self._record(step, EVALUATION, {**metrics, **by_source})
+        self.say(f"step {step}: held out: {', '.join(_brief(metrics, *_WATCHED))}")
+
+    def samples(self, answers: Sequence[Sample]) -> None:
+        """Keeps the answers of an evaluation."""
+        if not answers:
+            return
+        samples.append(self._folder / samples.FILE, answers)
+        rows = [dataclasses.asdict(answer) for answer in answers]
+        for tracker in self._trackers:
+            tracker.table(answers[0].step, f"{EVALUATION}/samples", rows)
+
+    def first(self, split: str) -> dict[str, Any]:
+        """The first record of a split, or nothing where there is none yet."""
+        if split not in self._first:
+            records = reversed(read(self._folder))
+            self._first |= {record[_SPLIT]: record for record in records}
+        return self._first.get(split, {})
+
+    def _record(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        self._file.write(_line(step, split, time.time(), values) + "\n")
+        self._file.flush()
+        named = {f"{split}/{name}": value for name, value in values.items()}
+        for tracker in self._trackers:
+            tracker.log(step, named)
+
+    def finish(self, *, before: Evaluation | None, after: Evaluation | None) -> None:
+        """Prints the final tables, where there are held-out pairs, and draws the plot.
+
+        ``before`` is None in a resumed run: the first line of ``metrics.jsonl`` counts.
+        """
+        if self._progress is not None:
+            self._progress.stop()
+        if after is not None:
+            first = self.first(EVALUATION) if before is None else _all_metrics(before)
+            self._console.print(tables.summary(first, _all_metrics(after)))
+            if after.usage_by_source:
+                self._console.print(tables.usage(after.usage_by_source))
+            answers = samples.read(self._folder / samples.FILE)
+            for line in samples.before_and_after(answers) if answers else ():
+                self.say(line)
+        records, path = read(self._folder), self._folder / PLOT_FILE
+        train, held_out = (
+            [record for record in records if record[_SPLIT] == split]
+            for split in (TRAIN, EVALUATION)
+        )
+        tables.plot(path, self._folder.resolve().name, train, held_out)
+        self.say(f"plot: {path}")
+
+
+def _named_by_source(accuracies: Mapping[str, float]) -> dict[str, float]:
+    return {f"{tables.SOURCE_ACCURACY}{n}": value for n, value in accuracies.items()}
+
+
+def _all_metrics(evaluation: Evaluation) -> dict[str, float]:
+    return evaluation.metrics | _named_by_source(evaluation.accuracy_by_source)
+
+
+def _brief(metrics: Mapping[str, float], *names: str) -> list[str]:
+    """What a person watches, of what is there."""
+    return [_WATCHED[name].format(metrics[name]) for name in names if name in metrics]
+
+
+def _line(step: int, split: str, when: float, metrics: Mapping[str, float]) -> str:
+    """One JSON object; floats as Python writes them, which reads back exactly.
+
+    JSON has no NaN or infinity: they are null, and named under ``nonfinite``.
+    """
+    nonfinite = {n: str(v) for n, v in metrics.items() if not math.isfinite(v)}
+    record: dict[str, Any] = {_STEP: step, _SPLIT: split, _TIME: when}
+    record |= {n: None if n in nonfinite else v for n, v in metrics.items()}
+    if nonfinite:
+        record[_NONFINITE] = nonfinite
+    return json.dumps(record, allow_nan=False)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Lines of ``metrics.jsonl``: step, split, time and metrics; NaN is NaN again.
+
+    Raises:
+        UserError: A line that is not JSON, by file and line number. A last line cut
+            off by a crash is passed over.
+    """
+    return [record for _, record in _lines(folder / METRICS_FILE)]
+
+
+def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    lines = []
+    *whole, _cut_off = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(whole, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {number}: must be a JSON object, got {line[:60]!r}."
+                " Mend or remove the line."
+            ) from error
+        nonfinite = record.pop(_NONFINITE, {})
+        record |= {name: float(value) for name, value in nonfinite.items()}
+        lines.append((line, record))
+    return lines
+
+
+def _rewind(path: Path, resume_from: int | None) -> None:
+    """Removes the lines of steps that will be done again, all or none of them."""
+    kept: list[str] = []
+    if resume_from is not None and path.exists():
+        kept = [line for line, record in _lines(path) if record[_STEP] <= resume_from]
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

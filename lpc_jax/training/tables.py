@@ -1,0 +1,152 @@
+"""What a run leaves to read at its end: two tables and a plot.
+
+Knows nothing of how a number was made: metrics are names and floats, and any of them
+may be absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.special
+from jaxtyping import Float
+from rich.table import Table
+from rich.text import Text
+
+from lpc_jax.files import untrusted
+
+# A held-out accuracy of one source of pairs is this path with the source's name.
+SOURCE_ACCURACY = "reward/accuracy/"
+
+# Rows of the final table: metric, what to call it.
+_ROWS = {
+    "reward/accuracy": "preference accuracy",
+    SOURCE_ACCURACY: "",
+    "reward/margin": "reward margin",
+    "loss/preference": "preference loss",
+    "logp_per_token/chosen": "log-prob per chosen token",
+    "latent/kl": "KL(posterior || prior)",
+    "latent/effect": "KL(under z || without)",
+    "code/source_nmi": "NMI of code and source",
+    "answers/ended": "answers that ended",
+    "answers/circle": "answers in a circle",
+    "answers/tokens": "tokens an answer",
+    "answers/length_ratio": "  over the chosen's",
+}
+_CODES_SHOWN = 3
+
+# Panels of the plot: metric, its axis. Training and held-out pairs have both.
+_PANELS = {
+    "loss/preference": "preference loss",
+    "reward/accuracy": "preference accuracy",
+}
+# From this many log lines on, the plot shows a running mean over this share of them.
+_SMOOTHED_FROM, _WINDOW_SHARE = 40, 0.05
+_TRAIN_COLOUR, _HELD_OUT_COLOUR = "#4c72b0", "#dd8452"
+
+
+def summary(before: Mapping[str, Any], after: Mapping[str, float]) -> Table:
+    """Held-out metrics before and after training, and how far they moved."""
+    table = Table(title="Held-out pairs", title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for path, label in _ROWS.items():
+        names = {path: label} if path in after else {}
+        if path == SOURCE_ACCURACY:
+            sources = sorted(name for name in after if name.startswith(path))
+            names = {name: f"  {name.removeprefix(path)}" for name in sources}
+        for name, shown in names.items():
+            old, new = before.get(name), after[name]
+            was, moved = "-", "-"
+            if old is not None:
+                was, moved = f"{old:.4f}", f"{new - old:+.4f}"
+            table.add_row(shown, was, f"{new:.4f}", moved)
+    return table
+
+
+def usage(usage_by_source: Mapping[str, Float[np.ndarray, "C"]]) -> Table:
+    """Which codes the prior uses, by its mean, for which source of prompts."""
+    table = Table(title="Code usage by source", title_justify="left")
+    table.add_column("source", no_wrap=True)
+    table.add_column("codes in use", justify="right")
+    table.add_column("most used: code (share)")
+    for source, used in sorted(usage_by_source.items()):
+        shares = used / used.sum()
+        perplexity = math.exp(scipy.special.entr(shares).sum())
+        top = np.argsort(-shares, kind="stable")[:_CODES_SHOWN]
+        table.add_row(
+            Text(untrusted.shown(source)),
+            f"{perplexity:.1f} of {len(shares)}",
+            ", ".join(f"{code} ({shares[code]:.0%})" for code in top),
+        )
+    return table
+
+
+def plot(
+    path: Path,
+    title: str,
+    train: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Mapping[str, Any]],
+) -> None:
+    """Draws preference loss and accuracy over steps as a PNG file.
+
+    Records have ``step`` and metrics by path.
+    """
+    # Slow to import, and only needed once, at the end.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), _PANELS, strict=True):
+        _draw_training(axes, *_series(train, name))
+        steps, values = _series(held_out, name)
+        if len(steps):
+            axes.plot(steps, values, "o-", color=_HELD_OUT_COLOUR, label="held out")
+        if name == "reward/accuracy":
+            axes.axhline(0.5, color="grey", linestyle=":", label="chance")
+            axes.set_ylim(-0.02, 1.02)
+        axes.set_xlabel("step")
+        axes.set_ylabel(_PANELS[name])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_training(
+    axes: Any, steps: Float[np.ndarray, "n"], values: Float[np.ndarray, "n"]
+) -> None:
+    if len(steps) >= _SMOOTHED_FROM:
+        window = max(2, round(len(steps) * _WINDOW_SHARE))
+        mean, label = _running_mean(values, window), f"mean of {window} log lines"
+        axes.plot(steps, values, color=_TRAIN_COLOUR, alpha=0.25, linewidth=1)
+        axes.plot(steps, mean, color=_TRAIN_COLOUR, label=f"training, {label}")
+    elif len(steps):
+        axes.plot(steps, values, ".-", color=_TRAIN_COLOUR, label="training")
+
+
+def _series(
+    records: Sequence[Mapping[str, Any]], name: str
+) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    points = [(record["step"], record[name]) for record in records if name in record]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def _running_mean(
+    values: Float[np.ndarray, "n"], window: int
+) -> Float[np.ndarray, "n"]:
+    """Mean of each value and up to ``window - 1`` before it, NaN passed over."""
+    finite = np.isfinite(values)
+    sums = np.cumsum(np.where(finite, values, 0.0))
+    counts = np.cumsum(finite).astype(float)
+    for total in (sums, counts):
+        total[window:] -= total[:-window].copy()
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)

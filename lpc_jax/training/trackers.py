@@ -1,0 +1,133 @@
+"""Where a run's numbers go besides ``metrics.jsonl``: TensorBoard, W&B, trackio.
+
+A tracker's package is imported only where the tracker is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import types
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lpc_jax.errors import UserError
+
+# The package behind each tracker; the extra that installs it has the tracker's name.
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+
+
+class TensorBoard:
+    """Event files in ``tensorboard/`` of the run folder."""
+
+    def __init__(
+        self,
+        module: types.ModuleType,
+        folder: Path,
+        settings: Mapping[str, Any],
+        resume_from: int | None,
+    ) -> None:
+        # What an earlier attempt logged from purge_step on is hidden by TensorBoard.
+        purge_step = 0 if resume_from is None else resume_from + 1
+        self._writer = module.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=purge_step
+        )
+        text = json.dumps(settings, indent=1)
+        self._writer.add_text("settings", f"```\n{text}\n```", resume_from or 0)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds a step's metrics, named ``train/...`` or ``eval/...``, as scalars."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds a text for each row of texts and numbers."""
+        for number, row in enumerate(rows):
+            text = "  \n".join(f"**{key}**: {value}" for key, value in row.items())
+            self._writer.add_text(f"{name}/{number}", text, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the event file."""
+        self._writer.close()
+
+
+class Hosted:
+    """A run of W&B, or of trackio, which has the same interface."""
+
+    def __init__(self, module: types.ModuleType, **options: Any) -> None:
+        self._module, self._run = module, module.init(**options)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs; W&B ignores steps that an earlier attempt had already reached."""
+        self._run.log(dict(metrics), step=step)
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Logs a table."""
+        data = [list(row.values()) for row in rows]
+        table = self._module.Table(columns=list(rows[0]), data=data)
+        self._run.log({name: table}, step=step)
+
+    def close(self) -> None:
+        """Ends the run there."""
+        self._run.finish()
+
+
+Tracker = TensorBoard | Hosted
+
+
+def start_tracker(
+    tracker: str,
+    folder: Path,
+    resume_from: int | None,
+    *,
+    name: str,
+    project: str,
+    settings: Mapping[str, Any],
+) -> Tracker:
+    """A tracker of the run in this folder; a resumed run goes on under its id or name.
+
+    Raises:
+        UserError: It is unknown, or its package not installed.
+    """
+    module, resumed = _package(tracker), resume_from is not None
+    if tracker == "tensorboard":
+        return TensorBoard(module, folder, settings, resume_from)
+    options: dict[str, Any] = {"resume": "allow" if resumed else "never"}
+    if tracker == "wandb":
+        kept = folder / "wandb_id"
+        if not resumed or not kept.exists():
+            kept.write_text(uuid.uuid4().hex)
+        options = {"dir": str(folder), "id": kept.read_text(), "resume": "allow"}
+    return Hosted(module, project=project, name=name, config=dict(settings), **options)
+
+
+def require_trackers(trackers: Sequence[str]) -> None:
+    """Refuses trackers that cannot be had, before anything is computed.
+
+    Raises:
+        UserError: One is unknown, or its package not installed.
+    """
+    for tracker in trackers:
+        _package(tracker)
+
+
+def _package(tracker: str) -> types.ModuleType:
+    if tracker not in PACKAGES:
+        raise UserError(
+            f"run.trackers must be of {', '.join(PACKAGES)}, got {tracker!r}."
+        )
+    package = PACKAGES[tracker]
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:  # it is there, but something that it needs is not
+            raise
+        raise UserError(
+            f"run.trackers asks for {tracker!r}, which needs the package {package},"
+            f" and that is not installed. Run: pip install 'lpc-jax[{tracker}]', or"
+            " leave it out."
+        ) from error
