@@ -6,7 +6,6 @@ What training and evaluation share. Knows nothing of pairs, losses or optimizers
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
 import platform
@@ -16,10 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding, sources
@@ -27,7 +24,6 @@ from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.errors import UserError
 from lpc_jax.models import attention, network, weights
 from lpc_jax.models.architectures import Architecture
-from lpc_jax.types import Batch
 
 # Row lengths are multiples of the blocks that attention walks: 64 on CPU, 128 in
 # kernels.
@@ -133,22 +129,6 @@ def kept_states(
         dtype=compute_dtype(config, platform),
         width=architecture.width,
     )
-
-
-def hidden_reader(
-    graph: nnx.GraphDef[network.Network], params: dict[str, Any], mesh: Mesh
-) -> Callable[[Batch], Float[np.ndarray, "R T D"]]:
-    """A function from a micro-batch to a policy's last hidden states, on the host."""
-
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def read(params: dict[str, Any], batch: Batch) -> Array:
-        return nnx.merge(graph, params).hidden(batch)
-
-    def read_placed(batch: Batch) -> Float[np.ndarray, "R T D"]:
-        placed = sharding.place_batch(batch, mesh)
-        return np.asarray(jax.device_get(read(params, placed)))
-
-    return read_placed
 
 
 def load_decoder(

@@ -20,10 +20,8 @@ import numpy as np
 from jaxtyping import Float
 
 from lpc_jax import untrusted
-from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.errors import UserError
-from lpc_jax.types import Batch
 
 # Pairs read live when a cache is found, and how far their states may be off, as a share
 # of their root mean square: bfloat16 under another packing stays well below it, other
@@ -37,7 +35,7 @@ _GROUP = 256
 # What is left free on the disk.
 _SPARE_BYTES = 2**28
 
-ReadHidden = Callable[[Batch], Float[np.ndarray, "R T D"]]
+ReadStates = Callable[[Sequence[TokenizedPair]], Sequence[Float[np.ndarray, "_ D"]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +105,7 @@ class HiddenStates:
     def attach(
         self,
         pairs: Sequence[TokenizedPair],
-        read: ReadHidden,
-        shape: packing.RowShape,
+        read: ReadStates,
         say: Callable[[str], None],
     ) -> list[TokenizedPair]:
         """The pairs with their hidden states, reading those that are missing.
@@ -117,8 +114,7 @@ class HiddenStates:
 
         Args:
             pairs: Without states.
-            read: A micro-batch's hidden states.
-            shape: Of a micro-batch of such pairs.
+            read: The hidden states that are to be kept of each of some pairs.
             say: Told the size before anything is read, and how many are done.
 
         Raises:
@@ -131,11 +127,11 @@ class HiddenStates:
         self._announce(kept, missing, say)
         for key, pair in kept.items():
             self._require_whole(key, pair)
-        self._require_same(dict(list(kept.items())[:CHECKED_PAIRS]), read, shape)
+        self._require_same(dict(list(kept.items())[:CHECKED_PAIRS]), read)
         some = list(missing.items())
         for first in range(0, len(some), _GROUP):
             group = dict(some[first : first + _GROUP])
-            self._store(group, _states(group, read, shape))
+            self._store(group, _states(group, read))
             if len(some) > _GROUP:
                 say(f"hidden states: {first + len(group)} pairs read")
         return [dataclasses.replace(pair, states=self._view(pair)) for pair in pairs]
@@ -180,13 +176,12 @@ class HiddenStates:
     def _require_same(
         self,
         some: dict[bytes, TokenizedPair],
-        read: ReadHidden,
-        shape: packing.RowShape,
+        read: ReadStates,
     ) -> None:
         if not some:
             return
         kept = np.concatenate([self._view(pair) for pair in some.values()])
-        live = np.concatenate(_states(some, read, shape))
+        live = np.concatenate(_states(some, read))
         kept, live = kept.astype(np.float32), live.astype(np.float32)
         off = float(np.sqrt(np.mean((live - kept) ** 2) / np.mean(kept**2)))
         if not off <= CHECK_TOLERANCE:
@@ -231,16 +226,10 @@ def positions(pair: TokenizedPair) -> int:
 
 
 def _states(
-    group: dict[bytes, TokenizedPair], read: ReadHidden, shape: packing.RowShape
+    group: dict[bytes, TokenizedPair], read: ReadStates
 ) -> list[Float[np.ndarray, "_ D"]]:
-    """What is kept of each pair, from passes over all of them packed."""
-    some = [dataclasses.replace(one, id=i) for i, one in enumerate(group.values())]
-    found: list[np.ndarray] = [np.empty(0)] * len(some)
-    for batch in packing.micro_batches(some, shape, reference_logp=None):
-        hidden = read(batch)
-        for row, slot in np.argwhere(batch.pair_mask):
-            span = slice(batch.prompt_end[row, slot], batch.rejected_end[row, slot] + 1)
-            found[batch.pair_id[row, slot]] = hidden[row, span]
+    """What is kept of each pair, all of it finite."""
+    found = list(read(list(group.values())))
     bad = sum(not np.isfinite(rows.astype(np.float32)).all() for rows in found)
     if bad:
         raise UserError(

@@ -7,7 +7,6 @@ beta or order of the data finds them again. Knows nothing of losses.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,15 +18,13 @@ from lpc_jax import processes, untrusted
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.errors import UserError
+from lpc_jax.runtime import reading
 from lpc_jax.types import Batch
 
 # Pairs re-scored live when a cache is found, and how far they may be off, in nats per
 # token: bf16 rounding under another packing stays well below it, other weights don't.
 CHECKED_PAIRS = 4
 CHECK_TOLERANCE = 0.02
-
-# Pairs packed together while scoring: enough to fill rows, few enough to plan fast.
-_GROUP = 512
 
 ScoreBatch = Callable[[Batch], Float[np.ndarray, "R P 2"]]
 
@@ -46,16 +43,13 @@ def score_pairs(
         shape: Of a micro-batch.
         on_progress: Told how many pairs are done.
     """
-    # An id is of one data set; here pairs of several meet, so their place stands in.
-    placed = [dataclasses.replace(pair, id=i) for i, pair in enumerate(pairs)]
-    found = np.full((len(pairs), 2), np.nan, np.float32)
-    for first in range(0, len(pairs), _GROUP):
-        group = placed[first : first + _GROUP]
-        for batch in packing.micro_batches(group, shape, reference_logp=None):
-            mask = np.asarray(batch.pair_mask)
-            found[np.asarray(batch.pair_id)[mask]] = score(batch)[mask]
-        on_progress(min(first + _GROUP, len(pairs)))
-    return found
+
+    def tell(done: int) -> None:  # a line of the log for each group, not each batch
+        if done % reading.GROUP == 0 or done == len(pairs):
+            on_progress(done)
+
+    logp = reading.each(pairs, shape, score, on_progress=tell)
+    return np.asarray(logp, np.float32)
 
 
 class ReferenceCache:

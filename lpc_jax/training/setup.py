@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lpc_jax import assembly, objective, processes, sharding
+from lpc_jax import assembly, processes, sharding
 from lpc_jax import config as cfg
-from lpc_jax.data import chat, examples, packing, tokenizer
+from lpc_jax.data import examples, packing, tokenizer
+from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Report
 from lpc_jax.data.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ from lpc_jax.errors import UserError
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import network, weights
 from lpc_jax.models.architectures import Architecture
+from lpc_jax.runtime import programs, reading
 from lpc_jax.training import reference
 from lpc_jax.types import Batch
 
@@ -65,10 +66,10 @@ class Pairs:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 over the token ids of each set's pairs, in order; the tokenizer's."""
-        sets = {"data_digest": self.train, "held_out_digest": self.held_out}
-        return {"tokenizer_digest": tokenizer.digest(self.tokenizer)} | {
-            name: hashlib.sha256(b"".join(pair.key() for pair in pairs)).hexdigest()
-            for name, pairs in sets.items()
+        return {
+            "tokenizer_digest": tokenizer.digest(self.tokenizer),
+            "data_digest": pair_data.tokens_digest(self.train),
+            "held_out_digest": pair_data.tokens_digest(self.held_out),
         }
 
 
@@ -129,15 +130,12 @@ def read_pairs(config: cfg.Config, model_path: Path, platform: str) -> Pairs:
             retry=retry,
             user=data.user,
         )
-        pairs, report = chat.tokenize(
+        pairs, report = pair_data.tokenize(
             found,
             tokens,
-            drops=drops,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
+            drops,
             row_length=config.packing.row_length,
-            truncation=data.truncation,
-            prefix_mismatch=data.prefix_mismatch,
+            **pair_data.rules(data),
         )
         return pairs, report, {one.index: one.prompt[-1]["content"] for one in found}
 
@@ -310,11 +308,6 @@ def prepare_latent(
     if config.latent is None:
         return start.params
 
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def read(params: dict[str, Any], batch: Batch) -> tuple[Array | None, Array | None]:
-        states = nnx.merge(start.graph, params).states(batch)
-        return states.prompt, states.judged
-
     wanted = STANDARDIZATION_PAIRS
     if config.latent.posterior_start == "clusters":
         wanted = max(wanted, _PAIRS_PER_CLUSTER * config.latent.num_codes)
@@ -323,18 +316,17 @@ def prepare_latent(
     some = packing.step_indices(
         len(pairs.train), step=0, pairs_per_step=wanted, seed=config.training.seed
     )
-    found: list[list[np.ndarray]] = []
-    ids: list[np.ndarray] = []
-    for batch in packing.micro_batches(
-        [pairs.train[i] for i in some], pairs.shape, reference_logp=None
-    ):
-        placed = sharding.place_batch(batch, mesh)
-        states = jax.device_get(read(start.params | start.frozen, placed))
-        found.append([np.asarray(x, np.float32)[batch.pair_mask] for x in states])
-        ids.append(batch.pair_id[batch.pair_mask])
-    # However they were packed.
-    order = np.argsort(np.concatenate(ids))
-    prompt, judged = (np.concatenate(some)[order] for some in zip(*found, strict=True))
+    read = reading.on_mesh(
+        programs.latent_inputs(start.graph, mesh), start.params | start.frozen, mesh
+    )
+    inputs = reading.each(
+        [pairs.train[i] for i in some], pairs.shape, read, at_once=len(some)
+    )
+    order = np.argsort(some)
+    prompt, judged = (
+        np.stack(values).astype(np.float32)[order]
+        for values in zip(*inputs, strict=True)
+    )
     new = latent_models.standardization(
         prompt, judged, posterior_input=config.latent.posterior_input
     )
@@ -427,12 +419,13 @@ def with_states(
     Raises:
         UserError: As ``HiddenStates``.
     """
-    read = assembly.hidden_reader(start.graph, start.params | start.frozen, mesh)
+    params = start.params | start.frozen
+    read = reading.states_reader(start.graph, params, mesh, pairs.shape)
     platform = sharding.platform(mesh)
     kept = assembly.kept_states(
         config, start.architecture, start.weights_digest, platform
     )
-    every = kept.attach([*pairs.train, *pairs.held_out], read, pairs.shape, say)
+    every = kept.attach([*pairs.train, *pairs.held_out], read, say)
     train, held_out = every[: len(pairs.train)], every[len(pairs.train) :]
     shape = _shape(config, train, held_out, pairs.users, platform)
     return dataclasses.replace(pairs, train=train, held_out=held_out, shape=shape)
@@ -444,20 +437,7 @@ def reference_program(
     """Jitted: a plain policy's parameters and a placed micro-batch to log-probs."""
     platform = sharding.platform(mesh)
     _, graph, _ = assembly.abstract(config, architecture, platform, plain=True)
-
-    # Whole on every device, so that every process reads all of it.
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def score(params: dict[str, Any], batch: Batch) -> Array:
-        scores = objective.score_inference(
-            nnx.merge(graph, params),
-            batch,
-            steering=None,
-            key=jax.random.key(0),
-            chunk=assembly.score_chunk(config, platform),
-        )
-        return scores.logp
-
-    return score
+    return programs.score(graph, mesh, chunk=assembly.score_chunk(config, platform))
 
 
 def reference_scorer(
@@ -467,8 +447,8 @@ def reference_scorer(
     score = reference_program(config, architecture, mesh)
 
     def score_placed(params: dict[str, Any], batch: Batch) -> np.ndarray:
-        placed = sharding.place_batch(batch, mesh)
-        return np.asarray(jax.device_get(score(params, placed)))
+        run = reading.on_mesh(score, params, mesh)
+        return np.asarray(jax.device_get(run(batch)))
 
     return score_placed
 

@@ -1,0 +1,1 @@
+"""What runs a network: programs over packed pairs, and the loop that reads them."""
