@@ -258,6 +258,9 @@ def _entrants(
         _require_vocabulary(loaded, asked)
         return loaded
 
+    def own_z(asked: System) -> Steering | None:
+        return steering.choose(None, None, None, asked.latent, asked.name)
+
     main = systems.load(options.system, options.step, options.model)
     how = flags.choose_z(options, main.latent, options.system)(main)
     entrants = [_Entrant(SYSTEM, main, how, reward, reference(main, run))]
@@ -265,17 +268,13 @@ def _entrants(
         begun = systems.load_start(start, run if options.start is None else None)
         # Under a log-ratio to itself every answer has reward 0.
         own = rewards.reward("mean_logp", None) if reward.over_reference else reward
-        entrants.append(_Entrant(START, begun, _own_z(begun), own, None))
+        entrants.append(_Entrant(START, begun, own_z(begun), own, None))
     if options.against is not None:
         of = _run_of(options.against, options.against_step)
         other = systems.load(options.against, options.against_step)
         its = reference(other, of)
-        entrants.append(_Entrant(AGAINST, other, _own_z(other), reward, its))
+        entrants.append(_Entrant(AGAINST, other, own_z(other), reward, its))
     return entrants
-
-
-def _own_z(asked: System) -> Steering | None:
-    return None if asked.latent is None else steering.of_settings(asked.latent)
 
 
 def _contestant(

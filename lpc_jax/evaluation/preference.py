@@ -18,19 +18,16 @@ from lpc_jax.types import Batch
 class Evaluation:
     """What a policy says of a set of pairs.
 
-    Attributes:
-        metrics: Means over the set, by metric path; ``code/source_nmi``, with a latent
-            and several sources, is how far the prior's largest code tells the source.
-        accuracy_by_source: Share of pairs with chosen reward strictly above rejected.
-        usage_by_source: Mean prior probability of each code, or empty without a
-            latent.
-        margins: Reward margin of each pair id.
+    ``metrics`` are means over the set, by path. ``code/source_nmi``, with a latent and
+    several sources, is how far the prior's largest code tells the source.
     """
 
     metrics: dict[str, float]
+    # Share of pairs with chosen reward strictly above rejected.
     accuracy_by_source: dict[str, float]
+    # Mean prior probability of each code; empty without a latent.
     usage_by_source: dict[str, Float[np.ndarray, "C"]]
-    margins: dict[int, float]
+    margins: dict[int, float]  # by pair id
 
 
 def evaluate(
@@ -39,13 +36,12 @@ def evaluate(
     *,
     sources: Mapping[int, str],
 ) -> Evaluation:
-    """Scores every pair once and sums up.
+    """Scores every pair once and sums up; padding does not count.
 
     Args:
-        score: Metric sums and per-slot results of a micro-batch, as the ``evaluate``
-            program of ``training.step`` returns them.
-        batches: Micro-batches as NumPy arrays; padding does not count.
-        sources: Source of each pair id in the batches.
+        score: From a micro-batch to metric sums and results by pair slot.
+        batches: Micro-batches of all pairs.
+        sources: Source of each pair id.
     """
     totals: objective.Sums | None = None
     margins: dict[int, float] = {}
@@ -89,13 +85,8 @@ def normalized_mutual_information(
 ) -> float:
     """I(code; source) / sqrt(H(code) H(source)) (Strehl & Ghosh 2002, eq. 3).
 
-    Args:
-        codes: One code a pair.
-        sources: The pairs' sources.
-
-    Returns:
-        From 0 (a code says nothing of the source) to 1 (each tells the other); 0 where
-        either never varies.
+    From 0 (a pair's code says nothing of its source) to 1 (each tells the other); 0
+    where either never varies.
     """
     _, counts = scipy.stats.contingency.crosstab(codes, sources)
     joint = np.asarray(counts)

@@ -77,20 +77,7 @@ def measure(
     judged, judged_by = _by_reader(asked, held_out)
     names = sorted(set(judged_by.tolist()))
     _require(names, known_by, max(counts))
-    rng = np.random.default_rng(seed)
-    drawn = [
-        rng.choice(np.flatnonzero(known_by == name), count, replace=False)
-        for count in counts
-        for name in names
-        for _ in range(DRAWS)
-    ]
-    used = np.unique(np.concatenate(drawn))
-    evidence = like.evidence(
-        asked, reading.with_states(asked, [examples[i] for i in used]), by
-    )
-    mixes = np.stack(
-        [like.weights(evidence[np.searchsorted(used, draw)], by) for draw in drawn]
-    )
+    mixes = _mixes(asked, examples, known_by, names, counts, by, seed)
     judged = reading.with_states(asked, judged)
     reward = pairs.reward(None, asked.config.loss)
     reference = _reference_logp(asked, judged) if reward.over_reference else None
@@ -107,6 +94,30 @@ def measure(
         _summary(names, judged_by, of_count, prompts, count, by, seed)
         for count, of_count in zip(counts, right, strict=True)
     ]
+
+
+def _mixes(
+    asked: System,
+    examples: Sequence[TokenizedPair],
+    known_by: np.ndarray,
+    names: list[str],
+    counts: Sequence[int],
+    by: By,
+    seed: int,
+) -> Float[np.ndarray, "M C"]:
+    """z of judgements that are drawn from each reader's, ``DRAWS`` times a count."""
+    rng = np.random.default_rng(seed)
+    drawn = [
+        rng.choice(np.flatnonzero(known_by == name), count, replace=False)
+        for count in counts
+        for name in names
+        for _ in range(DRAWS)
+    ]
+    used = np.unique(np.concatenate(drawn))
+    with_states = reading.with_states(asked, [examples[i] for i in used])
+    evidence = like.evidence(asked, with_states, by)
+    places = (np.searchsorted(used, draw) for draw in drawn)
+    return np.stack([like.weights(evidence[place], by) for place in places])
 
 
 def _by_reader(

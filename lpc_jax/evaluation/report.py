@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -79,29 +80,24 @@ def _lines(
     # By who, columns of each pair: accuracy and, where there is one, margin. A tie
     # counts as wrong, as in training.
     columns: dict[str, np.ndarray] = {}
-    for entrant in contestants:
-        margins = entrant.margins[of]
-        columns[entrant.role] = np.stack([margins > 0, margins], axis=1).astype(float)
+    ties: dict[str, int] = {}
+    for contestant in contestants:
+        margins = contestant.margins[of]
+        columns[contestant.role] = np.stack([margins > 0.0, margins], axis=1)
+        ties[contestant.role] = int(np.sum(margins == 0))
     columns[LONGER] = longer_is_better(main.lengths)[of][:, None]
-    ties = {one.role: int(np.sum(one.margins[of] == 0)) for one in contestants}
     ties[LONGER] = int(np.sum(columns[LONGER] == 0.5))
     for role in [LONGER, *(one.role for one in others if one.reward == main.reward)]:
         width = columns[role].shape[1]
         columns[f"{SYSTEM} - {role}"] = columns[SYSTEM][:, :width] - columns[role]
     joined = np.concatenate(list(columns.values()), axis=1)
     # One call, so that everyone's intervals are of the same draws.
-    estimates = iter(
-        intervals.estimates(joined, prompts, resamples=resamples, seed=seed)
-    )
-    return tuple(
-        Line(
-            who,
-            accuracy=next(estimates),
-            margin=next(estimates) if values.shape[1] == 2 else None,
-            ties=ties.get(who),
-        )
-        for who, values in columns.items()
-    )
+    drawn = intervals.estimates(joined, prompts, resamples=resamples, seed=seed)
+    lines, rest = [], iter(drawn)
+    for who, values in columns.items():
+        accuracy, *margin = itertools.islice(rest, values.shape[1])
+        lines.append(Line(who, accuracy, margin[0] if margin else None, ties.get(who)))
+    return tuple(lines)
 
 
 def header(comparison: Comparison) -> list[str]:

@@ -27,11 +27,7 @@ def of_settings(
 
 
 def code(text: str, num_codes: int) -> Steering:
-    """All weight on one code, as ``--code 7`` asks for.
-
-    Raises:
-        UserError: It is no code.
-    """
+    """All weight on one code, as ``--code 7`` asks for; ``UserError`` if it is none."""
     return Steering("mix", ((_code(text, num_codes, f"--code {text}"), 1.0),))
 
 
@@ -39,8 +35,7 @@ def mix(text: str, num_codes: int) -> Steering:
     """Weights of some codes, as ``--mix 3:0.7,12:0.3`` asks for.
 
     Raises:
-        UserError: Something that is no code or no weight, a code twice, or weights
-            that don't sum to 1.
+        UserError: No code, no weight, a code twice, or weights that don't sum to 1.
     """
     flag = f"--mix {text}"
     weights: dict[int, float] = {}
@@ -93,14 +88,10 @@ def choose(
     latent: cfg.Latent | None,
     name: str,
 ) -> Steering | None:
-    """How a system's z is chosen; None without codes, if none are asked for.
+    """How a system's z is chosen by ``--z``, ``--code`` and ``--mix``.
 
-    Args:
-        how: Of ``--z``.
-        one: Of ``--code``.
-        several: Of ``--mix``.
-        latent: Settings of the system's codes.
-        name: Of the system.
+    Returns:
+        None without codes, if none are asked for.
 
     Raises:
         UserError: Codes of a system without any, an unknown one, a mix that is none.

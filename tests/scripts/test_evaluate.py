@@ -69,7 +69,7 @@ def lpc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder that says it is an LPC run of 8 codes, and has nothing more."""
     settings = cfg.flat(runs.config(tmp_path / "made"))
 
-    class Said:
+    class Said(checkpoint.Reader):
         def __init__(self, folder: Path) -> None:
             pass
 
