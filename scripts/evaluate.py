@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
 
 
 def _parser() -> argparse.ArgumentParser:
-    from lpc_jax.evaluation import command, task_command
+    from lpc_jax.evaluation import flags, task_command
 
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
@@ -60,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_system(parser)
-    command.add_steering(parser)
+    flags.add_system(parser)
+    flags.add_steering(parser)
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument(
         "--output", type=Path, help="write everything and the table to this folder"
@@ -100,8 +99,6 @@ def _mode(asked: argparse.Namespace) -> Callable[..., None]:
 
 
 def _add_pairs(parser: argparse.ArgumentParser) -> None:
-    from lpc_jax import loss_table
-
     from_run = "default: the run's, else config.py's"
     pairs = parser.add_argument_group("preference pairs")
     pairs.add_argument(
@@ -118,7 +115,7 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--no-start", action="store_true", help="leave it out")
     pairs.add_argument(
         "--reward",
-        choices=loss_table.reward_names(),
+        choices=("simpo", "dpo", "ipo", "mean_logp", "logp"),
         help="of everyone; default: of the run's loss, else mean_logp",
     )
     pairs.add_argument("--max-prompt-length", type=_count, help=from_run)
@@ -146,44 +143,16 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
 def evaluate_pairs(
     asked: argparse.Namespace, arguments: Sequence[str], console: Console
 ) -> None:
-    """Accuracy and margin on preference pairs, beside length and the start model.
-
-    Args:
-        asked: The flags.
-        arguments: The command line, for the record.
-        console: Where to print.
-
-    Raises:
-        UserError: Something that the user can mend.
-    """
+    """Accuracy and margin on preference pairs, beside length and the start model."""
     from rich.progress import Progress
 
-    from lpc_jax.evaluation import bootstrap, command, contest, pairs_report
+    from lpc_jax.evaluation import comparison, flags, intervals, report
 
     _require_writable(asked)
-    options = contest.Options(
-        system=asked.system,
-        step=asked.step,
-        model=command.model_of(asked),
-        against=asked.against,
-        against_step=asked.against_step,
-        start=asked.start,
-        with_start=not asked.no_start,
-        files=tuple(asked.pairs),
-        split=asked.pairs_split,
-        limit=asked.limit,
-        how=asked.z,
-        code=asked.code,
-        mix=asked.mix,
-        like=asked.like,
-        like_by=asked.like_by,
-        reward=asked.reward,
-        max_length=asked.max_length,
-        max_prompt_length=asked.max_prompt_length,
-        truncation=asked.truncation,
-        seed=asked.seed,
-    )
-    mesh = command.make_mesh(asked)
+    names = {field.name for field in dataclasses.fields(comparison.Options)}
+    given = {name: value for name, value in vars(asked).items() if name in names}
+    options = comparison.Options(**given, model=flags.model_of(asked))
+    mesh = flags.make_mesh(asked)
     terminal = Console(stderr=True)
     shown = Progress(console=terminal, transient=True, disable=not terminal.is_terminal)
     with shown as progress:
@@ -194,134 +163,83 @@ def evaluate_pairs(
                 tasks[who] = progress.add_task(who, total=total)
             progress.update(tasks[who], completed=done)
 
-        held = contest.hold(options, mesh, on_progress=advance)
-    resamples = asked.resamples or bootstrap.RESAMPLES
+        compared = comparison.compare(options, mesh, on_progress=advance)
+    resamples = asked.resamples or intervals.RESAMPLES
     drawn = {"resamples": resamples, "seed": asked.seed}
-    groups = pairs_report.summarize(held, **drawn)
-    command_line = ["scripts/evaluate.py", *arguments]
-    record = pairs_report.as_json(held, groups, command=command_line, **drawn)
-    table = pairs_report.table(groups, resamples=resamples)
-    _tell(asked, console, "pairs", record, pairs_report.header(held), table)
-
-
-# --- readers --------------------------------------------------------------------------
+    groups = report.summarize(compared, **drawn)
+    command = ["scripts/evaluate.py", *arguments]
+    record = report.as_json(compared, groups, command=command, **drawn)
+    table = report.table(groups, resamples=resamples)
+    _tell(asked, console, "pairs", record, report.header(compared), table)
 
 
 def compare_readers(
     asked: argparse.Namespace, arguments: Sequence[str], console: Console
 ) -> None:
-    """Whether a few of a reader's judgements say what that reader wants.
-
-    Args:
-        asked: The flags.
-        arguments: The command line, for the record.
-        console: Where to print.
-
-    Raises:
-        UserError: Something that the user can mend.
-    """
-    from lpc_jax import loss_table
-    from lpc_jax.evaluation import command, pairs, readers, steering, system
+    """Whether a few of a reader's judgements say what that reader wants."""
+    from lpc_jax.data import pairs
+    from lpc_jax.evaluation import flags, readers, steering
 
     _require_writable(asked)
-    counts = asked.like_own
-    for flag in ("z", "code", "mix", "against"):
-        if getattr(asked, flag) is not None:
-            raise UserError(
-                f"--{flag} has no effect with --like-own, which chooses z from"
-                " judgements. Leave it out."
-            )
-    outline = command.outline_system(asked)
-    config = outline.config
-    num_codes = None if config.latent is None else config.latent.num_codes
-    steering.require_codes(num_codes, "--like-own", asked.system)
+    _refuse(
+        asked,
+        ("z", "code", "mix", "against"),
+        "--like-own",
+        "chooses z from judgements",
+    )
+    outline = flags.outline_system(asked)
+    latent = outline.config.latent
+    steering.require_codes(latent and latent.num_codes, "--like-own", asked.system)
     if asked.like is None and outline.checkpoint is None:
         raise UserError(
             "--like-own takes examples from a run's training pairs, got"
             f" {asked.system}, which is no run. Name a file of them with --like."
         )
-    user = config.data.user
-    some = pairs.read(
-        asked.pairs, split=asked.pairs_split, limit=asked.limit, user=user
+    data = outline.config.data
+    held_out = pairs.read(
+        asked.pairs, split=asked.pairs_split, limit=asked.limit, user=data.user
     )
     known = pairs.read(
-        [asked.like or config.data.train],
-        split=config.data.train_split,
-        limit=config.data.limit if asked.like is None else None,
-        user=user,
+        [asked.like or data.train],
+        split=data.train_split,
+        limit=data.limit if asked.like is None else None,
+        user=data.user,
     )
-    loaded = command.load_system(asked)
-    reference = None
-    if loss_table.reward(None, config.loss).over_reference:
-        model = dataclasses.asdict(config.model)
-        own = model.pop("path")
-        path = config.reference.path or own
-        if path != own:
-            model["revision"] = None
-        if path == own and config.decoder == "frozen":
-            reference = functools.partial(readers.without_codes, loaded)
-        else:
-            start = system.load(path, mesh=loaded.mesh, model=model)
-            reference = functools.partial(
-                pairs.score, start, steering=None, seed=0, on_progress=lambda _: None
-            )
-    found = readers.measure(
+    loaded = flags.load_system(asked)
+    results = readers.measure(
         loaded,
         known,
-        some,
-        counts=counts,
+        held_out,
+        counts=asked.like_own,
         by=asked.like_by,
-        reference=reference,
         seed=asked.seed,
-        on_progress=lambda done, total: None,
     )
     record = {
         "command": ["scripts/evaluate.py", *arguments],
-        "readers": [readers.as_json(one) for one in found],
+        "readers": [readers.as_json(result) for result in results],
     }
-    said = [
-        f"system: {loaded.name}",
-        *(line for x in found for line in readers.lines(x)),
-    ]
-    _tell(asked, console, "readers", record, said, *map(readers.table, found))
-
-
-# --- the codes ------------------------------------------------------------------------
+    lines = [f"system: {loaded.name}"]
+    lines += [line for result in results for line in readers.lines(result)]
+    _tell(asked, console, "readers", record, lines, *map(readers.table, results))
 
 
 def look_at_codes(
     asked: argparse.Namespace, arguments: Sequence[str], console: Console
 ) -> None:
-    """Writes a page about a system's codes, and says the most of it.
-
-    Args:
-        asked: The flags.
-        arguments: Not read.
-        console: Where to print.
-
-    Raises:
-        UserError: Something that the user can mend.
-    """
-    from lpc_jax.evaluation import codes_report, command, steering
+    """Writes a page about a system's codes, and says the most of it."""
+    from lpc_jax.evaluation import codes_report, flags, steering
 
     if asked.output is None or len(asked.pairs) != 1:
         raise UserError(
             "--codes needs --output FOLDER and one --pairs FILE, got"
             f" {asked.output} and {len(asked.pairs)}."
         )
-    for flag in ("z", "code", "mix", "like"):
-        if getattr(asked, flag) is not None:
-            raise UserError(
-                f"--{flag} has no effect with --codes, which looks at all of them."
-                " Leave it out."
-            )
+    _refuse(asked, ("z", "code", "mix", "like"), "--codes", "looks at all of them")
     codes_report.require(asked.output)
-    latent = command.outline_system(asked).config.latent
-    num_codes = None if latent is None else latent.num_codes
-    steering.require_codes(num_codes, "--codes", asked.system)
-    loaded = command.load_system(asked)
+    latent = flags.outline_system(asked).config.latent
+    steering.require_codes(latent and latent.num_codes, "--codes", asked.system)
     looked, page = codes_report.make(
-        loaded,
+        flags.load_system(asked),
         asked.pairs[0],
         asked.output,
         split=asked.pairs_split,
@@ -329,8 +247,18 @@ def look_at_codes(
         seed=asked.seed,
         on_progress=lambda _: None,
     )
-    said = [*codes_report.summary(looked), f"written: {page}"]
-    console.print("\n".join(said), highlight=False, markup=False, soft_wrap=True)
+    _print(console, *codes_report.summary(looked), f"written: {page}")
+
+
+def _refuse(
+    asked: argparse.Namespace, flags: Sequence[str], by: str, reason: str
+) -> None:
+    """Refuses flags that another one makes void."""
+    for flag in flags:
+        if getattr(asked, flag) is not None:
+            raise UserError(
+                f"--{flag} has no effect with {by}, which {reason}. Leave it out."
+            )
 
 
 # --- the standard tasks ---------------------------------------------------------------
@@ -339,23 +267,16 @@ def look_at_codes(
 def evaluate_tasks(
     asked: argparse.Namespace, arguments: Sequence[str], console: Console
 ) -> None:
-    """Scores of lm-eval's tasks.
-
-    Args:
-        asked: The flags.
-        arguments: Not read.
-        console: Where to print.
-
-    Raises:
-        UserError: Something that the user can mend.
-    """
-    from lpc_jax.evaluation import command, task_command
+    """Scores of lm-eval's tasks."""
+    from lpc_jax.evaluation import flags, task_command
+    from lpc_jax.evaluation.steering import Steering
 
     _require_writable(asked)
     tasks = task_command.load(asked)
-    command.require_steering(asked, command.outline_system(asked))
-    loaded = command.load_system(asked)
-    steering = command.read_steering(asked, loaded)
+    outline = flags.outline_system(asked)
+    choose = flags.choose_z(asked, outline.config.latent, outline.name)
+    loaded = flags.load_system(asked)
+    steering = choose(loaded) or Steering("mean")
     files = [asked.json, asked.output and asked.output / "tasks.json"]
     results = task_command.main(
         asked,
@@ -367,7 +288,7 @@ def evaluate_tasks(
     )
     for file in filter(None, files):
         _write_whole(file, json.dumps(results, indent=1, default=float) + "\n")
-        console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
+        _print(console, f"written: {file}")
 
 
 # --- what all evaluations share -------------------------------------------------------
@@ -383,12 +304,12 @@ def _count(text: str) -> int:
 
 def _require_writable(asked: argparse.Namespace) -> None:
     """Refuses a place that cannot be written, before anything is computed."""
-    from lpc_jax.evaluation import command
+    from lpc_jax.evaluation import flags
 
     if asked.output is not None:
-        command.require_writable(asked.output, flag="--output")
+        flags.require_writable(asked.output, flag="--output")
     if asked.json is not None:
-        command.require_new_file(asked.json, overwrite=True, flag="--json")
+        flags.require_new_file(asked.json, overwrite=True, flag="--json")
 
 
 def _tell(
@@ -402,26 +323,22 @@ def _tell(
     """Prints lines and tables, and writes them and the record where flags say."""
     text = io.StringIO()
     for where in (console, Console(file=text, width=TABLE_WIDTH)):
-        where.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        _print(where, *lines)
         for table in tables:
             where.print(table)
-    for file in _write(asked, name, record, text.getvalue()):
-        console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _write(
-    asked: argparse.Namespace, name: str, record: dict[str, Any], table: str
-) -> list[Path]:
-    """The record and the table where the flags say; returns the files."""
-    texts: dict[Path, str] = {}
+    files: dict[Path, str] = {}
     if asked.json is not None:
-        texts[asked.json] = json.dumps(record, indent=1) + "\n"
+        files[asked.json] = json.dumps(record, indent=1) + "\n"
     if asked.output is not None:
-        texts[asked.output / f"{name}.json"] = json.dumps(record, indent=1) + "\n"
-        texts[asked.output / f"{name}.txt"] = table
-    for file, text in texts.items():
-        _write_whole(file, text)
-    return list(texts)
+        files[asked.output / f"{name}.json"] = json.dumps(record, indent=1) + "\n"
+        files[asked.output / f"{name}.txt"] = text.getvalue()
+    for file, content in files.items():
+        _write_whole(file, content)
+        _print(console, f"written: {file}")
+
+
+def _print(console: Console, *lines: str) -> None:
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def _write_whole(file: Path, text: str) -> None:

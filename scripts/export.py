@@ -36,7 +36,7 @@ def _shard_bytes(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from lpc_jax.evaluation import command
+    from lpc_jax.evaluation import flags
 
     parser = argparse.ArgumentParser(
         prog="export.py",
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_system(parser)
+    flags.add_system(parser)
     parser.add_argument("output", type=Path, help="a folder that is new or empty")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the stored decoder"
@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plain", action="store_true", help="without the codes")
     parser.add_argument("--bias", type=Path, metavar="PROMPTS", help="see above")
-    parser.add_argument("--like", **command.LIKE)
-    parser.add_argument("--like-by", **command.LIKE_BY)
+    parser.add_argument("--like", **flags.LIKE)
+    parser.add_argument("--like-by", **flags.LIKE_BY)
     return parser
 
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(given: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
-    from lpc_jax.evaluation import command, export, like, logit_bias, steering
+    from lpc_jax.evaluation import export, flags, like, logit_bias, steering
 
     if given.like is not None and given.bias is None:
         raise UserError(
@@ -81,7 +81,7 @@ def _export(given: argparse.Namespace) -> None:
             " leave it out: an exported folder has all codes."
         )
     export.require_output(given.output)
-    outline = command.outline_system(given)
+    outline = flags.outline_system(given)
     prompts = examples = None
     if given.bias is not None:
         latent = export.require_codes(outline, "--bias")
@@ -92,7 +92,7 @@ def _export(given: argparse.Namespace) -> None:
         export.require_space(
             given.output, outline, dtype=given.dtype, plain=given.plain
         )
-    loaded = command.load_system(given, dtype=jnp.dtype("float32"))
+    loaded = flags.load_system(given, dtype=jnp.dtype("float32"))
     if prompts is not None:
         how = steering.of_settings(export.require_codes(outline, "--bias"))
         if examples is not None:

@@ -26,7 +26,7 @@ CHAT_TEMPERATURE, CHAT_TOP_P = 0.7, 0.95
 
 
 def _parser() -> argparse.ArgumentParser:
-    from lpc_jax.evaluation import command
+    from lpc_jax.evaluation import flags
 
     parser = argparse.ArgumentParser(
         prog="generate.py",
@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_system(parser)
-    command.add_steering(parser)
+    flags.add_system(parser)
+    flags.add_steering(parser)
     parser.add_argument("--prompts", metavar="FILE", help="none: a conversation")
     parser.add_argument("--split", default="train", help="of a hub data set")
     parser.add_argument("--limit", type=int, help="only the first prompts")
@@ -81,8 +81,9 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> None:
-    from lpc_jax.evaluation import command
+    from lpc_jax.evaluation import flags
     from lpc_jax.evaluation.generate import Generator, Sampling
+    from lpc_jax.evaluation.steering import Steering
 
     talks = arguments.prompts is None
     _check(arguments, talks)
@@ -93,9 +94,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         top_k=arguments.top_k,
         top_p=(CHAT_TOP_P if talks else 1.0) if top_p is None else top_p,
     )
-    command.require_steering(arguments, command.outline_system(arguments))
-    system = command.load_system(arguments)
-    steering = command.read_steering(arguments, system)
+    outline = flags.outline_system(arguments)
+    choose = flags.choose_z(arguments, outline.config.latent, outline.name)
+    system = flags.load_system(arguments)
+    steering = choose(system) or Steering("mean")
     if talks:
         _talk(arguments, Generator(system, batch=1), sampling, steering, console)
         return
@@ -155,7 +157,7 @@ def _check(arguments: argparse.Namespace, talks: bool) -> None:
     Raises:
         UserError: Flags that mean nothing, or an output that cannot be written.
     """
-    from lpc_jax.evaluation import command
+    from lpc_jax.evaluation import flags
 
     for name in ("limit", "batch"):
         value = getattr(arguments, name)
@@ -166,7 +168,7 @@ def _check(arguments: argparse.Namespace, talks: bool) -> None:
     if not talks:
         if arguments.output is None:
             raise UserError("--prompts needs --output FILE, got none.")
-        command.require_new_file(
+        flags.require_new_file(
             arguments.output, overwrite=arguments.overwrite, flag="--output"
         )
 

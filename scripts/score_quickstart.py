@@ -19,8 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lpc_jax.evaluation import answers, command, samples
+from lpc_jax.evaluation import answers, flags, samples
 from lpc_jax.evaluation.generate import Generator, Sampling
+from lpc_jax.evaluation.steering import Steering
 from scripts.make_quickstart_pairs import OUTPUT_FOLDER, RULES, refuses
 
 PROMPTS = OUTPUT_FOLDER / "quickstart.test.jsonl"
@@ -31,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command.add_system(parser)
-    command.add_steering(parser)
+    flags.add_system(parser)
+    flags.add_steering(parser)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--limit", type=int, help="only the first prompts")
     asked = parser.parse_args(argv)
-    system = command.load_system(asked)
+    system = flags.load_system(asked)
     prompts = answers.read_prompts(
         str(PROMPTS),
         system.tokenizer,
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = Generator(system, batch=30).generate(
         [prompt.ids for prompt in prompts],
         sampling=Sampling(max_new_tokens=asked.max_new_tokens),
-        steering=command.read_steering(asked, system),
+        steering=flags.choose_z(asked, system.latent, system.name)(system)
+        or Steering("mean"),
     )
     by_kind: dict[str, list[float]] = defaultdict(list)
     scores: list[float] = []

@@ -17,11 +17,12 @@ import numpy as np
 import scipy.special
 from flax import nnx
 
-from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
+from lpc_jax import sharding
 from lpc_jax.evaluation import system
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
+from lpc_jax.runtime import policy
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("tiny_llama", "tiny_llama31", "tiny_mistral", "tiny_llama_tied")
@@ -45,7 +46,9 @@ def with_codes(name: str, latent: cfg.Latent = LATENT, *, seed: int = 0) -> Syst
     """The same under LPC, with a random latent."""
     base = plain(name)
     config = dataclasses.replace(base.config, latent=latent)
-    _, graph, shapes = assembly.abstract(config, base.architecture, "cpu", plain=False)
+    graph, shapes = policy.shapes(
+        base.architecture, base.compute, latent=latent, adapters=None
+    )
     rng = np.random.default_rng(seed)
 
     def drawn(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:

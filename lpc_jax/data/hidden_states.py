@@ -18,11 +18,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
-from lpc_jax.types import Batch
 
 # Kept pairs that are read again, and how far their states may be off, as a share of
 # their root mean square: bfloat16 under another packing stays well below it, other
@@ -36,7 +34,7 @@ _GROUP = 256
 # What is left free on the disk.
 _SPARE_BYTES = 2**28
 
-ReadHidden = Callable[[Batch], Float[np.ndarray, "R T D"]]
+ReadStates = Callable[[Sequence[TokenizedPair]], Sequence[Float[np.ndarray, "_ D"]]]
 
 
 # Rows of a file, mapped into memory; their checksum; the file.
@@ -92,8 +90,7 @@ class HiddenStates:
     def attach(
         self,
         pairs: Sequence[TokenizedPair],
-        read: ReadHidden,
-        shape: packing.RowShape,
+        read: ReadStates,
         say: Callable[[str], None],
     ) -> list[TokenizedPair]:
         """The pairs with their hidden states, of which ``read`` gives those missing.
@@ -113,11 +110,11 @@ class HiddenStates:
             rows, crc, file = self._known[key]
             if len(rows) != positions(pair) or zlib.crc32(rows.tobytes()) != crc:
                 raise self._damaged(file)
-        self._require_same(list(kept.values())[:CHECKED_PAIRS], read, shape)
+        self._require_same(list(kept.values())[:CHECKED_PAIRS], read)
         keys = list(missing)
         for first in range(0, len(keys), _GROUP):
             group = {key: missing[key] for key in keys[first : first + _GROUP]}
-            self._store(list(group), _states(list(group.values()), read, shape))
+            self._store(list(group), _states(list(group.values()), read))
             if len(keys) > _GROUP:
                 say(f"hidden states: {first + len(group)} pairs read")
         return [
@@ -149,13 +146,11 @@ class HiddenStates:
                 " --model.states-cache, or lower data.limit."
             )
 
-    def _require_same(
-        self, pairs: list[TokenizedPair], read: ReadHidden, shape: packing.RowShape
-    ) -> None:
+    def _require_same(self, pairs: list[TokenizedPair], read: ReadStates) -> None:
         if not pairs:
             return
         kept = np.concatenate([self._known[pair.key()][0] for pair in pairs])
-        live = np.concatenate(_states(pairs, read, shape))
+        live = np.concatenate(_states(pairs, read))
         kept, live = kept.astype(np.float32), live.astype(np.float32)
         off = float(np.sqrt(np.mean((live - kept) ** 2) / np.mean(kept**2)))
         if not off <= CHECK_TOLERANCE:
@@ -197,16 +192,10 @@ def positions(pair: TokenizedPair) -> int:
 
 
 def _states(
-    pairs: list[TokenizedPair], read: ReadHidden, shape: packing.RowShape
+    pairs: list[TokenizedPair], read: ReadStates
 ) -> list[Float[np.ndarray, "_ D"]]:
-    """What is kept of each pair, from passes over all of them packed."""
-    numbered = [dataclasses.replace(pair, id=i) for i, pair in enumerate(pairs)]
-    states: list[np.ndarray] = [np.empty(0)] * len(pairs)
-    for batch in packing.micro_batches(numbered, shape, reference_logp=None):
-        hidden = read(batch)
-        for row, slot in np.argwhere(batch.pair_mask):
-            span = slice(batch.prompt_end[row, slot], batch.rejected_end[row, slot] + 1)
-            states[batch.pair_id[row, slot]] = hidden[row, span]
+    """What is kept of each pair, all of it finite."""
+    states = list(read(pairs))
     bad = sum(not np.isfinite(rows.astype(np.float32)).all() for rows in states)
     if bad:
         raise UserError(

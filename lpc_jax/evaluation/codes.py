@@ -8,7 +8,6 @@ Knows nothing of losses, and nothing of how a report looks.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,12 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lpc_jax import sharding
-from lpc_jax.data import chat, packing
+from lpc_jax.data import pairs as pair_data
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
@@ -29,11 +25,10 @@ from lpc_jax.data.report import Drops, Report
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation import code_measures as measures
-from lpc_jax.evaluation import pairs as pair_scores
 from lpc_jax.evaluation import steering
 from lpc_jax.evaluation.code_measures import Measures
 from lpc_jax.evaluation.system import System
-from lpc_jax.types import Batch, LatentCodes
+from lpc_jax.runtime import reading
 
 PROMPTS_SHOWN, TOKENS_SHOWN = 8, 16
 
@@ -43,21 +38,6 @@ MAPPED = 3000
 _NEIGHBOURS = 30.0
 # Fewer points have no neighbourhoods to keep.
 FEWEST_MAPPED = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Beliefs:
-    """What a system believes of some pairs, in their order.
-
-    Attributes:
-        prior: Logits of the prior.
-        posterior: Logits of the posterior.
-        vector: z of the prior's mean.
-    """
-
-    prior: Float[np.ndarray, "B C"]
-    posterior: Float[np.ndarray, "B C"]
-    vector: Float[np.ndarray, "B D"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +173,10 @@ def look(
     num_codes = None if system.latent is None else system.latent.num_codes
     steering.require_codes(num_codes, "--codes", system.name)
     require_map()
-    kept, report = _tokenize(system, some, drops)
-    beliefs = believe(system, kept, on_progress=on_progress)
+    kept, report = pair_data.tokenize(
+        some, system.tokenizer, drops, **pair_data.rules(system.config.data)
+    )
+    beliefs = reading.believe(system, kept, on_progress=on_progress)
     first, counts = unique_prompts(kept)
     by_index = {example.index: example for example in some}
     asked = [by_index[kept[i].id] for i in first]
@@ -206,7 +188,7 @@ def look(
     return Look(
         system=system.name,
         pairs=pairs,
-        pairs_digest=pair_scores.digest(some),
+        pairs_digest=pair_data.digest(some),
         report=report,
         sources=measures.count_sources(sources),
         prompts=tuple(
@@ -250,24 +232,6 @@ def _codes(
     return codes, extremes(average, system.tokenizer)
 
 
-def _tokenize(
-    system: System, some: Sequence[PreferenceExample], drops: Drops
-) -> tuple[list[TokenizedPair], Report]:
-    """The pairs as the run would have them, whatever its rows hold."""
-    data = system.config.data
-    return chat.tokenize(
-        some,
-        system.tokenizer,
-        drops=drops,
-        max_length=data.max_length,
-        max_prompt_length=data.max_prompt_length,
-        # A row is made as long as the longest pair: the prompt is there once.
-        row_length=2 * data.max_length,
-        truncation=data.truncation,
-        prefix_mismatch=data.prefix_mismatch,
-    )
-
-
 def prompt_text(example: PreferenceExample) -> str:
     """A conversation for a person: one message alone without its role."""
     if len(example.prompt) == 1:
@@ -281,67 +245,6 @@ def unique_prompts(pairs: Sequence[TokenizedPair]) -> tuple[list[int], list[int]
     for i, pair in enumerate(pairs):
         places.setdefault((pair.prompt.tobytes(), pair.source), []).append(i)
     return [at[0] for at in places.values()], [len(at) for at in places.values()]
-
-
-def believe(
-    system: System,
-    pairs: Sequence[TokenizedPair],
-    *,
-    on_progress: Callable[[int], None],
-) -> Beliefs:
-    """Prior, posterior and z of pairs, read in training's packed batch.
-
-    Args:
-        system: With codes.
-        pairs: In its tokens.
-        on_progress: Told how many pairs were read.
-
-    Raises:
-        UserError: A belief is not finite.
-    """
-    program, shape = _program(system), pair_scores.row_shape(system, pairs)
-    found: dict[int, tuple[np.ndarray, ...]] = {}
-    with jax.set_mesh(system.mesh):
-        for batch in packing.micro_batches(pairs, shape, reference_logp=None):
-            prior, posterior = jax.device_get(
-                program(system.params, sharding.place_batch(batch, system.mesh))
-            )
-            mask = np.asarray(batch.pair_mask)
-            ids = np.asarray(batch.pair_id)[mask].tolist()
-            read = (prior.logits[mask], posterior[mask], prior.vector[mask])
-            found |= dict(zip(ids, zip(*read, strict=True), strict=True))
-            on_progress(len(found))
-    ordered = zip(*(found[pair.id] for pair in pairs), strict=True)
-    beliefs = Beliefs(*(np.asarray(values, np.float32) for values in ordered))
-    parts = (beliefs.prior, beliefs.posterior, beliefs.vector)
-    bad = sum(not all(map(np.all, map(np.isfinite, row))) for row in zip(*parts))  # noqa: B905 -- of one length
-    if bad:
-        raise UserError(
-            f"{system.name} must have finite beliefs over its codes, got nan or inf on"
-            f" {bad} of {len(pairs)} pairs. Check its weights, or compute in float32."
-        )
-    return beliefs
-
-
-def _program(
-    system: System,
-) -> Callable[[dict[str, Any], Batch], tuple[LatentCodes, Array]]:
-    """Jitted: the prior's mean and the posterior's logits; the LM head is not run."""
-
-    # Whole on every device: few numbers, read at once.
-    @functools.partial(
-        jax.jit, out_shardings=NamedSharding(system.mesh, PartitionSpec())
-    )
-    def program(params: dict[str, Any], batch: Batch) -> tuple[LatentCodes, Array]:
-        network = nnx.merge(system.graph, params)
-        states, latent = network.states(batch), network.latent
-        assert latent is not None
-        assert states.prompt is not None
-        assert states.judged is not None
-        prior, posterior = latent.prior(states.prompt), latent.posterior(states.judged)
-        return latent.codes(prior, jax.nn.softmax(prior, axis=-1)), posterior
-
-    return program
 
 
 @jax.jit

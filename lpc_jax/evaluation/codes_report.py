@@ -18,7 +18,7 @@ import jinja2
 
 from lpc_jax.data import examples
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import code_measures, codes, codes_pictures, command, steering
+from lpc_jax.evaluation import code_measures, codes, codes_pictures, flags, steering
 from lpc_jax.evaluation.code_measures import BesideChance
 from lpc_jax.evaluation.codes import Code, Look
 from lpc_jax.evaluation.codes_pictures import shown_source
@@ -44,7 +44,7 @@ def require(output: Path) -> None:
         UserError: It cannot be written to, or scikit-learn is not installed.
     """
     codes.require_map()
-    command.require_writable(output, flag="--output")
+    flags.require_writable(output, flag="--output")
 
 
 def make(

@@ -16,12 +16,13 @@ from jaxtyping import Float
 
 from lpc_jax import config as cfg
 from lpc_jax import loss_table
+from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
-from lpc_jax.evaluation import codes, pairs
 from lpc_jax.evaluation.steering import Steering, require_codes
 from lpc_jax.evaluation.system import System
+from lpc_jax.runtime import reading
 
 By = Literal["posterior", "bayes"]
 BY: tuple[By, ...] = ("posterior", "bayes")
@@ -58,7 +59,7 @@ def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
     """
     num_codes = None if latent is None else latent.num_codes
     require_codes(num_codes, f"--like {file}", name)
-    found, drops = pairs.read([file], split="train", limit=None)
+    found, drops = pair_data.read([file], split="train", limit=None)
     return Examples(file, found, drops, by)
 
 
@@ -72,8 +73,11 @@ def steering(system: System, examples: Examples) -> Steering:
     Raises:
         UserError: No example is left as tokens.
     """
-    some, _ = pairs.tokenize(
-        examples.found, system.tokenizer, examples.drops, data=system.config.data
+    some, _ = pair_data.tokenize(
+        examples.found,
+        system.tokenizer,
+        examples.drops,
+        **pair_data.rules(system.config.data),
     )
     return mix(weights(evidence(system, some, examples.by), examples.by))
 
@@ -98,15 +102,14 @@ def evidence(
             adds to the rejected one's.
     """
     if by == "posterior":
-        beliefs = codes.believe(system, some, on_progress=lambda _: None)
-        return beliefs.posterior.astype(np.float64)
+        return reading.believe(system, some).posterior.astype(np.float64)
     latent = system.latent
     assert latent is not None
     every = np.concatenate([np.zeros((1, latent.num_codes)), np.eye(latent.num_codes)])
-    logp = pairs.score_under(system, some, every, on_progress=lambda _: None)
+    logp = reading.score_under(system, some, every)
     reward = loss_table.reward(None, system.config.loss)
     alone = dataclasses.replace(reward, over_reference=False)
-    rewards = np.stack([alone.of(x, pairs.lengths(some), None) for x in logp])
+    rewards = np.stack([alone.of(x, pair_data.lengths(some), None) for x in logp])
     added = rewards[1:] - rewards[:1]
     return -np.logaddexp(0, added[..., 1] - added[..., 0]).T
 

@@ -1,7 +1,4 @@
-"""Preference accuracy and its company on held-out pairs, z from the prior.
-
-Knows nothing of training.
-"""
+"""Preference accuracy and what goes with it on held-out pairs, z from the prior."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
+import scipy.stats.contingency
 from jaxtyping import Array, Float
 
 from lpc_jax.metrics import Sums, values
@@ -20,19 +18,16 @@ from lpc_jax.types import Batch
 class Evaluation:
     """What a policy says of a set of pairs.
 
-    Attributes:
-        metrics: Means over the set, by metric path; ``code/source_nmi``, with a latent
-            and several sources, is how far the prior's largest code tells the source.
-        accuracy_by_source: Share of pairs with chosen reward strictly above rejected.
-        usage_by_source: Mean prior probability of each code, or empty without a
-            latent.
-        margins: Reward margin of each pair id.
+    ``metrics`` are means over the set, by path. ``code/source_nmi``, with a latent and
+    several sources, is how far the prior's largest code tells the source.
     """
 
     metrics: dict[str, float]
+    # Share of pairs with chosen reward strictly above rejected.
     accuracy_by_source: dict[str, float]
+    # Mean prior probability of each code; empty without a latent.
     usage_by_source: dict[str, Float[np.ndarray, "C"]]
-    margins: dict[int, float]
+    margins: dict[int, float]  # by pair id
 
 
 def evaluate(
@@ -41,13 +36,12 @@ def evaluate(
     *,
     sources: Mapping[int, str],
 ) -> Evaluation:
-    """Scores every pair once and sums up.
+    """Scores every pair once and sums up; padding does not count.
 
     Args:
-        score: Metric sums and per-slot results of a micro-batch, as the ``evaluate``
-            program of ``training.step`` returns them.
-        batches: Micro-batches as NumPy arrays; padding does not count.
-        sources: Source of each pair id in the batches.
+        score: From a micro-batch to metric sums and results by pair slot.
+        batches: Micro-batches of all pairs.
+        sources: Source of each pair id.
     """
     totals: Sums | None = None
     margins: dict[int, float] = {}
@@ -55,17 +49,12 @@ def evaluate(
     for batch in batches:
         sums, by_pair = jax.device_get(score(batch))
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-        mask, ids = np.asarray(batch.pair_mask), np.asarray(batch.pair_id)
-        rewards = by_pair["rewards"][mask]
-        margins.update(
-            zip(
-                ids[mask].tolist(),
-                (rewards[:, 0] - rewards[:, 1]).tolist(),
-                strict=True,
-            )
-        )
+        mask = np.asarray(batch.pair_mask)
+        ids = np.asarray(batch.pair_id)[mask].tolist()
+        chosen, rejected = by_pair["rewards"][mask].T
+        margins |= zip(ids, (chosen - rejected).tolist(), strict=True)
         if "prior" in by_pair:
-            priors.update(zip(ids[mask].tolist(), by_pair["prior"][mask], strict=True))
+            priors |= zip(ids, by_pair["prior"][mask], strict=True)
     assert totals is not None, "no batches to evaluate"
     by_source: dict[str, list[int]] = {}
     for pair_id in sorted(margins):
@@ -73,8 +62,8 @@ def evaluate(
     metrics = values(totals)
     if priors and len(by_source) > 1:
         metrics["code/source_nmi"] = normalized_mutual_information(
-            [int(np.argmax(priors[i])) for i in sorted(margins)],
-            [sources[i] for i in sorted(margins)],
+            [int(np.argmax(prior)) for prior in priors.values()],
+            [sources[i] for i in priors],
         )
     return Evaluation(
         metrics=metrics,
@@ -96,25 +85,15 @@ def normalized_mutual_information(
 ) -> float:
     """I(code; source) / sqrt(H(code) H(source)) (Strehl & Ghosh 2002, eq. 3).
 
-    Args:
-        codes: One code a pair.
-        sources: The pairs' sources.
-
-    Returns:
-        From 0 (a code says nothing of the source) to 1 (each tells the other); 0 where
-        either never varies.
+    From 0 (a pair's code says nothing of its source) to 1 (each tells the other); 0
+    where either never varies.
     """
-    _, code = np.unique(codes, return_inverse=True)
-    _, source = np.unique(sources, return_inverse=True)
-    joint = np.zeros((code.max() + 1, source.max() + 1))
-    np.add.at(joint, (code, source), 1 / len(code))
-
-    def entropy(shares: Float[np.ndarray, "_"]) -> float:
-        used = shares[shares > 0]
-        return -float(np.sum(used * np.log(used)))
-
-    of_code, of_source = entropy(joint.sum(axis=1)), entropy(joint.sum(axis=0))
+    _, counts = scipy.stats.contingency.crosstab(codes, sources)
+    joint = np.asarray(counts)
+    of_code, of_source, of_both = (
+        float(scipy.stats.entropy(shares))
+        for shares in (joint.sum(axis=1), joint.sum(axis=0), joint.ravel())
+    )
     if of_code * of_source == 0:
         return 0.0
-    information = of_code + of_source - entropy(joint.ravel())
-    return information / float(np.sqrt(of_code * of_source))
+    return (of_code + of_source - of_both) / float(np.sqrt(of_code * of_source))

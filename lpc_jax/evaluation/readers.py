@@ -1,14 +1,13 @@
 """Whether a few of a reader's judgements say what that reader wants.
 
 Each reader's held-out pairs are ranked under z of a few judgements of their own, and of
-every other reader's: if the codes know readers apart, the first rank better. Knows
-nothing of how codes were trained.
+every other reader's: if the codes know readers apart, the first rank better.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,90 +16,97 @@ from rich.table import Table
 from rich.text import Text
 
 from lpc_jax import loss_table
+from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import bootstrap, like, pairs
-from lpc_jax.evaluation.bootstrap import Estimate
+from lpc_jax.evaluation import comparison, intervals, like, system
+from lpc_jax.evaluation.intervals import Estimate
 from lpc_jax.evaluation.like import By
 from lpc_jax.evaluation.system import System
 from lpc_jax.files import untrusted
+from lpc_jax.runtime import reading
 
 # Times that a reader's examples are drawn, over which is averaged.
 DRAWS = 4
 
+Texts = tuple[Sequence[PreferenceExample], Drops]
+
 
 @dataclasses.dataclass(frozen=True)
 class Readers:
-    """What judgements are worth.
+    """What judgements are worth: shares of pairs that are ranked right.
 
-    Attributes:
-        names: Of the readers.
-        count: Judgements that z is of.
-        by: How it is found.
-        accuracy: Share of a reader's pairs (row) ranked right under z of a reader's
-            judgements (column).
-        own: The mean over pairs under z of their own reader's.
-        other: The mean under z of every other's.
-        difference: Own less other, pair by pair.
-        pairs: How many there are.
+    ``accuracy`` is of a reader's pairs (row) under z of a reader's judgements (column);
+    the estimates are means over pairs, under their own reader's and every other's.
     """
 
     names: list[str]
-    count: int
+    count: int  # judgements that z is of
     by: By
     accuracy: Float[np.ndarray, "readers readers"]
     own: Estimate
     other: Estimate
-    difference: Estimate
+    difference: Estimate  # own less other, pair by pair
     pairs: int
 
 
-def reader_of(some: Sequence[PreferenceExample]) -> list[str]:
-    """Who judged each pair: its user, or where some have none, its source."""
-    if all(one.user for one in some):
-        return [one.user for one in some]
-    return [one.source for one in some]
-
-
 def measure(
-    system: System,
-    examples: tuple[Sequence[PreferenceExample], Drops],
-    held_out: tuple[Sequence[PreferenceExample], Drops],
+    asked: System,
+    known: Texts,
+    held_out: Texts,
     *,
     counts: Sequence[int],
     by: By,
-    reference: Callable[[Sequence[Any]], Float[np.ndarray, "B 2"]] | None,
     seed: int,
-    on_progress: Callable[[int, int], None],
 ) -> list[Readers]:
     """Ranks every reader's pairs under z of every reader's judgements.
 
     Args:
-        system: With codes.
-        examples: Pairs that z may be of, with the rows that hold none.
+        asked: A system with codes.
+        known: Pairs that z may be of, from ``data.pairs.read``.
         held_out: Pairs to be ranked, likewise.
         counts: Judgements that z is of; each gives a result.
         by: How z is found from them.
-        reference: Log-probs of tokenized pairs under the reference, for a loss that has
-            one.
         seed: Of the draws of examples.
-        on_progress: Told how many pairs were ranked, and of how many.
 
     Raises:
         UserError: Fewer than two readers, or one with too few examples.
     """
-    known, judged = (
-        pairs.tokenize(some, system.tokenizer, drops, data=system.config.data)[0]
-        for some, drops in (examples, held_out)
-    )
-    known_by, judged_by = (
-        np.asarray(reader_of(some))[[pair.id for pair in tokens]]
-        for (some, _), tokens in ((examples, known), (held_out, judged))
-    )
+    examples, known_by = _by_reader(asked, known)
+    judged, judged_by = _by_reader(asked, held_out)
     names = sorted(set(judged_by.tolist()))
     _require(names, known_by, max(counts))
+    mixes = _mixes(asked, examples, known_by, names, counts, by, seed)
+    judged = reading.with_states(asked, judged)
+    reward = loss_table.reward(None, asked.config.loss)
+    reference = _reference_logp(asked, judged) if reward.over_reference else None
+    rewards = np.stack(
+        [
+            reward.of(logp, pair_data.lengths(judged), reference)
+            for logp in reading.score_under(asked, judged, mixes)
+        ]
+    )
+    right = rewards[..., 0] > rewards[..., 1]
+    right = right.reshape(len(counts), len(names), DRAWS, -1)
+    prompts = [pair_data.prompt_key(held_out[0][pair.id]) for pair in judged]
+    return [
+        _summary(names, judged_by, of_count, prompts, count, by, seed)
+        for count, of_count in zip(counts, right, strict=True)
+    ]
+
+
+def _mixes(
+    asked: System,
+    examples: Sequence[TokenizedPair],
+    known_by: np.ndarray,
+    names: list[str],
+    counts: Sequence[int],
+    by: By,
+    seed: int,
+) -> Float[np.ndarray, "M C"]:
+    """z of judgements that are drawn from each reader's, ``DRAWS`` times a count."""
     rng = np.random.default_rng(seed)
     drawn = [
         rng.choice(np.flatnonzero(known_by == name), count, replace=False)
@@ -109,43 +115,40 @@ def measure(
         for _ in range(DRAWS)
     ]
     used = np.unique(np.concatenate(drawn))
-    place = {int(i): at for at, i in enumerate(used)}
-    said = like.evidence(
-        system,
-        pairs.with_states(
-            system, [dataclasses.replace(known[i], id=at) for at, i in enumerate(used)]
-        ),
-        by,
-    )
-    mixes = np.stack(
-        [like.weights(said[[place[int(i)] for i in some]], by) for some in drawn]
-    )
-    judged = pairs.with_states(system, judged)
-    logp = pairs.score_under(
-        system, judged, mixes, on_progress=lambda done: on_progress(done, len(judged))
-    )
-    reward = loss_table.reward(None, system.config.loss)
-    of_reference = None if reference is None else reference(judged)
-    rewards = np.stack(
-        [reward.of(x, pairs.lengths(judged), of_reference) for x in logp]
-    )
-    right = (rewards[..., 0] > rewards[..., 1]).reshape(
-        len(counts), len(names), DRAWS, -1
-    )
-    prompts = [pairs.prompt_key(held_out[0][pair.id]) for pair in judged]
-    return [
-        _summary(names, judged_by, of_count, prompts, count, by, seed)
-        for count, of_count in zip(counts, right, strict=True)
-    ]
+    with_states = reading.with_states(asked, [examples[i] for i in used])
+    evidence = like.evidence(asked, with_states, by)
+    places = (np.searchsorted(used, draw) for draw in drawn)
+    return np.stack([like.weights(evidence[place], by) for place in places])
 
 
-def without_codes(
-    system: System, some: Sequence[TokenizedPair]
+def _by_reader(
+    asked: System, texts: Texts
+) -> tuple[Sequence[TokenizedPair], np.ndarray]:
+    """Pairs as tokens, and who judged each: users, or sources where some have none."""
+    examples, drops = texts
+    tokens, _ = pair_data.tokenize(
+        examples, asked.tokenizer, drops, **pair_data.rules(asked.config.data)
+    )
+    field = "user" if all(text.user for text in examples) else "source"
+    return tokens, np.asarray([getattr(examples[pair.id], field) for pair in tokens])
+
+
+def _reference_logp(
+    asked: System, judged: Sequence[TokenizedPair]
 ) -> Float[np.ndarray, "B 2"]:
-    """Log-probs of pairs without z, which is a frozen decoder's own reference."""
-    assert system.latent is not None
-    nothing = np.zeros((1, system.latent.num_codes))
-    return pairs.score_under(system, some, nothing, on_progress=lambda _: None)[0]
+    """Log-probs of pairs under the run's reference."""
+    config = asked.config
+    path = config.reference.path or config.model.path
+    if path == config.model.path and config.decoder == "frozen":
+        # A frozen decoder without z is its own reference.
+        assert asked.latent is not None
+        nothing = np.zeros((1, asked.latent.num_codes))
+        return reading.score_under(asked, judged, nothing)[0]
+    model = comparison.model_for(path, config)
+    reference = system.load(path, mesh=asked.mesh, model=model)
+    # Their states are the policy's decoder's.
+    bare = [dataclasses.replace(pair, states=None) for pair in judged]
+    return reading.score(reference, bare, steering=None)
 
 
 def _require(names: list[str], known_by: np.ndarray, count: int) -> None:
@@ -174,51 +177,43 @@ def _summary(
 ) -> Readers:
     by_reader = right.mean(axis=1)  # readers B
     own_row = np.asarray([names.index(name) for name in judged_by])
-    places = np.arange(len(judged_by))
-    own = by_reader[own_row, places]
+    own = by_reader[own_row, np.arange(len(judged_by))]
     other = (by_reader.sum(axis=0) - own) / (len(names) - 1)
     _, number = np.unique(prompts, return_inverse=True)
-    found = bootstrap.estimates(
-        np.stack([own, other, own - other], axis=1), number, seed=seed
-    )
+    columns = np.stack([own, other, own - other], axis=1)
+    estimates = intervals.estimates(columns, number, seed=seed)
     accuracy = np.stack(
         [by_reader[:, own_row == row].mean(axis=1) for row in range(len(names))]
     )
-    return Readers(names, count, by, accuracy, *found, pairs=len(judged_by))
+    return Readers(names, count, by, accuracy, *estimates, pairs=len(judged_by))
 
 
-def table(found: Readers) -> Table:
+def table(result: Readers) -> Table:
     """The matrix: rows are whose pairs, columns whose judgements."""
     made = Table(
-        title=f"Ranked right under z of {found.count} judgements of ...",
+        title=f"Ranked right under z of {result.count} judgements of ...",
         title_justify="left",
     )
+    names = [Text(untrusted.shown(name)) for name in result.names]
     made.add_column("pairs of")
-    for name in found.names:
-        made.add_column(Text(untrusted.shown(name)), justify="right")
-    for row, name in enumerate(found.names):
-        cells = [f"{value:.3f}" for value in found.accuracy[row]]
-        made.add_row(Text(untrusted.shown(name)), *cells)
+    for name in names:
+        made.add_column(name, justify="right")
+    for name, row in zip(names, result.accuracy, strict=True):
+        made.add_row(name, *(f"{value:.3f}" for value in row))
     return made
 
 
-def lines(found: Readers) -> list[str]:
+def lines(result: Readers) -> list[str]:
     """Own and other readers' judgements, with intervals of 95 %."""
-
-    def said(name: str, estimate: Estimate) -> str:
-        if estimate.low is None or estimate.high is None:
-            return f"{name}: {estimate.mean:.3f}"
-        return f"{name}: {estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
     return [
-        f"{found.pairs} pairs of {len(found.names)} readers, z of {found.count}"
-        f" judgements by {found.by}",
-        said("under their own reader's judgements", found.own),
-        said("under another reader's", found.other),
-        said("own less other", found.difference),
+        f"{result.pairs} pairs of {len(result.names)} readers, z of {result.count}"
+        f" judgements by {result.by}",
+        f"under their own reader's judgements: {result.own.text()}",
+        f"under another reader's: {result.other.text()}",
+        f"own less other: {result.difference.text()}",
     ]
 
 
-def as_json(found: Readers) -> dict[str, Any]:
+def as_json(result: Readers) -> dict[str, Any]:
     """Everything, as JSON can hold it."""
-    return dataclasses.asdict(found) | {"accuracy": found.accuracy.tolist()}
+    return dataclasses.asdict(result) | {"accuracy": result.accuracy.tolist()}

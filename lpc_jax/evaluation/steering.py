@@ -1,7 +1,4 @@
-"""How z is chosen when there is no judged pair: from the prior, or by hand.
-
-Knows nothing of decoders, tokens or files.
-"""
+"""How z is chosen when there is no judged pair: from the prior, or by hand."""
 
 from __future__ import annotations
 
@@ -23,20 +20,14 @@ def of_settings(
 ) -> Steering:
     """As a run evaluates, or another way from its prior.
 
-    Args:
-        latent: The run's settings.
-        how: None: what they say; ``sample`` draws at the last step's temperature.
+    ``sample`` draws at the temperature of the run's last step.
     """
     settings = objective.inference(latent)
     return dataclasses.replace(settings, how=how or settings.how)
 
 
 def code(text: str, num_codes: int) -> Steering:
-    """All weight on one code, as ``--code 7`` asks for.
-
-    Raises:
-        UserError: It is no code.
-    """
+    """All weight on one code, as ``--code 7`` asks for; ``UserError`` if it is none."""
     return Steering("mix", ((_code(text, num_codes, f"--code {text}"), 1.0),))
 
 
@@ -44,54 +35,44 @@ def mix(text: str, num_codes: int) -> Steering:
     """Weights of some codes, as ``--mix 3:0.7,12:0.3`` asks for.
 
     Raises:
-        UserError: Something that is no code or no weight, a code twice, or weights
-            that don't sum to 1.
+        UserError: No code, no weight, a code twice, or weights that don't sum to 1.
     """
-    said = f"--mix {text}"
-    found: dict[int, float] = {}
+    flag = f"--mix {text}"
+    weights: dict[int, float] = {}
     for part in text.split(","):
-        name, colon, weight = part.partition(":")
-        index = _code(name.strip(), num_codes, said)
+        name, colon, number = part.partition(":")
+        index = _code(name.strip(), num_codes, flag)
         try:
-            value = float(weight)
+            weight = float(number)
         except ValueError:
-            value = math.nan
-        if not colon or not 0 <= value <= 1:
+            weight = math.nan
+        if not colon or not 0 <= weight <= 1:
             raise UserError(
-                f"{said}: expected CODE:WEIGHT with a weight in [0, 1], got {part!r}."
+                f"{flag}: expected CODE:WEIGHT with a weight in [0, 1], got {part!r}."
                 " Write it as 3:0.7,12:0.3."
             )
-        if index in found:
-            raise UserError(f"{said}: code {index} is there twice. Give it once.")
-        found[index] = value
-    total = sum(found.values())
+        if index in weights:
+            raise UserError(f"{flag}: code {index} is there twice. Give it once.")
+        weights[index] = weight
+    total = sum(weights.values())
     if abs(total - 1) > _TOLERANCE:
         raise UserError(
-            f"{said}: the weights must sum to 1, got {total:g}. z is a convex mix of"
+            f"{flag}: the weights must sum to 1, got {total:g}. z is a convex mix of"
             " codes."
         )
-    return Steering("mix", tuple((c, w / total) for c, w in found.items()))
+    return Steering("mix", tuple((c, w / total) for c, w in weights.items()))
 
 
-def _code(text: str, num_codes: int, said: str) -> int:
+def _code(text: str, num_codes: int, flag: str) -> int:
     if not text.isdecimal() or int(text) >= num_codes:
         raise UserError(
-            f"{said}: expected a code from 0 to {num_codes - 1}, got {text!r}."
+            f"{flag}: expected a code from 0 to {num_codes - 1}, got {text!r}."
         )
     return int(text)
 
 
 def require_codes(num_codes: int | None, asked: str, name: str) -> int:
-    """The number of codes, where codes are asked for.
-
-    Args:
-        num_codes: Of the system, or None without a latent.
-        asked: The flag that asks, in the user's words.
-        name: Of the system.
-
-    Raises:
-        UserError: It has none.
-    """
+    """The number of codes, or ``UserError`` where a flag needs them and none are."""
     if num_codes is None:
         raise UserError(
             f"{asked} needs codes, got {name}, which has none (latent=None or a plain"
@@ -107,27 +88,22 @@ def choose(
     latent: cfg.Latent | None,
     name: str,
 ) -> Steering | None:
-    """How a system's z is chosen; None without codes, if none are asked for.
+    """How a system's z is chosen by ``--z``, ``--code`` and ``--mix``.
 
-    Args:
-        how: As ``--z``.
-        one: As ``--code``.
-        several: As ``--mix``.
-        latent: Of the system.
-        name: Of the system.
+    Returns:
+        None without codes, if none are asked for.
 
     Raises:
         UserError: Codes of a system without any, an unknown one, a mix that is none.
     """
     flags = {"z": how, "code": one, "mix": several}
-    flag = next((f"--{f} {v}" for f, v in flags.items() if v is not None), None)
-    if flag is None:
-        return None if latent is None else of_settings(latent)
-    num_codes = None if latent is None else latent.num_codes
-    num_codes = require_codes(num_codes, flag, name)
-    assert latent is not None
+    given = [f"--{flag} {value}" for flag, value in flags.items() if value is not None]
+    if latent is None:
+        if given:
+            require_codes(None, given[0], name)
+        return None
     if one is not None:
-        return code(one, num_codes)
+        return code(one, latent.num_codes)
     if several is not None:
-        return mix(several, num_codes)
+        return mix(several, latent.num_codes)
     return of_settings(latent, how)

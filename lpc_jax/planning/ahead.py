@@ -27,10 +27,10 @@ from lpc_jax.files import sources
 from lpc_jax.models import architectures, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.planning.arithmetic import Pair
-from lpc_jax.runtime import compute, policy
+from lpc_jax.runtime import compute, policy, programs
 from lpc_jax.runtime.policy import Policy
 from lpc_jax.training import optimizer as optimizers
-from lpc_jax.training import reference, step
+from lpc_jax.training import step
 from lpc_jax.types import Batch
 
 # Updates in the run: the programs hold it as a number that changes no size.
@@ -212,5 +212,7 @@ def _lower_reference(run: Ahead) -> Any:
             of_run = abstract(alone, other, run.pair, of_run.mesh).policy
     plain = of_run.plain()
     unscored = dataclasses.replace(run.batch, reference_logp=None)
-    score: Any = reference.program(plain)
+    score: Any = programs.score(
+        plain.graph, plain.mesh, chunk=plain.compute.score_chunk
+    )
     return score.lower(plain.params, unscored)

@@ -8,35 +8,29 @@ beta or order of the data finds them again. Knows nothing of losses.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from lpc_jax import config as cfg
-from lpc_jax import objective, processes, sharding
+from lpc_jax import processes
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
-from lpc_jax.runtime import loading
-from lpc_jax.runtime.policy import Params, Policy, abstract
+from lpc_jax.runtime import loading, programs, reading
+from lpc_jax.runtime.policy import Policy, abstract
 from lpc_jax.types import Batch
 
 # Pairs re-scored live when a cache is found, and how far they may be off, in nats per
 # token: bf16 rounding under another packing stays well below it, other weights don't.
 CHECKED_PAIRS = 4
 CHECK_TOLERANCE = 0.02
-
-# Pairs packed together while scoring: enough to fill rows, few enough to plan fast.
-_GROUP = 512
 
 ScoreBatch = Callable[[Batch], Float[np.ndarray, "R P 2"]]
 
@@ -55,16 +49,13 @@ def score_pairs(
         shape: Of a micro-batch.
         on_progress: Told how many pairs are done.
     """
-    # An id is of one data set; here pairs of several meet, so their place stands in.
-    placed = [dataclasses.replace(pair, id=i) for i, pair in enumerate(pairs)]
-    found = np.full((len(pairs), 2), np.nan, np.float32)
-    for first in range(0, len(pairs), _GROUP):
-        group = placed[first : first + _GROUP]
-        for batch in packing.micro_batches(group, shape, reference_logp=None):
-            mask = np.asarray(batch.pair_mask)
-            found[np.asarray(batch.pair_id)[mask]] = score(batch)[mask]
-        on_progress(min(first + _GROUP, len(pairs)))
-    return found
+
+    def tell(done: int) -> None:  # a line of the log for each group, not each batch
+        if done % reading.GROUP == 0 or done == len(pairs):
+            on_progress(done)
+
+    logp = reading.each(pairs, shape, score, on_progress=tell)
+    return np.asarray(logp, np.float32)
 
 
 class ReferenceCache:
@@ -175,26 +166,6 @@ def _require_finite(scored: Float[np.ndarray, "B 2"]) -> None:
         )
 
 
-def program(policy: Policy) -> Callable[..., Array]:
-    """Jitted: a plain policy's parameters and a placed micro-batch to log-probs."""
-
-    # Whole on every device, so that every process reads all of it.
-    @functools.partial(
-        jax.jit, out_shardings=NamedSharding(policy.mesh, PartitionSpec())
-    )
-    def score(params: Params, batch: Batch) -> Array:
-        scores = objective.score_inference(
-            nnx.merge(policy.graph, params),
-            batch,
-            steering=None,
-            key=jax.random.key(0),
-            chunk=policy.compute.score_chunk,
-        )
-        return scores.logp
-
-    return score
-
-
 def columns(
     config: cfg.Config,
     policy: Policy,
@@ -219,11 +190,13 @@ def columns(
     Raises:
         UserError: As ``ReferenceCache``.
     """
-    score = program(policy)
+    program = programs.score(
+        policy.graph, policy.mesh, chunk=policy.compute.score_chunk
+    )
+    run = reading.on_mesh(program, policy.params, policy.mesh)
 
     def score_batch(batch: Batch) -> Float[np.ndarray, "R P 2"]:
-        placed = sharding.place_batch(batch, policy.mesh)
-        return np.asarray(jax.device_get(score(policy.params, placed)))
+        return np.asarray(jax.device_get(run(batch)))
 
     cache = ReferenceCache(
         Path(config.reference.cache),

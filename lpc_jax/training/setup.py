@@ -31,18 +31,15 @@ def read_pairs(config: cfg.Config, tokenizer: Tokenizer) -> tuple[Pairs, Pairs |
     data = config.data
 
     def read(path: str, setting: str, split: str, limit: int | None) -> Pairs:
-        return pairs.read(
+        return pairs.load(
             path,
             tokenizer,
             setting=setting,
             split=split,
             limit=limit,
             user=data.user,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
             row_length=config.packing.row_length,
-            truncation=data.truncation,
-            prefix_mismatch=data.prefix_mismatch,
+            **pairs.rules(data),
         )
 
     train = read(data.train, "data.train", data.train_split, data.limit)

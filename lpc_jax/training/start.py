@@ -19,9 +19,9 @@ from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.models import latent as latent_models
+from lpc_jax.runtime import programs, reading
 from lpc_jax.runtime.policy import Params, Policy
 from lpc_jax.training import clusters
-from lpc_jax.types import Batch
 
 # Pairs from which the latent's inputs are standardised: enough for a coordinate's
 # spread to within a tenth, few enough to take seconds.
@@ -92,21 +92,15 @@ def _states_read(
     policy: Policy, pairs: Sequence[TokenizedPair], shape: packing.RowShape
 ) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B inputs"]]:
     """What prior and posterior read of pairs, in the order of their ids."""
-    mesh, graph = policy.mesh, policy.graph
-
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def read(params: Params, batch: Batch) -> tuple[Array | None, Array | None]:
-        states = nnx.merge(graph, params).states(batch)
-        return states.prompt, states.judged
-
-    parts: list[list[np.ndarray]] = []
-    ids: list[np.ndarray] = []
-    for batch in packing.micro_batches(pairs, shape, reference_logp=None):
-        states = jax.device_get(read(policy.whole, sharding.place_batch(batch, mesh)))
-        parts.append([np.asarray(x, np.float32)[batch.pair_mask] for x in states])
-        ids.append(batch.pair_id[batch.pair_mask])
-    order = np.argsort(np.concatenate(ids))  # however they were packed
-    prompt, judged = (np.concatenate(part)[order] for part in zip(*parts, strict=True))
+    run = reading.on_mesh(
+        programs.latent_inputs(policy.graph, policy.mesh), policy.whole, policy.mesh
+    )
+    inputs = reading.each(pairs, shape, run, at_once=len(pairs))
+    order = np.argsort([pair.id for pair in pairs])
+    prompt, judged = (
+        np.stack(values).astype(np.float32)[order]
+        for values in zip(*inputs, strict=True)
+    )
     return prompt, judged
 
 
@@ -183,14 +177,5 @@ def with_states(
         dtype=policy.compute.dtype,
         width=policy.architecture.width,
     )
-    mesh, graph = policy.mesh, policy.graph
-
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def read(params: Params, batch: Batch) -> Array:
-        return nnx.merge(graph, params).hidden(batch)
-
-    def read_placed(batch: Batch) -> Float[np.ndarray, "R T D"]:
-        placed = sharding.place_batch(batch, mesh)
-        return np.asarray(jax.device_get(read(policy.whole, placed)))
-
-    return kept.attach(pairs, read_placed, shape, say)
+    read = reading.states_reader(policy.graph, policy.whole, policy.mesh, shape)
+    return kept.attach(pairs, read, say)

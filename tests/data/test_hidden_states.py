@@ -14,6 +14,7 @@ import pytest
 from lpc_jax.data import hidden_states, packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.hidden_states import HiddenStates
+from lpc_jax.runtime import reading
 from tests import tiny
 
 WIDTH, DIGEST = 4, "0123456789abcdef" * 4
@@ -58,8 +59,12 @@ def attach(
         pairs_per_row=4,
         score_chunk=8,
     )
+
+    def read(some: list[TokenizedPair]) -> list[np.ndarray]:
+        return reading.each(some, shape, decoder, take=reading.kept_states)
+
     said: list[str] = []
-    return cache.attach(pairs, decoder, shape, said.append), said
+    return cache.attach(pairs, read, said.append), said
 
 
 def test_states_are_those_of_the_prompt_s_end_and_both_answers(tmp_path):

@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 
 from lpc_jax import sharding
 from lpc_jax.data import examples
+from lpc_jax.data import pairs as pair_data
 from lpc_jax.evaluation import codes, codes_report, system
 from lpc_jax.evaluation.codes import Look
+from lpc_jax.runtime import reading
 from tests import runs
 from tests.data import tiny_tokenizers
 
@@ -81,18 +83,12 @@ def test_it_agrees_with_what_training_logged(looked, trained):
 
 def test_several_devices_believe_the_same(loaded, trained, folder):
     several = system.load(str(trained.folder), mesh=mesh(4))
-    pairs, _ = codes._tokenize(
-        loaded,
-        *examples.read(
-            str(runs.held_out_file(folder)),
-            setting="--pairs",
-            split=None,
-            limit=None,
-        ),
+    texts, drops = pair_data.read(
+        [str(runs.held_out_file(folder))], split=None, limit=None
     )
-    one, four = (
-        codes.believe(asked, pairs, on_progress=silent) for asked in (loaded, several)
-    )
+    rules = pair_data.rules(loaded.config.data)
+    pairs, _ = pair_data.tokenize(texts, loaded.tokenizer, drops, **rules)
+    one, four = (reading.believe(asked, pairs) for asked in (loaded, several))
     np.testing.assert_allclose(four.prior, one.prior, atol=1e-5)
     np.testing.assert_allclose(four.posterior, one.posterior, atol=1e-5)
     # z is the prior's mean of the codebook.

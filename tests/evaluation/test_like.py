@@ -11,8 +11,10 @@ import pytest
 import scipy.special
 
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import command, like, pairs
+from lpc_jax.data import pairs as pair_data
+from lpc_jax.evaluation import flags, like
 from lpc_jax.evaluation.steering import Steering
+from lpc_jax.runtime import reading
 from scripts import generate
 from tests import runs, systems
 
@@ -29,16 +31,15 @@ def coded():
 @pytest.fixture(scope="module")
 def some(coded):
     examples = like.read(str(runs.PAIRS), "posterior", coded.latent, coded.name)
-    found, _ = pairs.tokenize(
-        examples.found, coded.tokenizer, examples.drops, data=coded.config.data
+    rules = pair_data.rules(coded.config.data)
+    found, _ = pair_data.tokenize(
+        examples.found, coded.tokenizer, examples.drops, **rules
     )
     return found[:5]
 
 
 def scored(coded, some, steering):
-    return pairs.score(
-        coded, some, steering=steering, seed=0, on_progress=lambda _: None
-    )
+    return reading.score(coded, some, steering=steering)
 
 
 def weigh(coded, some, by):
@@ -48,7 +49,7 @@ def weigh(coded, some, by):
 def test_answers_under_several_mixes_are_those_under_each_alone(coded, some):
     mixes = np.zeros((3, systems.CODES))
     mixes[1, 2], mixes[2, :2] = 1.0, 0.5
-    found = pairs.score_under(coded, some, mixes, on_progress=lambda _: None)
+    found = reading.score_under(coded, some, mixes)
     for logp, one in zip(
         found,
         (
@@ -118,10 +119,10 @@ def test_the_flag_steers_as_the_mix_that_it_finds(coded, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in runs.pairs()[:4]))
 
     parser = argparse.ArgumentParser()
-    command.add_steering(parser)
+    flags.add_steering(parser)
     for by in like.BY:
         asked = parser.parse_args(["--like", str(file), "--like-by", by])
-        found = command.read_steering(asked, coded)
+        found = flags.choose_z(asked, coded.latent, coded.name)(coded)
         examples = like.read(str(file), by, coded.latent, coded.name)
         assert found == like.steering(coded, examples)
         assert sum(weight for _, weight in found.mix) == pytest.approx(1.0)

@@ -6,14 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
+from lpc_jax import sharding
 from lpc_jax.errors import UserError
 from lpc_jax.models import attention
 from lpc_jax.models.attention import blocks, splash, table
 from lpc_jax.models.attention.mask import Tokens, ends, visible
 from lpc_jax.planning import chips, plan
 from lpc_jax.planning.arithmetic import Pair
+from lpc_jax.runtime import compute, policy
 from tests import tiny
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -343,10 +344,12 @@ def test_a_new_backend_is_built_into_the_network_of_a_config(toy):
 
     def hidden(attention):
         model = cfg.Model(path="unused", attention=attention)
-        make, _, _ = assembly.abstract(
-            tiny.config(model=model), tiny.ARCHITECTURE, "cpu", plain=True
+        resolved = compute.resolve(model, row_length=64, platform="cpu")
+        key = jax.random.key(0)
+        network = policy.build(
+            tiny.ARCHITECTURE, resolved, latent=None, adapters=None, key=key
         )
-        return make(jax.random.key(0)).decoder(*tokens)
+        return network.decoder(*tokens)
 
     np.testing.assert_array_equal(hidden("toy"), hidden("xla"))
     assert toy

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lpc_jax import checkpoint
+from lpc_jax import checkpoint, loss_table
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import pairs, system
-from lpc_jax.runtime import compute
+from lpc_jax.data import pairs as pair_data
+from lpc_jax.evaluation import system
+from lpc_jax.runtime import compute, reading
 from scripts import evaluate
 from tests import runs
 
@@ -68,7 +69,7 @@ def lpc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder that says it is an LPC run of 8 codes, and has nothing more."""
     settings = cfg.flat(runs.config(tmp_path / "made"))
 
-    class Said:
+    class Said(checkpoint.Reader):
         def __init__(self, folder: Path) -> None:
             pass
 
@@ -108,13 +109,13 @@ def test_what_is_no_code_is_refused_before_anything_is_loaded(
     lpc, flags, message, capsys, monkeypatch
 ):
     monkeypatch.setattr(system, "load", None)
-    monkeypatch.setattr(pairs, "read", None)
+    monkeypatch.setattr(pair_data, "read", None)
     assert refusal([lpc, "--pairs", PAIRS, *flags], capsys) == message
 
 
 @pytest.mark.parametrize("flag", [["--code", "1"], ["--z", "mean"], ["--mix", "1:1"]])
 def test_a_model_without_codes_is_not_asked_for_them(flag, capsys, monkeypatch):
-    monkeypatch.setattr(pairs, "score", None)
+    monkeypatch.setattr(reading, "score", None)
     assert refusal([MODEL, "--pairs", PAIRS, *flag], capsys) == (
         f"{' '.join(flag)} needs codes, got {MODEL}, which has none (latent=None or a"
         " plain model). Leave it out, or name an LPC run."
@@ -161,7 +162,7 @@ def test_a_model_without_codes_is_not_asked_for_them(flag, capsys, monkeypatch):
     ],
 )
 def test_a_mistake_is_one_line(flags, message, capsys, monkeypatch):
-    monkeypatch.setattr(pairs, "score", None)
+    monkeypatch.setattr(reading, "score", None)
     assert refusal([MODEL, *flags], capsys) == message
 
 
@@ -172,7 +173,7 @@ def test_an_unknown_system_is_named(capsys):
 
 
 def test_a_place_that_cannot_be_written_is_refused_first(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pairs, "read", None)
+    monkeypatch.setattr(pair_data, "read", None)
     monkeypatch.setattr(system, "load", None)
     file = tmp_path / "file"
     file.write_text("")
@@ -204,10 +205,15 @@ def test_a_flag_that_makes_no_sense_is_status_2(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_every_reward_has_its_flag():
+    flags = {flag.dest: flag.choices for flag in evaluate._parser()._actions}
+    assert flags["reward"] == loss_table.reward_names()
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     def faulty(*_: Any, **__: Any) -> None:
         np.zeros(2).reshape(3)
 
-    monkeypatch.setattr(pairs, "read", faulty)
+    monkeypatch.setattr(pair_data, "read", faulty)
     with pytest.raises(ValueError, match="cannot reshape"):
         evaluate.main([MODEL, "--pairs", PAIRS])

@@ -113,5 +113,5 @@ def test_more_codes_than_pairs_start_without_a_cluster():
     made = clusters.output_for(inputs, cluster, 6)
     assert made["output_kernel"].shape == (8, 6)
     assert np.isfinite(made["output_kernel"]).all()
-    alone = clusters.output_for(inputs[:1], start.clusters(inputs[:1], 6), 6)
+    alone = clusters.output_for(inputs[:1], clusters.clusters(inputs[:1], 6), 6)
     assert np.isfinite(alone["output_kernel"]).all()

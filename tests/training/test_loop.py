@@ -14,7 +14,7 @@ import pytest
 
 from lpc_jax import checkpoint
 from lpc_jax import config as cfg
-from lpc_jax.data import packing
+from lpc_jax.data import packing, pairs
 from lpc_jax.runtime import policy
 from lpc_jax.training import log as logs
 from lpc_jax.training import trackers

@@ -17,6 +17,7 @@ import pytest
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.runtime import reading
 from lpc_jax.training import reference
 from lpc_jax.types import Batch
 from tests import runs, tiny
@@ -74,7 +75,7 @@ def test_each_pair_gets_its_own_log_probabilities(tmp_path):
 
 
 def test_more_pairs_than_are_scored_at_a_time_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "_GROUP", 4)
+    monkeypatch.setattr(reading, "GROUP", 4)
     pairs, told = tiny.pairs(10), []
     found = reference.score_pairs(Scorer(), pairs, SHAPE, told.append)
     np.testing.assert_allclose(found, expected(pairs), rtol=1e-6)

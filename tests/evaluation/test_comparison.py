@@ -16,14 +16,16 @@ from jax.sharding import Mesh
 
 from lpc_jax import config as cfg
 from lpc_jax import loss_table, sharding
+from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Drops
-from lpc_jax.evaluation import contest, pairs, pairs_report, steering, system
+from lpc_jax.evaluation import comparison, report, steering, system
 from lpc_jax.evaluation.system import System
+from lpc_jax.runtime import reading
 from tests import runs
 from tests.data import tiny_tokenizers
 
-DATA = cfg.Data(train="none", max_length=128, max_prompt_length=64)
+RULES = pair_data.rules(cfg.Data(train="none", max_length=128, max_prompt_length=64))
 LENGTHS: dict[str, Any] = {"max_length": 128, "max_prompt_length": 64}
 
 
@@ -58,12 +60,12 @@ def plain() -> System:
 
 
 def tokenized(one: System, limit: int | None = 8) -> list[TokenizedPair]:
-    some, drops = pairs.read([str(runs.PAIRS)], split=None, limit=limit)
-    return pairs.tokenize(some, one.tokenizer, drops, data=DATA)[0]
+    some, drops = pair_data.read([str(runs.PAIRS)], split=None, limit=limit)
+    return pair_data.tokenize(some, one.tokenizer, drops, **RULES)[0]
 
 
 def score(one: System, some: list[TokenizedPair], how: Any, seed: int = 0) -> Any:
-    return pairs.score(one, some, steering=how, seed=seed, on_progress=quiet)
+    return reading.score(one, some, steering=how, seed=seed)
 
 
 # --- log-probabilities ----------------------------------------------------------------
@@ -164,7 +166,7 @@ def test_a_pairs_draw_depends_on_its_id_and_the_seed_alone(lpc):
 def test_scores_do_not_depend_on_the_number_of_devices(plain, monkeypatch):
     some = tokenized(plain)
     spread = system.load(str(runs.MODEL), mesh=mesh(4))
-    monkeypatch.setattr(pairs, "_GROUP", 3)  # nor on how many are packed together
+    monkeypatch.setattr(reading, "GROUP", 3)  # nor on how many are packed together
     np.testing.assert_allclose(
         score(spread, some, None), score(plain, some, None), rtol=1e-5
     )
@@ -178,17 +180,20 @@ def test_weights_that_are_not_finite_are_refused(plain):
         score(broken, tokenized(plain, 2), None)
 
 
+# --- rewards --------------------------------------------------------------------------
+
+
 # --- a contest ------------------------------------------------------------------------
 
 
-def hold(**options: Any) -> contest.Contest:
-    files = options.pop("files", (str(runs.PAIRS),))
-    return contest.hold(
-        contest.Options(files=files, **options), mesh(), on_progress=quiet
+def compare(**options: Any) -> comparison.Comparison:
+    files = options.pop("pairs", (str(runs.PAIRS),))
+    return comparison.compare(
+        comparison.Options(pairs=files, **options), mesh(), on_progress=quiet
     )
 
 
-def line(groups: list[pairs_report.Group], source: str | None, who: str) -> Any:
+def line(groups: list[report.Group], source: str | None, who: str) -> Any:
     (group,) = (g for g in groups if g.source == source)
     (found,) = (one for one in group.lines if one.who == who)
     return found
@@ -196,8 +201,8 @@ def line(groups: list[pairs_report.Group], source: str | None, who: str) -> Any:
 
 def test_a_run_has_the_numbers_that_training_logged(trained):
     files = (trained.config.data.eval,)
-    held = hold(system=str(trained.folder), files=files)
-    groups = pairs_report.summarize(held, resamples=10, seed=0)
+    held = compare(system=str(trained.folder), pairs=files)
+    groups = report.summarize(held, resamples=10, seed=0)
     logged = trained.lines("eval")[-1]
     ours = line(groups, None, "system")
     assert ours.accuracy.mean == pytest.approx(logged["reward/accuracy"])
@@ -224,12 +229,12 @@ def test_a_run_has_the_numbers_that_training_logged(trained):
 
 
 def test_under_one_reward_the_start_is_compared_pair_by_pair(trained, plain):
-    held = hold(system=str(trained.folder), reward="mean_logp", limit=8)
+    held = compare(system=str(trained.folder), reward="mean_logp", limit=8)
     main, start = held.contestants
     np.testing.assert_allclose(
         start.logp, score(plain, tokenized(plain), None), rtol=1e-6
     )
-    groups = pairs_report.summarize(held, resamples=10, seed=0)
+    groups = report.summarize(held, resamples=10, seed=0)
     found = line(groups, None, "system - start")
     per_token = [one.logp / one.lengths for one in (main, start)]
     margins = [means[:, 0] - means[:, 1] for means in per_token]
@@ -239,10 +244,10 @@ def test_under_one_reward_the_start_is_compared_pair_by_pair(trained, plain):
 
 
 def test_another_system_has_the_same_reward_and_reference(trained):
-    held = hold(
+    held = compare(
         system=str(trained.folder),
         against=str(runs.MODEL),
-        with_start=False,
+        no_start=True,
         code="3",
         limit=4,
     )
@@ -257,15 +262,17 @@ def test_another_system_has_the_same_reward_and_reference(trained):
 def test_pairs_that_another_tokenizer_drops_are_left_out_for_all(tmp_path, plain):
     copy = Path(shutil.copytree(runs.MODEL, tmp_path / "bytes"))
     tiny_tokenizers.chatml().save_pretrained(copy)
-    held = hold(system=str(runs.MODEL), against=str(copy), truncation="drop", **LENGTHS)
+    held = compare(
+        system=str(runs.MODEL), against=str(copy), truncation="drop", **LENGTHS
+    )
     main, other = held.contestants
     assert 0 < held.left_out < 40
-    assert len(held.examples) == 40 - held.left_out == len(main.logp) == len(other.logp)
+    assert len(held.texts) == 40 - held.left_out == len(main.logp) == len(other.logp)
     assert np.all(other.lengths >= main.lengths)  # a token a byte
-    kept = {one.index for one in held.examples}
+    kept = {text.index for text in held.texts}
     some = [pair for pair in tokenized(plain, None) if pair.id in kept]
-    np.testing.assert_array_equal(main.lengths, pairs.lengths(some))
-    assert any("tokenizers differ" in said for said in pairs_report.header(held))
+    np.testing.assert_array_equal(main.lengths, pair_data.lengths(some))
+    assert any("tokenizers differ" in said for said in report.header(held))
 
 
 def test_a_reference_must_share_the_vocabulary(plain):
@@ -273,7 +280,7 @@ def test_a_reference_must_share_the_vocabulary(plain):
     other = dataclasses.replace(plain.architecture, vocabulary=known + 1)
     wide = dataclasses.replace(plain, architecture=other)
     with pytest.raises(ValueError, match=f"{known} tokens, got {known + 1}"):
-        contest._require_vocabulary(wide, plain)
+        comparison._require_vocabulary(wide, plain)
 
 
 # --- pairs as text --------------------------------------------------------------------
@@ -286,35 +293,33 @@ def test_files_are_read_one_after_the_other_and_a_prompt_is_known_again(tmp_path
         str(runs.write_pairs(tmp_path / "a.jsonl", rows)),
         str(runs.write_pairs(tmp_path / "b.jsonl", again)),
     ]
-    some, drops = pairs.read(files, split=None, limit=None)
+    some, drops = pair_data.read(files, split=None, limit=None)
     assert [one.index for one in some] == [0, 1, 2, 3]
     assert [one.origin for one in some][2:] == ["a.jsonl:3", "b.jsonl:1"]
     assert drops.total == 0
-    keys = [pairs.prompt_key(one) for one in some]
+    keys = [pair_data.prompt_key(one) for one in some]
     assert keys[3] == keys[1]
     assert len(set(keys)) == 3
-    limited, _ = pairs.read(files, split=None, limit=1)
+    limited, _ = pair_data.read(files, split=None, limit=1)
     assert [one.origin for one in limited] == ["a.jsonl:1", "b.jsonl:1"]
 
 
 def test_no_pair_is_too_long_for_its_row(plain):
-    some, drops = pairs.read([str(runs.PAIRS)], split=None, limit=None)
-    whole, _ = pairs.tokenize(some, plain.tokenizer, drops, data=DATA)
+    some, drops = pair_data.read([str(runs.PAIRS)], split=None, limit=None)
+    whole, _ = pair_data.tokenize(some, plain.tokenizer, drops, **RULES)
     longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in whole)
     assert max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in whole) > longest
-    data = cfg.Data(
-        train="none", max_length=longest, max_prompt_length=8, truncation="drop"
-    )
-    assert len(pairs.tokenize(some, plain.tokenizer, drops, data=data)[0]) == 40
+    rules = RULES | {"max_length": longest, "truncation": "drop"}
+    assert len(pair_data.tokenize(some, plain.tokenizer, drops, **rules)[0]) == 40
 
 
 # --- the report -----------------------------------------------------------------------
 
 
-def made_up(**changes: Any) -> contest.Contestant:
+def made_up(**changes: Any) -> comparison.Contestant:
     """Of six pairs on four prompts; margins 1, -1, 0, 2, 3, -4 by mean_logp."""
     return dataclasses.replace(
-        contest.Contestant(
+        comparison.Contestant(
             role="system",
             name="made up",
             reference=None,
@@ -334,25 +339,23 @@ def made_up(**changes: Any) -> contest.Contestant:
 
 
 @pytest.fixture
-def by_hand() -> contest.Contest:
-    some, _ = pairs.read([str(runs.PAIRS)], split=None, limit=6)
+def by_hand() -> comparison.Comparison:
+    some, _ = pair_data.read([str(runs.PAIRS)], split=None, limit=6)
     sources = ["a", "a", "b", "b", "b", "b"]
     some = [
         dataclasses.replace(one, source=source, prompt=some[prompt].prompt)
         for one, source, prompt in zip(some, sources, [0, 0, 1, 2, 3, 3], strict=True)
     ]
     flipped = made_up(role="against", logp=made_up().logp[:, ::-1])
-    _, report = pairs.tokenize(
-        some,
-        tiny_tokenizers.chatml(),
-        Drops.count([]),
-        data=cfg.Data(train="none"),
+    rules = pair_data.rules(cfg.Data(train="none"))
+    _, said = pair_data.tokenize(
+        some, tiny_tokenizers.chatml(), Drops.count([]), **rules
     )
-    return contest.Contest((made_up(), flipped), tuple(some), DATA, report, 0)
+    return comparison.Comparison((made_up(), flipped), tuple(some), RULES, said, 0)
 
 
 def test_accuracy_margin_ties_and_length_by_hand(by_hand):
-    groups = pairs_report.summarize(by_hand, resamples=50, seed=0)
+    groups = report.summarize(by_hand, resamples=50, seed=0)
     assert [(g.source, g.pairs, g.prompts) for g in groups] == [
         (None, 6, 4),
         ("a", 2, 1),
@@ -374,7 +377,7 @@ def test_accuracy_margin_ties_and_length_by_hand(by_hand):
 
 
 def test_a_difference_is_of_the_same_draws(by_hand):
-    groups = pairs_report.summarize(by_hand, resamples=2000, seed=0)
+    groups = report.summarize(by_hand, resamples=2000, seed=0)
     ours, theirs, difference = (
         line(groups, "b", who) for who in ("system", "against", "system - against")
     )
@@ -387,12 +390,10 @@ def test_a_difference_is_of_the_same_draws(by_hand):
 
 
 def test_the_record_holds_every_pair_and_its_margins_are_the_tables(by_hand):
-    groups = pairs_report.summarize(by_hand, resamples=50, seed=0)
+    groups = report.summarize(by_hand, resamples=50, seed=0)
     record = json.loads(
         json.dumps(
-            pairs_report.as_json(
-                by_hand, groups, command=["evaluate"], resamples=50, seed=0
-            )
+            report.as_json(by_hand, groups, command=["evaluate"], resamples=50, seed=0)
         )
     )
     margins = [pair["said"]["system"]["margin"] for pair in record["pairs"]]

@@ -1,0 +1,158 @@
+"""Flags that commands share: which system, on which devices, under which z."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lpc_jax import config as cfg
+from lpc_jax import sharding
+from lpc_jax.errors import UserError
+from lpc_jax.evaluation import like, steering, system
+from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation.system import Outline, System
+from lpc_jax.runtime import compute
+
+# Flags that replace a setting of the model.
+_OF_MODEL = ("revision", "tokenizer", "chat_template", "compute_dtype")
+
+LIKE: dict[str, Any] = {
+    "metavar": "FILE",
+    "help": "that of the reader who judged these pairs",
+}
+LIKE_BY: dict[str, Any] = {
+    "choices": like.BY,
+    "default": like.BY[0],
+    "help": "of --like: the posterior pooled over the pairs, or each code by how well"
+    " it alone ranks them [%(default)s]",
+}
+
+
+def add_system(parser: argparse.ArgumentParser) -> None:
+    """The system, and the devices that it is put on."""
+    add = parser.add_argument
+    add(
+        "system",
+        metavar="SYSTEM",
+        help="a run folder, an exported or Hugging Face folder, a .gguf file, a hub id,"
+        " or package:NAME/FILE",
+    )
+    add("--step", default="latest", help="of a run: latest, best or a number")
+    add("--revision", help="branch, tag or commit of a hub id")
+    add("--tokenizer", help="where it is, when not beside the weights")
+    add("--chat-template", help="a file with a Jinja template")
+    add(
+        "--compute-dtype",
+        choices=("auto", "float32", "bfloat16"),
+        help="auto: bfloat16 on accelerators, float32 on CPU [a run's own, else auto]",
+    )
+    add(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices over which heads and vocabulary are split; the rest split rows",
+    )
+    add(
+        "--compilation-cache",
+        default=cfg.Run().compilation_cache,
+        metavar="FOLDER",
+        help="compiled programs for the next start; none: kept nowhere",
+    )
+
+
+def add_steering(parser: argparse.ArgumentParser) -> None:
+    """How z is chosen."""
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--z", choices=("mean", "sample", "argmax"), help="from the prior [mean]"
+    )
+    chosen.add_argument("--code", metavar="7", help="this code, whatever the prompt")
+    chosen.add_argument("--mix", metavar="3:0.7,12:0.3", help="these, likewise")
+    chosen.add_argument("--like", **LIKE)
+    parser.add_argument("--like-by", **LIKE_BY)
+
+
+def model_of(given: argparse.Namespace) -> dict[str, Any]:
+    """What is said of the model, as ``system.load`` takes it."""
+    settings = {name: getattr(given, name) for name in _OF_MODEL}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def make_mesh(given: argparse.Namespace) -> Mesh:
+    """All devices; compiled programs are kept where the command line says."""
+    if given.compilation_cache not in (None, "none"):
+        compute.keep_compiled(Path(given.compilation_cache))
+    return sharding.make_mesh(
+        data=1, fsdp=-1, tensor=given.tensor, devices=jax.devices()
+    )
+
+
+def outline_system(given: argparse.Namespace) -> Outline:
+    """The system that a command line names, none of its arrays read."""
+    return system.outline(given.system, step=given.step, model=model_of(given))
+
+
+def load_system(given: argparse.Namespace, *, dtype: jnp.dtype | None = None) -> System:
+    """The system that a command line names, on all devices; see ``system.load``."""
+    return system.load(
+        given.system,
+        mesh=make_mesh(given),
+        step=given.step,
+        model=model_of(given),
+        dtype=dtype,
+    )
+
+
+def choose_z(
+    given: Any, latent: cfg.Latent | None, name: str
+) -> Callable[[System], Steering | None]:
+    """From a loaded system to how its z is chosen (None without codes), checked now.
+
+    Args:
+        given: With the flags of ``add_steering``.
+        latent: Settings of the system's codes.
+        name: Of the system.
+
+    Raises:
+        UserError: Codes of a system without any, an unknown one, a mix that is none,
+            or a file of examples that holds no pair.
+    """
+    if given.like is not None:
+        examples = like.read(given.like, given.like_by, latent, name)
+        return lambda loaded: like.steering(loaded, examples)
+    chosen = steering.choose(given.z, given.code, given.mix, latent, name)
+    return lambda _: chosen
+
+
+def require_new_file(path: Path, *, overwrite: bool, flag: str) -> None:
+    """Raises ``UserError`` for a file that is there already or cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path} must be a file, got a folder.")
+    if path.exists() and not overwrite:
+        raise UserError(
+            f"{flag} {path} must be a new file, got one that is there. Name another, or"
+            " add --overwrite."
+        )
+    require_writable(path.parent, flag=flag)
+
+
+def require_writable(folder: Path, *, flag: str) -> None:
+    """Makes a folder, and raises ``UserError`` where one cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag}: {folder} must be a folder that can be written to, got"
+            f" {os.strerror(error.errno or 0)}. Name another."
+        ) from error

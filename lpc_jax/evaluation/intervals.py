@@ -1,0 +1,78 @@
+"""Intervals of means over pairs, from drawing prompts again and again.
+
+Pairs of one prompt are not independent, so they are drawn together: the cluster
+bootstrap (Davison & Hinkley 1997, section 3.8, strategy 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import scipy.stats
+from jaxtyping import Float, Int
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+# Numbers gathered at a time: bounds the memory to some 100 MB.
+_GATHERED = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean over pairs, and the ends of its interval; a single prompt has none."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def text(self, digits: int = 3, *, scale: float = 1.0, signed: bool = False) -> str:
+        """For a person: ``0.512 [0.430, 0.601]``."""
+        mean = f"{scale * self.mean:{'+' if signed else ''}.{digits}f}"
+        if self.low is None or self.high is None:
+            return f"{mean} [one prompt]"
+        return f"{mean} [{scale * self.low:.{digits}f}, {scale * self.high:.{digits}f}]"
+
+
+def estimates(
+    values: Float[np.ndarray, "B quantities"],
+    prompts: Int[np.ndarray, "B"],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> list[Estimate]:
+    """The mean of each quantity with its percentile interval (Efron 1979).
+
+    All quantities are of the same draws, so a paired difference is a quantity like any
+    other. Where all pairs have one value the interval has no width, which says little;
+    with fewer than about 20 prompts it is too narrow.
+
+    Args:
+        values: Some quantities of each pair, at least one pair.
+        prompts: A number for each pair, the same for pairs of one prompt.
+        resamples: How many times as many prompts are drawn as there are.
+        seed: Of the draws.
+        level: Share of the draws within the interval.
+    """
+    means = values.mean(axis=0).tolist()
+    _, place = np.unique(prompts, return_inverse=True)
+    groups = int(place.max()) + 1
+    if groups < 2:
+        return [Estimate(mean, None, None) for mean in means]
+    sums = np.zeros((groups, values.shape[1]))
+    np.add.at(sums, place, values)
+    interval = scipy.stats.bootstrap(
+        (sums.T, np.bincount(place)[None]),
+        lambda of_prompts, pairs, axis: of_prompts.sum(axis) / pairs.sum(axis),
+        paired=True,  # a prompt's pairs are counted where their values are summed
+        n_resamples=resamples,
+        batch=max(1, _GATHERED // sums.size),
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+        axis=-1,
+    ).confidence_interval
+    ends = zip(means, interval.low.tolist(), interval.high.tolist(), strict=True)
+    return [Estimate(*parts) for parts in ends]

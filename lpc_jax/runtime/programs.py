@@ -1,0 +1,99 @@
+"""Jitted forward passes over packed pairs, each made once and then found again.
+
+A program takes the network's parameters and a placed micro-batch. It is known by what
+is static, the network's graph, the mesh and a few settings; arrays are only ever its
+arguments, so that no program keeps a policy's parameters alive.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from lpc_jax import objective
+from lpc_jax.models.latent import Steering
+from lpc_jax.models.network import Network
+from lpc_jax.types import Batch
+
+# Programs remembered of a kind; one that is forgotten is compiled again when asked for.
+_KEPT = 16
+
+
+def _program(forward: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+    """From a forward pass to ``(graph, mesh, **statics) -> jitted program``."""
+
+    @functools.lru_cache(maxsize=_KEPT)
+    def make(
+        graph: nnx.GraphDef[Network], mesh: Mesh, **statics: Any
+    ) -> Callable[..., Any]:
+        # Whole on every device, so that every process reads all of it.
+        @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        def program(params: dict[str, Any], batch: Batch, *arrays: Array) -> Any:
+            return forward(nnx.merge(graph, params), batch, *arrays, **statics)
+
+        return program
+
+    return functools.wraps(forward)(make)
+
+
+@_program
+def score(
+    network: Network,
+    batch: Batch,
+    *,
+    steering: Steering | None = None,
+    seed: int = 0,
+    chunk: int,
+) -> Float[Array, "R P 2"]:
+    """Log-probability of each answer, z as it is steered; None: without codes."""
+    key = jax.random.key(seed)
+    return objective.score_inference(
+        network, batch, steering=steering, key=key, chunk=chunk
+    ).logp
+
+
+@_program
+def score_under(
+    network: Network, batch: Batch, mixes: Float[Array, "M C"], *, chunk: int
+) -> Float[Array, "R P M 2"]:
+    """Log-probability of each answer under each mix of the codes."""
+    logp = objective.logp_under(network, batch, mixes, chunk=chunk)
+    return jnp.moveaxis(logp, 0, 2)
+
+
+@_program
+def believe(
+    network: Network, batch: Batch
+) -> tuple[Float[Array, "R P C"], Float[Array, "R P C"], Float[Array, "R P D"]]:
+    """Logits of prior and posterior, and z of the prior's mean; the head is not run."""
+    states, latent = network.states(batch), network.latent
+    assert latent is not None
+    assert states.prompt is not None
+    assert states.judged is not None
+    prior, posterior = latent.prior(states.prompt), latent.posterior(states.judged)
+    vector = latent.codes(prior, jax.nn.softmax(prior, axis=-1)).vector
+    return prior, posterior, vector
+
+
+@_program
+def latent_inputs(
+    network: Network, batch: Batch
+) -> tuple[Float[Array, "R P D"], Float[Array, "R P inputs"]]:
+    """What prior and posterior read of each pair."""
+    states = network.states(batch)
+    assert states.prompt is not None
+    assert states.judged is not None
+    return states.prompt, states.judged
+
+
+@_program
+def hidden(network: Network, batch: Batch) -> Float[Array, "R T D"]:
+    """The decoder's last hidden states."""
+    return network.hidden(batch)

@@ -1,0 +1,222 @@
+"""Reads pairs with a policy: packs them, runs a program, gives results in their order.
+
+The rows are those of training, so that a run's numbers are those that it logged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from lpc_jax import sharding
+from lpc_jax.data import packing
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.hidden_states import HiddenStates
+from lpc_jax.errors import UserError
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import programs
+from lpc_jax.runtime.policy import Policy
+from lpc_jax.types import Batch
+
+Pairs = Sequence[TokenizedPair]
+Program = Callable[..., Any]
+Progress = Callable[[int], None]  # told how many pairs are done
+
+# Rows of each device: one keeps a CPU busy and wastes least, a few an accelerator.
+_CPU_ROWS, _ROWS = 1, 4
+
+# Pairs packed together: enough to fill rows, few enough to plan fast.
+GROUP = 512
+
+
+def each(
+    pairs: Pairs,
+    shape: packing.RowShape,
+    run: Callable[[Batch], Any],
+    *,
+    on_progress: Progress = lambda _: None,
+    at_once: int | None = None,
+    take: Callable[[Any, Batch, int, int], Any] | None = None,
+) -> list[Any]:
+    """What a program says of each pair, in the order of the pairs; ids may repeat.
+
+    Args:
+        pairs: In the policy's tokens.
+        shape: Of a micro-batch.
+        run: From a micro-batch to arrays, by pair slot unless ``take`` knows better.
+        on_progress: Told how many pairs are done after each micro-batch.
+        at_once: Pairs that are packed together; None: ``GROUP``.
+        take: A pair's part of the arrays of a batch, by its row and slot.
+    """
+    ids = np.asarray([pair.id for pair in pairs], np.int32)
+    # An id is of one data set; pairs of several may meet, so their place stands in.
+    placed = [dataclasses.replace(pair, id=i) for i, pair in enumerate(pairs)]
+    results: list[Any] = [None] * len(pairs)
+    done, size = 0, at_once or GROUP
+    for first in range(0, len(pairs), size):
+        group = placed[first : first + size]
+        for batch in packing.micro_batches(group, shape, reference_logp=None):
+            places, used = batch.pair_id, batch.pair_mask
+            batch = dataclasses.replace(batch, pair_id=np.where(used, ids[places], 0))
+            arrays = jax.device_get(run(batch))
+            for row, slot in np.argwhere(used).tolist():
+                part = (take or _of_slot)(arrays, batch, row, slot)
+                results[places[row, slot]] = part
+            done += int(np.sum(used))
+            on_progress(done)
+    return results
+
+
+def _of_slot(arrays: Any, _: Batch, row: int, slot: int) -> Any:
+    return jax.tree.map(lambda array: np.array(array[row, slot]), arrays)
+
+
+def on_mesh(
+    program: Program, params: Any, mesh: Mesh, *arrays: Any
+) -> Callable[[Batch], Any]:
+    """A program with its parameters, for micro-batches that are not placed yet."""
+
+    def run(batch: Batch) -> Any:
+        with jax.set_mesh(mesh):
+            return program(params, sharding.place_batch(batch, mesh), *arrays)
+
+    return run
+
+
+def _read(
+    policy: Policy, pairs: Pairs, program: Program, *arrays: Any, **options: Any
+) -> list[Any]:
+    run = on_mesh(program, policy.whole, policy.mesh, *arrays)
+    return each(pairs, row_shape(policy, pairs), run, **options)
+
+
+def row_shape(policy: Policy, pairs: Pairs) -> packing.RowShape:
+    """Rows as the run has them, or as long as the longest pair; no longer than all."""
+    packed, compute = policy.config.packing, policy.compute
+    lengths = packing.pair_lengths(pairs)
+    totals = lengths.sum(axis=1)
+    row_length = min(max(packed.row_length, int(totals.max())), int(totals.sum()))
+    row_length += -row_length % compute.row_unit
+    ways = policy.mesh.shape["data"] * policy.mesh.shape["fsdp"]
+    return packing.row_shape(
+        lengths,
+        rows=ways * (_CPU_ROWS if compute.platform == "cpu" else _ROWS),
+        row_length=row_length,
+        pairs_per_row=packed.pairs_per_row,
+        score_chunk=policy.compute.score_chunk,
+    )
+
+
+def score(
+    policy: Policy,
+    pairs: Pairs,
+    *,
+    steering: Steering | None,
+    seed: int = 0,
+    on_progress: Progress = lambda _: None,
+) -> Float[np.ndarray, "B 2"]:
+    """Summed log-probabilities of every pair's chosen and rejected answer.
+
+    ``steering`` is None iff the policy has no codes; of ``sample`` each pair folds its
+    id into the seed.
+
+    Raises:
+        UserError: The policy gives an answer no finite log-probability.
+    """
+    assert (steering is None) == (policy.latent is None)
+    program = programs.score(
+        policy.graph,
+        policy.mesh,
+        steering=steering,
+        seed=seed,
+        chunk=policy.compute.score_chunk,
+    )
+    logp = np.asarray(_read(policy, pairs, program, on_progress=on_progress))
+    _require_finite(policy, logp, "give every answer a finite log-probability")
+    return logp
+
+
+def score_under(
+    policy: Policy, pairs: Pairs, mixes: Float[np.ndarray, "M C"]
+) -> Float[np.ndarray, "M B 2"]:
+    """The same under each of some mixes of the codes, where weights of 0 are no z.
+
+    Decoder and head meet every pair once.
+    """
+    program = programs.score_under(
+        policy.graph, policy.mesh, chunk=policy.compute.score_chunk
+    )
+    logp = _read(policy, pairs, program, mixes.astype(np.float32))
+    return np.moveaxis(np.asarray(logp), 1, 0)
+
+
+class Beliefs(NamedTuple):
+    """What a policy believes of pairs: logits, and z of the prior's mean."""
+
+    prior: Float[np.ndarray, "B C"]
+    posterior: Float[np.ndarray, "B C"]
+    vector: Float[np.ndarray, "B D"]
+
+
+def believe(
+    policy: Policy, pairs: Pairs, *, on_progress: Progress = lambda _: None
+) -> Beliefs:
+    """Prior, posterior and z of pairs; ``UserError`` where one is not finite."""
+    program = programs.believe(policy.graph, policy.mesh)
+    by_pair = _read(policy, pairs, program, on_progress=on_progress)
+    beliefs = Beliefs(*(np.asarray(x, np.float32) for x in zip(*by_pair, strict=True)))
+    joined = np.concatenate(beliefs, axis=1)
+    _require_finite(policy, joined, "have finite beliefs over its codes")
+    return beliefs
+
+
+def _require_finite(
+    policy: Policy, values: Float[np.ndarray, "B _"], duty: str
+) -> None:
+    bad = int(np.sum(~np.isfinite(values).all(axis=1)))
+    if bad:
+        raise UserError(
+            f"{policy.name} must {duty}, got nan or inf on {bad} of {len(values)}"
+            " pairs. Check its weights, or compute in float32."
+        )
+
+
+def states_reader(
+    graph: Any, params: Any, mesh: Mesh, shape: packing.RowShape
+) -> Callable[[Pairs], list[np.ndarray]]:
+    """A function from pairs to those of a decoder's hidden states that are kept."""
+    run = on_mesh(programs.hidden(graph, mesh), params, mesh)
+    return lambda pairs: each(pairs, shape, run, take=kept_states)
+
+
+def kept_states(
+    hidden: Float[np.ndarray, "R T D"], batch: Batch, row: int, slot: int
+) -> Float[np.ndarray, "_ D"]:
+    """Of a pair's hidden states those from its prompt's last token on."""
+    return hidden[row, batch.prompt_end[row, slot] : batch.rejected_end[row, slot] + 1]
+
+
+def with_states(policy: Policy, pairs: Pairs) -> Pairs:
+    """Pairs with the hidden states that a run keeps of a frozen decoder, else as given.
+
+    Raises:
+        UserError: As ``HiddenStates``.
+    """
+    if policy.config.decoder != "frozen":
+        return pairs
+    kept = HiddenStates(
+        Path(policy.config.model.states_cache),
+        weights_digest=policy.source.digest,
+        dtype=policy.compute.dtype,
+        width=policy.architecture.width,
+    )
+    shape = row_shape(policy, pairs)
+    read = states_reader(policy.graph, policy.whole, policy.mesh, shape)
+    return kept.attach(pairs, read, lambda _: None)
