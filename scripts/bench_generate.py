@@ -24,8 +24,9 @@ import numpy as np
 
 from lpc_jax import sharding
 from lpc_jax.evaluation import system
-from lpc_jax.evaluation.generate import Generator, Sampling
 from lpc_jax.evaluation.steering import Steering
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
 from lpc_jax.models import weights
 
 SHARD_BYTES = 1 << 30

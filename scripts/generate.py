@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
 
 def _run(arguments: argparse.Namespace, console: Console) -> None:
     from lpc_jax.evaluation import command
-    from lpc_jax.evaluation.generate import Generator, Sampling
+    from lpc_jax.generation.sampling import Sampling
 
     talks = arguments.prompts is None
     _check(arguments, talks)
@@ -97,60 +97,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     command.require_steering(arguments, command.outline_system(arguments))
     system = command.load_system(arguments)
     steering = command.read_steering(arguments, system)
-    if talks:
-        _talk(arguments, Generator(system, batch=1), sampling, steering, console)
-        return
-    from lpc_jax import sources
-    from lpc_jax.evaluation import answers
-
-    hub = cfg.Hub()
-    prompts = answers.read_prompts(
-        arguments.prompts,
-        system.tokenizer,
-        system_prompt=arguments.system_prompt,
-        limit=arguments.limit,
-        retry=sources.Retry(hub.retries, hub.wait),
-        split=arguments.split,
-    )
-    generator = Generator(system, batch=min(arguments.batch, len(prompts)))
-    generator.require_room([prompt.ids for prompt in prompts])
-    console.print(
-        f"{system.name}: {len(prompts)} prompts"
-        + ("" if system.latent is None else f", z: {steering.said()}"),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    tokens, since = 0, time.perf_counter()
-
-    def answer(some):
-        nonlocal tokens
-        found = generator.generate(
-            some,
-            sampling=sampling,
-            steering=steering,
-            stop=arguments.stop,
-            seed=arguments.seed,
-        )
-        tokens += sum(len(completion.tokens) for completion in found)
-        return found
-
-    for done in answers.write(
-        arguments.output,
-        prompts,
-        answer,
-        form=arguments.format,
-        generator=arguments.name or system.name,
-        # Several batches, within which prompts are sorted by length.
-        at_a_time=4 * arguments.batch,
-    ):
-        rate = tokens / (time.perf_counter() - since)
-        console.print(
-            f"{done} of {len(prompts)} answered, {rate:.1f} tokens/s",
-            markup=False,
-            highlight=False,
-        )
-    console.print(f"answers in {arguments.output}", markup=False, soft_wrap=True)
+    use = _talk if talks else _answer
+    use(arguments, system, sampling, steering, console)
 
 
 def _check(arguments: argparse.Namespace, talks: bool) -> None:
@@ -175,28 +123,72 @@ def _check(arguments: argparse.Namespace, talks: bool) -> None:
         )
 
 
-def _talk(arguments, generator, sampling, steering, console) -> None:
-    from lpc_jax.evaluation.conversation import Conversation
+def _answer(arguments, system, sampling, steering, console) -> None:
+    from lpc_jax import sources
+    from lpc_jax.generation import answers
+    from lpc_jax.generation.answering import Generator
+
+    hub = cfg.Hub()
+    prompts = answers.read_prompts(
+        arguments.prompts,
+        system.tokenizer,
+        system_prompt=arguments.system_prompt,
+        limit=arguments.limit,
+        retry=sources.Retry(hub.retries, hub.wait),
+        split=arguments.split,
+    )
+    generator = Generator(system, batch=min(arguments.batch, len(prompts)))
+    generator.require_room([prompt.ids for prompt in prompts])
+    how = "" if system.latent is None else f", z: {steering.said()}"
+    _say(console, f"{system.name}: {len(prompts)} prompts{how}")
+    tokens, since = 0, time.perf_counter()
+
+    def answer(ids):
+        nonlocal tokens
+        completions = generator.generate(
+            ids,
+            sampling=sampling,
+            steering=steering,
+            stop=arguments.stop,
+            seed=arguments.seed,
+        )
+        tokens += sum(len(completion.tokens) for completion in completions)
+        return completions
+
+    for done in answers.write(
+        arguments.output,
+        prompts,
+        answer,
+        form=arguments.format,
+        generator=arguments.name or system.name,
+        # Several batches, within which prompts are sorted by length.
+        at_a_time=4 * arguments.batch,
+    ):
+        rate = tokens / (time.perf_counter() - since)
+        _say(console, f"{done} of {len(prompts)} answered, {rate:.1f} tokens/s")
+    _say(console, f"answers in {arguments.output}")
+
+
+def _talk(arguments, system, sampling, steering, console) -> None:
+    from lpc_jax.generation.answering import Generator
+    from lpc_jax.generation.conversation import Conversation
 
     first = []
     if arguments.system_prompt is not None:
         first = [{"role": "system", "content": arguments.system_prompt}]
-    console.print(
-        f"{generator.system.name}. /help lists commands; the first answer waits for"
-        " programs to be compiled.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    Conversation(
-        generator,
-        sampling,
-        steering,
-        tuple(arguments.stop),
-        arguments.seed,
-        first,
+    generator = Generator(system, batch=1)
+    _say(
         console,
-    ).talk(lambda: console.input("> "))
+        f"{system.name}. /help lists commands; the first answer waits for programs to"
+        " be compiled.",
+    )
+    stop, seed = tuple(arguments.stop), arguments.seed
+    talk = Conversation(generator, sampling, steering, stop, seed, first, console)
+    talk.talk(lambda: console.input("> "))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lpc_jax import config as cfg
 from lpc_jax import sources
-from lpc_jax.evaluation import answers, command, samples
-from lpc_jax.evaluation.generate import Generator, Sampling
+from lpc_jax.evaluation import command
+from lpc_jax.generation import answers, samples
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
 from scripts.make_quickstart_pairs import OUTPUT_FOLDER, RULES, refuses
 
 PROMPTS = OUTPUT_FOLDER / "quickstart.test.jsonl"

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from lpc_jax import assembly, sharding
 from lpc_jax import config as cfg
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import like, steering, system
+from lpc_jax.evaluation import steering, system
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import Outline, System
+from lpc_jax.generation import like
 
 # Flags that replace a setting of the model.
 _OF_MODEL = ("revision", "tokenizer", "chat_template", "compute_dtype")

@@ -22,10 +22,11 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Report
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import like, pairs, steering, system
+from lpc_jax.evaluation import pairs, steering, system
 from lpc_jax.evaluation.pairs import Reward
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
+from lpc_jax.generation import like
 
 SYSTEM, START, AGAINST = "system", "start", "against"
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from lpc_jax import untrusted
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation.generate import Generator, Sampling
 from lpc_jax.evaluation.scoring import Ids, Request, Scorer
 from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
 
 # Of an answer, where a task does not say: as the hf model has it.
 MAX_NEW_TOKENS = 256

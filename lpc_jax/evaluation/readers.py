@@ -21,10 +21,11 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import bootstrap, like, pairs
+from lpc_jax.evaluation import bootstrap, pairs
 from lpc_jax.evaluation.bootstrap import Estimate
-from lpc_jax.evaluation.like import By
 from lpc_jax.evaluation.system import System
+from lpc_jax.generation import like
+from lpc_jax.generation.like import By
 
 # Times that a reader's examples are drawn, over which is averaged.
 DRAWS = 4

@@ -14,7 +14,7 @@ from lpc_jax import untrusted
 from lpc_jax.errors import UserError
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
-# With a latent over it, as lpc_jax/exported/modeling_lpc.py has them.
+# With a latent over it, as lpc_jax/export/out/modeling_lpc.py has them.
 LPC_FAMILIES = {f"Lpc{name}": family for name, family in FAMILIES.items()}
 
 # Fields that must hold one value, because the decoder computes no other.

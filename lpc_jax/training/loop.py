@@ -21,7 +21,8 @@ from rich.console import Console
 from lpc_jax import assembly, checkpoint, objective, processes, sharding
 from lpc_jax import config as cfg
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import preference, samples
+from lpc_jax.evaluation import preference
+from lpc_jax.generation import samples
 from lpc_jax.training import health, memory, nonfinite, runfolder
 from lpc_jax.training.runlog import EVALUATION, TRAIN, RunLog, require_trackers
 from lpc_jax.training.trainer import Trainer

@@ -30,9 +30,9 @@ from rich.text import Text
 
 from lpc_jax import untrusted
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import samples
 from lpc_jax.evaluation.preference import Evaluation
-from lpc_jax.evaluation.samples import Sample
+from lpc_jax.generation import samples
+from lpc_jax.generation.samples import Sample
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "plot.png"

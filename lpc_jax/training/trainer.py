@@ -20,8 +20,9 @@ from rich.console import Console
 from lpc_jax import assembly, objective, processes, sharding
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
-from lpc_jax.evaluation import preference, samples, system
-from lpc_jax.evaluation.generate import Generator
+from lpc_jax.evaluation import preference, system
+from lpc_jax.generation import samples
+from lpc_jax.generation.answering import Generator
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import weights
 from lpc_jax.models.latent import Steering

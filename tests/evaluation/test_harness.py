@@ -15,8 +15,8 @@ from lpc_jax.evaluation.steering import Steering
 from lpc_jax.evaluation.system import System
 from tests import systems
 from tests.data import tiny_tokenizers
-from tests.evaluation.test_generate import slowly
 from tests.evaluation.test_scoring import expected
+from tests.generation.test_answering import slowly
 
 MEAN = Steering("mean")
 SCALE = 3.0

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from lpc_jax import checkpoint, sharding
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import export, system
+from lpc_jax.evaluation import system
+from lpc_jax.export import folder as export
 from tests import runs
 
 

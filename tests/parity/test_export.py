@@ -13,8 +13,11 @@ import pytest
 
 from lpc_jax import sharding
 from lpc_jax.data import tokenizer as tokenizers
-from lpc_jax.evaluation import export, like, logit_bias, system
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation import system
+from lpc_jax.export import bias
+from lpc_jax.export import folder as export
+from lpc_jax.generation import like
+from lpc_jax.models.latent import Steering
 from tests import exports
 
 pytestmark = pytest.mark.parity
@@ -385,7 +388,7 @@ def bias_file(ours, tmp_path):
     texts = ["Which bird sings?", "Say it in one word: how many ships?"]
     conversations = [[{"role": "user", "content": text}] for text in texts]
     file = tmp_path / "codes.safetensors"
-    logit_bias.write(ours, conversations, MEAN, file)
+    bias.write(ours, conversations, MEAN, file)
     ids = [
         ours.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_dict=False
@@ -442,7 +445,7 @@ def vllm_module(torch, monkeypatch):
     for name in names:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules[names[-1]].AdapterLogitsProcessor = AdapterLogitsProcessor
-    file = Path(system.__file__).parents[1] / "exported" / "lpc_vllm.py"
+    file = Path(export.__file__).parent / "out" / "lpc_vllm.py"
     spec = importlib.util.spec_from_file_location("lpc_vllm", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

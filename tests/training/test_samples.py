@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import samples, system
-from lpc_jax.evaluation.generate import Generator, Sampling
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation import system
+from lpc_jax.generation import samples
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
 from lpc_jax.training import setup
 from tests import runs, systems, tiny
 

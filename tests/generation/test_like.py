@@ -11,8 +11,9 @@ import pytest
 import scipy.special
 
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import command, like, pairs
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation import command, pairs
+from lpc_jax.generation import like
+from lpc_jax.models.latent import Steering
 from scripts import generate
 from tests import runs, systems
 
@@ -30,7 +31,7 @@ def coded():
 def some(coded):
     examples = like.read(str(runs.PAIRS), "posterior", coded.latent, coded.name)
     found, _ = pairs.tokenize(
-        examples.found, coded.tokenizer, examples.drops, data=coded.config.data
+        examples.judged, coded.tokenizer, examples.drops, data=coded.config.data
     )
     return found[:5]
 

@@ -19,10 +19,11 @@ import safetensors.numpy
 from lpc_jax import sharding
 from lpc_jax.data import chat
 from lpc_jax.data import tokenizer as tokenizers
-from lpc_jax.evaluation import export, logit_bias, system
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation import system
 from lpc_jax.evaluation.system import System
+from lpc_jax.export import folder as export
 from lpc_jax.models import safetensors_file, weights
+from lpc_jax.models.latent import Steering
 from tests import exports
 
 FP32 = jnp.dtype("float32")
@@ -374,43 +375,3 @@ def test_training_does_not_drop_codes_in_silence(folder):
 def test_reading_a_folder_runs_none_of_its_code(copy, lpc):
     (copy / "modeling_lpc.py").write_text("raise SystemExit('ran')")
     same(load(copy, lpc).params, lpc.params)
-
-
-# --- as a bias ------------------------------------------------------------------------
-
-
-def test_weights_times_biases_are_what_z_adds_to_the_logits(lpc, tmp_path):
-    file = tmp_path / "codes.safetensors"
-    turns = [
-        [{"role": "user", "content": text}] for text in ("Which bird?", "Why " * 8)
-    ]
-    logit_bias.write(lpc, turns, Steering("mean"), file)
-    held = safetensors.numpy.load_file(file)
-    head = np.asarray(lpc.params["decoder"]["head"], np.float64)
-    for conversation, row in zip(turns, held["weights"], strict=True):
-        ids = chat.encode_prompt(conversation, lpc.tokenizer).tolist()
-        z = exports.vector(lpc, ids, Steering("mean"))
-        wanted = np.asarray(z, np.float64) @ head.T
-        np.testing.assert_allclose(row @ held["code_bias"], wanted, atol=1e-5)
-        plain = exports.logp(lpc, ids, 0 * z) + wanted
-        found = plain - np.log(np.exp(plain).sum(-1, keepdims=True))
-        np.testing.assert_allclose(found, exports.logp(lpc, ids, z), atol=1e-5)
-    assert np.abs(held["weights"][0] - held["weights"][1]).max() > 0.05
-    assert [entry.name for entry in tmp_path.iterdir()] == ["codes.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{", "expected JSON, got"),
-        ("3", "expected an object with prompt or messages or instruction, got 3"),
-        ('{"prompt": [{"role": "user"}]}', "message 1 of prompt must be an object"),
-        ('{"prompt": []}', "prompt must end with a message of the user, got []"),
-    ],
-)
-def test_a_line_that_is_no_prompt_is_named(tmp_path, line, said):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "Why?"}\n\n' + line + "\n")
-    message = message_of(logit_bias.read_prompts, file)
-    assert message.startswith(f"{file}:3: ")
-    assert said in message

@@ -1,7 +1,6 @@
 """Answers to a few held-out prompts, kept with the step that gave them and measured.
 
 A number on pairs says which of two answers a model prefers, not what it says itself.
-Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ import numpy as np
 
 from lpc_jax import untrusted
 from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.evaluation.generate import Generator, Ids, Sampling
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.decode import Ids
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
 
 FILE = "samples.jsonl"
 
@@ -25,11 +26,13 @@ FILE = "samples.jsonl"
 _GRAM, _DISTINCT = 4, 0.7
 # Shorter answers have too few 4-grams to tell.
 _LEAST_GRAMS = 5
+# Characters of a text that a person is shown.
+_SHOWN = 400
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One answer.
+    """One answer, as a line of the file has it.
 
     Attributes:
         step: Updates done when it was given.
@@ -63,22 +66,21 @@ def in_circle(tokens: Ids | Sequence[int]) -> bool:
 def choose(
     pairs: Sequence[TokenizedPair], count: int, *, most_tokens: int
 ) -> list[TokenizedPair]:
-    """Pairs with different prompts, of all sources in turn, from the first.
+    """So many pairs with different prompts, of all sources in turn, from the first.
 
-    Args:
-        pairs: The held-out pairs.
-        count: How many to choose, where there are so many.
-        most_tokens: Longer prompts are left out.
+    Prompts of more than ``most_tokens`` are left out.
     """
     by_source: dict[str, dict[bytes, TokenizedPair]] = {}
     for pair in pairs:
         if len(pair.prompt) <= most_tokens:
             of_source = by_source.setdefault(pair.source, {})
             of_source.setdefault(pair.prompt.tobytes(), pair)
-    left = [list(by_source[source].values()) for source in sorted(by_source)]
-    turns = max(map(len, left), default=0)
-    found = [some[turn] for turn in range(turns) for some in left if turn < len(some)]
-    return found[:count]
+    in_turn = sorted(
+        (turn, source, pair.id, pair)
+        for source, of_source in by_source.items()
+        for turn, pair in enumerate(of_source.values())
+    )
+    return [pair for *_, pair in in_turn[:count]]
 
 
 def answer(
@@ -166,16 +168,11 @@ def rewind(file: Path, resume_from: int | None) -> None:
     os.replace(partial, file)
 
 
-def before_and_after(samples: Sequence[Sample], *, most: int = 400) -> list[str]:
-    """One prompt of each source with its first and its last answer, to be read.
-
-    Args:
-        samples: Of at least one step.
-        most: Characters of a text that are shown.
-    """
+def before_and_after(samples: Sequence[Sample]) -> list[str]:
+    """A prompt of each source with its first and its last answer, to be read."""
 
     def shown(text: str) -> str:
-        return untrusted.shown(" ".join(text.split()), most=most) or "(nothing)"
+        return untrusted.shown(" ".join(text.split()), most=_SHOWN) or "(nothing)"
 
     lines: list[str] = []
     first, last = (pick(s.step for s in samples) for pick in (min, max))

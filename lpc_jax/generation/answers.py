@@ -1,7 +1,4 @@
-"""Files of prompts in, files of answers out.
-
-Knows nothing of how an answer is made.
-"""
+"""Files of prompts in, files of answers out."""
 
 from __future__ import annotations
 
@@ -10,9 +7,9 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import numpy as np
 
@@ -21,7 +18,8 @@ from lpc_jax.data import chat, examples
 from lpc_jax.data.examples import Message
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation.generate import Completion, Ids
+from lpc_jax.generation.answering import Completion
+from lpc_jax.generation.decode import Ids
 
 Format = Literal["jsonl", "alpaca_eval"]
 
@@ -37,13 +35,11 @@ class Prompt:
         messages: The conversation, the last message the user's.
         ids: It as tokens, with the assistant's header.
         row: As it was in the file.
-        origin: ``file:line``.
     """
 
     messages: list[Message]
     ids: Ids
     row: dict[str, Any]
-    origin: str
 
 
 def read_prompts(
@@ -68,9 +64,9 @@ def read_prompts(
     Raises:
         UserError: No such file, a row of no known form, or no rows.
     """
-    found = []
-    read = examples.rows(path, setting="--prompts", split=split, retry=retry)
-    for origin, row in itertools.islice(read, limit):
+    prompts = []
+    rows = examples.rows(path, setting="--prompts", split=split, retry=retry)
+    for origin, row in itertools.islice(rows, limit):
         messages = examples.parse_prompt(row, origin=origin)
         if system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system_prompt}, *messages]
@@ -78,13 +74,13 @@ def read_prompts(
             ids = chat.encode_prompt(messages, tokenizer)
         except UserError as error:
             raise UserError(f"{origin}: {error} Mend or remove the row.") from error
-        found.append(Prompt(messages, ids, row, origin))
-    if not found:
+        prompts.append(Prompt(messages, ids, row))
+    if not prompts:
         raise UserError(
             f"--prompts {path} must hold at least one prompt, got none. Give rows with"
             " prompt, messages or instruction."
         )
-    return found
+    return prompts
 
 
 def write(
@@ -96,7 +92,7 @@ def write(
     generator: str,
     at_a_time: int,
 ) -> Iterator[int]:
-    """Answers all prompts into a file; yields how many are in it.
+    """Answers all prompts into a file; yields how many are answered.
 
     JSON lines are written as they come, in the order of the prompts, so that a run that
     is cut short leaves those that it made. AlpacaEval's list takes its name when it is
@@ -114,68 +110,60 @@ def write(
 
     def answered() -> Iterator[list[tuple[Prompt, Completion]]]:
         for start in range(0, len(prompts), at_a_time):
-            some = prompts[start : start + at_a_time]
-            yield list(zip(some, answer([p.ids for p in some]), strict=True))
+            part = prompts[start : start + at_a_time]
+            yield list(zip(part, answer([p.ids for p in part]), strict=True))
 
-    if form == "jsonl":
-        yield from _write_lines(path, answered(), generator)
-    else:
-        yield from _write_list(path, answered(), generator)
-
-
-def _write_lines(
-    path: Path, answered: Iterable[list[tuple[Prompt, Completion]]], generator: str
-) -> Iterator[int]:
-    done = 0
-    with path.open("w", encoding="utf-8") as file:
-        for some in answered:
-            for prompt, completion in some:
-                line = prompt.row | described(completion) | {"generator": generator}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-            done += len(some)
-            yield done
-
-
-def _write_list(
-    path: Path, answered: Iterable[list[tuple[Prompt, Completion]]], generator: str
-) -> Iterator[int]:
-    rows = []
-    for some in answered:
-        for prompt, completion in some:
-            kept = {k: prompt.row[k] for k in ("dataset",) if k in prompt.row}
-            rows.append(
-                kept
-                | {
-                    "instruction": prompt.row.get(
-                        "instruction", prompt.messages[-1]["content"]
-                    ),
-                    "output": completion.text,
-                    "generator": generator,
-                }
-            )
-        yield len(rows)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(rows, file, ensure_ascii=False, indent=1)
-    Path(partial).chmod(0o644)  # mkstemp's file is the owner's alone
-    Path(partial).replace(path)
+    count, rows = 0, []
+    match form:
+        case "jsonl":
+            with path.open("w", encoding="utf-8") as file:
+                for pairs in answered():
+                    for pair in pairs:
+                        row = _of_lines(*pair) | {"generator": generator}
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    file.flush()
+                    count += len(pairs)
+                    yield count
+        case "alpaca_eval":
+            for pairs in answered():
+                rows += [_of_list(*pair) | {"generator": generator} for pair in pairs]
+                yield len(rows)
+            _write_whole(path, json.dumps(rows, ensure_ascii=False, indent=1))
+        case _:
+            assert_never(form)
 
 
-def described(completion: Completion) -> dict[str, Any]:
-    """An answer as JSON can hold it, with the codes that weigh most."""
-    found: dict[str, Any] = {
+def _of_lines(prompt: Prompt, completion: Completion) -> dict[str, Any]:
+    """The prompt's row with its answer, and the codes that weigh most."""
+    row = prompt.row | {
         "output": completion.text,
         "reason": completion.reason,
         "new_tokens": len(completion.tokens),
     }
     if completion.prior is not None and completion.weights is not None:
-        found["prior"] = largest(completion.prior, _CODES_NAMED)
-        found["codes"] = largest(completion.weights, _CODES_NAMED)
-    return found
+        row["prior"] = largest(completion.prior, _CODES_NAMED)
+        row["codes"] = largest(completion.weights, _CODES_NAMED)
+    return row
+
+
+def _of_list(prompt: Prompt, completion: Completion) -> dict[str, Any]:
+    last = prompt.messages[-1]["content"]
+    kept = {name: prompt.row[name] for name in ("dataset",) if name in prompt.row}
+    return kept | {
+        "instruction": prompt.row.get("instruction", last),
+        "output": completion.text,
+    }
 
 
 def largest(shares: np.ndarray, count: int) -> dict[str, float]:
     """The codes that weigh most, by number, with their weights."""
     order = np.argsort(-shares, kind="stable")[:count]
     return {str(code): round(float(shares[code]), 4) for code in order if shares[code]}
+
+
+def _write_whole(path: Path, text: str) -> None:
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    Path(partial).chmod(0o644)  # mkstemp's file is the owner's alone
+    Path(partial).replace(path)

@@ -1,14 +1,14 @@
 """z from a handful of one reader's judgements.
 
 What LPC can do that no plain loss can: of codes that were learnt from many readers'
-pairs, the mix that speaks to the reader who judged these. Knows nothing of who that is.
+pairs, the mix that speaks to the reader who judged these.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, assert_never, get_args
 
 import numpy as np
 import scipy.special
@@ -20,26 +20,19 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
 from lpc_jax.evaluation import codes, pairs
-from lpc_jax.evaluation.steering import Steering, require_codes
+from lpc_jax.evaluation.steering import require_codes
 from lpc_jax.evaluation.system import System
+from lpc_jax.models.latent import Steering
 
 By = Literal["posterior", "bayes"]
-BY: tuple[By, ...] = ("posterior", "bayes")
+BY: tuple[By, ...] = get_args(By)
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Judged pairs of one reader, read and not yet used.
+    """Judged pairs of one reader, read and not yet used; ``by``: how the mix comes."""
 
-    Attributes:
-        name: Of the file.
-        found: The pairs.
-        drops: Rows that hold none.
-        by: How the mix is found.
-    """
-
-    name: str
-    found: list[PreferenceExample]
+    judged: list[PreferenceExample]
     drops: Drops
     by: By
 
@@ -60,39 +53,31 @@ def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
     require_codes(num_codes, f"--like {file}", name)
     hub = cfg.Hub()
     retry = sources.Retry(hub.retries, hub.wait)
-    found, drops = pairs.read([file], split="train", limit=None, retry=retry)
-    return Examples(file, found, drops, by)
+    judged, drops = pairs.read([file], split="train", limit=None, retry=retry)
+    return Examples(judged, drops, by)
 
 
 def steering(system: System, examples: Examples) -> Steering:
-    """The mix of codes that examples call for.
-
-    Args:
-        system: With codes.
-        examples: From ``read``.
+    """The mix of codes that examples from ``read`` call for.
 
     Raises:
         UserError: No example is left as tokens.
     """
-    some, _ = pairs.tokenize(
-        examples.found, system.tokenizer, examples.drops, data=system.config.data
+    tokens, _ = pairs.tokenize(
+        examples.judged, system.tokenizer, examples.drops, data=system.config.data
     )
-    return mix(weights(evidence(system, some, examples.by), examples.by))
-
-
-def mix(given: Float[np.ndarray, "C"]) -> Steering:
-    """Steering by given weights of all codes."""
-    return Steering("mix", tuple(enumerate(given.tolist())))
+    mix = weights(evidence(system, tokens, examples.by), examples.by)
+    return Steering("mix", tuple(enumerate(mix.tolist())))
 
 
 def evidence(
-    system: System, some: Sequence[TokenizedPair], by: By
+    system: System, judged: Sequence[TokenizedPair], by: By
 ) -> Float[np.ndarray, "B C"]:
     """What each judged pair says for each code.
 
     Args:
         system: With codes.
-        some: Pairs in its tokens.
+        judged: Pairs in its tokens.
         by: ``posterior``: the posterior's logits (LPC eq. 8). ``bayes``: the
             log-likelihood of the judgement under that code alone, log sigmoid(margin)
             (Rafailov et al. 2023, eq. 1); the margin is beta times what the code adds
@@ -100,27 +85,32 @@ def evidence(
             adds to the rejected one's.
     """
     if by == "posterior":
-        beliefs = codes.believe(system, some, on_progress=lambda _: None)
+        beliefs = codes.believe(system, judged, on_progress=lambda _: None)
         return beliefs.posterior.astype(np.float64)
-    latent = system.latent
-    assert latent is not None
-    every = np.concatenate([np.zeros((1, latent.num_codes)), np.eye(latent.num_codes)])
-    logp = pairs.score_under(system, some, every, on_progress=lambda _: None)
+    assert system.latent is not None
+    count = system.latent.num_codes
+    mixes = np.concatenate([np.zeros((1, count)), np.eye(count)])  # none, then each
+    logp = pairs.score_under(system, judged, mixes, on_progress=lambda _: None)
     reward = pairs.reward(None, system.config.loss)
     alone = dataclasses.replace(reward, over_reference=False)
-    rewards = np.stack([alone.of(x, pairs.lengths(some), None) for x in logp])
+    rewards = np.stack([alone.of(x, pairs.lengths(judged), None) for x in logp])
     added = rewards[1:] - rewards[:1]
     return -np.logaddexp(0, added[..., 1] - added[..., 0]).T
 
 
 def weights(evidence: Float[np.ndarray, "B C"], by: By) -> Float[np.ndarray, "C"]:
-    """The mix that the evidence of some pairs calls for.
+    """The mix that the evidence of one reader's pairs calls for.
 
     Args:
-        evidence: Of the pairs of one reader.
+        evidence: From the function of that name.
         by: ``posterior``: the softmax of the mean logits, as training with
             ``latent.pool = "user"`` pools them. ``bayes``: the softmax of the summed
             log-likelihoods, Bayes' rule from a uniform belief over codes.
     """
-    pooled = evidence.mean(axis=0) if by == "posterior" else evidence.sum(axis=0)
-    return scipy.special.softmax(pooled)
+    match by:
+        case "posterior":
+            return scipy.special.softmax(evidence.mean(axis=0))
+        case "bayes":
+            return scipy.special.softmax(evidence.sum(axis=0))
+        case _:
+            assert_never(by)

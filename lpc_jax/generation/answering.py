@@ -1,0 +1,239 @@
+"""Answers to prompts under z of each: batches, streams, stop strings and ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from lpc_jax.errors import UserError
+from lpc_jax.evaluation.system import System
+from lpc_jax.generation import decode
+from lpc_jax.generation.decode import Ids
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import ends
+
+# Tokens between two looks at what was written, for stop strings.
+_LOOK = 32
+
+# What a cut UTF-8 character is decoded to.
+_UNFINISHED = "\ufffd"
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    Attributes:
+        tokens: Ids, without the token that ended it.
+        text: Decoded, without special tokens; ends before a stop string.
+        reason: ``end``: the model ended it; ``stop``: a stop string; ``length``:
+            ``max_new_tokens``; ``context``: the model's context is full; empty while it
+            is being written.
+        prior: The prior's probability of each code, or None without a latent.
+        weights: Of the codes in z, likewise.
+    """
+
+    tokens: Ids
+    text: str
+    reason: str
+    prior: Float[np.ndarray, "C"] | None
+    weights: Float[np.ndarray, "C"] | None
+
+
+class Generator:
+    """Writes answers with one system.
+
+    Args:
+        system: Its decoder's layers are laid apart, which takes their memory once more.
+        batch: Most prompts that are answered at a time.
+
+    Attributes:
+        system: As given.
+        ends: Tokens that end an answer; from ``runtime.ends``.
+    """
+
+    def __init__(self, system: System, *, batch: int) -> None:
+        self.system, self._batch = system, batch
+        with jax.set_mesh(system.mesh):
+            self._graph, self._params = decode.lay_apart(system.graph, system.params)
+        self.ends = ends.end_tokens(
+            system.tokenizer,
+            system.model_path,
+            vocabulary=system.architecture.vocabulary,
+            name=system.name,
+        )
+
+    def require_room(self, prompts: Sequence[Ids]) -> None:
+        """Refuses prompts that leave no room for an answer.
+
+        Raises:
+            UserError: Naming the first of them.
+        """
+        longest = self.system.architecture.context_length - 1
+        for number, prompt in enumerate(prompts, start=1):
+            if not 0 < len(prompt) <= longest:
+                raise UserError(
+                    f"prompt {number} must have 1 to {longest} tokens, as the model's"
+                    f" context has {longest + 1}, got {len(prompt)}. Shorten it."
+                )
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        *,
+        sampling: Sampling,
+        steering: Steering,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[Completion]:
+        """An answer to each prompt, in their order.
+
+        What a prompt is answered depends neither on the batch that it is in nor on the
+        other prompts, beyond rounding.
+
+        Args:
+            prompts: Token ids, as ``chat.encode_prompt`` gives them.
+            sampling: How tokens are chosen.
+            steering: How z is chosen; not read without a latent.
+            stop: An answer ends before the first of these.
+            seed: Of tokens, together with the prompt's number, and of draws of z,
+                together with the prompt itself.
+
+        Raises:
+            UserError: A prompt that leaves no room.
+        """
+        self.require_room(prompts)
+        answers: dict[int, Completion] = {}
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for begin in range(0, len(order), self._batch):
+            numbers = order[begin : begin + self._batch]
+            part = {number: prompts[number] for number in numbers}
+            rows = min(self._batch, len(prompts))
+            growing = self._write(part, rows, sampling, steering, stop, seed, _LOOK)
+            for completions in growing:
+                answers |= dict(zip(numbers, completions, strict=True))
+        return [answers[i] for i in range(len(prompts))]
+
+    def stream(
+        self,
+        prompt: Ids,
+        *,
+        sampling: Sampling,
+        steering: Steering,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[Completion]:
+        """The answer to one prompt, token by token; see ``generate``.
+
+        Yields:
+            Completions whose text each begins with the one before; ``reason`` is empty
+            but for the last.
+        """
+        self.require_room([prompt])
+        growing = self._write({0: prompt}, 1, sampling, steering, stop, seed, 1)
+        for (completion,) in growing:
+            yield completion
+
+    def _write(
+        self,
+        prompts: Mapping[int, Ids],
+        rows: int,
+        sampling: Sampling,
+        steering: Steering,
+        stop: Sequence[str],
+        seed: int,
+        every: int,
+    ) -> Iterator[list[Completion]]:
+        """A batch's answers after every few tokens, last of all whole."""
+        wanted, context = (
+            sampling.max_new_tokens,
+            self.system.architecture.context_length,
+        )
+        # A whole batch may write only as much as its longest prompt leaves room for.
+        most = [min(wanted, context - len(prompt)) for prompt in prompts.values()]
+        full = ["length" if count == wanted else "context" for count in most]
+        state, answers = self._begin(
+            prompts, rows, sampling, steering, seed, limit=max(most)
+        )
+        while True:
+            tokens, count, done = map(
+                np.array, jax.device_get((state.tokens, state.count, state.done))
+            )
+            for row, answer in enumerate(answers):
+                if not answer.reason:
+                    written = tokens[row, : min(int(count), most[row])]
+                    reason = full[row] if len(written) == most[row] else ""
+                    answers[row] = self._read(answer, written, stop, reason)
+                    done[row] |= bool(answers[row].reason)
+            yield list(answers)
+            if all(answer.reason for answer in answers):
+                return
+            state = dataclasses.replace(state, done=done)
+            limit = np.int32(min(int(count) + every, max(most)))
+            with jax.set_mesh(self.system.mesh):
+                state = decode.write(self._graph, self._params, state, limit)
+
+    def _begin(
+        self,
+        prompts: Mapping[int, Ids],
+        rows: int,
+        sampling: Sampling,
+        steering: Steering,
+        seed: int,
+        *,
+        limit: int,
+    ) -> tuple[decode.State, list[Completion]]:
+        """The first tokens on the device, and answers with what is known of z."""
+        tokens, told = decode.pad(prompts, rows=rows, seed=seed)
+        with jax.set_mesh(self.system.mesh):
+            cache, hidden = decode.read(
+                self._graph, self._params, tokens, told.first, limit=limit
+            )
+            state, *of_z = decode.begin(
+                self._graph,
+                self._params,
+                cache,
+                hidden,
+                told,
+                sampling.choice,
+                steering=steering,
+                ends=self.ends,
+            )
+        prior, weights = ([None] * rows if x is None else np.asarray(x) for x in of_z)
+        none = np.zeros(0, np.int32)
+        return state, [
+            Completion(none, "", "", prior[row], weights[row])
+            for row in range(len(prompts))
+        ]
+
+    def _read(
+        self, answer: Completion, tokens: Ids, stop: Sequence[str], full: str
+    ) -> Completion:
+        """An answer of all tokens written; ``full``: why there can be no more."""
+        ends = np.flatnonzero(np.isin(tokens, self.ends))
+        reason = "end" if len(ends) else full
+        tokens = tokens[: ends[0]] if len(ends) else tokens
+        tokenizer = self.system.tokenizer
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+        stops = [text.find(s) for s in stop if s in text]
+        if stops:
+            text, reason = text[: min(stops)], "stop"
+        elif not reason:
+            text = _settled(text, stop)
+        return dataclasses.replace(answer, tokens=tokens, text=text, reason=reason)
+
+
+def _settled(text: str, stop: Sequence[str]) -> str:
+    """Without half a character, or what may become a stop string, at its end."""
+    text = text.rstrip(_UNFINISHED)
+    for string in stop:
+        for length in range(min(len(string) - 1, len(text)), 0, -1):
+            if text.endswith(string[:length]):
+                text = text[:-length]
+                break
+    return text
