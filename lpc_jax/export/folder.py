@@ -38,10 +38,7 @@ _GIGABYTE = 1e9
 
 
 def require_output(output: Path) -> None:
-    """Refuses a place that cannot be written, before there is anything to write.
-
-    Args:
-        output: A folder or file that is to be made.
+    """Refuses a folder or file that cannot be made, before there is anything to write.
 
     Raises:
         UserError: It holds something, or cannot be made.

@@ -28,21 +28,16 @@ _UNFINISHED = "\ufffd"
 class Completion:
     """An answer.
 
-    Attributes:
-        tokens: Ids, without the token that ended it.
-        text: Decoded, without special tokens; ends before a stop string.
-        reason: ``end``: the model ended it; ``stop``: a stop string; ``length``:
-            ``max_new_tokens``; ``context``: the model's context is full; empty while it
-            is being written.
-        prior: The prior's probability of each code, or None without a latent.
-        weights: Of the codes in z, likewise.
+    ``reason`` says what ended it: ``end``: the model; ``stop``: a stop string;
+    ``length``: ``max_new_tokens``; ``context``: the model's context is full; nothing
+    while it is being written.
     """
 
-    tokens: Ids
-    text: str
+    tokens: Ids  # without the one that ended it
+    text: str  # without special tokens, and up to a stop string
     reason: str
-    prior: Float[np.ndarray, "C"] | None
-    weights: Float[np.ndarray, "C"] | None
+    prior: Float[np.ndarray, "C"] | None  # probabilities; None without a latent
+    weights: Float[np.ndarray, "C"] | None  # of the codes in z, likewise
 
 
 class Generator:
@@ -91,10 +86,7 @@ class Generator:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> list[Completion]:
-        """An answer to each prompt, in their order.
-
-        What a prompt is answered depends neither on the batch that it is in nor on the
-        other prompts, beyond rounding.
+        """An answer to each prompt, whatever the other prompts are, beyond rounding.
 
         Args:
             prompts: Token ids, as ``chat.encode_prompt`` gives them.
@@ -150,25 +142,37 @@ class Generator:
         every: int,
     ) -> Iterator[list[Completion]]:
         """A batch's answers after every few tokens, last of all whole."""
-        wanted, context = (
-            sampling.max_new_tokens,
-            self.system.architecture.context_length,
-        )
+        wanted = sampling.max_new_tokens
         # A whole batch may write only as much as its longest prompt leaves room for.
+        context = self.system.architecture.context_length
         most = [min(wanted, context - len(prompt)) for prompt in prompts.values()]
         full = ["length" if count == wanted else "context" for count in most]
-        state, answers = self._begin(
-            prompts, rows, sampling, steering, seed, limit=max(most)
-        )
-        while True:
-            tokens, count, done = map(
-                np.array, jax.device_get((state.tokens, state.count, state.done))
+        with jax.set_mesh(self.system.mesh):
+            state, *of_z = decode.start(
+                self._graph,
+                self._params,
+                prompts,
+                rows=rows,
+                limit=max(most),
+                seed=seed,
+                steering=steering,
+                choice=sampling.choice,
+                ends=self.ends,
             )
+        prior, weights = ([None] * rows if x is None else np.asarray(x) for x in of_z)
+        none = np.zeros(0, np.int32)
+        answers = [
+            Completion(none, "", "", prior[row], weights[row])
+            for row in range(len(prompts))
+        ]
+        while True:
+            written = state.tokens, state.count, state.done
+            tokens, count, done = map(np.array, jax.device_get(written))
             for row, answer in enumerate(answers):
                 if not answer.reason:
-                    written = tokens[row, : min(int(count), most[row])]
-                    reason = full[row] if len(written) == most[row] else ""
-                    answers[row] = self._read(answer, written, stop, reason)
+                    own = tokens[row, : min(int(count), most[row])]
+                    reason = full[row] if len(own) == most[row] else ""
+                    answers[row] = self._read(answer, own, stop, reason)
                     done[row] |= bool(answers[row].reason)
             yield list(answers)
             if all(answer.reason for answer in answers):
@@ -177,39 +181,6 @@ class Generator:
             limit = np.int32(min(int(count) + every, max(most)))
             with jax.set_mesh(self.system.mesh):
                 state = decode.write(self._graph, self._params, state, limit)
-
-    def _begin(
-        self,
-        prompts: Mapping[int, Ids],
-        rows: int,
-        sampling: Sampling,
-        steering: Steering,
-        seed: int,
-        *,
-        limit: int,
-    ) -> tuple[decode.State, list[Completion]]:
-        """The first tokens on the device, and answers with what is known of z."""
-        tokens, told = decode.pad(prompts, rows=rows, seed=seed)
-        with jax.set_mesh(self.system.mesh):
-            cache, hidden = decode.read(
-                self._graph, self._params, tokens, told.first, limit=limit
-            )
-            state, *of_z = decode.begin(
-                self._graph,
-                self._params,
-                cache,
-                hidden,
-                told,
-                sampling.choice,
-                steering=steering,
-                ends=self.ends,
-            )
-        prior, weights = ([None] * rows if x is None else np.asarray(x) for x in of_z)
-        none = np.zeros(0, np.int32)
-        return state, [
-            Completion(none, "", "", prior[row], weights[row])
-            for row in range(len(prompts))
-        ]
 
     def _read(
         self, answer: Completion, tokens: Ids, stop: Sequence[str], full: str

@@ -29,17 +29,11 @@ _CODES_NAMED = 4
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One row of a file of prompts.
+    """One row of a file of prompts."""
 
-    Attributes:
-        messages: The conversation, the last message the user's.
-        ids: It as tokens, with the assistant's header.
-        row: As it was in the file.
-    """
-
-    messages: list[Message]
-    ids: Ids
-    row: dict[str, Any]
+    messages: list[Message]  # the last one the user's
+    ids: Ids  # of them, with the assistant's header
+    row: dict[str, Any]  # as it was in the file
 
 
 def read_prompts(
@@ -94,16 +88,14 @@ def write(
 ) -> Iterator[int]:
     """Answers all prompts into a file; yields how many are answered.
 
-    JSON lines are written as they come, in the order of the prompts, so that a run that
-    is cut short leaves those that it made. AlpacaEval's list takes its name when it is
-    whole.
-
     Args:
         path: The file.
         prompts: From ``read_prompts``.
         answer: From prompts to completions.
-        form: ``jsonl``: each row as it was, with the answer and what it took;
-            ``alpaca_eval``: what AlpacaEval reads as model outputs (Li et al. 2023).
+        form: ``jsonl``: each row as it was, with the answer and what it took, written
+            as they come, so that a run that is cut short leaves those that it made;
+            ``alpaca_eval``: what AlpacaEval reads as model outputs (Li et al. 2023),
+            a list that takes its name when it is whole.
         generator: Who answers, for both.
         at_a_time: Prompts between two writes.
     """

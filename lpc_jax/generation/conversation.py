@@ -35,39 +35,25 @@ HELP = """\
 
 @dataclasses.dataclass
 class Conversation:
-    """A chat with one system.
-
-    Attributes:
-        generator: Writes the answers.
-        sampling: How tokens are chosen.
-        steering: How z is chosen; commands change it.
-        stop: Strings that end an answer.
-        seed: Of the next answer; each takes the one after.
-        first: A message of the system, or none.
-        say: Where to print.
-    """
+    """A chat with one system; commands change its fields."""
 
     generator: Generator
     sampling: Sampling
     steering: Steering
     stop: tuple[str, ...]
-    seed: int
-    first: list[Message]
-    say: Console
+    seed: int  # of the next answer; each takes the one after
+    first: list[Message]  # of the system, or none
+    console: Console
     history: list[Message] = dataclasses.field(default_factory=list)
     last: Completion | None = None
 
     def talk(self, read: Callable[[], str]) -> None:
-        """Answers lines until there are no more.
-
-        Args:
-            read: The next line; ``EOFError`` or Ctrl-C where there is none.
-        """
+        """Answers lines until ``read`` raises ``EOFError`` or there is a Ctrl-C."""
         while True:
             try:
                 line = read().strip()
             except (EOFError, KeyboardInterrupt):
-                self.say.print()
+                self.console.print()
                 return
             if line in ("/quit", "/exit"):
                 return
@@ -80,7 +66,7 @@ class Conversation:
                 self._print(f"error: {error}")
 
     def _print(self, text: str, end: str = "\n") -> None:
-        self.say.print(text, end=end, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, end=end, markup=False, highlight=False, soft_wrap=True)
 
     def _answer(self, messages: list[Message]) -> None:
         """Answers; the turn is kept only where there was an answer."""
@@ -90,7 +76,7 @@ class Conversation:
         for completion in self._stream(ids):
             self._print(completion.text[len(text) :], end="")
             text, self.last = completion.text, completion
-        self.say.print()
+        self.console.print()
         if self.last is not None and self.last.reason in ("length", "context"):
             self._print(f"[cut: {self.last.reason}]")
         self.seed += 1
@@ -109,11 +95,7 @@ class Conversation:
             self._print(" [interrupted]", end="")
 
     def _obey(self, line: str) -> None:
-        """A command.
-
-        Raises:
-            UserError: An unknown one, or codes of a system without any.
-        """
+        """Does what a command says."""
         name, _, value = line.partition(" ")
         value = value.strip()
         match name:
@@ -172,7 +154,7 @@ class Conversation:
         table = Table("code", "prior", "in z")
         for code in answers.largest(prior, _SHOWN):
             table.add_row(code, f"{prior[int(code)]:.3f}", f"{weights[int(code)]:.3f}")
-        self.say.print(table)
+        self.console.print(table)
         in_z = answers.largest(weights, _SHOWN)
         shares = ", ".join(f"{code}: {share:.3f}" for code, share in in_z.items())
         self._print(f"z of the last answer: {shares}")

@@ -63,7 +63,7 @@ class State:
     ends: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
-def pad(
+def _pad(
     prompts: Mapping[int, Ids], *, rows: int, seed: int
 ) -> tuple[Int32[np.ndarray, "R T"], Rows]:
     """Prompts by number, as an array of so many rows and what else is told of it."""
@@ -91,26 +91,40 @@ def lay_apart(graph: Any, params: Any) -> tuple[Any, Any]:
     return nnx.split((CachedDecoder(network.decoder), network.latent))
 
 
-def read(
+def start(
     graph: Any,
     params: Any,
-    tokens: Int32[np.ndarray, "R T"],
-    first: Int32[np.ndarray, "R"],
+    prompts: Mapping[int, Ids],
     *,
+    rows: int,
     limit: int,
-) -> tuple[Cache, Float[Array, "R D"]]:
-    """The prompts' cache, with room for an answer, and their last hidden states."""
-    rows, length = tokens.shape
+    seed: int,
+    steering: Steering,
+    choice: Choice,
+    ends: tuple[int, ...],
+) -> tuple[State, Array | None, Array | None]:
+    """Reads prompts, chooses z and the first token of at most ``limit`` each.
+
+    Prompts come by number, which seeds the tokens that are drawn; z and the seed of its
+    draw are the prompt's own.
+
+    Returns:
+        The answers so far; the prior's probabilities and the codes' weights in z [R C],
+        or None without a latent.
+    """
+    tokens, told = _pad(prompts, rows=rows, seed=seed)
+    length = tokens.shape[1]
     slots = _round_up(length + limit, _SLOTS)
     cache = _empty_cache(graph, params, rows=rows, slots=slots)
-    start, hidden = 0, None
-    while start < length:
-        size = next(size for size in _CHUNKS if size <= length - start)
-        chunk = tokens[:, start : start + size]
-        cache, hidden = read_chunk(graph, params, cache, chunk, np.int32(start), first)
-        start += size
-    assert hidden is not None
-    return cache, hidden
+    done, hidden = 0, None
+    while done < length:
+        size = next(size for size in _CHUNKS if size <= length - done)
+        chunk, at = tokens[:, done : done + size], np.int32(done)
+        cache, hidden = read(graph, params, cache, chunk, at, told.first)
+        done += size
+    return begin(
+        graph, params, cache, hidden, told, choice, steering=steering, ends=ends
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("rows", "slots"))
@@ -120,7 +134,7 @@ def _empty_cache(graph: Any, params: Any, *, rows: int, slots: int) -> Cache:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read_chunk(
+def read(
     graph: Any,
     params: Any,
     cache: Cache,
@@ -151,12 +165,7 @@ def begin(
     steering: Steering,
     ends: tuple[int, ...],
 ) -> tuple[State, Float[Array, "R C"] | None, Float[Array, "R C"] | None]:
-    """Chooses z and the first token.
-
-    Returns:
-        The answers so far; the prior's probabilities and the codes' weights in z, or
-        None without a latent.
-    """
+    """Chooses z and the first token; gives also the prior and the codes' weights."""
     decoder, latent = nnx.merge(graph, params)
     room = hidden.shape[0], cache.keys[0].shape[1]
     key = jax.random.key(rows.seed)

@@ -38,19 +38,19 @@ class Examples:
 
 
 def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
-    """The examples of a file, before anything is loaded or computed.
+    """The pairs of a file, before anything is loaded or computed.
 
     Args:
-        file: Of preference pairs, in any form that training reads.
-        by: One of ``BY``.
+        file: In any form that training reads.
+        by: How the mix comes.
         latent: Of the system that is to be asked under their z.
         name: Of that system.
 
     Raises:
         UserError: It has no codes, or the file no pair.
     """
-    num_codes = None if latent is None else latent.num_codes
-    require_codes(num_codes, f"--like {file}", name)
+    codes = None if latent is None else latent.num_codes
+    require_codes(codes, f"--like {file}", name)
     hub = cfg.Hub()
     retry = sources.Retry(hub.retries, hub.wait)
     judged, drops = pairs.read([file], split="train", limit=None, retry=retry)
@@ -73,16 +73,12 @@ def steering(system: System, examples: Examples) -> Steering:
 def evidence(
     system: System, judged: Sequence[TokenizedPair], by: By
 ) -> Float[np.ndarray, "B C"]:
-    """What each judged pair says for each code.
+    """What each judged pair says for each code of a system that has some.
 
-    Args:
-        system: With codes.
-        judged: Pairs in its tokens.
-        by: ``posterior``: the posterior's logits (LPC eq. 8). ``bayes``: the
-            log-likelihood of the judgement under that code alone, log sigmoid(margin)
-            (Rafailov et al. 2023, eq. 1); the margin is beta times what the code adds
-            to the chosen answer's log-prob, per token where the loss is, less what it
-            adds to the rejected one's.
+    By ``posterior`` the posterior's logits (LPC eq. 8). By ``bayes`` the log-likelihood
+    of the judgement under that code alone, log sigmoid(margin) (Rafailov et al. 2023,
+    eq. 1); the margin is beta times what the code adds to the chosen answer's log-prob,
+    per token where the loss is, less what it adds to the rejected one's.
     """
     if by == "posterior":
         beliefs = codes.believe(system, judged, on_progress=lambda _: None)
@@ -101,11 +97,9 @@ def evidence(
 def weights(evidence: Float[np.ndarray, "B C"], by: By) -> Float[np.ndarray, "C"]:
     """The mix that the evidence of one reader's pairs calls for.
 
-    Args:
-        evidence: From the function of that name.
-        by: ``posterior``: the softmax of the mean logits, as training with
-            ``latent.pool = "user"`` pools them. ``bayes``: the softmax of the summed
-            log-likelihoods, Bayes' rule from a uniform belief over codes.
+    By ``posterior`` the softmax of the mean logits, as training with ``latent.pool =
+    "user"`` pools them; by ``bayes`` the softmax of the summed log-likelihoods, Bayes'
+    rule from a uniform belief over codes.
     """
     match by:
         case "posterior":

@@ -32,29 +32,17 @@ _SHOWN = 400
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One answer, as a line of the file has it.
+    """One answer to a pair's prompt, as a line of the file has it."""
 
-    Attributes:
-        step: Updates done when it was given.
-        id: Of the pair whose prompt it answers.
-        source: Of that pair.
-        prompt: The last turn before the answer.
-        answer: Without special tokens.
-        tokens: How many it has, without the one that ended it.
-        chosen_tokens: How many the pair's better answer has, likewise.
-        ended: Whether the model ended it.
-        circle: Whether it runs in a circle.
-    """
-
-    step: int
-    id: int
+    step: int  # updates done when it was given
+    id: int  # of the pair
     source: str
-    prompt: str
+    prompt: str  # the last turn before the answer
     answer: str
-    tokens: int
-    chosen_tokens: int
-    ended: bool
-    circle: bool
+    tokens: int  # without the one that ended it
+    chosen_tokens: int  # of the pair's better answer, likewise
+    ended: bool  # by the model itself
+    circle: bool  # whether it runs in one
 
 
 def in_circle(tokens: Ids | Sequence[int]) -> bool:
@@ -95,10 +83,10 @@ def answer(
     """Greedy answers to the pairs' prompts.
 
     Args:
-        generator: Of the policy as it is now.
+        generator: Of the policy after ``step`` updates.
         pairs: From ``choose``.
         prompts: What to show of each pair's prompt, by pair id.
-        step: Updates done.
+        step: Kept with the answers.
         steering: How z is chosen; not read without a latent.
         max_new_tokens: Most tokens of an answer.
     """

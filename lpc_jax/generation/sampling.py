@@ -18,27 +18,19 @@ Scalar = np.float32 | Array
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are written.
+    """How answers are written; ``keep_likeliest`` says what top_k and top_p do.
 
-    Attributes:
-        max_new_tokens: Most tokens of an answer, its end included.
-        temperature: Logits are divided by it; 0 takes the largest (greedy).
-        top_k: Only so many of the likeliest tokens; None: all.
-        top_p: Only the likeliest tokens that together have this probability (Holtzman
-            et al. 2020), after top_k; 1: all.
+    Raises:
+        UserError: A value that means nothing, by its flag.
     """
 
-    max_new_tokens: int
-    temperature: float = 0.0
+    max_new_tokens: int  # the answer's end included
+    temperature: float = 0.0  # logits are divided by it; 0: greedy
     top_k: int | None = None
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuses values that mean nothing.
-
-        Raises:
-            UserError: Naming the flag.
-        """
+        """Refuses values that mean nothing."""
         for name, holds, expected in (
             ("max-new-tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "at least 0"),
@@ -92,7 +84,7 @@ def keep_likeliest(
         logits: Divided by the temperature.
         top_k: Most tokens to keep; equals of the last are kept too. None: all.
         top_p: Keep the fewest of the likeliest, of those that top_k keeps, that
-            together have at least this probability. None: all.
+            together have at least this probability (Holtzman et al. 2020). None: all.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, top_k)[0][:, -1:]

@@ -17,16 +17,11 @@ _LARGEST_CONFIG = 1 << 20
 def end_tokens(
     tokenizer: Tokenizer, model: Path, *, vocabulary: int, name: str
 ) -> tuple[int, ...]:
-    """The tokens that end an answer, in order.
+    """The tokens that end an answer, in order, of those below ``vocabulary``.
 
-    The tokenizer's end of sequence, those that the model's generation config names, and
-    with a chat template, what an answer's scored tokens end with in training.
-
-    Args:
-        tokenizer: Of the policy.
-        model: Folder or file of its start weights.
-        vocabulary: Ids that the model knows.
-        name: Of the policy, for a person.
+    The tokenizer's end of sequence, those that the generation config in the model's
+    folder names, and with a chat template, what an answer's scored tokens end with in
+    training.
 
     Raises:
         UserError: There is none, or a generation config that is broken.

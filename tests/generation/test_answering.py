@@ -233,7 +233,7 @@ def test_z_of_a_prompt_is_the_same_whatever_else_is_asked(coded, generator, prom
 def test_nothing_compiles_for_another_prompt_or_temperature(generator, prompts):
     warm = Sampling(NEW, temperature=0.5, top_p=0.9)
     generator.generate(prompts[:2], sampling=warm, steering=MEAN)
-    programs = decode.read_chunk, decode.begin, decode.write
+    programs = decode.read, decode.begin, decode.write
     sizes = [program._cache_size() for program in programs]
     other = Sampling(NEW - 3, temperature=0.9, top_p=0.8)
     generator.generate(prompts[2:4], sampling=other, steering=MEAN, seed=9)
