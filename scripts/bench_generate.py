@@ -23,10 +23,11 @@ import jax
 import numpy as np
 
 from lpc_jax import sharding
-from lpc_jax.evaluation import system
-from lpc_jax.evaluation.generate import Generator, Sampling
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
 from lpc_jax.models import weights
+from lpc_jax.runtime import loading
+from lpc_jax.runtime.steering import Steering
 
 SHARD_BYTES = 1 << 30
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(arguments.threads)
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
-    ours = system.load(arguments.system, mesh=mesh)
+    ours = loading.load(arguments.system, mesh=mesh)
     theirs = their_model(ours, torch)
     # Real ids matter not: each token takes the same products.
     prompts = np.random.default_rng(0).integers(
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def their_model(ours: system.System, torch: Any) -> Any:
+def their_model(ours: Policy, torch: Any) -> Any:
     """The same decoder in fp32, through a folder that we write."""
     from transformers import AutoModelForCausalLM
 

@@ -178,7 +178,8 @@ def compare_readers(
 ) -> None:
     """Whether a few of a reader's judgements say what that reader wants."""
     from lpc_jax.data import pairs
-    from lpc_jax.evaluation import flags, readers, steering
+    from lpc_jax.evaluation import flags, readers
+    from lpc_jax.runtime import steering
 
     _require_writable(asked)
     _refuse(
@@ -188,14 +189,15 @@ def compare_readers(
         "chooses z from judgements",
     )
     outline = flags.outline_system(asked)
-    latent = outline.config.latent
+    latent = outline.latent
     steering.require_codes(latent and latent.num_codes, "--like-own", asked.system)
-    if asked.like is None and outline.checkpoint is None:
+    run = outline.run
+    if asked.like is None and run is None:
         raise UserError(
             "--like-own takes examples from a run's training pairs, got"
             f" {asked.system}, which is no run. Name a file of them with --like."
         )
-    data = outline.config.data
+    data = cfg.Data(train=asked.like) if run is None else run.data
     held_out = pairs.read(
         asked.pairs, split=asked.pairs_split, limit=asked.limit, user=data.user
     )
@@ -227,7 +229,8 @@ def look_at_codes(
     asked: argparse.Namespace, arguments: Sequence[str], console: Console
 ) -> None:
     """Writes a page about a system's codes, and says the most of it."""
-    from lpc_jax.evaluation import codes_report, flags, steering
+    from lpc_jax.evaluation import codes_report, flags
+    from lpc_jax.runtime import steering
 
     if asked.output is None or len(asked.pairs) != 1:
         raise UserError(
@@ -236,7 +239,7 @@ def look_at_codes(
         )
     _refuse(asked, ("z", "code", "mix", "like"), "--codes", "looks at all of them")
     codes_report.require(asked.output)
-    latent = flags.outline_system(asked).config.latent
+    latent = flags.outline_system(asked).latent
     steering.require_codes(latent and latent.num_codes, "--codes", asked.system)
     looked, page = codes_report.make(
         flags.load_system(asked),
@@ -269,12 +272,12 @@ def evaluate_tasks(
 ) -> None:
     """Scores of lm-eval's tasks."""
     from lpc_jax.evaluation import flags, task_command
-    from lpc_jax.evaluation.steering import Steering
+    from lpc_jax.runtime.steering import Steering
 
     _require_writable(asked)
     tasks = task_command.load(asked)
     outline = flags.outline_system(asked)
-    choose = flags.choose_z(asked, outline.config.latent, outline.name)
+    choose = flags.choose_z(asked, outline.latent, outline.name)
     loaded = flags.load_system(asked)
     steering = choose(loaded) or Steering("mean")
     files = [asked.json, asked.output and asked.output / "tasks.json"]

@@ -18,11 +18,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lpc_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from lpc_jax.runtime.loading import Found
+
 REFUSED = 2
-DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -37,6 +40,7 @@ def _shard_bytes(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from lpc_jax.evaluation import flags
+    from lpc_jax.export.folder import DTYPES
 
     parser = argparse.ArgumentParser(
         prog="export.py",
@@ -73,41 +77,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(given: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
-    from lpc_jax.evaluation import export, flags, like, logit_bias, steering
+    from lpc_jax.evaluation import flags
+    from lpc_jax.export import folder
 
     if given.like is not None and given.bias is None:
         raise UserError(
             f"--like {given.like} is of --bias PROMPTS, got none. Name prompts, or"
             " leave it out: an exported folder has all codes."
         )
-    export.require_output(given.output)
+    folder.require_output(given.output)
     outline = flags.outline_system(given)
-    prompts = examples = None
     if given.bias is not None:
-        latent = export.require_codes(outline, "--bias")
-        if given.like is not None:
-            examples = like.read(given.like, given.like_by, latent, outline.name)
-        prompts = logit_bias.read_prompts(given.bias)
-    else:
-        export.require_space(
-            given.output, outline, dtype=given.dtype, plain=given.plain
-        )
-    loaded = flags.load_system(given, dtype=jnp.dtype("float32"))
-    if prompts is not None:
-        how = steering.of_settings(export.require_codes(outline, "--bias"))
-        if examples is not None:
-            how = like.steering(loaded, examples)
-        logit_bias.write(loaded, prompts, how, given.output)
-        print(f"{given.output}: {loaded.name}'s codes and {len(prompts)} prompts")
+        _export_bias(given, outline)
         return
-    export.write(
-        loaded,
-        given.output,
-        dtype=given.dtype,
-        shard_bytes=given.shard_size,
-        plain=given.plain,
-    )
-    print("\n".join(export.said(loaded, given.output, plain=given.plain)))
+    options = {"dtype": given.dtype, "plain": given.plain}
+    folder.require_space(given.output, outline, **options)
+    system = flags.load_system(given, dtype=jnp.dtype("float32"))
+    folder.write(system, given.output, shard_bytes=given.shard_size, **options)
+    print(folder.summary(system, given.output, plain=given.plain))
+
+
+def _export_bias(given: argparse.Namespace, outline: Found) -> None:
+    import jax.numpy as jnp
+
+    from lpc_jax.evaluation import flags
+    from lpc_jax.export import bias
+    from lpc_jax.generation import like
+    from lpc_jax.runtime import steering
+
+    latent, examples = outline.latent, None
+    codes = None if latent is None else latent.num_codes
+    steering.require_codes(codes, "--bias", outline.name)
+    assert latent is not None
+    if given.like is not None:
+        examples = like.read(given.like, given.like_by, latent, outline.name)
+    prompts = bias.read_prompts(given.bias)
+    system = flags.load_system(given, dtype=jnp.dtype("float32"))
+    how = steering.of_settings(latent)
+    if examples is not None:
+        how = like.steering(system, examples)
+    bias.write(system, prompts, how, given.output)
+    print(f"{given.output}: {system.name}'s codes and {len(prompts)} prompts")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
 
 def _run(arguments: argparse.Namespace, console: Console) -> None:
     from lpc_jax.evaluation import flags
-    from lpc_jax.evaluation.generate import Generator, Sampling
-    from lpc_jax.evaluation.steering import Steering
+    from lpc_jax.generation.sampling import Sampling
+    from lpc_jax.models.latent import Steering
 
     talks = arguments.prompts is None
     _check(arguments, talks)
@@ -95,60 +95,11 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         top_p=(CHAT_TOP_P if talks else 1.0) if top_p is None else top_p,
     )
     outline = flags.outline_system(arguments)
-    choose = flags.choose_z(arguments, outline.config.latent, outline.name)
+    choose = flags.choose_z(arguments, outline.latent, outline.name)
     system = flags.load_system(arguments)
     steering = choose(system) or Steering("mean")
-    if talks:
-        _talk(arguments, Generator(system, batch=1), sampling, steering, console)
-        return
-    from lpc_jax.evaluation import answers
-
-    prompts = answers.read_prompts(
-        arguments.prompts,
-        system.tokenizer,
-        system_prompt=arguments.system_prompt,
-        limit=arguments.limit,
-        split=arguments.split,
-    )
-    generator = Generator(system, batch=min(arguments.batch, len(prompts)))
-    generator.require_room([prompt.ids for prompt in prompts])
-    console.print(
-        f"{system.name}: {len(prompts)} prompts"
-        + ("" if system.latent is None else f", z: {steering.said()}"),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    tokens, since = 0, time.perf_counter()
-
-    def answer(some):
-        nonlocal tokens
-        found = generator.generate(
-            some,
-            sampling=sampling,
-            steering=steering,
-            stop=arguments.stop,
-            seed=arguments.seed,
-        )
-        tokens += sum(len(completion.tokens) for completion in found)
-        return found
-
-    for done in answers.write(
-        arguments.output,
-        prompts,
-        answer,
-        form=arguments.format,
-        generator=arguments.name or system.name,
-        # Several batches, within which prompts are sorted by length.
-        at_a_time=4 * arguments.batch,
-    ):
-        rate = tokens / (time.perf_counter() - since)
-        console.print(
-            f"{done} of {len(prompts)} answered, {rate:.1f} tokens/s",
-            markup=False,
-            highlight=False,
-        )
-    console.print(f"answers in {arguments.output}", markup=False, soft_wrap=True)
+    use = _talk if talks else _answer
+    use(arguments, system, sampling, steering, console)
 
 
 def _check(arguments: argparse.Namespace, talks: bool) -> None:
@@ -173,28 +124,69 @@ def _check(arguments: argparse.Namespace, talks: bool) -> None:
         )
 
 
-def _talk(arguments, generator, sampling, steering, console) -> None:
-    from lpc_jax.evaluation.conversation import Conversation
+def _answer(arguments, system, sampling, steering, console) -> None:
+    from lpc_jax.generation import answers
+    from lpc_jax.generation.answering import Generator
+
+    prompts = answers.read_prompts(
+        arguments.prompts,
+        system.tokenizer,
+        system_prompt=arguments.system_prompt,
+        limit=arguments.limit,
+        split=arguments.split,
+    )
+    generator = Generator(system, batch=min(arguments.batch, len(prompts)))
+    generator.require_room([prompt.ids for prompt in prompts])
+    how = "" if system.latent is None else f", z: {steering.said()}"
+    _say(console, f"{system.name}: {len(prompts)} prompts{how}")
+    tokens, since = 0, time.perf_counter()
+
+    def answer(ids):
+        nonlocal tokens
+        completions = generator.generate(
+            ids,
+            sampling=sampling,
+            steering=steering,
+            stop=arguments.stop,
+            seed=arguments.seed,
+        )
+        tokens += sum(len(completion.tokens) for completion in completions)
+        return completions
+
+    for done in answers.write(
+        arguments.output,
+        prompts,
+        answer,
+        form=arguments.format,
+        generator=arguments.name or system.name,
+        # Several batches, within which prompts are sorted by length.
+        at_a_time=4 * arguments.batch,
+    ):
+        rate = tokens / (time.perf_counter() - since)
+        _say(console, f"{done} of {len(prompts)} answered, {rate:.1f} tokens/s")
+    _say(console, f"answers in {arguments.output}")
+
+
+def _talk(arguments, system, sampling, steering, console) -> None:
+    from lpc_jax.generation.answering import Generator
+    from lpc_jax.generation.conversation import Conversation
 
     first = []
     if arguments.system_prompt is not None:
         first = [{"role": "system", "content": arguments.system_prompt}]
-    console.print(
-        f"{generator.system.name}. /help lists commands; the first answer waits for"
-        " programs to be compiled.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
-    Conversation(
-        generator,
-        sampling,
-        steering,
-        tuple(arguments.stop),
-        arguments.seed,
-        first,
+    generator = Generator(system, batch=1)
+    _say(
         console,
-    ).talk(lambda: console.input("> "))
+        f"{system.name}. /help lists commands; the first answer waits for programs to"
+        " be compiled.",
+    )
+    stop, seed = tuple(arguments.stop), arguments.seed
+    talk = Conversation(generator, sampling, steering, stop, seed, first, console)
+    talk.talk(lambda: console.input("> "))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

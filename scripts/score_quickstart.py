@@ -19,9 +19,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lpc_jax.evaluation import answers, flags, samples
-from lpc_jax.evaluation.generate import Generator, Sampling
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation import flags
+from lpc_jax.generation import answers, samples
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
 from scripts.make_quickstart_pairs import OUTPUT_FOLDER, RULES, refuses
 
 PROMPTS = OUTPUT_FOLDER / "quickstart.test.jsonl"

@@ -19,10 +19,9 @@ from flax import nnx
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
-from lpc_jax.evaluation import system
-from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import System
-from lpc_jax.runtime import policy
+from lpc_jax.runtime import loading, policy
+from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime.steering import Steering
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("tiny_llama", "tiny_llama31", "tiny_mistral", "tiny_llama_tied")
@@ -31,10 +30,10 @@ LATENT = cfg.Latent(num_codes=6, hidden_width=5)
 _LENGTH = 64
 
 
-def plain(name: str) -> System:
+def plain(name: str) -> Policy:
     """A golden model, in fp32 on one device, with the golden tokenizer."""
     folder = GOLDEN / name
-    return system.load(
+    return loading.load(
         str(folder),
         mesh=sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1]),
         model={"tokenizer": str(GOLDEN / "tiny_tokenizer")},
@@ -42,7 +41,7 @@ def plain(name: str) -> System:
     )
 
 
-def with_codes(name: str, latent: cfg.Latent = LATENT, *, seed: int = 0) -> System:
+def with_codes(name: str, latent: cfg.Latent = LATENT, *, seed: int = 0) -> Policy:
     """The same under LPC, with a random latent."""
     base = plain(name)
     config = dataclasses.replace(base.config, latent=latent)
@@ -67,12 +66,12 @@ def with_codes(name: str, latent: cfg.Latent = LATENT, *, seed: int = 0) -> Syst
     )
 
 
-def hidden_states(of: System, tokens: Sequence[int]) -> np.ndarray:
+def hidden_states(of: Policy, tokens: Sequence[int]) -> np.ndarray:
     """After the final norm, [tokens, D]; one whole forward pass."""
     return np.asarray(_padded(of, tokens))[: len(tokens)]
 
 
-def _padded(of: System, tokens: Sequence[int]) -> jax.Array:
+def _padded(of: Policy, tokens: Sequence[int]) -> jax.Array:
     row = np.zeros((1, _LENGTH), np.int32)
     row[0, : len(tokens)] = tokens
     return _forward(of.graph, of.params, jnp.asarray(row))[0]
@@ -85,7 +84,7 @@ def _forward(graph: nnx.GraphDef, params: dict, row: jax.Array) -> jax.Array:
     return nnx.merge(graph, params).decoder(row, positions, same, same)
 
 
-def vector(of: System, prompt: Sequence[int], steering: Steering) -> np.ndarray:
+def vector(of: Policy, prompt: Sequence[int], steering: Steering) -> np.ndarray:
     """z of a prompt, [D]."""
     latent = of.network.latent
     assert latent is not None
@@ -94,14 +93,14 @@ def vector(of: System, prompt: Sequence[int], steering: Steering) -> np.ndarray:
     return np.asarray(latent.codes(logits, weights).vector)
 
 
-def logp(of: System, tokens: Sequence[int], z: np.ndarray) -> np.ndarray:
+def logp(of: Policy, tokens: Sequence[int], z: np.ndarray) -> np.ndarray:
     """Log-probabilities of every next token under z, [tokens, V]."""
     decoder = of.params["decoder"]
     head = np.asarray(decoder.get("head", decoder["embedding"]))
     return scipy.special.log_softmax((hidden_states(of, tokens) + z) @ head.T, axis=-1)
 
 
-def greedy(of: System, prompt: Sequence[int], z: np.ndarray, count: int) -> list[int]:
+def greedy(of: Policy, prompt: Sequence[int], z: np.ndarray, count: int) -> list[int]:
     """The likeliest answer token by token, with its end or cut after ``count``."""
     tokens = list(prompt)
     for _ in range(count):

@@ -25,10 +25,9 @@ from lpc_jax.data.report import Drops, Report
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation import code_measures as measures
-from lpc_jax.evaluation import steering
 from lpc_jax.evaluation.code_measures import Measures
-from lpc_jax.evaluation.system import System
-from lpc_jax.runtime import reading
+from lpc_jax.runtime import reading, steering
+from lpc_jax.runtime.policy import Policy
 
 PROMPTS_SHOWN, TOKENS_SHOWN = 8, 16
 
@@ -148,7 +147,7 @@ class Look:
 
 
 def look(
-    system: System,
+    system: Policy,
     some: Sequence[PreferenceExample],
     drops: Drops,
     *,
@@ -207,7 +206,7 @@ def look(
 
 
 def _codes(
-    system: System, prior: Float[np.ndarray, "prompts C"], sources: Sequence[str]
+    system: Policy, prior: Float[np.ndarray, "prompts C"], sources: Sequence[str]
 ) -> tuple[tuple[Code, ...], Effect]:
     """Every code, and the effect of the average mix."""
     usage, by_source = prior.mean(axis=0), measures.usage_by_source(prior, sources)
@@ -260,7 +259,7 @@ def token_effects(
     return logits - jnp.mean(logits, axis=-1, keepdims=True)
 
 
-def _effects(system: System) -> Float[np.ndarray, "C known"]:
+def _effects(system: Policy) -> Float[np.ndarray, "C known"]:
     """``token_effects`` of all tokens that the tokenizer knows.
 
     The head may have more rows. Special tokens stay: a code that raises the end of the

@@ -18,12 +18,13 @@ import jinja2
 
 from lpc_jax.data import examples
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import code_measures, codes, codes_pictures, flags, steering
+from lpc_jax.evaluation import code_measures, codes, codes_pictures, flags
 from lpc_jax.evaluation.code_measures import BesideChance
 from lpc_jax.evaluation.codes import Code, Look
 from lpc_jax.evaluation.codes_pictures import shown_source
-from lpc_jax.evaluation.system import System
 from lpc_jax.files import untrusted
+from lpc_jax.runtime import steering
+from lpc_jax.runtime.policy import Policy
 
 PAGE_FILE, NUMBERS_FILE = "codes.html", "codes.json"
 VERSIONS = ("jax", "flax", "scikit-learn", "matplotlib")
@@ -48,7 +49,7 @@ def require(output: Path) -> None:
 
 
 def make(
-    system: System,
+    system: Policy,
     pairs: str,
     output: Path,
     *,

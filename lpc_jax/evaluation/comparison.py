@@ -22,11 +22,11 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Report
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import flags, steering, system
-from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import System
+from lpc_jax.evaluation import flags
 from lpc_jax.loss_table import Reward
-from lpc_jax.runtime import reading
+from lpc_jax.runtime import loading, reading, steering
+from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime.steering import Steering
 
 SYSTEM, START, AGAINST = "system", "start", "against"
 
@@ -108,10 +108,10 @@ class _Entrant(NamedTuple):
     """A contestant before it is scored, and its reward's reference."""
 
     role: str
-    system: System
+    system: Policy
     steering: Steering | None
     reward: Reward
-    reference: System | None
+    reference: Policy | None
 
 
 def compare(
@@ -164,8 +164,8 @@ def compare(
 
 def _run_of(path: str, step: str) -> cfg.Config | None:
     """A run's settings, none of its arrays read; None for a model that is no run."""
-    is_run = (Path(path).expanduser() / system.CHECKPOINTS).is_dir()
-    return system.outline(path, step=step).config if is_run else None
+    is_run = (Path(path).expanduser() / loading.CHECKPOINTS).is_dir()
+    return loading.find(path, step=step).run if is_run else None
 
 
 def _rules(options: Options, run: cfg.Config | None) -> dict[str, Any]:
@@ -193,26 +193,26 @@ class _Systems:
         self._mesh, self._seed, self._on_progress = mesh, options.seed, on_progress
         dtype = options.model.get("compute_dtype")
         self._for_all = {} if dtype is None else {"compute_dtype": dtype}
-        self._loaded: dict[tuple[str, str], System] = {}
+        self._loaded: dict[tuple[str, str], Policy] = {}
         self._scored: dict[tuple[int, Steering | None, str], np.ndarray] = {}
 
-    def load(self, path: str, step: str = "latest", model: Any = None) -> System:
+    def load(self, path: str, step: str = "latest", model: Any = None) -> Policy:
         """A run's checkpoint or a model."""
         if (path, step) not in self._loaded:
             model = self._for_all if model is None else model
-            self._loaded[path, step] = system.load(
+            self._loaded[path, step] = loading.load(
                 path, mesh=self._mesh, step=step, model=model
             )
         return self._loaded[path, step]
 
-    def load_start(self, path: str, run: cfg.Config | None) -> System:
+    def load_start(self, path: str, run: cfg.Config | None) -> Policy:
         """A model with a run's tokenizer and precision, where it is a run's."""
         if run is None:
             return self.load(path)
         return self.load(path, model=model_for(path, run) | self._for_all)
 
     def score(
-        self, who: str, asked: System, how: Steering | None, pairs: list[TokenizedPair]
+        self, who: str, asked: Policy, how: Steering | None, pairs: list[TokenizedPair]
     ) -> Float[np.ndarray, "B 2"]:
         """Log-probabilities of every pair's chosen and rejected answer."""
         key = (id(asked), how, pair_data.tokens_digest(pairs))
@@ -241,7 +241,7 @@ def _entrants(
             " --reward mean_logp."
         )
 
-    def reference(asked: System, of: cfg.Config | None) -> System | None:
+    def reference(asked: Policy, of: cfg.Config | None) -> Policy | None:
         """The run's own, and of a model the one that the system has."""
         if not reward.over_reference:
             return None
@@ -253,7 +253,7 @@ def _entrants(
         _require_vocabulary(loaded, asked)
         return loaded
 
-    def own_z(asked: System) -> Steering | None:
+    def own_z(asked: Policy) -> Steering | None:
         return steering.choose(None, None, None, asked.latent, asked.name)
 
     main = systems.load(options.system, options.step, options.model)
@@ -285,7 +285,7 @@ def _contestant(
         reference=None if reference is None else reference.name,
         z=None if how is None else how.said(),
         reward=reward,
-        weights_digest=system.digest(asked),
+        weights_digest=asked.digest(),
         tokenizer_digest=tokenizers.digest(asked.tokenizer),
         logp=systems.score(role, asked, how, pairs),
         lengths=pair_data.lengths(pairs),
@@ -293,7 +293,7 @@ def _contestant(
     )
 
 
-def _require_vocabulary(reference: System, asked: System) -> None:
+def _require_vocabulary(reference: Policy, asked: Policy) -> None:
     ours, theirs = asked.architecture.vocabulary, reference.architecture.vocabulary
     if ours != theirs:
         raise UserError(

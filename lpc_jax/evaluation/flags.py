@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import like, steering, system
-from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import Outline, System
-from lpc_jax.runtime import compute
+from lpc_jax.generation import like
+from lpc_jax.runtime import compute, loading, steering
+from lpc_jax.runtime.loading import Found
+from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime.steering import Steering
 
 # Flags that replace a setting of the model.
 _OF_MODEL = ("revision", "tokenizer", "chat_template", "compute_dtype")
@@ -82,7 +83,7 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
 
 
 def model_of(given: argparse.Namespace) -> dict[str, Any]:
-    """What is said of the model, as ``system.load`` takes it."""
+    """What is said of the model, as ``loading.load`` takes it."""
     settings = {name: getattr(given, name) for name in _OF_MODEL}
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -96,14 +97,14 @@ def make_mesh(given: argparse.Namespace) -> Mesh:
     )
 
 
-def outline_system(given: argparse.Namespace) -> Outline:
+def outline_system(given: argparse.Namespace) -> Found:
     """The system that a command line names, none of its arrays read."""
-    return system.outline(given.system, step=given.step, model=model_of(given))
+    return loading.find(given.system, step=given.step, model=model_of(given))
 
 
-def load_system(given: argparse.Namespace, *, dtype: jnp.dtype | None = None) -> System:
-    """The system that a command line names, on all devices; see ``system.load``."""
-    return system.load(
+def load_system(given: argparse.Namespace, *, dtype: jnp.dtype | None = None) -> Policy:
+    """The system that a command line names, on all devices; see ``loading.load``."""
+    return loading.load(
         given.system,
         mesh=make_mesh(given),
         step=given.step,
@@ -114,7 +115,7 @@ def load_system(given: argparse.Namespace, *, dtype: jnp.dtype | None = None) ->
 
 def choose_z(
     given: Any, latent: cfg.Latent | None, name: str
-) -> Callable[[System], Steering | None]:
+) -> Callable[[Policy], Steering | None]:
     """From a loaded system to how its z is chosen (None without codes), checked now.
 
     Args:

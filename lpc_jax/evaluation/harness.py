@@ -15,11 +15,12 @@ import jinja2
 import numpy as np
 
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation.generate import Generator, Sampling
 from lpc_jax.evaluation.scoring import Ids, Request, Scorer
-from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import System
 from lpc_jax.files import untrusted
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime.steering import Steering
 
 # Of an answer, where a task does not say: as the hf model has it.
 MAX_NEW_TOKENS = 256
@@ -56,7 +57,7 @@ class TextModel:
 
     def __init__(
         self,
-        system: System,
+        system: Policy,
         *,
         steering: Steering,
         max_length: int | None = None,
@@ -321,7 +322,7 @@ def rolling_windows(
         scored = end
 
 
-def _prefix_token(system: System) -> int:
+def _prefix_token(system: Policy) -> int:
     """What stands before a text without context: BOS, or EOS without one."""
     tokenizer = system.tokenizer
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):

@@ -21,12 +21,13 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import comparison, intervals, like, system
+from lpc_jax.evaluation import comparison, intervals
 from lpc_jax.evaluation.intervals import Estimate
-from lpc_jax.evaluation.like import By
-from lpc_jax.evaluation.system import System
 from lpc_jax.files import untrusted
-from lpc_jax.runtime import reading
+from lpc_jax.generation import like
+from lpc_jax.generation.like import By
+from lpc_jax.runtime import loading, reading
+from lpc_jax.runtime.policy import Policy
 
 # Times that a reader's examples are drawn, over which is averaged.
 DRAWS = 4
@@ -53,7 +54,7 @@ class Readers:
 
 
 def measure(
-    asked: System,
+    asked: Policy,
     known: Texts,
     held_out: Texts,
     *,
@@ -98,7 +99,7 @@ def measure(
 
 
 def _mixes(
-    asked: System,
+    asked: Policy,
     examples: Sequence[TokenizedPair],
     known_by: np.ndarray,
     names: list[str],
@@ -122,7 +123,7 @@ def _mixes(
 
 
 def _by_reader(
-    asked: System, texts: Texts
+    asked: Policy, texts: Texts
 ) -> tuple[Sequence[TokenizedPair], np.ndarray]:
     """Pairs as tokens, and who judged each: users, or sources where some have none."""
     examples, drops = texts
@@ -134,7 +135,7 @@ def _by_reader(
 
 
 def _reference_logp(
-    asked: System, judged: Sequence[TokenizedPair]
+    asked: Policy, judged: Sequence[TokenizedPair]
 ) -> Float[np.ndarray, "B 2"]:
     """Log-probs of pairs under the run's reference."""
     config = asked.config
@@ -145,7 +146,7 @@ def _reference_logp(
         nothing = np.zeros((1, asked.latent.num_codes))
         return reading.score_under(asked, judged, nothing)[0]
     model = comparison.model_for(path, config)
-    reference = system.load(path, mesh=asked.mesh, model=model)
+    reference = loading.load(path, mesh=asked.mesh, model=model)
     # Their states are the policy's decoder's.
     bare = [dataclasses.replace(pair, states=None) for pair in judged]
     return reading.score(reference, bare, steering=None)

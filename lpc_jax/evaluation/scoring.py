@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +20,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from lpc_jax import assembly, sharding
-from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import System
 from lpc_jax.losses import sequence
 from lpc_jax.models.network import Network, read_at
+from lpc_jax.runtime import draws
+from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime.steering import Steering
 from lpc_jax.types import NO_PAIR, PADDING, PROMPT
 
 Ids = Int32[np.ndarray, "_"]
@@ -133,7 +133,7 @@ class Scorer:
 
     def __init__(
         self,
-        system: System,
+        system: Policy,
         *,
         steering: Steering,
         seed: int = 0,
@@ -235,7 +235,7 @@ def _arrays(
         pair=np.full((count, length), NO_PAIR, np.int32),
         branch=np.full((count, length), PADDING, np.int32),
         context_end=np.zeros(count, np.int32),
-        seed=np.zeros(count, np.uint32),
+        seed=np.pad(draws.seeds([row.context for row in rows]), (0, count - len(rows))),
         score_from=np.zeros((count, length + _CONTINUATIONS), np.int32),
         score_token=np.zeros((count, length + _CONTINUATIONS), np.int32),
         score_mask=np.zeros((count, length + _CONTINUATIONS), bool),
@@ -248,7 +248,6 @@ def _arrays(
         made.pair[index, : row.length] = 0
         made.branch[index, :end] = PROMPT
         made.context_end[index] = end - 1
-        made.seed[index] = zlib.crc32(row.context.tobytes())
         lead = np.arange(row.lead)
         made.score_from[index, : row.lead] = end - 1 - row.lead + lead
         made.score_token[index, : row.lead] = row.context[end - row.lead :]
@@ -284,10 +283,9 @@ def _score(
     scored = read_at(hidden, rows.score_from)
     if network.latent is not None:
         end = rows.context_end[:, None]
-        prior = network.latent.prior(read_at(hidden, end)[:, 0])
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows.seed)
-        weights = jax.vmap(steering.weights)(prior, keys)
-        vector = network.latent.codes(prior, weights).vector[:, None]
+        at_end = read_at(hidden, end)[:, 0]
+        codes = draws.codes(network.latent, at_end, steering, key, rows.seed)
+        vector = codes.vector[:, None]
         has_z = (rows.score_from >= end)[..., None]
         scored = scored + jnp.where(has_z, vector, 0.0).astype(scored.dtype)
     return sequence.token_logp_and_greedy(

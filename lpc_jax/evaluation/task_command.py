@@ -21,8 +21,8 @@ from rich.table import Table
 
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation.harness import TextModel
-from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import System
+from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime.steering import Steering
 
 _PACKAGE = "lm_eval"
 # Of a task's results what is no metric.
@@ -100,7 +100,7 @@ def _harness() -> types.ModuleType:
 
 def main(
     arguments: argparse.Namespace,
-    system: System,
+    system: Policy,
     tasks: list[Any],
     *,
     steering: Steering,

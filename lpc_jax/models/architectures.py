@@ -12,7 +12,7 @@ from typing import Any
 from lpc_jax.errors import UserError
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
-# With a latent over it, as lpc_jax/exported/modeling_lpc.py has them.
+# With a latent over it, as lpc_jax/export/out/modeling_lpc.py has them.
 LPC_FAMILIES = {f"Lpc{name}": family for name, family in FAMILIES.items()}
 
 # Above any model's: what is larger is a mistake, or made to exhaust the memory. The

@@ -20,8 +20,9 @@ from lpc_jax import config as cfg
 from lpc_jax import loss_table, metrics, objective, processes, sharding
 from lpc_jax.data import packing, tokenizer
 from lpc_jax.data.pairs import Pairs
-from lpc_jax.evaluation import preference, samples
-from lpc_jax.evaluation.generate import Generator
+from lpc_jax.evaluation import preference
+from lpc_jax.generation import samples
+from lpc_jax.generation.answering import Generator
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime.policy import Policy

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from lpc_jax import sharding
 from lpc_jax.data import examples
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.evaluation import codes, codes_report, system
+from lpc_jax.evaluation import codes, codes_report
 from lpc_jax.evaluation.codes import Look
-from lpc_jax.runtime import reading
+from lpc_jax.runtime import loading, reading
 from tests import runs
 from tests.data import tiny_tokenizers
 
@@ -39,21 +39,21 @@ def trained(folder: Path) -> runs.Run:
 
 
 @pytest.fixture(scope="module")
-def loaded(trained: runs.Run) -> system.System:
-    return system.load(str(trained.folder), mesh=mesh())
+def loaded(trained: runs.Run) -> system.Policy:
+    return loading.load(str(trained.folder), mesh=mesh())
 
 
 def silent(done: int) -> None:
     """No progress."""
 
 
-def look(asked: system.System, file: Path) -> Look:
+def look(asked: system.Policy, file: Path) -> Look:
     found, drops = examples.read(str(file), setting="--pairs", split=None, limit=None)
     return codes.look(asked, found, drops, pairs=file.name, seed=0, on_progress=silent)
 
 
 @pytest.fixture(scope="module")
-def looked(loaded: system.System, folder: Path) -> Look:
+def looked(loaded: system.Policy, folder: Path) -> Look:
     return look(loaded, runs.held_out_file(folder))
 
 
@@ -82,7 +82,7 @@ def test_it_agrees_with_what_training_logged(looked, trained):
 
 
 def test_several_devices_believe_the_same(loaded, trained, folder):
-    several = system.load(str(trained.folder), mesh=mesh(4))
+    several = loading.load(str(trained.folder), mesh=mesh(4))
     texts, drops = pair_data.read(
         [str(runs.held_out_file(folder))], split=None, limit=None
     )
@@ -211,7 +211,7 @@ def test_of_very_many_prompts_a_part_is_mapped(monkeypatch):
     assert sum(place is not None for place in places) == 12
 
 
-def make(asked: system.System, pairs: Path, output: Path) -> Path:
+def make(asked: system.Policy, pairs: Path, output: Path) -> Path:
     _, page = codes_report.make(
         asked, str(pairs), output, split=None, limit=None, seed=0, on_progress=silent
     )
@@ -228,8 +228,8 @@ def test_the_report_of_a_run(loaded, looked, folder):
 
 
 @pytest.fixture(scope="module")
-def plain() -> system.System:
-    return system.load(str(runs.MODEL), mesh=mesh())
+def plain() -> system.Policy:
+    return loading.load(str(runs.MODEL), mesh=mesh())
 
 
 def refused(*arguments: object) -> str:

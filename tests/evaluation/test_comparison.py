@@ -19,9 +19,9 @@ from lpc_jax import loss_table, sharding
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.report import Drops
-from lpc_jax.evaluation import comparison, report, steering, system
-from lpc_jax.evaluation.system import System
-from lpc_jax.runtime import reading
+from lpc_jax.evaluation import comparison, report
+from lpc_jax.runtime import loading, reading, steering
+from lpc_jax.runtime.policy import Policy
 from tests import runs
 from tests.data import tiny_tokenizers
 
@@ -50,21 +50,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
 
 
 @pytest.fixture(scope="module")
-def lpc(trained: runs.Run) -> System:
-    return system.load(str(trained.folder), mesh=mesh())
+def lpc(trained: runs.Run) -> Policy:
+    return loading.load(str(trained.folder), mesh=mesh())
 
 
 @pytest.fixture(scope="module")
-def plain() -> System:
-    return system.load(str(runs.MODEL), mesh=mesh())
+def plain() -> Policy:
+    return loading.load(str(runs.MODEL), mesh=mesh())
 
 
-def tokenized(one: System, limit: int | None = 8) -> list[TokenizedPair]:
+def tokenized(one: Policy, limit: int | None = 8) -> list[TokenizedPair]:
     some, drops = pair_data.read([str(runs.PAIRS)], split=None, limit=limit)
     return pair_data.tokenize(some, one.tokenizer, drops, **RULES)[0]
 
 
-def score(one: System, some: list[TokenizedPair], how: Any, seed: int = 0) -> Any:
+def score(one: Policy, some: list[TokenizedPair], how: Any, seed: int = 0) -> Any:
     return reading.score(one, some, steering=how, seed=seed)
 
 
@@ -75,7 +75,7 @@ def in_order(some: list[TokenizedPair]) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(p.prompt, a) for p in some for a in (p.chosen, p.rejected)]
 
 
-def hidden_states(one: System, some: list[TokenizedPair]) -> jax.Array:
+def hidden_states(one: Policy, some: list[TokenizedPair]) -> jax.Array:
     """Of one padded sequence per answer."""
     answers = in_order(some)
     width = max(len(prompt) + len(answer) for prompt, answer in answers)
@@ -88,7 +88,7 @@ def hidden_states(one: System, some: list[TokenizedPair]) -> jax.Array:
 
 
 def unpacked(
-    one: System, some: list[TokenizedPair], hidden: jax.Array, how: str | None
+    one: Policy, some: list[TokenizedPair], hidden: jax.Array, how: str | None
 ) -> np.ndarray:
     """Second source: sequence by sequence, in float64 NumPy.
 
@@ -133,7 +133,7 @@ def test_a_model_scores_packed_pairs_as_one_sequence_per_answer(plain):
 
 
 @pytest.fixture(scope="module")
-def lpc_states(lpc: System) -> jax.Array:
+def lpc_states(lpc: Policy) -> jax.Array:
     return hidden_states(lpc, tokenized(lpc))
 
 
@@ -165,7 +165,7 @@ def test_a_pairs_draw_depends_on_its_id_and_the_seed_alone(lpc):
 
 def test_scores_do_not_depend_on_the_number_of_devices(plain, monkeypatch):
     some = tokenized(plain)
-    spread = system.load(str(runs.MODEL), mesh=mesh(4))
+    spread = loading.load(str(runs.MODEL), mesh=mesh(4))
     monkeypatch.setattr(reading, "GROUP", 3)  # nor on how many are packed together
     np.testing.assert_allclose(
         score(spread, some, None), score(plain, some, None), rtol=1e-5

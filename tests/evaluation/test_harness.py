@@ -11,23 +11,23 @@ import pytest
 from lpc_jax.evaluation import harness
 from lpc_jax.evaluation.harness import TextModel
 from lpc_jax.evaluation.scoring import Request
-from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import System
+from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime.steering import Steering
 from tests import systems
 from tests.data import tiny_tokenizers
-from tests.evaluation.test_generate import slowly
 from tests.evaluation.test_scoring import expected
+from tests.generation.test_answering import slowly
 
 MEAN = Steering("mean")
 SCALE = 3.0
 
 
 @pytest.fixture(scope="module")
-def coded() -> System:
+def coded() -> Policy:
     return systems.with_codes(systems.mesh(), codebook_scale=SCALE)
 
 
-def model(system: System, tokenizer: Any, **options: Any) -> TextModel:
+def model(system: Policy, tokenizer: Any, **options: Any) -> TextModel:
     replaced = dataclasses.replace(system, tokenizer=tokenizer)
     return TextModel(replaced, steering=MEAN, **options)
 

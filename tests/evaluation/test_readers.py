@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lpc_jax.evaluation import readers, system
+from lpc_jax.evaluation import readers
+from lpc_jax.runtime import loading
 from scripts import evaluate
 from tests import runs
 
@@ -93,4 +94,4 @@ def test_a_plain_model_has_no_readers(capsys):
     arguments = [str(runs.MODEL), "--pairs", str(runs.PAIRS), "--like-own", "4"]
     assert evaluate.main(arguments) == 2
     assert "--like-own needs codes, got" in capsys.readouterr().err
-    assert system.outline(str(runs.MODEL)).config.latent is None
+    assert loading.find(str(runs.MODEL)).config.latent is None

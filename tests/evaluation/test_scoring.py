@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lpc_jax.evaluation import scoring, steering
+from lpc_jax.evaluation import scoring
 from lpc_jax.evaluation.scoring import Request, Scorer
-from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import System
+from lpc_jax.runtime import steering
+from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime.steering import Steering
 from tests import systems
 
 # So large that z decides which token is the likeliest.
@@ -23,12 +24,12 @@ MEAN = Steering("mean")
 
 
 @pytest.fixture(scope="module")
-def coded() -> System:
+def coded() -> Policy:
     return systems.with_codes(systems.mesh(), codebook_scale=SCALE)
 
 
 @pytest.fixture(scope="module")
-def plain() -> System:
+def plain() -> Policy:
     return systems.plain(systems.mesh())
 
 
@@ -44,19 +45,19 @@ def _hidden(graph, params, tokens):
     return decoder(tokens, jnp.arange(tokens.shape[1])[None], one, one)[0]
 
 
-def hidden(system: System, ids: np.ndarray) -> np.ndarray:
+def hidden(system: Policy, ids: np.ndarray) -> np.ndarray:
     tokens = np.zeros((1, LONGEST), np.int32)  # what comes later is not seen
     tokens[0, : len(ids)] = ids
     return np.asarray(_hidden(system.graph, system.params, tokens), np.float64)
 
 
-def mean_of_prior(system: System, state: np.ndarray) -> np.ndarray:
+def mean_of_prior(system: Policy, state: np.ndarray) -> np.ndarray:
     logits = np.asarray(system.network.latent.prior(jnp.float32(state)), np.float64)
     shares = np.exp(logits - logits.max())
     return shares / shares.sum()
 
 
-def expected(system: System, request: Request, weights=mean_of_prior):
+def expected(system: Policy, request: Request, weights=mean_of_prior):
     """Each scored token's log-probability, and the likeliest token in its place."""
     ids = np.concatenate([request.context, request.continuation])
     states = hidden(system, ids)
@@ -76,7 +77,7 @@ def ids(rng: np.random.Generator, count: int) -> np.ndarray:
     return rng.integers(5, 512, count).astype(np.int32)
 
 
-def greedy(system: System, context: np.ndarray, count: int) -> np.ndarray:
+def greedy(system: Policy, context: np.ndarray, count: int) -> np.ndarray:
     """The model's own continuation."""
     found = np.zeros(0, np.int32)
     for _ in range(count):

@@ -11,8 +11,8 @@ import pytest
 
 from lpc_jax import config as cfg
 from lpc_jax import objective
-from lpc_jax.evaluation import steering
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.runtime import steering
+from lpc_jax.runtime.steering import Steering
 
 LOGITS = np.asarray([[0.0, 1.0, -2.0, 0.5], [3.0, 1.0, 1.0, 1.0]], np.float32)
 KEY = jax.random.key(0)

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from lpc_jax import checkpoint, sharding
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import export, system
+from lpc_jax.export import folder as export
+from lpc_jax.runtime import loading
 from tests import runs
 
 
@@ -48,14 +49,14 @@ def same(ours: Any, theirs: Any) -> None:
 
 
 def test_a_run_gives_its_latest_parameters_bit_by_bit(trained):
-    loaded = system.load(str(trained.folder), mesh=mesh())
+    loaded = loading.load(str(trained.folder), mesh=mesh())
     same(loaded.params, trained.result.run.state.params)
     assert loaded.latent == trained.config.latent
     assert loaded.name == f"{trained.folder} at step 4"
 
 
 def test_a_run_is_read_onto_several_devices(trained):
-    loaded = system.load(str(trained.folder), mesh=mesh(4))
+    loaded = loading.load(str(trained.folder), mesh=mesh(4))
     same(jax.device_get(loaded.params), jax.device_get(trained.result.run.state.params))
     up = loaded.params["decoder"]["blocks"]["mlp"]["up"]
     assert up.addressable_shards[0].data.size == up.size // 4
@@ -66,14 +67,14 @@ def test_a_step_of_a_run_is_named_by_number_or_as_the_best(trained):
     loss = {r["step"]: r["loss/preference"] for r in trained.lines("eval")}
     best = min((s for s in loss if s), key=lambda s: (loss[s], -s))
     assert reader.step("best") == best
-    earlier = system.load(str(trained.folder), mesh=mesh(), step="3")
+    earlier = loading.load(str(trained.folder), mesh=mesh(), step="3")
     changed = earlier.params["latent"]["codebook"]
     assert np.any(changed != trained.result.run.state.params["latent"]["codebook"])
     kept = {int(path.name) for path in (trained.folder / "checkpoints").glob("[0-9]*")}
     gone = min(set(range(1, max(kept))) - kept)
     message = rf"--step must be latest, one of .*got '{gone}'"
     with pytest.raises(ValueError, match=message):
-        system.load(str(trained.folder), mesh=mesh(), step=str(gone))
+        loading.load(str(trained.folder), mesh=mesh(), step=str(gone))
 
 
 def test_reading_changes_nothing_in_a_run_folder(trained):
@@ -83,7 +84,7 @@ def test_reading_changes_nothing_in_a_run_folder(trained):
         )
 
     before = listing()
-    system.load(str(trained.folder), mesh=mesh())
+    loading.load(str(trained.folder), mesh=mesh())
     assert listing() == before
 
 
@@ -93,7 +94,7 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
     for file in data.iterdir():  # which of them has the parameters is not ours to say
         os.truncate(file, file.stat().st_size // 10)
     with pytest.raises(checkpoint.DamagedError, match="its arrays"):
-        system.load(str(copy), mesh=mesh())
+        loading.load(str(copy), mesh=mesh())
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +110,9 @@ def adapted(folder: Path) -> runs.Run:
 
 
 def test_adapters_come_merged(adapted):
-    loaded = system.load(str(adapted.folder), mesh=mesh())
+    loaded = loading.load(str(adapted.folder), mesh=mesh())
     assert set(loaded.params) == {"decoder", "latent"}
-    start = system.load(str(runs.MODEL), mesh=mesh())
+    start = loading.load(str(runs.MODEL), mesh=mesh())
     ours = loaded.params["decoder"]["blocks"]["mlp"]["up"]
     base = start.params["decoder"]["blocks"]["mlp"]["up"]
     factors = adapted.result.run.state.params["adapters"]["mlp"]["up"]
@@ -122,10 +123,10 @@ def test_adapters_come_merged(adapted):
 
 
 def test_a_run_with_adapters_comes_back_from_an_exported_folder(adapted, tmp_path):
-    ours = system.load(str(adapted.folder), mesh=mesh(), dtype=jnp.dtype("float32"))
+    ours = loading.load(str(adapted.folder), mesh=mesh(), dtype=jnp.dtype("float32"))
     out = tmp_path / "out"
     export.write(ours, out, dtype="float32", shard_bytes=1 << 30, plain=False)
-    again = system.load(str(out), mesh=mesh())
+    again = loading.load(str(out), mesh=mesh())
     same(again.params, ours.params)
     assert again.latent == adapted.config.latent
 
@@ -137,11 +138,11 @@ def test_adapters_over_other_weights_are_refused(adapted, monkeypatch):
     with pytest.raises(
         ValueError, match=r"must hold the weights that .* was trained over"
     ):
-        system.load(str(adapted.folder), mesh=mesh())
+        loading.load(str(adapted.folder), mesh=mesh())
 
 
 def test_a_start_model_is_the_decoder_alone():
-    loaded = system.load(str(runs.MODEL), mesh=mesh())
+    loaded = loading.load(str(runs.MODEL), mesh=mesh())
     assert loaded.latent is None
     assert set(loaded.params) == {"decoder"}
     tokens = jnp.arange(1, 9)[None]
@@ -151,7 +152,7 @@ def test_a_start_model_is_the_decoder_alone():
 
 
 def test_matrices_come_in_the_dtype_asked_for_and_norms_in_fp32():
-    loaded = system.load(str(runs.MODEL), mesh=mesh(), dtype=jnp.dtype("bfloat16"))
+    loaded = loading.load(str(runs.MODEL), mesh=mesh(), dtype=jnp.dtype("bfloat16"))
     decoder = loaded.params["decoder"]
     assert decoder["embedding"].dtype == jnp.bfloat16
     assert decoder["final_norm"]["scale"].dtype == jnp.float32
@@ -166,18 +167,18 @@ def test_matrices_come_in_the_dtype_asked_for_and_norms_in_fp32():
 )
 def test_what_cannot_be_loaded_is_named(path, step, message):
     with pytest.raises(ValueError, match=message):
-        system.load(path, mesh=mesh(), step=step)
+        loading.load(path, mesh=mesh(), step=step)
 
 
 def test_a_run_without_checkpoints_is_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="must hold a checkpoint, got none"):
-        system.load(str(tmp_path), mesh=mesh())
+        loading.load(str(tmp_path), mesh=mesh())
 
 
 def test_another_tokenizer_and_precision_replace_those_of_a_run(trained):
     model = {"compute_dtype": "bfloat16"}
-    loaded = system.load(str(trained.folder), mesh=mesh(), model=model)
+    loaded = loading.load(str(trained.folder), mesh=mesh(), model=model)
     assert loaded.params["decoder"]["embedding"].dtype == jnp.bfloat16
     assert loaded.config.model == dataclasses.replace(
         trained.config.model, compute_dtype="bfloat16"

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from lpc_jax.evaluation import task_command
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.runtime.steering import Steering
 from scripts import evaluate
 from tests import systems
 

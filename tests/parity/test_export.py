@@ -13,8 +13,11 @@ import pytest
 
 from lpc_jax import sharding
 from lpc_jax.data import tokenizer as tokenizers
-from lpc_jax.evaluation import export, like, logit_bias, system
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.export import bias
+from lpc_jax.export import folder as export
+from lpc_jax.generation import like
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import loading
 from tests import exports
 
 pytestmark = pytest.mark.parity
@@ -138,7 +141,7 @@ def test_log_probs_of_a_plain_folder_are_ours(name, torch, tmp_path, record_prop
 @pytest.mark.smollm2
 def test_log_probs_of_smollm2_exported_are_ours(torch, smollm2, tmp_path):
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1])
-    ours = system.load(str(smollm2), mesh=mesh, dtype=jnp.dtype("float32"))
+    ours = loading.load(str(smollm2), mesh=mesh, dtype=jnp.dtype("float32"))
     folder = tmp_path / "plain"
     export.write(ours, folder, dtype="float32", shard_bytes=1 << 28, plain=True)
     assert tokenizers.digest(
@@ -362,7 +365,7 @@ def test_what_transformers_saves_again_comes_back(name, torch, lpc, tmp_path):
     ours, model = lpc(name)
     model.save_pretrained(tmp_path)
     ours.tokenizer.save_pretrained(tmp_path)
-    again = system.load(str(tmp_path), mesh=ours.mesh, dtype=jnp.dtype("float32"))
+    again = loading.load(str(tmp_path), mesh=ours.mesh, dtype=jnp.dtype("float32"))
     jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
     assert again.latent == ours.latent
 
@@ -385,7 +388,7 @@ def bias_file(ours, tmp_path):
     texts = ["Which bird sings?", "Say it in one word: how many ships?"]
     conversations = [[{"role": "user", "content": text}] for text in texts]
     file = tmp_path / "codes.safetensors"
-    logit_bias.write(ours, conversations, MEAN, file)
+    bias.write(ours, conversations, MEAN, file)
     ids = [
         ours.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_dict=False
@@ -442,7 +445,7 @@ def vllm_module(torch, monkeypatch):
     for name in names:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules[names[-1]].AdapterLogitsProcessor = AdapterLogitsProcessor
-    file = Path(system.__file__).parents[1] / "exported" / "lpc_vllm.py"
+    file = Path(export.__file__).parent / "out" / "lpc_vllm.py"
     spec = importlib.util.spec_from_file_location("lpc_vllm", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

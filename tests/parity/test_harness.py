@@ -18,9 +18,10 @@ import pytest
 from rich.console import Console
 
 from lpc_jax.data import tokenizer
-from lpc_jax.evaluation import harness, local_tasks, system
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation import harness, local_tasks
 from lpc_jax.models import weights
+from lpc_jax.runtime import loading
+from lpc_jax.runtime.steering import Steering
 from tests import runs, systems
 
 pytestmark = pytest.mark.parity
@@ -58,7 +59,7 @@ def folder(smollm2, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(folder) -> harness.TextModel:
-    loaded = system.load(str(folder), mesh=systems.mesh())
+    loaded = loading.load(str(folder), mesh=systems.mesh())
     return harness.TextModel(loaded, steering=MEAN)
 
 

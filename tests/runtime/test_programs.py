@@ -8,8 +8,8 @@ import weakref
 import numpy as np
 
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.evaluation.steering import Steering
 from lpc_jax.runtime import programs, reading
+from lpc_jax.runtime.steering import Steering
 from tests import runs, systems
 
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from lpc_jax import checkpoint, loss_table
 from lpc_jax import config as cfg
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.evaluation import system
 from lpc_jax.runtime import compute, reading
 from scripts import evaluate
 from tests import runs

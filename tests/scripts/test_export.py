@@ -10,18 +10,17 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
-from lpc_jax.evaluation import system
 from lpc_jax.runtime import compute
 from scripts import export
 from tests import exports
-from tests.evaluation import test_export
+from tests.export import test_folder
 
 
 @pytest.fixture(scope="module")
 def lpc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with codes."""
     folder = tmp_path_factory.mktemp("exported") / "lpc"
-    return test_export.write(exports.with_codes("tiny_llama"), folder)
+    return test_folder.write(exports.with_codes("tiny_llama"), folder)
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +103,10 @@ GOLDEN = exports.GOLDEN / "tiny_llama"
             f"--bias needs codes, got {GOLDEN}, which has none",
         ),
         (["LPC", "out", "--bias", "absent"], "--bias absent: no such file."),
-        (["LPC", "out", "--bias", "full/file"], "full/file:1: expected JSON, got"),
+        (
+            ["LPC", "out", "--bias", "full/file"],
+            "--bias = 'full/file' must end in .jsonl",
+        ),
     ],
 )
 def test_what_can_be_mended_is_one_line_and_status_2(

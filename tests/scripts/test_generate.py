@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from lpc_jax.data import chat
-from lpc_jax.evaluation.generate import Generator, Sampling
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
 from scripts import generate
 from tests import runs, systems
 

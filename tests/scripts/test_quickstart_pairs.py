@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lpc_jax.evaluation import samples
+from lpc_jax.generation import samples
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "configs" / "data"

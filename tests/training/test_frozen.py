@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
-from lpc_jax.evaluation import system
+from lpc_jax.runtime import loading
 from lpc_jax.training import program, start
 from scripts import evaluate, export, generate
 from tests import runs
@@ -107,8 +107,8 @@ def test_states_are_read_once_for_all_runs_over_the_same_pairs(folder, run):
 
 def test_the_decoder_is_the_start_s_and_everything_follows_from_the_run(run, tmp_path):
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1])
-    start = system.load(str(runs.MODEL), mesh=mesh)
-    loaded = system.load(str(run.folder), mesh=mesh)
+    start = loading.load(str(runs.MODEL), mesh=mesh)
+    loaded = loading.load(str(run.folder), mesh=mesh)
     assert runs.bits(loaded.params["decoder"]) == runs.bits(start.params["decoder"])
     latent = run.result.run.state.params["latent"]
     assert runs.bits(loaded.params["latent"]) == runs.bits(latent)
@@ -116,7 +116,7 @@ def test_the_decoder_is_the_start_s_and_everything_follows_from_the_run(run, tmp
 
     out = tmp_path / "exported"
     assert export.main([str(run.folder), str(out)]) == 0
-    exported = system.load(str(out), mesh=mesh)
+    exported = loading.load(str(out), mesh=mesh)
     assert runs.bits(exported.params) == runs.bits(loaded.params)
 
     output = ["--output", str(tmp_path / "answers.jsonl"), "--max-new-tokens", "4"]
@@ -153,7 +153,7 @@ def test_other_weights_than_the_run_s_are_refused(run, tmp_path):
     other = tmp_path / "model"
     shutil.copytree(runs.GOLDEN / "tiny_llama31", other)
     with pytest.raises(ValueError, match="must hold the weights that"):
-        system.load(
+        loading.load(
             str(run.folder),
             mesh=sharding.make_mesh(
                 data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1]

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from lpc_jax.evaluation.preference import Evaluation
-from lpc_jax.evaluation.samples import Sample
+from lpc_jax.generation.samples import Sample
 from lpc_jax.training import log as logs
 from lpc_jax.training import tables, trackers
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import samples
+from lpc_jax.generation import samples
 from tests import cluster, runs
 
 STEPS = 6

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from lpc_jax import config as cfg
-from lpc_jax.evaluation import samples, system
-from lpc_jax.evaluation.generate import Generator, Sampling
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.generation import samples
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import loading
 from lpc_jax.training import setup
 from tests import runs, systems, tiny
 
@@ -124,7 +126,7 @@ def rows(of: runs.Run) -> list[dict]:
 def test_answers_are_what_the_generator_gives_of_the_checkpoint(run):
     kept = [samples.Sample(**row) for row in rows(run)]
     assert [one.step for one in kept] == [0] * 3 + [2] * 3 + [4] * 3
-    loaded = system.load(str(run.folder), mesh=systems.mesh())  # of the last step
+    loaded = loading.load(str(run.folder), mesh=systems.mesh())  # of the last step
     _, held_out = setup.read_pairs(run.config, loaded.tokenizer)
     assert held_out is not None
     by_id = {pair.id: pair for pair in held_out}

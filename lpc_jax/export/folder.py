@@ -1,8 +1,7 @@
 """A policy as a folder that other programs load: weights, config, tokenizer, template.
 
 With codes, the latent's weights and the module for transformers that adds z before the
-head go along; ``system.load`` reads both kinds back. Knows nothing of flags, nor of
-what the programs do with the folder.
+head go along; ``loading.load`` reads both kinds back.
 """
 
 from __future__ import annotations
@@ -19,23 +18,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lpc_jax import assembly
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import steering
-from lpc_jax.evaluation.generate import end_tokens
-from lpc_jax.evaluation.system import Outline, System
 from lpc_jax.models import architectures, weights
 from lpc_jax.models import latent as latent_models
+from lpc_jax.runtime import compute, ends, policy, steering
+from lpc_jax.runtime.loading import Found
+from lpc_jax.runtime.policy import Policy
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The module for transformers, which is copied and never imported.
 MODULE = "modeling_lpc.py"
-_MODULES = "exported"
-
-GENERATION_CONFIG = "generation_config.json"
 
 # Tokenizer, config and module; the largest known tokenizer.json has some 35 MB.
 _MARGIN_BYTES = 50_000_000
@@ -43,10 +38,7 @@ _GIGABYTE = 1e9
 
 
 def require_output(output: Path) -> None:
-    """Refuses a place that cannot be written, before there is anything to write.
-
-    Args:
-        output: A folder or file that is to be made.
+    """Refuses a folder or file that cannot be made, before there is anything to write.
 
     Raises:
         UserError: It holds something, or cannot be made.
@@ -55,7 +47,7 @@ def require_output(output: Path) -> None:
         raise UserError(f"{output} must be new or empty. Choose another folder.")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} must be new, got a file. Choose another name.")
-    above = next(parent for parent in output.absolute().parents if parent.exists())
+    above = _above(output)
     if not above.is_dir():
         raise UserError(f"{output} must lie in a folder, got {above}, a file.")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -65,26 +57,29 @@ def require_output(output: Path) -> None:
         )
 
 
-def require_space(output: Path, outline: Outline, *, dtype: str, plain: bool) -> None:
-    """Refuses a disk that has no room for what ``write`` will write.
+def _above(output: Path) -> Path:
+    """The nearest folder above that is there."""
+    return next(parent for parent in output.absolute().parents if parent.exists())
 
-    Args:
-        output: The folder that is to be made.
-        outline: Of the system.
-        dtype: Of the decoder's stored elements.
-        plain: Whether codes are left out.
+
+def require_space(output: Path, outline: Found, *, dtype: str, plain: bool) -> None:
+    """Refuses a disk that has no room for what ``write`` of the same will write.
 
     Raises:
         UserError: Too little free disk space.
     """
-    merged = dataclasses.replace(outline.config, adapters=None)
-    _, _, shapes = assembly.abstract(merged, outline.architecture, "cpu", plain=plain)
+    model = cfg.Model(path=str(outline.path))
+    _, shapes = policy.shapes(
+        outline.architecture,
+        compute.resolve(model, row_length=cfg.Packing.row_length, platform="cpu"),
+        latent=None if plain else outline.latent,
+        adapters=None,
+    )
     needed = _MARGIN_BYTES
     for part, tree in shapes.items():
         item = jnp.dtype(dtype if part == "decoder" else "float32").itemsize
         needed += item * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-    above = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(above).free
+    free = shutil.disk_usage(_above(output)).free
     if free < needed:
         raise UserError(
             f"{output} needs {needed / _GIGABYTE:.2f} GB of disk space, got"
@@ -94,7 +89,7 @@ def require_space(output: Path, outline: Outline, *, dtype: str, plain: bool) ->
 
 
 def write(
-    system: System, output: Path, *, dtype: str, shard_bytes: int, plain: bool
+    system: Policy, output: Path, *, dtype: str, shard_bytes: int, plain: bool
 ) -> None:
     """Writes a folder, all or nothing.
 
@@ -123,15 +118,23 @@ def write(
             shard_bytes=shard_bytes,
         )
         generation = json.dumps(tokens | {"do_sample": False}, indent=2)
-        (partial / GENERATION_CONFIG).write_text(generation + "\n", encoding="utf-8")
+        file = partial / ends.GENERATION_CONFIG
+        file.write_text(generation + "\n", encoding="utf-8")
         if latent is not None:
-            module = importlib.resources.files("lpc_jax") / _MODULES / MODULE
+            module = importlib.resources.files("lpc_jax") / "export" / "out" / MODULE
             (partial / MODULE).write_bytes(module.read_bytes())
         system.tokenizer.save_pretrained(partial)
-        _require_same(system, partial)
+        # The template is in the folder, one that replaced the tokenizer's own too.
+        again = tokenizers.load(partial, chat_template=None)
+        if tokenizers.digest(again) != tokenizers.digest(system.tokenizer):
+            raise UserError(
+                f"the tokenizer of {system.name} is another after save_pretrained (its"
+                " digest differs), so that other tokens would be read. Nothing was"
+                " exported: set model.tokenizer to a folder with tokenizer.json."
+            )
 
 
-def _special_tokens(system: System) -> dict[str, Any]:
+def _special_tokens(system: Policy) -> dict[str, Any]:
     """Ids of BOS, of all tokens that end an answer, and of padding."""
     tokenizer = system.tokenizer
     if not isinstance(tokenizer.eos_token_id, int):
@@ -139,29 +142,34 @@ def _special_tokens(system: System) -> dict[str, Any]:
             f"the tokenizer of {system.name} must have an EOS token to end answers, got"
             " none. Set eos_token in its tokenizer_config.json."
         )
-    ends = list(end_tokens(system))
+    answer_ends = ends.end_tokens(
+        tokenizer,
+        system.source.path,
+        vocabulary=system.architecture.vocabulary,
+        name=system.name,
+    )
     pad = tokenizer.pad_token_id
     return {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "eos_token_id": answer_ends[0] if len(answer_ends) == 1 else list(answer_ends),
         "pad_token_id": tokenizer.eos_token_id if pad is None else pad,
     }
 
 
-def _lpc_config(system: System) -> dict[str, Any]:
+def _lpc_config(system: Policy) -> dict[str, Any]:
     """What the ``config.json`` of a folder with codes has of its own."""
     latent, family = system.latent, system.architecture.family
     assert latent is not None
     width, chosen = system.architecture.width, steering.of_settings(latent)
     names = {family: name for name, family in architectures.LPC_FAMILIES.items()}
-    module = MODULE.removesuffix(".py")
+    name, module = names[family], MODULE.removesuffix(".py")
     return {
-        "architectures": [names[family]],
+        "architectures": [name],
         # Not the decoder's own, under which a plain loader would drop the codes.
         "model_type": f"lpc_{family}",
         "auto_map": {
-            "AutoConfig": f"{module}.{names[family].replace('ForCausalLM', 'Config')}",
-            "AutoModelForCausalLM": f"{module}.{names[family]}",
+            "AutoConfig": f"{module}.{name.replace('ForCausalLM', 'Config')}",
+            "AutoModelForCausalLM": f"{module}.{name}",
         },
         "lpc": {
             "num_codes": latent.num_codes,
@@ -177,58 +185,23 @@ def _lpc_config(system: System) -> dict[str, Any]:
     }
 
 
-def _require_same(system: System, partial: Path) -> None:
-    """What was written beside the weights reads back as what it was.
-
-    Raises:
-        UserError: The tokenizer does not.
-    """
-    # The template is in the folder; a file that replaced the tokenizer's own too.
-    again = tokenizers.load(partial, chat_template=None)
-    if tokenizers.digest(again) != tokenizers.digest(system.tokenizer):
-        raise UserError(
-            f"the tokenizer of {system.name} is another after save_pretrained (its"
-            " digest differs), so that other tokens would be read. Nothing was"
-            " exported: set model.tokenizer to a folder with tokenizer.json."
-        )
-
-
-def require_codes(outline: Outline, asked: str) -> cfg.Latent:
-    """The settings of the codes, where codes are asked for.
-
-    Args:
-        outline: Of the system.
-        asked: The flag that asks.
-
-    Raises:
-        UserError: It has none.
-    """
-    latent = outline.config.latent
-    num_codes = None if latent is None else latent.num_codes
-    steering.require_codes(num_codes, asked, outline.name)
-    assert latent is not None
-    return latent
-
-
-def said(system: System, output: Path, *, plain: bool) -> list[str]:
+def summary(system: Policy, output: Path, *, plain: bool) -> str:
     """What was written, in words."""
     files = sorted(output.glob("*.safetensors"))
-    size = sum(file.stat().st_size for file in files)
-    lines = [
-        f"{output}: {system.name} in {len(files)} safetensors file"
-        f"{'s' * (len(files) != 1)}, {size / _GIGABYTE:.3f} GB"
-    ]
+    size = sum(file.stat().st_size for file in files) / _GIGABYTE
+    plural = "s" * (len(files) != 1)
+    line = f"{output}: {system.name} in {len(files)} safetensors file{plural},"
     latent = system.latent
     if latent is None:
-        lines.append("no codes: load it as any model")
+        codes = "no codes: load it as any model"
     elif plain:
-        lines.append(
+        codes = (
             f"--plain: its {latent.num_codes} codes are left out. This is the decoder"
             " without z, another policy than the one that was trained."
         )
     else:
-        lines.append(
+        codes = (
             f"with {latent.num_codes} codes: AutoModelForCausalLM.from_pretrained("
             f"{str(output)!r}, trust_remote_code=True) runs its {MODULE}"
         )
-    return lines
+    return f"{line} {size:.3f} GB\n{codes}"

@@ -18,11 +18,12 @@ import safetensors.numpy
 from lpc_jax import sharding
 from lpc_jax.data import chat
 from lpc_jax.data import tokenizer as tokenizers
-from lpc_jax.evaluation import export, logit_bias, system
-from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import System
+from lpc_jax.export import folder as export
 from lpc_jax.files import safetensors as safetensors_file
 from lpc_jax.models import leaves, weights
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import loading
+from lpc_jax.runtime.policy import Policy
 from tests import exports
 
 FP32 = jnp.dtype("float32")
@@ -43,18 +44,18 @@ NAMES = {"latent.codebook": (C, D)} | {
 
 
 @pytest.fixture(scope="module")
-def lpc() -> System:
+def lpc() -> Policy:
     return exports.with_codes("tiny_llama")
 
 
-def write(of: System, folder: Path, **changes: Any) -> Path:
+def write(of: Policy, folder: Path, **changes: Any) -> Path:
     options = {"dtype": "float32", "shard_bytes": 1 << 30, "plain": False}
     export.write(of, folder, **(options | changes))
     return folder
 
 
 @pytest.fixture(scope="module")
-def folder(lpc: System, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(lpc: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(lpc, tmp_path_factory.mktemp("exported") / "lpc")
 
 
@@ -64,8 +65,8 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def load(path: Path, of: System) -> System:
-    return system.load(str(path), mesh=of.mesh, dtype=FP32)
+def load(path: Path, of: Policy) -> Policy:
+    return loading.load(str(path), mesh=of.mesh, dtype=FP32)
 
 
 def same(found: Any, wanted: Any) -> None:
@@ -100,7 +101,7 @@ def test_a_folder_with_codes_comes_back_bit_by_bit(name, shard_bytes, tmp_path):
 
 def test_a_folder_comes_back_onto_several_devices(folder, lpc):
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices()[:2])
-    again = system.load(str(folder), mesh=mesh)
+    again = loading.load(str(folder), mesh=mesh)
     same(jax.device_get(again.params), jax.device_get(lpc.params))
     codebook = again.params["latent"]["codebook"]
     assert codebook.addressable_shards[0].data.size == codebook.size // 2
@@ -205,7 +206,7 @@ def test_a_template_from_a_file_goes_along(tmp_path, lpc):
     file = tmp_path / "t.jinja"
     file.write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
     model = {"chat_template": str(file)}
-    ours = system.load(str(exports.GOLDEN / "tiny_llama"), mesh=lpc.mesh, model=model)
+    ours = loading.load(str(exports.GOLDEN / "tiny_llama"), mesh=lpc.mesh, model=model)
     path = write(ours, tmp_path / "out")
     again = tokenizers.load(path, chat_template=None)
     assert again.chat_template == file.read_text()
@@ -266,7 +267,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 def test_a_disk_without_room_is_refused_and_one_with_room_is_not(
     tmp_path, monkeypatch, folder, lpc
 ):
-    outline = system.outline(str(folder))
+    outline = loading.find(str(folder))
     arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(lpc.params))
     needed = arrays + 50_000_000
     for free, refused in ((needed - 1, True), (needed, False)):
@@ -373,43 +374,3 @@ def test_training_does_not_drop_codes_in_silence(folder):
 def test_reading_a_folder_runs_none_of_its_code(copy, lpc):
     (copy / "modeling_lpc.py").write_text("raise SystemExit('ran')")
     same(load(copy, lpc).params, lpc.params)
-
-
-# --- as a bias ------------------------------------------------------------------------
-
-
-def test_weights_times_biases_are_what_z_adds_to_the_logits(lpc, tmp_path):
-    file = tmp_path / "codes.safetensors"
-    turns = [
-        [{"role": "user", "content": text}] for text in ("Which bird?", "Why " * 8)
-    ]
-    logit_bias.write(lpc, turns, Steering("mean"), file)
-    held = safetensors.numpy.load_file(file)
-    head = np.asarray(lpc.params["decoder"]["head"], np.float64)
-    for conversation, row in zip(turns, held["weights"], strict=True):
-        ids = chat.encode_prompt(conversation, lpc.tokenizer).tolist()
-        z = exports.vector(lpc, ids, Steering("mean"))
-        wanted = np.asarray(z, np.float64) @ head.T
-        np.testing.assert_allclose(row @ held["code_bias"], wanted, atol=1e-5)
-        plain = exports.logp(lpc, ids, 0 * z) + wanted
-        found = plain - np.log(np.exp(plain).sum(-1, keepdims=True))
-        np.testing.assert_allclose(found, exports.logp(lpc, ids, z), atol=1e-5)
-    assert np.abs(held["weights"][0] - held["weights"][1]).max() > 0.05
-    assert [entry.name for entry in tmp_path.iterdir()] == ["codes.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{", "expected JSON, got"),
-        ("3", "expected an object with prompt or messages or instruction, got 3"),
-        ('{"prompt": [{"role": "user"}]}', "message 1 of prompt must be an object"),
-        ('{"prompt": []}', "prompt must end with a message of the user, got []"),
-    ],
-)
-def test_a_line_that_is_no_prompt_is_named(tmp_path, line, said):
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"prompt": "Why?"}\n\n' + line + "\n")
-    message = message_of(logit_bias.read_prompts, file)
-    assert message.startswith(f"{file}:3: ")
-    assert said in message

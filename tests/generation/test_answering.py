@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
-import re
-import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
-from lpc_jax.evaluation import generate, steering
-from lpc_jax.evaluation.generate import Generator, Sampling
-from lpc_jax.evaluation.steering import Steering
-from lpc_jax.evaluation.system import System
-from tests import runs, systems
+from lpc_jax.generation import decode
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import steering
+from lpc_jax.runtime.policy import Policy
+from tests import systems
 
 # So large that z decides which token is the likeliest.
 SCALE = 3.0
@@ -29,7 +30,7 @@ MEAN = Steering("mean")
 
 
 @pytest.fixture(scope="module")
-def coded() -> System:
+def coded() -> Policy:
     return systems.with_codes(systems.mesh(), codebook_scale=SCALE)
 
 
@@ -55,14 +56,14 @@ def _hidden(graph, params, tokens):
     return decoder(tokens, jnp.arange(tokens.shape[1])[None], one, one)[0]
 
 
-def read(system: System, ids: np.ndarray) -> jax.Array:
+def read(system: Policy, ids: np.ndarray) -> jax.Array:
     """The last hidden state of a row, from the decoder that training uses."""
     tokens = np.zeros((1, LONGEST), np.int32)  # what comes later is not seen
     tokens[0, : len(ids)] = ids
     return _hidden(system.graph, system.params, tokens)[len(ids) - 1]
 
 
-def slowly(system: System, prompt: np.ndarray, weights, count: int = NEW) -> list[int]:
+def slowly(system: Policy, prompt: np.ndarray, weights, count: int = NEW) -> list[int]:
     """Greedy tokens in NumPy, each from a pass over all that came before."""
     head = np.asarray(system.network.decoder.head_weight, np.float64)
     z = 0.0
@@ -214,87 +215,26 @@ def test_a_full_context_ends_an_answer(coded, prompts):
         writer.generate([too_long[:0]], sampling=Sampling(1), steering=MEAN)
 
 
-def keep_by_hand(logits, top_k, top_p):
-    """Token by token, in float64."""
-    logits = np.asarray(logits, np.float64)
-    order = np.argsort(-logits, kind="stable")[:top_k]
-    shares = np.exp(logits[order] - logits[order].max())
-    shares /= shares.sum()
-    kept, total = [], 0.0
-    for token, share in zip(order, shares, strict=True):
-        if total >= top_p:
-            break
-        kept.append(int(token))
-        total += share
-    return sorted(kept)
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 7, 40])
-@pytest.mark.parametrize("top_p", [0.001, 0.5, 0.93, 1.0])
-def test_the_likeliest_tokens_are_kept(top_k, top_p):
-    logits = np.random.default_rng(0).normal(0, 2, (3, 40)).astype(np.float32)
-    found = generate.keep_likeliest(
-        jnp.asarray(logits), top_k=top_k, top_p=None if top_p == 1 else top_p
-    )
-    for row, kept in zip(logits, np.asarray(found), strict=True):
-        assert np.flatnonzero(np.isfinite(kept)).tolist() == keep_by_hand(
-            row, top_k, top_p
-        )
-        np.testing.assert_array_equal(kept[np.isfinite(kept)], row[np.isfinite(kept)])
-
-
-def test_tokens_are_drawn_with_their_probabilities():
-    logits = jnp.asarray([[0.0, 1.0, 2.0, -1.0]])
-    temperature, draws = 1.7, 20_000
-    keys = jax.random.split(jax.random.key(0), draws)
-    picking = generate._Picking(greedy=False, top_k=None, nucleus=False, ends=(0,))
-    found = generate._pick(
-        jnp.broadcast_to(logits, (draws, 4)),
-        keys,
-        (jnp.float32(temperature), jnp.float32(1.0)),
-        picking,
-    )
-    expected = np.exp(np.asarray([0.0, 1.0, 2.0, -1.0]) / temperature)
-    expected /= expected.sum()
-    shares = np.bincount(np.asarray(found), minlength=4) / draws
-    # Five standard errors.
-    error = 5 * np.sqrt(expected * (1 - expected) / draws)
-    assert np.all(np.abs(shares - expected) < error)
+def test_z_of_a_prompt_is_the_same_whatever_else_is_asked(coded, generator, prompts):
+    sample = {"steering": Steering("sample", temperature=0.5), "seed": 5}
+    logits = np.asarray(coded.network.latent.prior(read(coded, prompts[2])))
+    # NumPy, from the one seed that both have: the CRC-32 of the prompt's int32s.
+    key = jax.random.fold_in(jax.random.key(5), zlib.crc32(prompts[2].tobytes()))
+    noise = np.asarray(jax.random.gumbel(key, logits.shape))
+    wanted = scipy.special.softmax((logits + noise) / 0.5)
+    alone = generator.generate(prompts[2:3], sampling=Sampling(1), **sample)[0]
+    longer = generator.generate(prompts, sampling=Sampling(200), **sample)[2]
+    for completion in (alone, longer):
+        np.testing.assert_allclose(completion.weights, wanted, rtol=1e-3)
+    other = generator.generate(prompts[:1], sampling=Sampling(1), **sample)[0]
+    assert np.abs(other.weights - wanted).max() > 0.05
 
 
 def test_nothing_compiles_for_another_prompt_or_temperature(generator, prompts):
     warm = Sampling(NEW, temperature=0.5, top_p=0.9)
     generator.generate(prompts[:2], sampling=warm, steering=MEAN)
-    sizes = [f._cache_size() for f in (generate._read, generate._write)]
+    programs = decode.read, decode.begin, decode.write
+    sizes = [program._cache_size() for program in programs]
     other = Sampling(NEW - 3, temperature=0.9, top_p=0.8)
     generator.generate(prompts[2:4], sampling=other, steering=MEAN, seed=9)
-    assert [f._cache_size() for f in (generate._read, generate._write)] == sizes
-
-
-def test_an_answer_ends_with_any_end_that_the_model_names(tmp_path):
-    folder = shutil.copytree(runs.MODEL, tmp_path / "model")
-    file = folder / "generation_config.json"
-    named = json.loads(file.read_text()) | {"eos_token_id": [2, 11, 10**9, None]}
-    file.write_text(json.dumps(named))
-    loaded = systems.plain(systems.mesh(), folder)
-    found = generate.end_tokens(loaded)
-    assert set(found) >= {2, 11}
-    assert 10**9 not in found
-    file.write_text("{")
-    with pytest.raises(ValueError, match=r"generation_config\.json: broken JSON"):
-        generate.end_tokens(loaded)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1, got 0."),
-        ({"temperature": -0.5}, "--temperature must be at least 0, got -0.5."),
-        ({"top_k": 0}, "--top-k must be at least 1, got 0."),
-        ({"top_p": 0.0}, "--top-p must be above 0 and at most 1, got 0."),
-        ({"top_p": 1.5}, "--top-p must be above 0 and at most 1, got 1.5."),
-    ],
-)
-def test_sampling_that_means_nothing_is_refused(settings, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Sampling(**({"max_new_tokens": 1} | settings))
+    assert [program._cache_size() for program in programs] == sizes

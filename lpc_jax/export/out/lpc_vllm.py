@@ -39,15 +39,7 @@ class CodeMix:
     """Adds one request's bias to its logits at every token of the answer."""
 
     def __init__(self, code_bias, weights):
-        """Mixes the biases.
-
-        Args:
-            code_bias: What each code alone adds, [C, V].
-            weights: Of the codes, C numbers that sum to 1.
-
-        Raises:
-            ValueError: They are no such weights.
-        """
+        """Mixes what each code alone adds [C, V], by C weights that sum to 1."""
         weights = torch.as_tensor(weights, dtype=code_bias.dtype)
         total = float(weights.sum())
         if weights.shape != code_bias.shape[:1] or not abs(total - 1) <= TOLERANCE:
@@ -68,11 +60,7 @@ class LpcLogitsProcessor(AdapterLogitsProcessor):
     """Gives each request that brings weights its ``CodeMix``."""
 
     def __init__(self, vllm_config, device, is_pin_memory):
-        """Reads the codes, once an engine.
-
-        Raises:
-            ValueError: No file is named.
-        """
+        """Reads the codes, once an engine."""
         super().__init__(vllm_config, device, is_pin_memory)
         file = os.environ.get(CODES)
         if not file:

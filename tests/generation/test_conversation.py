@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from lpc_jax.data import chat
-from lpc_jax.evaluation import answers, generate
-from lpc_jax.evaluation.conversation import Conversation
-from lpc_jax.evaluation.generate import Generator, Sampling
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.generation import answers, decode
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.conversation import Conversation
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
 from tests import systems
 
 
@@ -121,15 +122,15 @@ def test_a_system_without_codes_says_so(plain):
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_talk(generator, monkeypatch):
-    real, calls = generate._Answers.write, []
+    real, calls = decode.write, []
 
-    def interrupted(self, count):
-        calls.append(count)
+    def interrupted(*state):
+        calls.append(state)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        real(self, count)
+        return real(*state)
 
-    monkeypatch.setattr(generate._Answers, "write", interrupted)
+    monkeypatch.setattr(decode, "write", interrupted)
     said, conversation = talk(generator, "One", "Two")
     assert "[interrupted]" in said
     assert len(conversation.history) == 4

@@ -112,11 +112,7 @@ class LpcMixin:
         return_dict=True,
         **kwargs,
     ):
-        """Logits under z; see the class.
-
-        Raises:
-            ValueError: No way to tell where the prompt ends, or no such code.
-        """
+        """Logits under z; see the class."""
         past = kwargs.get("cache", kwargs.get("past_key_values"))
         if code_vector is None and not lpc_continues_prompt and _length(past):
             raise ValueError(
@@ -135,10 +131,9 @@ class LpcMixin:
         if code_vector is None:
             end = prompt_end(hidden, attention_mask, prompt_lengths, labels)
             at_end = hidden[torch.arange(len(hidden), device=hidden.device), end]
-            code_weights = self.code_weights(
-                at_end, lpc_how, lpc_temperature, lpc_code, lpc_mix
-            )
-            code_vector = code_weights @ self.latent.codebook.float()
+            how = lpc_how, lpc_temperature, lpc_code, lpc_mix
+            weights = self.code_weights(at_end, *how)
+            code_vector = weights @ self.latent.codebook.float()
         hidden = hidden + code_vector[:, None].to(hidden.dtype)
         if isinstance(logits_to_keep, int):
             logits_to_keep = slice(-logits_to_keep or None, None)
@@ -148,26 +143,18 @@ class LpcMixin:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size
             )
-        found = CausalLMOutputWithPast(loss=loss, logits=logits)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits)
         # The cache's name is not the same in all versions of transformers.
         for name, value in outputs.items():
             if name != "last_hidden_state":
-                found[name] = value
-        found["code_vector"] = code_vector
-        return found if return_dict else found.to_tuple()
+                output[name] = value
+        output["code_vector"] = code_vector
+        return output if return_dict else output.to_tuple()
 
     def code_weights(self, hidden, how=None, temperature=None, code=None, mix=None):
-        """Weights of the codes [rows, C] for the hidden states at prompts' ends.
+        """Weights of the codes [rows, C] for hidden states at prompts' ends [rows, D].
 
-        Args:
-            hidden: After the final norm, [rows, width].
-            how: As ``lpc_how``; likewise the others.
-            temperature: Of ``sample``.
-            code: Instead of the prior.
-            mix: Instead of the prior.
-
-        Raises:
-            ValueError: No such code, weights that are no mix, or another word.
+        The other arguments are those of ``forward`` that begin with ``lpc_``.
         """
         lpc = self.config.lpc
         if code is not None or mix is not None:
@@ -182,16 +169,11 @@ class LpcMixin:
             )
         with torch.autocast(hidden.device.type, enabled=False):
             logits = self.latent.prior_mlp(hidden)
-        if how == "argmax":
-            picked = nn.functional.one_hot(logits.argmax(-1), lpc["num_codes"])
-            return picked.float()
         if how == "sample":
             gumbel = -torch.log(torch.empty_like(logits).exponential_())
             logits = (logits + gumbel) / temperature
-            if lpc["one_code"]:
-                return nn.functional.one_hot(
-                    logits.argmax(-1), lpc["num_codes"]
-                ).float()
+        if how == "argmax" or (how == "sample" and lpc["one_code"]):
+            return nn.functional.one_hot(logits.argmax(-1), lpc["num_codes"]).float()
         return logits.softmax(-1)
 
     @torch.no_grad()
@@ -199,27 +181,17 @@ class LpcMixin:
         """The mix of codes that one reader's judgements call for, as an ``lpc_mix``.
 
         The softmax of the mean of the pairs' posterior logits (eq. 8), which is what
-        ``--like FILE`` of lpc_jax's scripts does.
-
-        Args:
-            judged: A .jsonl file or its rows: ``prompt``, ``chosen`` and ``rejected``,
-                each a text or a list of messages.
-            tokenizer: Of this folder, with its chat template.
-
-        Raises:
-            ValueError: No pairs, or one without these fields.
+        ``--like FILE`` of lpc_jax's scripts does. ``judged`` is a .jsonl file or its
+        rows: ``prompt``, ``chosen`` and ``rejected``, each a text or messages.
         """
         if not isinstance(judged, list):
             with open(judged, encoding="utf-8") as file:
                 judged = [json.loads(line) for line in file if line.strip()]
         if not judged:
             raise ValueError("mix_like needs judged pairs, got none.")
-        logits = [
-            self.latent.posterior_mlp(self._judged(*pair_ids(row, tokenizer)))
-            for row in judged
-        ]
-        weights = torch.stack(logits).mean(0).softmax(-1).tolist()
-        return dict(enumerate(weights))
+        states = [self._judged(*pair_ids(row, tokenizer)) for row in judged]
+        logits = self.latent.posterior_mlp(torch.stack(states)).mean(0)
+        return dict(enumerate(logits.softmax(-1).tolist()))
 
     def _judged(self, prompt, *answers):
         """What the posterior reads of a pair's token ids."""
@@ -266,17 +238,10 @@ def _length(cache):
 
 
 def prompt_end(hidden, attention_mask=None, prompt_lengths=None, labels=None):
-    """Where each row's prompt has its last token, among the columns of ``hidden``.
+    """The column of each row's last prompt token in ``hidden`` [rows, columns, D].
 
-    Args:
-        hidden: [rows, columns, width].
-        attention_mask: 1 for tokens, 0 for padding on either side; its last columns
-            are those of ``hidden``. None, or a mask of 4 axes: no padding at the end.
-        prompt_lengths: See ``LpcMixin``.
-        labels: See ``LpcMixin``.
-
-    Raises:
-        ValueError: A prompt of no tokens, or longer than its row.
+    Of ``attention_mask`` (1: token, 0: padding on either side) the last columns are
+    those of ``hidden``; None, or a mask of 4 axes: no padding at the end.
     """
     rows, columns = hidden.shape[:2]
     real = torch.ones(rows, columns, dtype=torch.long, device=hidden.device)
@@ -302,15 +267,7 @@ def prompt_end(hidden, attention_mask=None, prompt_lengths=None, labels=None):
 
 
 def pair_ids(row, tokenizer):
-    """Token ids of a judged pair: prompt, chosen and rejected, each answer with EOS.
-
-    Args:
-        row: As in ``mix_like``.
-        tokenizer: With a chat template.
-
-    Raises:
-        ValueError: A field is missing.
-    """
+    """Token ids of a judged pair: prompt, chosen and rejected, each answer with EOS."""
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing:
         raise ValueError(
@@ -324,12 +281,10 @@ def pair_ids(row, tokenizer):
         text = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    asked = messages(row["prompt"], "user")
-    header = encoded(asked, add_generation_prompt=True)
-    whole = [
-        encoded(asked + messages(row[name], "assistant"))
-        for name in ("chosen", "rejected")
-    ]
+    prompt = messages(row["prompt"], "user")
+    header = encoded(prompt, add_generation_prompt=True)
+    sides = "chosen", "rejected"
+    whole = [encoded(prompt + messages(row[side], "assistant")) for side in sides]
     shared = min(_shared(header, ids) for ids in whole)
     eos, answers = tokenizer.eos_token_id, []
     for ids in whole:
@@ -346,15 +301,7 @@ def _shared(a, b):
 
 
 def mix_weights(mix, num_codes):
-    """Weights of all codes [C], from those that have one.
-
-    Args:
-        mix: Weights by code.
-        num_codes: C.
-
-    Raises:
-        ValueError: No such code, or weights that are no convex mix.
-    """
+    """Weights of all codes [C], from a convex mix by code."""
     weights = torch.zeros(num_codes)
     for code, weight in mix.items():
         if not isinstance(code, int) or not 0 <= code < num_codes or not weight >= 0:

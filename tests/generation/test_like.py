@@ -12,8 +12,9 @@ import scipy.special
 
 from lpc_jax import config as cfg
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.evaluation import flags, like
-from lpc_jax.evaluation.steering import Steering
+from lpc_jax.evaluation import flags
+from lpc_jax.generation import like
+from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import reading
 from scripts import generate
 from tests import runs, systems
@@ -33,7 +34,7 @@ def some(coded):
     examples = like.read(str(runs.PAIRS), "posterior", coded.latent, coded.name)
     rules = pair_data.rules(coded.config.data)
     found, _ = pair_data.tokenize(
-        examples.found, coded.tokenizer, examples.drops, **rules
+        examples.judged, coded.tokenizer, examples.drops, **rules
     )
     return found[:5]
 

@@ -1,7 +1,6 @@
 """Answers to a few held-out prompts, kept with the step that gave them and measured.
 
 A number on pairs says which of two answers a model prefers, not what it says itself.
-Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.evaluation.generate import Generator, Ids, Sampling
-from lpc_jax.evaluation.steering import Steering
 from lpc_jax.files import untrusted
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.decode import Ids
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
 
 FILE = "samples.jsonl"
 
@@ -25,33 +26,23 @@ FILE = "samples.jsonl"
 _GRAM, _DISTINCT = 4, 0.7
 # Shorter answers have too few 4-grams to tell.
 _LEAST_GRAMS = 5
+# Characters of a text that a person is shown.
+_SHOWN = 400
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One answer.
+    """One answer to a pair's prompt, as a line of the file has it."""
 
-    Attributes:
-        step: Updates done when it was given.
-        id: Of the pair whose prompt it answers.
-        source: Of that pair.
-        prompt: The last turn before the answer.
-        answer: Without special tokens.
-        tokens: How many it has, without the one that ended it.
-        chosen_tokens: How many the pair's better answer has, likewise.
-        ended: Whether the model ended it.
-        circle: Whether it runs in a circle.
-    """
-
-    step: int
-    id: int
+    step: int  # updates done when it was given
+    id: int  # of the pair
     source: str
-    prompt: str
+    prompt: str  # the last turn before the answer
     answer: str
-    tokens: int
-    chosen_tokens: int
-    ended: bool
-    circle: bool
+    tokens: int  # without the one that ended it
+    chosen_tokens: int  # of the pair's better answer, likewise
+    ended: bool  # by the model itself
+    circle: bool  # whether it runs in one
 
 
 def in_circle(tokens: Ids | Sequence[int]) -> bool:
@@ -63,22 +54,21 @@ def in_circle(tokens: Ids | Sequence[int]) -> bool:
 def choose(
     pairs: Sequence[TokenizedPair], count: int, *, most_tokens: int
 ) -> list[TokenizedPair]:
-    """Pairs with different prompts, of all sources in turn, from the first.
+    """So many pairs with different prompts, of all sources in turn, from the first.
 
-    Args:
-        pairs: The held-out pairs.
-        count: How many to choose, where there are so many.
-        most_tokens: Longer prompts are left out.
+    Prompts of more than ``most_tokens`` are left out.
     """
     by_source: dict[str, dict[bytes, TokenizedPair]] = {}
     for pair in pairs:
         if len(pair.prompt) <= most_tokens:
             of_source = by_source.setdefault(pair.source, {})
             of_source.setdefault(pair.prompt.tobytes(), pair)
-    left = [list(by_source[source].values()) for source in sorted(by_source)]
-    turns = max(map(len, left), default=0)
-    found = [some[turn] for turn in range(turns) for some in left if turn < len(some)]
-    return found[:count]
+    in_turn = sorted(
+        (turn, source, pair.id, pair)
+        for source, of_source in by_source.items()
+        for turn, pair in enumerate(of_source.values())
+    )
+    return [pair for *_, pair in in_turn[:count]]
 
 
 def answer(
@@ -93,10 +83,10 @@ def answer(
     """Greedy answers to the pairs' prompts.
 
     Args:
-        generator: Of the policy as it is now.
+        generator: Of the policy after ``step`` updates.
         pairs: From ``choose``.
         prompts: What to show of each pair's prompt, by pair id.
-        step: Updates done.
+        step: Kept with the answers.
         steering: How z is chosen; not read without a latent.
         max_new_tokens: Most tokens of an answer.
     """
@@ -166,16 +156,11 @@ def rewind(file: Path, resume_from: int | None) -> None:
     os.replace(partial, file)
 
 
-def before_and_after(samples: Sequence[Sample], *, most: int = 400) -> list[str]:
-    """One prompt of each source with its first and its last answer, to be read.
-
-    Args:
-        samples: Of at least one step.
-        most: Characters of a text that are shown.
-    """
+def before_and_after(samples: Sequence[Sample]) -> list[str]:
+    """A prompt of each source with its first and its last answer, to be read."""
 
     def shown(text: str) -> str:
-        return untrusted.shown(" ".join(text.split()), most=most) or "(nothing)"
+        return untrusted.shown(" ".join(text.split()), most=_SHOWN) or "(nothing)"
 
     lines: list[str] = []
     first, last = (pick(s.step for s in samples) for pick in (min, max))

@@ -1,0 +1,160 @@
+"""A conversation in the terminal, and the hand on its codes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+
+from lpc_jax.data import chat
+from lpc_jax.data.examples import Message
+from lpc_jax.errors import UserError
+from lpc_jax.generation import answers, like
+from lpc_jax.generation.answering import Completion, Generator
+from lpc_jax.generation.decode import Ids
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import steering
+
+# Codes shown of a prior.
+_SHOWN = 8
+
+HELP = """\
+/code 7            answer under this code alone
+/mix 3:0.7,12:0.3  answer under a mix of codes
+/like FILE         answer as the reader would want it who judged these pairs
+/mean  /sample  /argmax   choose z from the prior again
+/codes             the prior's mix for the last prompt, and z of the last answer
+/again             another answer to the last prompt
+/reset             forget the conversation
+/seed 5            of sampling from here on
+/help  /quit"""
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A chat with one system; commands change its fields."""
+
+    generator: Generator
+    sampling: Sampling
+    steering: Steering
+    stop: tuple[str, ...]
+    seed: int  # of the next answer; each takes the one after
+    first: list[Message]  # of the system, or none
+    console: Console
+    history: list[Message] = dataclasses.field(default_factory=list)
+    last: Completion | None = None
+
+    def talk(self, read: Callable[[], str]) -> None:
+        """Answers lines until ``read`` raises ``EOFError`` or there is a Ctrl-C."""
+        while True:
+            try:
+                line = read().strip()
+            except (EOFError, KeyboardInterrupt):
+                self.console.print()
+                return
+            if line in ("/quit", "/exit"):
+                return
+            try:
+                if line.startswith("/"):
+                    self._obey(line)
+                elif line:
+                    self._answer([*self.history, {"role": "user", "content": line}])
+            except UserError as error:
+                self._print(f"error: {error}")
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        self.console.print(text, end=end, markup=False, highlight=False, soft_wrap=True)
+
+    def _answer(self, messages: list[Message]) -> None:
+        """Answers; the turn is kept only where there was an answer."""
+        tokenizer = self.generator.system.tokenizer
+        ids = chat.encode_prompt([*self.first, *messages], tokenizer)
+        text = ""
+        for completion in self._stream(ids):
+            self._print(completion.text[len(text) :], end="")
+            text, self.last = completion.text, completion
+        self.console.print()
+        if self.last is not None and self.last.reason in ("length", "context"):
+            self._print(f"[cut: {self.last.reason}]")
+        self.seed += 1
+        self.history = [*messages, {"role": "assistant", "content": text}]
+
+    def _stream(self, ids: Ids) -> Iterator[Completion]:
+        try:
+            yield from self.generator.stream(
+                ids,
+                sampling=self.sampling,
+                steering=self.steering,
+                stop=self.stop,
+                seed=self.seed,
+            )
+        except KeyboardInterrupt:
+            self._print(" [interrupted]", end="")
+
+    def _obey(self, line: str) -> None:
+        """Does what a command says."""
+        name, _, value = line.partition(" ")
+        value = value.strip()
+        match name:
+            case "/help":
+                self._print(HELP)
+            case "/reset":
+                self.history, self.last = [], None
+                self._print("the conversation is forgotten")
+            case "/again":
+                if not self.history:
+                    raise UserError(
+                        "/again needs a prompt, got none yet. Ask something."
+                    )
+                self._answer(self.history[:-1])
+            case "/seed":
+                if not value.isdecimal():
+                    raise UserError(f"/seed must be a whole number, got {value!r}.")
+                self.seed = int(value)
+            case "/code" | "/mix" | "/like" | "/mean" | "/sample" | "/argmax":
+                self._require_codes(line)
+                self.steering = self._steering(name.removeprefix("/"), value)
+                self._print(f"z from here on: {self.steering.said()}")
+            case "/codes":
+                self._require_codes(line)
+                self._show_codes()
+            case _:
+                raise UserError(f"{name} is no command. /help lists them.")
+
+    def _require_codes(self, line: str) -> None:
+        system = self.generator.system
+        codes = None if system.latent is None else system.latent.num_codes
+        steering.require_codes(codes, line, system.name)
+
+    def _steering(self, name: str, value: str) -> Steering:
+        """As the flag of the same name."""
+        system = self.generator.system
+        if name == "like":
+            examples = like.read(value, like.BY[0], system.latent, system.name)
+            return like.steering(system, examples)
+        chosen = steering.choose(
+            name if name in ("mean", "sample", "argmax") else None,
+            value if name == "code" else None,
+            value if name == "mix" else None,
+            system.latent,
+            system.name,
+        )
+        assert chosen is not None
+        return chosen
+
+    def _show_codes(self) -> None:
+        if self.last is None:
+            raise UserError("/codes needs a prompt, got none yet. Ask something.")
+        prior, weights = self.last.prior, self.last.weights
+        assert prior is not None
+        assert weights is not None
+        table = Table("code", "prior", "in z")
+        for code in answers.largest(prior, _SHOWN):
+            table.add_row(code, f"{prior[int(code)]:.3f}", f"{weights[int(code)]:.3f}")
+        self.console.print(table)
+        in_z = answers.largest(weights, _SHOWN)
+        shares = ", ".join(f"{code}: {share:.3f}" for code, share in in_z.items())
+        self._print(f"z of the last answer: {shares}")

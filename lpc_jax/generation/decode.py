@@ -1,0 +1,243 @@
+"""Generation on the device: prompts into a cache, z, then token after token.
+
+z is chosen once, at the prompt's end, and added before the head at every position of
+the answer, as in training (Gong et al. 2025, eq. 10). Rows are padded on the left, so
+that all of them grow at one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
+
+from lpc_jax import axes
+from lpc_jax.generation.sampling import Choice
+from lpc_jax.models.cached import Cache, CachedDecoder
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import draws
+from lpc_jax.types import HostOrDevice
+
+Ids = Int32[np.ndarray, "_"]
+
+# Tokens of a prompt that are read at a time; a prompt is padded to a multiple of the
+# last.
+_CHUNKS = (256, 32)
+# Slots of the cache are a multiple of it, so that few programs serve all lengths.
+_SLOTS = 128
+
+
+class Rows(NamedTuple):
+    """What the device is told of a batch's prompts, beside their tokens."""
+
+    seed: np.uint32 | Array
+    slot: Int32[HostOrDevice, ""]  # after every prompt
+    first: Int32[HostOrDevice, "R"]  # the slot of each row's first token
+    number: Int32[HostOrDevice, "R"]  # of the prompt; seeds the tokens drawn
+    draw: UInt32[HostOrDevice, "R"]  # seeds the draw of z
+    unused: Bool[HostOrDevice, "R"]  # rows without a prompt
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Answers that are being written: ``count`` tokens of each so far."""
+
+    cache: Cache
+    first: Int[Array, "R"]  # the slot of each row's first token
+    slot: Int[Array, ""]  # of the token to be read next
+    tokens: Int[Array, "R T"]
+    count: Int[Array, ""]
+    done: Bool[HostOrDevice, "R"]
+    vector: Float[Array, "R D"] | None  # z
+    keys: Any  # a row's own randomness
+    choice: Choice
+    ends: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+
+def _pad(
+    prompts: Mapping[int, Ids], *, rows: int, seed: int
+) -> tuple[Int32[np.ndarray, "R T"], Rows]:
+    """Prompts by number, as an array of so many rows and what else is told of it."""
+    length = _round_up(max(map(len, prompts.values())), _CHUNKS[-1])
+    tokens = np.zeros((rows, length), np.int32)
+    first = np.full(rows, length - 1, np.int32)  # of a row without a prompt
+    for row, prompt in enumerate(prompts.values()):
+        first[row] = length - len(prompt)
+        tokens[row, first[row] :] = prompt
+    none = (0, rows - len(prompts))
+    return tokens, Rows(
+        seed=np.uint32(seed),
+        slot=np.asarray(length, np.int32),
+        first=first,
+        number=np.pad(np.asarray([*prompts], np.int32), none),
+        draw=np.pad(draws.seeds([*prompts.values()]), none),
+        unused=np.arange(rows) >= len(prompts),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def lay_apart(graph: Any, params: Any) -> tuple[Any, Any]:
+    """Decoder and latent of a network for ``nnx.merge``, the decoder's layers apart."""
+    network = nnx.merge(graph, params)
+    return nnx.split((CachedDecoder(network.decoder), network.latent))
+
+
+def start(
+    graph: Any,
+    params: Any,
+    prompts: Mapping[int, Ids],
+    *,
+    rows: int,
+    limit: int,
+    seed: int,
+    steering: Steering,
+    choice: Choice,
+    ends: tuple[int, ...],
+) -> tuple[State, Array | None, Array | None]:
+    """Reads prompts, chooses z and the first token of at most ``limit`` each.
+
+    Prompts come by number, which seeds the tokens that are drawn; z and the seed of its
+    draw are the prompt's own.
+
+    Returns:
+        The answers so far; the prior's probabilities and the codes' weights in z [R C],
+        or None without a latent.
+    """
+    tokens, told = _pad(prompts, rows=rows, seed=seed)
+    length = tokens.shape[1]
+    slots = _round_up(length + limit, _SLOTS)
+    cache = _empty_cache(graph, params, rows=rows, slots=slots)
+    done, hidden = 0, None
+    while done < length:
+        size = next(size for size in _CHUNKS if size <= length - done)
+        chunk, at = tokens[:, done : done + size], np.int32(done)
+        cache, hidden = read(graph, params, cache, chunk, at, told.first)
+        done += size
+    return begin(
+        graph, params, cache, hidden, told, choice, steering=steering, ends=ends
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("rows", "slots"))
+def _empty_cache(graph: Any, params: Any, *, rows: int, slots: int) -> Cache:
+    decoder, _ = nnx.merge(graph, params)
+    return decoder.empty_cache(rows, slots)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def read(
+    graph: Any,
+    params: Any,
+    cache: Cache,
+    tokens: Int[Array, "R T"],
+    start: Int[Array, ""],
+    first: Int[Array, "R"],
+) -> tuple[Cache, Float[Array, "R D"]]:
+    """The cache with the next tokens of all prompts, and the last's hidden states."""
+    decoder, _ = nnx.merge(graph, params)
+    hidden, cache = decoder(tokens, cache, start=start, first=first)
+    return cache, hidden[:, -1]
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=0,
+    static_argnames=("steering", "ends"),
+    donate_argnums=2,
+)
+def begin(
+    graph: Any,
+    params: Any,
+    cache: Cache,
+    hidden: Float[Array, "R D"],
+    rows: Rows,
+    choice: Choice,
+    *,
+    steering: Steering,
+    ends: tuple[int, ...],
+) -> tuple[State, Float[Array, "R C"] | None, Float[Array, "R C"] | None]:
+    """Chooses z and the first token; gives also the prior and the codes' weights."""
+    decoder, latent = nnx.merge(graph, params)
+    room = hidden.shape[0], cache.keys[0].shape[1]
+    key = jax.random.key(rows.seed)
+    prior = weights = vector = None
+    if latent is not None:
+        codes = draws.codes(latent, hidden, steering, key, rows.draw)
+        prior, weights = jax.nn.softmax(codes.logits, axis=-1), codes.weights
+        vector = codes.vector
+    state = State(
+        cache=cache,
+        first=rows.first,
+        slot=rows.slot,
+        tokens=jnp.zeros(room, jnp.int32),
+        count=jnp.int32(0),
+        done=rows.unused,
+        vector=vector,
+        keys=jax.vmap(functools.partial(jax.random.fold_in, key))(rows.number),
+        choice=choice,
+        ends=ends,
+    )
+    state = _with_token(decoder, state, hidden)
+    return state, _everywhere(prior), _everywhere(weights)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def write(graph: Any, params: Any, state: State, limit: Int[Array, ""]) -> State:
+    """Tokens, until there are ``limit`` of them or every row has ended."""
+    decoder, _ = nnx.merge(graph, params)
+
+    def goes_on(state: State) -> Array:
+        return (state.count < limit) & ~jnp.all(state.done)
+
+    def add(state: State) -> State:
+        last = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
+        hidden, cache = decoder(last, state.cache, start=state.slot, first=state.first)
+        state = dataclasses.replace(state, cache=cache, slot=state.slot + 1)
+        return _with_token(decoder, state, hidden[:, 0])
+
+    return jax.lax.while_loop(goes_on, add, state)
+
+
+def _with_token(
+    decoder: CachedDecoder, state: State, hidden: Float[Array, "R D"]
+) -> State:
+    """One more token in each row: pi(y_t | x, y_<t, z) = softmax(head (h + z))."""
+    if state.vector is not None:
+        hidden = hidden + state.vector.astype(hidden.dtype)
+    logits = jnp.einsum(
+        "RD,VD->RV",
+        hidden,
+        decoder.head_weight.astype(hidden.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    logits = axes.constrain(logits, "R V")
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, state.count))(state.keys)
+    token = jnp.where(state.done, state.ends[0], state.choice.pick(logits, keys))
+    ended = jnp.isin(token, jnp.asarray(state.ends))
+    tokens = jax.lax.dynamic_update_slice_in_dim(
+        state.tokens, token[:, None], state.count, axis=1
+    )
+    tokens, count, done = map(
+        _everywhere, (tokens, state.count + 1, state.done | ended)
+    )
+    return dataclasses.replace(state, tokens=tokens, count=count, done=done)
+
+
+def _everywhere(x: Any) -> Any:
+    """Whole on every device, so that every process can read it."""
+    if x is None or jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+def _round_up(count: int, unit: int) -> int:
+    return count + -count % unit

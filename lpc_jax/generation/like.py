@@ -1,0 +1,109 @@
+"""z from a handful of one reader's judgements.
+
+What LPC can do that no plain loss can: of codes that were learnt from many readers'
+pairs, the mix that speaks to the reader who judged these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, assert_never, get_args
+
+import numpy as np
+import scipy.special
+from jaxtyping import Float
+
+from lpc_jax import config as cfg
+from lpc_jax import loss_table
+from lpc_jax.data import pairs as pair_data
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.examples import PreferenceExample
+from lpc_jax.data.report import Drops
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import reading
+from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime.steering import require_codes
+
+By = Literal["posterior", "bayes"]
+BY: tuple[By, ...] = get_args(By)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Judged pairs of one reader, read and not yet used; ``by``: how the mix comes."""
+
+    judged: list[PreferenceExample]
+    drops: Drops
+    by: By
+
+
+def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
+    """The pairs of a file, before anything is loaded or computed.
+
+    Args:
+        file: In any form that training reads.
+        by: How the mix comes.
+        latent: Of the system that is to be asked under their z.
+        name: Of that system.
+
+    Raises:
+        UserError: It has no codes, or the file no pair.
+    """
+    codes = None if latent is None else latent.num_codes
+    require_codes(codes, f"--like {file}", name)
+    judged, drops = pair_data.read([file], split="train", limit=None)
+    return Examples(judged, drops, by)
+
+
+def steering(system: Policy, examples: Examples) -> Steering:
+    """The mix of codes that examples from ``read`` call for.
+
+    Raises:
+        UserError: No example is left as tokens.
+    """
+    rules = pair_data.rules(system.config.data)
+    tokens, _ = pair_data.tokenize(
+        examples.judged, system.tokenizer, examples.drops, **rules
+    )
+    mix = weights(evidence(system, tokens, examples.by), examples.by)
+    return Steering("mix", tuple(enumerate(mix.tolist())))
+
+
+def evidence(
+    system: Policy, judged: Sequence[TokenizedPair], by: By
+) -> Float[np.ndarray, "B C"]:
+    """What each judged pair says for each code of a system that has some.
+
+    By ``posterior`` the posterior's logits (LPC eq. 8). By ``bayes`` the log-likelihood
+    of the judgement under that code alone, log sigmoid(margin) (Rafailov et al. 2023,
+    eq. 1); the margin is beta times what the code adds to the chosen answer's log-prob,
+    per token where the loss is, less what it adds to the rejected one's.
+    """
+    if by == "posterior":
+        return reading.believe(system, judged).posterior.astype(np.float64)
+    assert system.latent is not None
+    count = system.latent.num_codes
+    mixes = np.concatenate([np.zeros((1, count)), np.eye(count)])  # none, then each
+    logp = reading.score_under(system, judged, mixes)
+    reward = loss_table.reward(None, system.config.loss)
+    alone = dataclasses.replace(reward, over_reference=False)
+    rewards = np.stack([alone.of(x, pair_data.lengths(judged), None) for x in logp])
+    added = rewards[1:] - rewards[:1]
+    return -np.logaddexp(0, added[..., 1] - added[..., 0]).T
+
+
+def weights(evidence: Float[np.ndarray, "B C"], by: By) -> Float[np.ndarray, "C"]:
+    """The mix that the evidence of one reader's pairs calls for.
+
+    By ``posterior`` the softmax of the mean logits, as training with ``latent.pool =
+    "user"`` pools them; by ``bayes`` the softmax of the summed log-likelihoods, Bayes'
+    rule from a uniform belief over codes.
+    """
+    match by:
+        case "posterior":
+            return scipy.special.softmax(evidence.mean(axis=0))
+        case "bayes":
+            return scipy.special.softmax(evidence.sum(axis=0))
+        case _:
+            assert_never(by)
