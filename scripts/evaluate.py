@@ -299,7 +299,8 @@ def look_at_codes(
     Raises:
         UserError: Something that the user can mend.
     """
-    from lpc_jax.evaluation import codes_report, command, steering
+    from lpc_jax.evaluation import command, steering
+    from lpc_jax.evaluation.codes import page
 
     if asked.output is None or len(asked.pairs) != 1:
         raise UserError(
@@ -312,12 +313,12 @@ def look_at_codes(
                 f"--{flag} has no effect with --codes, which looks at all of them."
                 " Leave it out."
             )
-    codes_report.require(asked.output)
+    page.require(asked.output)
     latent = command.outline_system(asked).config.latent
     num_codes = None if latent is None else latent.num_codes
     steering.require_codes(num_codes, "--codes", asked.system)
     loaded = command.load_system(asked)
-    looked, page = codes_report.make(
+    looked, file = page.make(
         loaded,
         asked.pairs[0],
         asked.output,
@@ -326,7 +327,7 @@ def look_at_codes(
         seed=asked.seed,
         on_progress=lambda _: None,
     )
-    said = [*codes_report.summary(looked), f"written: {page}"]
+    said = [*page.summary(looked), f"written: {file}"]
     console.print("\n".join(said), highlight=False, markup=False, soft_wrap=True)
 
 

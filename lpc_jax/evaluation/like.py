@@ -19,7 +19,8 @@ from lpc_jax import sources
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops
-from lpc_jax.evaluation import codes, pairs
+from lpc_jax.evaluation import pairs
+from lpc_jax.evaluation.codes import look
 from lpc_jax.evaluation.steering import Steering, require_codes
 from lpc_jax.evaluation.system import System
 
@@ -100,7 +101,7 @@ def evidence(
             adds to the rejected one's.
     """
     if by == "posterior":
-        beliefs = codes.believe(system, some, on_progress=lambda _: None)
+        beliefs = look.believe(system, some, on_progress=lambda _: None)
         return beliefs.posterior.astype(np.float64)
     latent = system.latent
     assert latent is not None

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lpc_jax import objective
+from lpc_jax.evaluation.codes import measures
 from lpc_jax.types import Batch
 
 
@@ -72,7 +73,7 @@ def evaluate(
         by_source.setdefault(sources[pair_id], []).append(pair_id)
     metrics = objective.values(totals)
     if priors and len(by_source) > 1:
-        metrics["code/source_nmi"] = normalized_mutual_information(
+        metrics["code/source_nmi"] = measures.normalized_mutual_information(
             [int(np.argmax(priors[i])) for i in sorted(margins)],
             [sources[i] for i in sorted(margins)],
         )
@@ -89,32 +90,3 @@ def evaluate(
         },
         margins=margins,
     )
-
-
-def normalized_mutual_information(
-    codes: Sequence[int], sources: Sequence[str]
-) -> float:
-    """I(code; source) / sqrt(H(code) H(source)) (Strehl & Ghosh 2002, eq. 3).
-
-    Args:
-        codes: One code a pair.
-        sources: The pairs' sources.
-
-    Returns:
-        From 0 (a code says nothing of the source) to 1 (each tells the other); 0 where
-        either never varies.
-    """
-    _, code = np.unique(codes, return_inverse=True)
-    _, source = np.unique(sources, return_inverse=True)
-    joint = np.zeros((code.max() + 1, source.max() + 1))
-    np.add.at(joint, (code, source), 1 / len(code))
-
-    def entropy(shares: Float[np.ndarray, "_"]) -> float:
-        used = shares[shares > 0]
-        return -float(np.sum(used * np.log(used)))
-
-    of_code, of_source = entropy(joint.sum(axis=1)), entropy(joint.sum(axis=0))
-    if of_code * of_source == 0:
-        return 0.0
-    information = of_code + of_source - entropy(joint.ravel())
-    return information / float(np.sqrt(of_code * of_source))
