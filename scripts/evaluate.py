@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
 
 
 def _parser() -> argparse.ArgumentParser:
-    from lpc_jax.evaluation import command, task_command
+    from lpc_jax.evaluation import command
 
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-length", type=_count, help="tokens read at a time [a run's, the model's]"
     )
     _add_pairs(parser)
-    task_command.add_arguments(parser)
+    _add_tasks(parser)
     return parser
 
 
@@ -334,6 +334,36 @@ def look_at_codes(
 # --- the standard tasks ---------------------------------------------------------------
 
 
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_argument_group("standard tasks (the extra eval)")
+    tasks.add_argument(
+        "--tasks", help="of lm-eval, with commas: arc_easy,gsm8k,truthfulqa_mc2"
+    )
+    tasks.add_argument(
+        "--tasks-data", type=Path, metavar="FOLDER", help="local files, not the hub"
+    )
+    tasks.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples in each prompt"
+    )
+    tasks.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="ask in the model's chat format, as LPC is trained",
+    )
+    tasks.add_argument(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with it, examples are turns of their own",
+    )
+    tasks.add_argument("--system-instruction", metavar="TEXT")
+    tasks.add_argument(
+        "--log-samples",
+        action="store_true",
+        help="write each request and its log-likelihood too",
+    )
+
+
 def evaluate_tasks(
     asked: argparse.Namespace, arguments: Sequence[str], console: Console
 ) -> None:
@@ -347,23 +377,43 @@ def evaluate_tasks(
     Raises:
         UserError: Something that the user can mend.
     """
-    from lpc_jax.evaluation import command, task_command
+    from lpc_jax.evaluation import command, lm_eval, tasks
 
     _require_writable(asked)
-    tasks = task_command.load(asked)
+    names = [name.strip() for name in asked.tasks.split(",")]
+    if not all(names):
+        raise UserError(
+            f"--tasks must be names with commas between, got {asked.tasks!r}."
+            " Write them as arc_easy,gsm8k."
+        )
+    num_fewshot = asked.num_fewshot
+    loaded = tasks.load(names, data=asked.tasks_data, num_fewshot=num_fewshot)
     command.require_steering(asked, command.outline_system(asked))
-    loaded = command.load_system(asked)
-    steering = command.read_steering(asked, loaded)
-    files = [asked.json, asked.output and asked.output / "tasks.json"]
-    results = task_command.main(
-        asked,
-        loaded,
-        tasks,
-        steering=steering,
-        seed=asked.seed,
-        console=console,
+    system = command.load_system(asked)
+    steering = command.read_steering(asked, system)
+    model = lm_eval.LanguageModel(
+        system, steering=steering, max_length=asked.max_length, seed=asked.seed
     )
-    for file in filter(None, files):
+    results = lm_eval.evaluate(
+        model,
+        loaded,
+        num_fewshot=num_fewshot,
+        log_samples=asked.log_samples,
+        limit=asked.limit,
+        apply_chat_template=asked.apply_chat_template,
+        fewshot_as_multiturn=asked.fewshot_as_multiturn,
+        system_instruction=asked.system_instruction,
+    )
+    results["settings"]["tasks_data"] = asked.tasks_data and "local files"
+    console.print(lm_eval.table(results))
+    if model.cut:
+        console.print(
+            f"{model.cut} requests are longer than {model.max_length} tokens: their"
+            " contexts were cut at the start."
+        )
+    for file in filter(
+        None, [asked.json, asked.output and asked.output / "tasks.json"]
+    ):
         _write_whole(file, json.dumps(results, indent=1, default=float) + "\n")
         console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 
