@@ -27,6 +27,7 @@ from lpc_jax.generation.answering import Generator
 from lpc_jax.generation.sampling import Sampling
 from lpc_jax.models import weights
 from lpc_jax.runtime import loading
+from lpc_jax.runtime.policy import Policy
 from lpc_jax.runtime.steering import Steering
 
 SHARD_BYTES = 1 << 30

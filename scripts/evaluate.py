@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
 
 
 def _parser() -> argparse.ArgumentParser:
-    from lpc_jax.evaluation import flags, task_command
+    from lpc_jax.evaluation import flags
 
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-length", type=_count, help="tokens read at a time [a run's, the model's]"
     )
     _add_pairs(parser)
-    task_command.add_arguments(parser)
+    _add_tasks(parser)
     return parser
 
 
@@ -177,6 +177,7 @@ def compare_readers(
     asked: argparse.Namespace, arguments: Sequence[str], console: Console
 ) -> None:
     """Whether a few of a reader's judgements say what that reader wants."""
+    from lpc_jax import config as cfg
     from lpc_jax.data import pairs
     from lpc_jax.evaluation import flags, readers
     from lpc_jax.runtime import steering
@@ -229,7 +230,8 @@ def look_at_codes(
     asked: argparse.Namespace, arguments: Sequence[str], console: Console
 ) -> None:
     """Writes a page about a system's codes, and says the most of it."""
-    from lpc_jax.evaluation import codes_report, flags
+    from lpc_jax.evaluation import flags
+    from lpc_jax.evaluation.codes import page
     from lpc_jax.runtime import steering
 
     if asked.output is None or len(asked.pairs) != 1:
@@ -238,10 +240,10 @@ def look_at_codes(
             f" {asked.output} and {len(asked.pairs)}."
         )
     _refuse(asked, ("z", "code", "mix", "like"), "--codes", "looks at all of them")
-    codes_report.require(asked.output)
+    page.require(asked.output)
     latent = flags.outline_system(asked).latent
     steering.require_codes(latent and latent.num_codes, "--codes", asked.system)
-    looked, page = codes_report.make(
+    looked, file = page.make(
         flags.load_system(asked),
         asked.pairs[0],
         asked.output,
@@ -250,7 +252,7 @@ def look_at_codes(
         seed=asked.seed,
         on_progress=lambda _: None,
     )
-    _print(console, *codes_report.summary(looked), f"written: {page}")
+    _print(console, *page.summary(looked), f"written: {file}")
 
 
 def _refuse(
@@ -267,28 +269,77 @@ def _refuse(
 # --- the standard tasks ---------------------------------------------------------------
 
 
+def _add_tasks(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_argument_group("standard tasks (the extra eval)")
+    tasks.add_argument(
+        "--tasks", help="of lm-eval, with commas: arc_easy,gsm8k,truthfulqa_mc2"
+    )
+    tasks.add_argument(
+        "--tasks-data", type=Path, metavar="FOLDER", help="local files, not the hub"
+    )
+    tasks.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples in each prompt"
+    )
+    tasks.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="ask in the model's chat format, as LPC is trained",
+    )
+    tasks.add_argument(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with it, examples are turns of their own",
+    )
+    tasks.add_argument("--system-instruction", metavar="TEXT")
+    tasks.add_argument(
+        "--log-samples",
+        action="store_true",
+        help="write each request and its log-likelihood too",
+    )
+
+
 def evaluate_tasks(
     asked: argparse.Namespace, arguments: Sequence[str], console: Console
 ) -> None:
     """Scores of lm-eval's tasks."""
-    from lpc_jax.evaluation import flags, task_command
-    from lpc_jax.runtime.steering import Steering
+    from lpc_jax.evaluation import flags, lm_eval, tasks
+    from lpc_jax.models.latent import Steering
 
     _require_writable(asked)
-    tasks = task_command.load(asked)
+    names = [name.strip() for name in asked.tasks.split(",")]
+    if not all(names):
+        raise UserError(
+            f"--tasks must be names with commas between, got {asked.tasks!r}."
+            " Write them as arc_easy,gsm8k."
+        )
+    num_fewshot = asked.num_fewshot
+    loaded = tasks.load(names, data=asked.tasks_data, num_fewshot=num_fewshot)
     outline = flags.outline_system(asked)
     choose = flags.choose_z(asked, outline.latent, outline.name)
-    loaded = flags.load_system(asked)
-    steering = choose(loaded) or Steering("mean")
-    files = [asked.json, asked.output and asked.output / "tasks.json"]
-    results = task_command.main(
-        asked,
-        loaded,
-        tasks,
-        steering=steering,
-        seed=asked.seed,
-        console=console,
+    system = flags.load_system(asked)
+    steering = choose(system) or Steering("mean")
+    model = lm_eval.LanguageModel(
+        system, steering=steering, max_length=asked.max_length, seed=asked.seed
     )
+    results = lm_eval.evaluate(
+        model,
+        loaded,
+        num_fewshot=num_fewshot,
+        log_samples=asked.log_samples,
+        limit=asked.limit,
+        apply_chat_template=asked.apply_chat_template,
+        fewshot_as_multiturn=asked.fewshot_as_multiturn,
+        system_instruction=asked.system_instruction,
+    )
+    results["settings"]["tasks_data"] = asked.tasks_data and "local files"
+    console.print(lm_eval.table(results))
+    if model.cut:
+        console.print(
+            f"{model.cut} requests are longer than {model.max_length} tokens: their"
+            " contexts were cut at the start."
+        )
+    files = [asked.json, asked.output and asked.output / "tasks.json"]
     for file in filter(None, files):
         _write_whole(file, json.dumps(results, indent=1, default=float) + "\n")
         _print(console, f"written: {file}")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-import scipy.stats.contingency
 from jaxtyping import Array, Float
 
+from lpc_jax.evaluation.codes import measures
 from lpc_jax.metrics import Sums, values
 from lpc_jax.types import Batch
 
@@ -61,7 +61,7 @@ def evaluate(
         by_source.setdefault(sources[pair_id], []).append(pair_id)
     metrics = values(totals)
     if priors and len(by_source) > 1:
-        metrics["code/source_nmi"] = normalized_mutual_information(
+        metrics["code/source_nmi"] = measures.normalized_mutual_information(
             [int(np.argmax(prior)) for prior in priors.values()],
             [sources[i] for i in priors],
         )
@@ -78,22 +78,3 @@ def evaluate(
         },
         margins=margins,
     )
-
-
-def normalized_mutual_information(
-    codes: Sequence[int], sources: Sequence[str]
-) -> float:
-    """I(code; source) / sqrt(H(code) H(source)) (Strehl & Ghosh 2002, eq. 3).
-
-    From 0 (a pair's code says nothing of its source) to 1 (each tells the other); 0
-    where either never varies.
-    """
-    _, counts = scipy.stats.contingency.crosstab(codes, sources)
-    joint = np.asarray(counts)
-    of_code, of_source, of_both = (
-        float(scipy.stats.entropy(shares))
-        for shares in (joint.sum(axis=1), joint.sum(axis=0), joint.ravel())
-    )
-    if of_code * of_source == 0:
-        return 0.0
-    return (of_code + of_source - of_both) / float(np.sqrt(of_code * of_source))

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
-from lpc_jax import assembly, sharding
+from lpc_jax import sharding
 from lpc_jax.losses import sequence
 from lpc_jax.models.network import Network, read_at
 from lpc_jax.runtime import draws
@@ -42,13 +42,10 @@ _CONTINUATIONS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be scored.
+    """What is to be scored: a continuation, under z of the prior at the context's end.
 
-    Attributes:
-        context: Ids read before; the prior reads the last one's hidden state.
-        continuation: Ids scored under z.
-        lead: How many of the context's last ids are scored as well, without z: they
-            come before the prior can know of them. Fewer than the context has.
+    ``lead`` of the context's last ids, fewer than it has, are scored as well, without
+    z: they come before the prior can know of them.
     """
 
     context: Ids
@@ -58,39 +55,22 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What the model says of a request.
-
-    Attributes:
-        logp: Summed log-probability of the scored ids, in nats.
-        greedy: Whether each of them is the likeliest at its place.
-    """
+    """Summed log-probability of the scored ids; whether each is the likeliest."""
 
     logp: float
     greedy: bool
 
 
 class _Rows(NamedTuple):
-    """Rows of one shape, as arrays; a row that is not used is padding.
-
-    Attributes:
-        tokens: Ids.
-        positions: Rotary positions; every continuation goes on from the context.
-        pair: 0, or ``NO_PAIR`` on padding.
-        branch: ``PROMPT``, or one number a continuation.
-        context_end: Index of the context's last token.
-        seed: Of the context alone.
-        score_from: Index of the hidden state that predicts.
-        score_token: The id predicted there.
-        score_mask: False where nothing is scored.
-    """
+    """Rows of one shape, as arrays; a row that is not used is padding."""
 
     tokens: Int[Any, "R T"]
-    positions: Int[Any, "R T"]
-    pair: Int[Any, "R T"]
-    branch: Int[Any, "R T"]
-    context_end: Int[Any, "R"]
-    seed: UInt32[Any, "R"]
-    score_from: Int[Any, "R S"]
+    positions: Int[Any, "R T"]  # every continuation goes on from the context
+    pair: Int[Any, "R T"]  # 0, or NO_PAIR on padding
+    branch: Int[Any, "R T"]  # PROMPT, or one number a continuation
+    context_end: Int[Any, "R"]  # index of the context's last token
+    seed: UInt32[Any, "R"]  # of the context alone
+    score_from: Int[Any, "R S"]  # index of the hidden state that predicts
     score_token: Int[Any, "R S"]
     score_mask: Bool[Any, "R S"]
 
@@ -106,19 +86,18 @@ class _Row:
 
     @property
     def length(self) -> int:
-        # A continuation's last id is scored, never read.
         return len(self.context) + self.added
 
-    def has_room(self, continuation: Ids) -> bool:
-        most = max(_CONTINUATION_TOKENS, len(self.context))
-        return (
-            len(self.continuations) < _CONTINUATIONS
-            and self.added + len(continuation) - 1 <= most
-        )
-
-    def add(self, number: int, continuation: Ids) -> None:
+    def add(self, number: int, continuation: Ids) -> bool:
+        """Takes a continuation, if there is room; its last id is scored, never read."""
+        added = self.added + len(continuation) - 1
+        if len(self.continuations) == _CONTINUATIONS or (
+            self.continuations and added > max(_CONTINUATION_TOKENS, len(self.context))
+        ):
+            return False
         self.continuations.append((number, continuation))
-        self.added += len(continuation) - 1
+        self.added = added
+        return True
 
 
 class Scorer:
@@ -140,16 +119,15 @@ class Scorer:
         batch_tokens: int | None = None,
     ) -> None:
         platform = sharding.platform(system.mesh)
-        self.system = system
-        self._seed = seed
-        self._unit = assembly.row_unit(system.config, platform)
         default = _CPU_BATCH_TOKENS if platform == "cpu" else _BATCH_TOKENS
-        self._batch_tokens = default if batch_tokens is None else batch_tokens
+        self.system, self._key = system, jax.random.key(seed)
+        self._batch_tokens = batch_tokens or default
+        self._unit = system.compute.row_unit
         score = functools.partial(
             _score,
             graph=system.graph,
             steering=steering,
-            chunk=assembly.score_chunk(system.config, platform),
+            chunk=system.compute.score_chunk,
         )
         everywhere = NamedSharding(system.mesh, P())
         self._program = jax.jit(score, out_shardings=everywhere)
@@ -158,7 +136,7 @@ class Scorer:
         self,
         requests: Sequence[Request],
         *,
-        done: Callable[[int], None] = lambda count: None,
+        done: Callable[[int], object] = lambda count: None,
     ) -> list[Score]:
         """A score for each request, in their order.
 
@@ -170,33 +148,27 @@ class Scorer:
                 most the model's context length of ids read.
             done: Called after each batch with the requests that it answered.
         """
-        found: dict[int, Score] = {}
+        scores: dict[int, Score] = {}
         rows = sorted(_gather(requests), key=lambda row: -row.length)
         mesh = self.system.mesh
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
         over_rows = NamedSharding(mesh, P(("data", "fsdp")))
         while rows:
             length = _shape_of(rows[0].length, self._unit)
-            count = self._rows_of(length)
+            count = max(self._batch_tokens // length, 1)
+            count += -count % ways
             chosen, rows = rows[:count], rows[count:]
             batch, places = _arrays(chosen, count, length)
             with jax.set_mesh(mesh):
                 placed = _Rows(*(sharding.place(x, over_rows) for x in batch))
-                logp, greedy = jax.device_get(
-                    self._program(
-                        self.system.params, placed, jax.random.key(self._seed)
-                    )
-                )
+                scored = self._program(self.system.params, placed, self._key)
+                logp, greedy = jax.device_get(scored)
             for number, row, where in places:
                 # Summed in float64: a long text has thousands of terms.
                 total = float(np.sum(logp[row, where], dtype=np.float64))
-                found[number] = Score(total, bool(np.all(greedy[row, where])))
+                scores[number] = Score(total, bool(np.all(greedy[row, where])))
             done(len(places))
-        return [found[i] for i in range(len(requests))]
-
-    def _rows_of(self, length: int) -> int:
-        ways = self.system.mesh.shape["data"] * self.system.mesh.shape["fsdp"]
-        rows = max(self._batch_tokens // length, 1)
-        return rows + -rows % ways
+        return [scores[i] for i in range(len(requests))]
 
 
 def _gather(requests: Sequence[Request]) -> list[_Row]:
@@ -208,10 +180,10 @@ def _gather(requests: Sequence[Request]) -> list[_Row]:
         assert 0 <= request.lead < len(request.context)
         key = (request.context.tobytes(), request.lead)
         row = open_rows.get(key)
-        if row is None or not row.has_room(request.continuation):
+        if row is None or not row.add(number, request.continuation):
             row = open_rows[key] = _Row(request.context, request.lead, [])
+            row.add(number, request.continuation)
             rows.append(row)
-        row.add(number, request.continuation)
     return rows
 
 

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lpc_jax.errors import UserError
-from lpc_jax.generation import samples
 from lpc_jax.evaluation.preference import Evaluation
+from lpc_jax.generation import samples
 from lpc_jax.generation.samples import Sample
 from lpc_jax.training import tables
 from lpc_jax.training.trackers import Tracker, require_trackers, start_tracker

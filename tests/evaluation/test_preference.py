@@ -108,19 +108,3 @@ def test_codes_that_follow_the_source_are_told_from_those_that_do_not(found):
     entropies = [-np.sum(p * np.log(p)) for p in (joint.sum(axis=0), joint.sum(axis=1))]
     expected = information / np.sqrt(np.prod(entropies))
     assert found.metrics["code/source_nmi"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("codes", "sources", "expected"),
-    [
-        ([5, 5, 2, 2], ["a", "a", "b", "b"], 1.0),
-        ([5, 2, 5, 2], ["a", "a", "b", "b"], 0.0),
-        ([5, 5, 5, 5], ["a", "a", "b", "b"], 0.0),
-        ([5, 2, 5, 2], ["a", "a", "a", "a"], 0.0),
-        # Four codes tell two sources: ln 2 / sqrt(ln 4 ln 2).
-        ([0, 1, 2, 3], ["a", "a", "b", "b"], 1 / np.sqrt(2)),
-    ],
-)
-def test_mutual_information_by_hand(codes, sources, expected):
-    found = preference.normalized_mutual_information(codes, sources)
-    assert found == pytest.approx(expected, abs=1e-12)

@@ -1,19 +1,20 @@
-"""Measures of how codes are used: probabilities in, numbers out, all in float64.
+"""How codes are used: probabilities in, numbers out, in float64.
 
-Knows nothing of systems, tokens or pictures.
+Information and entropies are in nats. Knows nothing of tokens or pictures.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy import special, stats
 
 from lpc_jax import metrics
-from lpc_jax.evaluation import preference
 from lpc_jax.losses import latent as latent_losses
 
 # How often sources are dealt out at random, and how many of these lie below `high`.
@@ -22,13 +23,7 @@ SHUFFLES, LEVEL = 200, 0.95
 
 @dataclasses.dataclass(frozen=True)
 class BesideChance:
-    """A measure beside what it is where sources are dealt out to prompts at random.
-
-    Attributes:
-        value: The measure.
-        mean: Its mean over random deals.
-        high: What ``LEVEL`` of the deals do not exceed.
-    """
+    """A measure, and its mean and ``LEVEL`` quantile over sources dealt at random."""
 
     value: float
     mean: float
@@ -42,16 +37,14 @@ class Measures:
     Attributes:
         perplexity: exp of the entropy of the usage: how many codes are in use.
         posterior_perplexity: The same of the mean posterior.
-        codes_per_prompt: exp of the mean entropy of the prior: how many codes a prompt
-            mixes.
+        codes_per_prompt: exp of the prior's mean entropy: how many a prompt mixes.
         dead: Codes with less than ``metrics.DEAD_SHARE`` of a uniform code's usage.
         agreement: Share of pairs with one largest code of prior and posterior.
-        agreement_by_chance: What it would be if the two had nothing to do with each
-            other, each as often as it is.
-        kl: Mean KL(posterior || prior) of the pairs, in nats.
-        information: I(largest code; source), in nats.
-        soft_information: I(code; source) with codes drawn from the prior, in nats.
-        nmi: ``preference.normalized_mutual_information`` of largest code and source.
+        agreement_by_chance: The same if both were independent, each as often as it is.
+        kl: Mean KL(posterior || prior) of the pairs.
+        information: I(largest code; source).
+        soft_information: I(code; source) with codes drawn from the prior.
+        nmi: ``normalized_mutual_information`` of largest code and source.
     """
 
     perplexity: float
@@ -85,48 +78,36 @@ def measure(
     """
     usage, largest = prior.mean(axis=0), np.argmax(prior, axis=1)
     one_code = np.eye(prior.shape[1])[largest]
-    posterior = softmax(posterior_logits)
-    agreement, by_chance = agreements(softmax(prior_logits), posterior)
+    agreement, by_chance = agreements(prior_logits, posterior_logits)
     kl = latent_losses.categorical_kl(
         jnp.asarray(posterior_logits), jnp.asarray(prior_logits)
     )
 
-    def deal(measured: Callable[[Sequence[str]], float]) -> BesideChance:
+    def deal(measured: Callable[[Int[np.ndarray, "prompts"]], float]) -> BesideChance:
         return beside_chance(measured, sources=sources, seed=seed)
 
     return Measures(
         perplexity=perplexity(usage),
-        posterior_perplexity=perplexity(posterior.mean(axis=0)),
-        codes_per_prompt=float(np.exp(np.mean([entropy(row) for row in prior]))),
+        posterior_perplexity=perplexity(softmax(posterior_logits).mean(axis=0)),
+        codes_per_prompt=float(np.exp(np.mean(stats.entropy(prior, axis=1)))),
         dead=dead_codes(usage),
         agreement=agreement,
         agreement_by_chance=by_chance,
         kl=float(np.mean(np.asarray(kl, np.float64))),
         information=deal(lambda dealt: mutual_information(one_code, dealt)),
         soft_information=deal(lambda dealt: mutual_information(prior, dealt)),
-        nmi=deal(
-            lambda dealt: preference.normalized_mutual_information(
-                largest.tolist(), dealt
-            )
-        ),
+        nmi=deal(lambda dealt: normalized_mutual_information(largest, dealt)),
     )
 
 
 def softmax(logits: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B C"]:
     """Probabilities in float64."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
-
-
-def entropy(shares: Float[np.ndarray, "_"]) -> float:
-    """Of a categorical, in nats."""
-    used = shares[shares > 0]
-    return -float(np.sum(used * np.log(used)))
+    return special.softmax(logits.astype(np.float64), axis=1)
 
 
 def perplexity(usage: Float[np.ndarray, "C"]) -> float:
-    """As ``losses.latent.usage_perplexity``, in float64."""
-    return float(np.exp(entropy(usage / usage.sum())))
+    """exp of the entropy: ``losses.latent.usage_perplexity``, in float64."""
+    return float(np.exp(stats.entropy(usage)))
 
 
 def dead_codes(usage: Float[np.ndarray, "C"]) -> tuple[int, ...]:
@@ -137,9 +118,8 @@ def dead_codes(usage: Float[np.ndarray, "C"]) -> tuple[int, ...]:
 
 def count_sources(sources: Sequence[str]) -> dict[str, int]:
     """How many prompts each source has, the most first, then by name."""
-    names, counts = np.unique(sources, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return {str(names[i]): int(counts[i]) for i in order}
+    counts = collections.Counter(sources).items()
+    return dict(sorted(counts, key=lambda item: (-item[1], item[0])))
 
 
 def usage_by_source(
@@ -153,12 +133,7 @@ def usage_by_source(
 def callers(
     probability: Float[np.ndarray, "prompts"], *, most: int
 ) -> tuple[tuple[int, float], ...]:
-    """The prompts that give a code most, as their index and its probability.
-
-    Args:
-        probability: Of the code, for each prompt.
-        most: How many prompts.
-    """
+    """The ``most`` prompts that give a code most: their index and its probability."""
     first = np.argsort(-probability, kind="stable")[:most]
     return tuple((int(i), float(probability[i])) for i in first)
 
@@ -171,16 +146,16 @@ def agreements(
     Chance keeps how often each code is the largest of the prior, and of the posterior,
     and takes the two to be independent: sum_k P(prior's is k) P(posterior's is k).
     """
-    num_codes = prior.shape[1]
     p, q = np.argmax(prior, axis=1), np.argmax(posterior, axis=1)
-    often = [np.bincount(codes, minlength=num_codes) / len(p) for codes in (p, q)]
-    return float(np.mean(p == q)), float(often[0] @ often[1])
+    shares = [np.bincount(k, minlength=prior.shape[1]) / len(k) for k in (p, q)]
+    return float(np.mean(p == q)), float(shares[0] @ shares[1])
 
 
 def mutual_information(
-    weights: Float[np.ndarray, "prompts C"], sources: Sequence[str]
+    weights: Float[np.ndarray, "prompts C"],
+    sources: Sequence[str] | Int[np.ndarray, "prompts"],
 ) -> float:
-    """I(code; source) in nats, between a prompt's code and its source.
+    """I(code; source), between a prompt's code and its source.
 
     Args:
         weights: With what probability each prompt has which code: all on one, or the
@@ -193,37 +168,45 @@ def mutual_information(
         rounding, and at most the smaller of both entropies.
     """
     _, source = np.unique(sources, return_inverse=True)
-    belongs = np.eye(source.max() + 1)[source]
-    joint = belongs.T @ weights / len(weights)
+    joint = np.eye(source.max() + 1)[source].T @ weights / len(weights)
     independent = np.outer(joint.sum(axis=1), joint.sum(axis=0))
-    used = joint > 0
-    return float(np.sum(joint[used] * np.log(joint[used] / independent[used])))
+    # With a second distribution SciPy's entropy is relative to it.
+    return float(stats.entropy(joint.ravel(), independent.ravel()))
+
+
+def normalized_mutual_information(
+    codes: Sequence[int] | Int[np.ndarray, "B"],
+    sources: Sequence[str] | Int[np.ndarray, "B"],
+) -> float:
+    """I(code; source) / sqrt(H(code) H(source)) (Strehl & Ghosh 2002, eq. 3).
+
+    Args:
+        codes: One code a pair.
+        sources: The pairs' sources.
+
+    Returns:
+        From 0 (a code says nothing of the source) to 1 (each tells the other); 0 where
+        either never varies.
+    """
+    counts = (np.unique(x, return_counts=True)[1] for x in (codes, sources))
+    bound = float(np.sqrt(np.prod([stats.entropy(of_each) for of_each in counts])))
+    one_code = np.eye(max(codes) + 1)[np.asarray(codes)]
+    return mutual_information(one_code, sources) / bound if bound > 0 else 0.0
 
 
 def beside_chance(
-    measure: Callable[[Sequence[str]], float],
+    measure: Callable[[Int[np.ndarray, "prompts"]], float],
     *,
     sources: Sequence[str],
     seed: int,
 ) -> BesideChance:
-    """A measure of sources, and what it says of the same sources shuffled.
+    """A measure of sources, given by number, and what it says of them shuffled.
 
     With few prompts a code tells sources apart by accident: information is above 0
     where there is none.
-
-    Args:
-        measure: Of one source a prompt.
-        sources: The prompts'.
-        seed: Of the shuffles.
     """
     rng = np.random.default_rng(seed)
-
-    def shuffled() -> list[int]:
-        return rng.permutation(len(sources)).tolist()
-
-    dealt = [measure([sources[i] for i in shuffled()]) for _ in range(SHUFFLES)]
-    return BesideChance(
-        value=measure(sources),
-        mean=float(np.mean(dealt)),
-        high=float(np.quantile(dealt, LEVEL)),
-    )
+    _, source = np.unique(sources, return_inverse=True)
+    dealt = [measure(source[rng.permutation(len(source))]) for _ in range(SHUFFLES)]
+    mean, high = np.mean(dealt), np.quantile(dealt, LEVEL)
+    return BesideChance(measure(source), float(mean), float(high))

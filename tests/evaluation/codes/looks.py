@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from lpc_jax.data.report import Drops, Report
-from lpc_jax.evaluation import code_measures
-from lpc_jax.evaluation.codes import Code, Effect, Look, Prompt, Token
+from lpc_jax.evaluation.codes import measures
+from lpc_jax.evaluation.codes.look import Code, Effect, Look, Prompt, Token
 
 CODES, PROMPTS = 64, 300
 HOSTILE = "<script>document.title = 'owned'</script><img src=http://127.0.0.1/x>"
@@ -26,17 +26,17 @@ def look(*, codes: int = CODES, mapped: bool = True) -> Look:
     source = np.arange(PROMPTS) % len(SOURCES)
     wanted = 2 * np.eye(codes)[source % codes] + np.linspace(1, 0, codes)
     logits = (2 * wanted + rng.normal(size=(PROMPTS, codes))).astype(np.float32)
-    prior = code_measures.softmax(logits)
+    prior = measures.softmax(logits)
     names = [SOURCES[i] for i in source]
     places = rng.normal(size=(PROMPTS, 2)) + 3 * rng.normal(size=(6, 2))[source]
-    usage, by_source = prior.mean(axis=0), code_measures.usage_by_source(prior, names)
+    usage, by_source = prior.mean(axis=0), measures.usage_by_source(prior, names)
     often = np.bincount(np.argmax(prior, axis=1), minlength=codes) / PROMPTS
     return Look(
         system="runs/<i>made up</i> at step 60",
         pairs="pairs & more.jsonl",
         pairs_digest="0" * 64,
         report=_report(),
-        sources=code_measures.count_sources(names),
+        sources=measures.count_sources(names),
         prompts=tuple(
             Prompt(
                 text=f"{HOSTILE} number {i}\n" + "and so on " * (i % 50),
@@ -53,7 +53,7 @@ def look(*, codes: int = CODES, mapped: bool = True) -> Look:
                 usage=float(usage[code]),
                 usage_by_source={n: float(u[code]) for n, u in by_source.items()},
                 largest_share=float(often[code]),
-                prompts=code_measures.callers(prior[:, code], most=8),
+                prompts=measures.callers(prior[:, code], most=8),
                 effect=_effect(rng),
                 likeness=0.5,
                 own_effect=_effect(rng),
@@ -61,7 +61,7 @@ def look(*, codes: int = CODES, mapped: bool = True) -> Look:
             for code in range(codes)
         ),
         average_effect=_effect(rng),
-        measures=code_measures.measure(prior, names, logits, logits[::-1], seed=0),
+        measures=measures.measure(prior, names, logits, logits[::-1], seed=0),
         seed=0,
     )
 

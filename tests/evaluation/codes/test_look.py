@@ -15,9 +15,12 @@ from jax.sharding import Mesh
 from lpc_jax import sharding
 from lpc_jax.data import examples
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.evaluation import codes, codes_report
-from lpc_jax.evaluation.codes import Look
+from lpc_jax.evaluation.codes import look as looks
+from lpc_jax.evaluation.codes import map as maps
+from lpc_jax.evaluation.codes import page as pages
+from lpc_jax.evaluation.codes.look import Look
 from lpc_jax.runtime import loading, reading
+from lpc_jax.runtime.policy import Policy
 from tests import runs
 from tests.data import tiny_tokenizers
 
@@ -39,7 +42,7 @@ def trained(folder: Path) -> runs.Run:
 
 
 @pytest.fixture(scope="module")
-def loaded(trained: runs.Run) -> system.Policy:
+def loaded(trained: runs.Run) -> Policy:
     return loading.load(str(trained.folder), mesh=mesh())
 
 
@@ -47,13 +50,13 @@ def silent(done: int) -> None:
     """No progress."""
 
 
-def look(asked: system.Policy, file: Path) -> Look:
+def look(asked: Policy, file: Path) -> Look:
     found, drops = examples.read(str(file), setting="--pairs", split=None, limit=None)
-    return codes.look(asked, found, drops, pairs=file.name, seed=0, on_progress=silent)
+    return looks.look(asked, found, drops, pairs=file.name, seed=0, on_progress=silent)
 
 
 @pytest.fixture(scope="module")
-def looked(loaded: system.Policy, folder: Path) -> Look:
+def looked(loaded: Policy, folder: Path) -> Look:
     return look(loaded, runs.held_out_file(folder))
 
 
@@ -124,7 +127,7 @@ def test_the_prompts_of_a_code_are_those_of_the_largest_probability(looked):
     for code in looked.codes:
         probabilities = [p for _, p in code.prompts]
         assert probabilities == sorted(probabilities, reverse=True)
-        assert len({i for i, _ in code.prompts}) == codes.PROMPTS_SHOWN
+        assert len({i for i, _ in code.prompts}) == looks.PROMPTS_SHOWN
     # The largest code of a prompt gives it at least a uniform share.
     best = looked.prompts[looked.codes[looked.prompts[0].code].prompts[0][0]]
     assert best.code == looked.prompts[0].code
@@ -133,7 +136,7 @@ def test_the_prompts_of_a_code_are_those_of_the_largest_probability(looked):
 def test_a_code_that_is_a_token_s_row_of_the_head_raises_that_token():
     head = 2 * np.eye(7, dtype=np.float32)
     codebook = np.stack([3 * head[5], -3 * head[2]])
-    found = np.asarray(codes.token_effects(codebook, head))
+    found = np.asarray(looks.token_effects(codebook, head))
     # 12 at the token, less the mean over 7 tokens.
     expected = np.stack([12 * np.eye(7)[5], -12 * np.eye(7)[2]])
     expected -= expected.mean(axis=1, keepdims=True)
@@ -166,7 +169,7 @@ def test_a_token_is_readable():
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     space, byte = (tokenizer.convert_tokens_to_ids(c) for c in ("Ġ", "â"))
     effect[[end, space, byte]] = 3, 2, -1
-    found = codes.extremes(effect, tokenizer)
+    found = looks.extremes(effect, tokenizer)
     raised = [(t.id, t.text, t.logit) for t in found.raised[:2]]
     assert raised == [(end, "<|im_end|>", 3.0), (space, "␣", 2.0)]
     assert (found.lowered[0].id, found.lowered[0].text) == (byte, "⟨E2⟩")
@@ -180,39 +183,39 @@ def clusters() -> np.ndarray:
 
 
 def test_the_map_keeps_neighbours_and_is_the_same_each_time():
-    drawn = codes.draw_map(clusters(), seed=0)
+    drawn = maps.draw(clusters(), seed=0)
     assert drawn is not None
     distance = np.linalg.norm(drawn[:, None] - drawn[None], axis=-1)
     np.fill_diagonal(distance, np.inf)
     assert np.all((np.argmin(distance, axis=1) < 10) == (np.arange(20) < 10))
-    np.testing.assert_array_equal(codes.draw_map(clusters(), seed=0), drawn)
+    np.testing.assert_array_equal(maps.draw(clusters(), seed=0), drawn)
 
 
 def test_the_map_does_not_depend_on_the_scale_of_z():
     # A power of two scales without rounding, which t-SNE would blow up.
-    small = codes.draw_map(clusters() * np.float32(2**-70), seed=0)
-    np.testing.assert_array_equal(small, codes.draw_map(clusters(), seed=0))
+    small = maps.draw(clusters() * np.float32(2**-70), seed=0)
+    np.testing.assert_array_equal(small, maps.draw(clusters(), seed=0))
 
 
 @pytest.mark.parametrize("few", [clusters()[:4], np.ones((9, 5), np.float32)])
 def test_too_few_points_and_one_z_have_no_map(few):
-    assert codes.draw_map(few, seed=0) is None
+    assert maps.draw(few, seed=0) is None
 
 
 def test_five_points_have_a_map():
-    drawn = codes.draw_map(clusters()[:5], seed=0)
+    drawn = maps.draw(clusters()[:5], seed=0)
     assert drawn is not None
     assert np.all(np.isfinite(drawn))
 
 
 def test_of_very_many_prompts_a_part_is_mapped(monkeypatch):
-    monkeypatch.setattr(codes, "MAPPED", 12)
-    places = codes._places(clusters(), seed=0)
+    monkeypatch.setattr(maps, "MAPPED", 12)
+    places = maps.places(clusters(), seed=0)
     assert sum(place is not None for place in places) == 12
 
 
-def make(asked: system.Policy, pairs: Path, output: Path) -> Path:
-    _, page = codes_report.make(
+def make(asked: Policy, pairs: Path, output: Path) -> Path:
+    _, page = pages.make(
         asked, str(pairs), output, split=None, limit=None, seed=0, on_progress=silent
     )
     return page
@@ -228,7 +231,7 @@ def test_the_report_of_a_run(loaded, looked, folder):
 
 
 @pytest.fixture(scope="module")
-def plain() -> system.Policy:
+def plain() -> Policy:
     return loading.load(str(runs.MODEL), mesh=mesh())
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from lpc_jax.evaluation import codes_report
-from tests.evaluation import looks
+from lpc_jax.evaluation.codes import page as pages
+from tests.evaluation.codes import looks
 
 pytestmark = pytest.mark.parity
 
@@ -130,7 +130,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return codes_report.write(looks.look(), tmp_path_factory.mktemp("report"))
+    return pages.write(looks.look(), tmp_path_factory.mktemp("report"))
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])

@@ -7,7 +7,7 @@ import pytest
 from sklearn import metrics
 from sklearn.metrics import cluster
 
-from lpc_jax.evaluation import code_measures
+from lpc_jax.evaluation.codes import measures
 
 # Four prompts over three codes; the largest are 0, 0, 1, 2.
 PRIOR = np.asarray([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2], [0.1, 0.9, 0.0], [0.2, 0.2, 0.6]])
@@ -19,40 +19,38 @@ def logits(probabilities: np.ndarray) -> np.ndarray:
 
 
 def test_usage_by_source_is_the_mean_over_its_prompts():
-    found = code_measures.usage_by_source(PRIOR, SOURCES)
+    found = measures.usage_by_source(PRIOR, SOURCES)
     np.testing.assert_allclose(found["a"], [0.6, 0.25, 0.15])
     np.testing.assert_allclose(found["b"], [0.15, 0.55, 0.3])
 
 
 def test_sources_are_counted_the_most_first():
-    found = code_measures.count_sources(["x", "z", "y", "z", "y"])
+    found = measures.count_sources(["x", "z", "y", "z", "y"])
     assert list(found.items()) == [("y", 2), ("z", 2), ("x", 1)]
 
 
 def test_the_perplexity_of_a_usage():
-    assert code_measures.perplexity(np.asarray([2.0, 2.0, 0.0, 0.0])) == pytest.approx(
-        2
-    )
+    assert measures.perplexity(np.asarray([2.0, 2.0, 0.0, 0.0])) == pytest.approx(2)
     # exp(-(3/4 ln 3/4 + 1/4 ln 1/4)) = 4 / 3^(3/4)
-    found = code_measures.perplexity(np.asarray([0.75, 0.25]))
+    found = measures.perplexity(np.asarray([0.75, 0.25]))
     assert found == pytest.approx(4 / 3**0.75)
 
 
 def test_a_code_is_dead_below_a_tenth_of_its_uniform_share():
     # Of 4 codes a tenth of a share is 0.025.
     usage = np.asarray([0.95, 0.024, 0.026, 0.0])
-    assert code_measures.dead_codes(usage) == (1, 3)
+    assert measures.dead_codes(usage) == (1, 3)
 
 
 def test_the_prompts_that_call_for_a_code_come_in_order():
-    found = code_measures.callers(np.asarray([0.1, 0.8, 0.3, 0.8]), most=3)
+    found = measures.callers(np.asarray([0.1, 0.8, 0.3, 0.8]), most=3)
     assert found == ((1, 0.8), (3, 0.8), (2, 0.3))
 
 
 def test_agreement_and_what_chance_would_give():
     posterior = PRIOR[[0, 2, 2, 2]]
     # The largest of the prior: 0 0 1 2; of the posterior: 0 1 1 1.
-    found, by_chance = code_measures.agreements(PRIOR, posterior)
+    found, by_chance = measures.agreements(PRIOR, posterior)
     assert found == pytest.approx(2 / 4)
     assert by_chance == pytest.approx(2 / 4 * 1 / 4 + 1 / 4 * 3 / 4)
 
@@ -62,7 +60,7 @@ def test_mutual_information_equals_scikit_learn_s(count):
     rng = np.random.default_rng(count)
     source = rng.integers(0, 3, count)
     code = np.where(rng.random(count) < 0.5, source, rng.integers(0, 5, count))
-    found = code_measures.mutual_information(
+    found = measures.mutual_information(
         np.eye(5)[code], [f"source {i}" for i in source]
     )
     assert found == pytest.approx(metrics.mutual_info_score(code, source), abs=1e-12)
@@ -73,15 +71,31 @@ def test_soft_mutual_information_is_how_far_sources_lie_from_their_mean():
     a, b = np.asarray([0.6, 0.25, 0.15]), np.asarray([0.15, 0.55, 0.3])
     mean = (a + b) / 2
     divergence = (np.sum(a * np.log(a / mean)) + np.sum(b * np.log(b / mean))) / 2
-    found = code_measures.mutual_information(PRIOR, SOURCES)
+    found = measures.mutual_information(PRIOR, SOURCES)
     assert found == pytest.approx(divergence)
+
+
+@pytest.mark.parametrize(
+    ("codes", "sources", "expected"),
+    [
+        ([5, 5, 2, 2], ["a", "a", "b", "b"], 1.0),
+        ([5, 2, 5, 2], ["a", "a", "b", "b"], 0.0),
+        ([5, 5, 5, 5], ["a", "a", "b", "b"], 0.0),
+        ([5, 2, 5, 2], ["a", "a", "a", "a"], 0.0),
+        # Four codes tell two sources: ln 2 / sqrt(ln 4 ln 2).
+        ([0, 1, 2, 3], ["a", "a", "b", "b"], 1 / np.sqrt(2)),
+    ],
+)
+def test_normalized_mutual_information_by_hand(codes, sources, expected):
+    found = measures.normalized_mutual_information(codes, sources)
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_chance_is_the_expectation_under_shuffled_sources():
     rng = np.random.default_rng(3)
     source, code = rng.integers(0, 4, 60), rng.integers(0, 6, 60)
-    found = code_measures.beside_chance(
-        lambda dealt: code_measures.mutual_information(np.eye(6)[code], dealt),
+    found = measures.beside_chance(
+        lambda dealt: measures.mutual_information(np.eye(6)[code], dealt),
         sources=[str(i) for i in source],
         seed=0,
     )
@@ -96,10 +110,10 @@ def test_chance_is_the_expectation_under_shuffled_sources():
 
 def test_chance_is_the_same_from_the_same_seed():
     def measure(dealt):
-        return code_measures.mutual_information(PRIOR, dealt)
+        return measures.mutual_information(PRIOR, dealt)
 
     first, again, other = (
-        code_measures.beside_chance(measure, sources=SOURCES, seed=seed)
+        measures.beside_chance(measure, sources=SOURCES, seed=seed)
         for seed in (1, 1, 2)
     )
     assert first == again
@@ -110,7 +124,7 @@ def test_all_measures_by_hand():
     # A prompt with three pairs, and three with one: pairs are not prompts.
     of_pairs = PRIOR[[0, 0, 0, 1, 2, 3]]
     posterior = PRIOR[[0, 1, 2, 1, 2, 0]]
-    found = code_measures.measure(
+    found = measures.measure(
         PRIOR, SOURCES, logits(of_pairs), logits(posterior), seed=0
     )
 
@@ -136,5 +150,5 @@ def test_all_measures_by_hand():
     assert found.information.value == pytest.approx(np.log(2))
     entropy_of_codes = entropy(np.asarray([2, 1, 1]) / 4)
     assert found.nmi.value == pytest.approx(np.sqrt(np.log(2) / entropy_of_codes))
-    soft = code_measures.mutual_information(PRIOR, SOURCES)
+    soft = measures.mutual_information(PRIOR, SOURCES)
     assert found.soft_information.value == soft

@@ -2,20 +2,17 @@
 
 Of the prior everything is over prompts, of which each counts once however many pairs
 share it: the prior reads nothing else. Of the posterior everything is over pairs.
-Knows nothing of losses, and nothing of how a report looks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data import tokenizer as tokenizers
@@ -23,30 +20,20 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops, Report
 from lpc_jax.data.tokenizer import Tokenizer
-from lpc_jax.errors import UserError
-from lpc_jax.evaluation import code_measures as measures
-from lpc_jax.evaluation.code_measures import Measures
-from lpc_jax.runtime import reading, steering
+from lpc_jax.evaluation.codes import map as maps
+from lpc_jax.evaluation.codes import measures
+from lpc_jax.evaluation.codes.measures import Measures
+from lpc_jax.runtime import reading
 from lpc_jax.runtime.policy import Policy
 
 PROMPTS_SHOWN, TOKENS_SHOWN = 8, 16
 
-# t-SNE takes a minute for so many prompts; a picture shows no more of them apart.
-MAPPED = 3000
-# van der Maaten & Hinton 2008, section 2, call 5 to 50 typical; scikit-learn's default.
-_NEIGHBOURS = 30.0
-# Fewer points have no neighbourhoods to keep.
-FEWEST_MAPPED = 5
-
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt of some pairs.
+    """A prompt of so many pairs. One of two sources is two prompts.
 
     Attributes:
-        text: The conversation.
-        source: Where it comes from. A prompt of two sources is two prompts.
-        pairs: How many pairs share it.
         code: The prior's largest code.
         place: On the map of z, or None where it is not on it.
     """
@@ -60,12 +47,9 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token whose logit z changes.
+    """A token for a person, and what is added to its logit, less the vocabulary's mean.
 
-    Attributes:
-        id: Of the vocabulary.
-        text: For a person: white space and lone bytes are visible.
-        logit: What is added to its logit, less the mean over the vocabulary.
+    In ``text`` white space and lone bytes are visible.
     """
 
     id: int
@@ -75,12 +59,7 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What some z does to the vocabulary.
-
-    Attributes:
-        raised: Tokens that it raises most, the most first.
-        lowered: Tokens that it lowers most, the most first.
-    """
+    """The tokens that some z raises and lowers most, the most first."""
 
     raised: tuple[Token, ...]
     lowered: tuple[Token, ...]
@@ -113,11 +92,9 @@ class Code:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """Everything that is known of the codes.
+    """Everything that is known of the codes of a system on some pairs.
 
     Attributes:
-        system: Its name.
-        pairs: Name of the pairs.
         pairs_digest: SHA-256 over their texts and sources.
         report: What became of the pairs.
         sources: Prompts of each source, the most first.
@@ -125,7 +102,6 @@ class Look:
         codes: By index.
         average_effect: Of the mix of all codes, each by its usage. z is this and, by
             how far a prompt's mix departs from it, the codes' own effects.
-        measures: Of how the codes are used.
         seed: Of the random deals and of the map.
     """
 
@@ -148,7 +124,7 @@ class Look:
 
 def look(
     system: Policy,
-    some: Sequence[PreferenceExample],
+    rows: Sequence[PreferenceExample],
     drops: Drops,
     *,
     pairs: str,
@@ -159,41 +135,37 @@ def look(
 
     Args:
         system: With codes.
-        some: The pairs, ``index`` their place in what was read.
+        rows: The pairs, ``index`` their place in what was read.
         drops: What reading left out.
-        pairs: What the pairs are, for a person.
+        pairs: Their name.
         seed: Of the random deals and of the map.
         on_progress: Told how many pairs were read.
 
     Raises:
-        UserError: The system has no codes, scikit-learn is not installed, no pair can
-            be had in the system's tokens, or it believes something that is not finite.
+        UserError: scikit-learn is not installed, no pair can be had in the system's
+            tokens, or it believes something that is not finite.
     """
-    num_codes = None if system.latent is None else system.latent.num_codes
-    steering.require_codes(num_codes, "--codes", system.name)
-    require_map()
-    kept, report = pair_data.tokenize(
-        some, system.tokenizer, drops, **pair_data.rules(system.config.data)
-    )
+    rules = pair_data.rules(system.config.data)
+    kept, report = pair_data.tokenize(rows, system.tokenizer, drops, **rules)
     beliefs = reading.believe(system, kept, on_progress=on_progress)
     first, counts = unique_prompts(kept)
-    by_index = {example.index: example for example in some}
-    asked = [by_index[kept[i].id] for i in first]
-    sources = [example.source for example in asked]
+    by_index = {example.index: example for example in rows}
+    prompts = [by_index[kept[i].id] for i in first]
+    sources = [example.source for example in prompts]
     prior = measures.softmax(beliefs.prior[first])
     largest = np.argmax(prior, axis=1).tolist()
-    places = _places(beliefs.vector[first], seed=seed)
+    places = maps.places(beliefs.vector[first], seed=seed)
     codes, average = _codes(system, prior, sources)
     return Look(
         system=system.name,
         pairs=pairs,
-        pairs_digest=pair_data.digest(some),
+        pairs_digest=pair_data.digest(rows),
         report=report,
         sources=measures.count_sources(sources),
         prompts=tuple(
-            Prompt(prompt_text(example), example.source, pairs_of_it, code, place)
-            for example, pairs_of_it, code, place in zip(
-                asked, counts, largest, places, strict=True
+            Prompt(prompt_text(x), x.source, count, code, place)
+            for x, count, code, place in zip(
+                prompts, counts, largest, places, strict=True
             )
         ),
         codes=codes,
@@ -218,7 +190,7 @@ def _codes(
             index=index,
             usage=float(usage[index]),
             usage_by_source={
-                name: float(shares[index]) for name, shares in by_source.items()
+                n: float(shares[index]) for n, shares in by_source.items()
             },
             largest_share=float(often[index] / len(prior)),
             prompts=measures.callers(prior[:, index], most=PROMPTS_SHOWN),
@@ -260,10 +232,9 @@ def token_effects(
 
 
 def _effects(system: Policy) -> Float[np.ndarray, "C known"]:
-    """``token_effects`` of all tokens that the tokenizer knows.
+    """``token_effects`` of the tokens that the tokenizer knows; the head may have more.
 
-    The head may have more rows. Special tokens stay: a code that raises the end of the
-    turn asks for shorter answers.
+    Special tokens stay: a code that raises the turn's end asks for shorter answers.
     """
     with jax.set_mesh(system.mesh):
         network = system.network
@@ -282,78 +253,12 @@ def cosine(a: Float[np.ndarray, "known"], b: Float[np.ndarray, "known"]) -> floa
 
 def extremes(effect: Float[np.ndarray, "known"], tokenizer: Tokenizer) -> Effect:
     """The tokens with the largest and with the smallest effects."""
-
-    def first(order: Int[np.ndarray, "known"]) -> tuple[Token, ...]:
-        return tuple(
+    orders = (np.argsort(sign * effect, kind="stable") for sign in (-1, 1))
+    raised, lowered = (
+        tuple(
             Token(i, tokenizers.token_text(tokenizer, i), float(effect[i]))
             for i in order[:TOKENS_SHOWN].tolist()
         )
-
-    return Effect(
-        first(np.argsort(-effect, kind="stable")),
-        first(np.argsort(effect, kind="stable")),
+        for order in orders
     )
-
-
-def require_map() -> Any:
-    """scikit-learn's manifold module.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    try:
-        return importlib.import_module("sklearn.manifold")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "--codes needs the package 'scikit-learn' for its map of z, which is not"
-            " installed. Run: pip install 'lpc-jax[eval]'."
-        ) from error
-
-
-def neighbours(points: int) -> float:
-    """t-SNE's perplexity: of few points it is a third, more make no neighbourhood."""
-    return min(_NEIGHBOURS, (points - 1) / 3)
-
-
-def draw_map(
-    vectors: Float[np.ndarray, "prompts D"], *, seed: int
-) -> Float[np.ndarray, "prompts 2"] | None:
-    """A plane where like z lie near each other: t-SNE (van der Maaten & Hinton 2008).
-
-    Args:
-        vectors: z of each prompt.
-        seed: Of its start.
-
-    Returns:
-        Places, or None where there are too few prompts, or all have one z.
-    """
-    centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
-    spread = centred.std()
-    if len(vectors) < FEWEST_MAPPED or spread < 1e-6 * np.abs(vectors).max():
-        return None
-    sne = require_map().TSNE(
-        perplexity=neighbours(len(vectors)),
-        init="pca" if vectors.shape[1] > 1 else "random",
-        random_state=seed,
-    )
-    # One thread: more make the sums' order, hence the map, depend on the machine, and
-    # wait for each other in a thousand short steps.
-    with importlib.import_module("threadpoolctl").threadpool_limits(1):
-        # At unit scale: the search for each point's bandwidth starts at 1.
-        return np.asarray(sne.fit_transform(centred / spread), np.float64)
-
-
-def _places(
-    vectors: Float[np.ndarray, "prompts D"], *, seed: int
-) -> list[tuple[float, float] | None]:
-    """Each prompt's place on the map; of very many prompts a random part has one."""
-    places: list[tuple[float, float] | None] = [None] * len(vectors)
-    some = np.arange(len(vectors))
-    if len(vectors) > MAPPED:
-        rng = np.random.default_rng(seed)
-        some = np.sort(rng.choice(len(vectors), MAPPED, replace=False))
-    drawn = draw_map(vectors[some], seed=seed)
-    if drawn is not None:
-        for i, (x, y) in zip(some.tolist(), drawn.tolist(), strict=True):
-            places[i] = (x, y)
-    return places
+    return Effect(raised, lowered)

@@ -8,9 +8,9 @@ import json
 
 import pytest
 
-from lpc_jax.evaluation import codes_report
-from lpc_jax.evaluation.code_measures import BesideChance
-from tests.evaluation import looks
+from lpc_jax.evaluation.codes import page as pages
+from lpc_jax.evaluation.codes.measures import BesideChance
+from tests.evaluation.codes import looks
 
 VOID = {"meta", "img"}
 
@@ -49,7 +49,7 @@ def read(page: str) -> Reader:
 
 @pytest.fixture(scope="module")
 def reader() -> Reader:
-    return read(codes_report.page(looks.look()))
+    return read(pages.page(looks.look()))
 
 
 def test_what_others_wrote_is_text(reader):
@@ -79,20 +79,20 @@ def test_few_codes_of_one_source_without_a_map():
             for code in look.codes
         ),
     )
-    page = read(codes_report.page(look))
+    page = read(pages.page(look))
     assert len(page.fetched) == 2
     assert "a map needs at least 5 prompts" in " ".join(page.text.split())
     assert "All prompts are of one source: codes cannot tell it." in page.text
 
 
 def test_more_codes_than_can_be_drawn_are_all_in_words():
-    page = read(codes_report.page(looks.look(codes=70)))
+    page = read(pages.page(looks.look(codes=70)))
     assert "Drawn are 64 of 70 codes." in page.text
     assert page.tags.count("details") == 70
 
 
 def test_the_summary_says_what_was_left_out_and_how_alike_codes_are():
-    summary = codes_report.summary(looks.look(codes=8, mapped=False))
+    summary = pages.summary(looks.look(codes=8, mapped=False))
     assert "Left out were 1 of 601 pairs" in summary[2]
     assert "has a cosine of 0.50 with that of the average mix" in summary[-1]
 
@@ -106,7 +106,7 @@ def test_the_summary_claims_a_source_only_beyond_chance(value, said):
     measures = dataclasses.replace(
         look.measures, nmi=BesideChance(value=value, mean=0.2, high=0.3)
     )
-    summary = codes_report.summary(dataclasses.replace(look, measures=measures))
+    summary = pages.summary(dataclasses.replace(look, measures=measures))
     (said_of_sources,) = (s for s in summary if "NMI" in s)
     assert said in said_of_sources
     assert f"NMI {value:.3f}" in said_of_sources
@@ -115,7 +115,7 @@ def test_the_summary_claims_a_source_only_beyond_chance(value, said):
 
 def test_the_numbers_are_those_of_the_look(tmp_path):
     look = looks.look(codes=8)
-    codes_report.write(look, tmp_path)
+    pages.write(look, tmp_path)
     found = json.loads((tmp_path / "codes.json").read_text("utf-8"))
     assert found["measures"]["nmi"]["value"] == look.measures.nmi.value
     assert [code["usage"] for code in found["codes"]] == [c.usage for c in look.codes]
@@ -128,5 +128,5 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.replace", full)
     with pytest.raises(ValueError, match=r"codes\.json could not be written: No space"):
-        codes_report.write(looks.look(codes=3), tmp_path)
+        pages.write(looks.look(codes=3), tmp_path)
     assert list(tmp_path.iterdir()) == []

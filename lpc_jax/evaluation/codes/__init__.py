@@ -1,0 +1,1 @@
+"""What a policy's codes are, in numbers and on a page."""

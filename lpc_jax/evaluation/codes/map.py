@@ -1,0 +1,79 @@
+"""A map of z: a plane where like vectors lie near each other.
+
+t-SNE (van der Maaten & Hinton 2008), by scikit-learn (the extra ``eval``).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lpc_jax.errors import UserError
+
+# t-SNE takes a minute for so many prompts; a picture shows no more of them apart.
+MAPPED = 3000
+# Fewer points have no neighbourhoods to keep.
+FEWEST_MAPPED = 5
+# van der Maaten & Hinton 2008, section 2, call 5 to 50 typical; scikit-learn's default.
+_NEIGHBOURS = 30.0
+
+
+def require() -> Any:
+    """scikit-learn's manifold module.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        return importlib.import_module("sklearn.manifold")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "--codes needs the package 'scikit-learn' for its map of z, which is not"
+            " installed. Run: pip install 'lpc-jax[eval]'."
+        ) from error
+
+
+def neighbours(points: int) -> float:
+    """t-SNE's perplexity: of few points it is a third, more make no neighbourhood."""
+    return min(_NEIGHBOURS, (points - 1) / 3)
+
+
+def draw(
+    vectors: Float[np.ndarray, "prompts D"], *, seed: int
+) -> Float[np.ndarray, "prompts 2"] | None:
+    """Places of z on the plane; ``seed`` is that of its start.
+
+    None where there are too few prompts, or all have one z.
+    """
+    centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
+    spread = centred.std()
+    if len(vectors) < FEWEST_MAPPED or spread < 1e-6 * np.abs(vectors).max():
+        return None
+    sne = require().TSNE(
+        perplexity=neighbours(len(vectors)),
+        init="pca" if vectors.shape[1] > 1 else "random",
+        random_state=seed,
+    )
+    # One thread: more make the sums' order, hence the map, depend on the machine, and
+    # wait for each other in a thousand short steps.
+    with importlib.import_module("threadpoolctl").threadpool_limits(1):
+        # At unit scale: the search for each point's bandwidth starts at 1.
+        return np.asarray(sne.fit_transform(centred / spread), np.float64)
+
+
+def places(
+    vectors: Float[np.ndarray, "prompts D"], *, seed: int
+) -> list[tuple[float, float] | None]:
+    """Each prompt's place on the map; of very many prompts a random part has one."""
+    mapped = np.arange(len(vectors))
+    if len(vectors) > MAPPED:
+        rng = np.random.default_rng(seed)
+        mapped = np.sort(rng.choice(len(vectors), MAPPED, replace=False))
+    drawn = draw(vectors[mapped], seed=seed)
+    if drawn is None:
+        return [None] * len(vectors)
+    place = {int(i): (float(x), float(y)) for i, (x, y) in zip(mapped, drawn)}  # noqa: B905 -- of one length
+    return [place.get(i) for i in range(len(vectors))]

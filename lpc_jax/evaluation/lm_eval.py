@@ -1,0 +1,370 @@
+"""The standard benchmarks: lm-evaluation-harness's own tasks, asked of a system.
+
+How a text becomes tokens follows the harness's ``hf`` model, so that scores are
+comparable. The harness is an extra: import this where tasks are asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from rich import box
+from rich.table import Table
+from tqdm import tqdm
+
+from lpc_jax.data.tokenizer import TEMPLATE_REMEDY
+from lpc_jax.errors import UserError
+from lpc_jax.evaluation.scoring import Ids, Request, Score, Scorer
+from lpc_jax.files import untrusted
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime.policy import Policy
+
+try:
+    from lm_eval import evaluator, utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+except ModuleNotFoundError as error:
+    if error.name != "lm_eval":  # it is there, but something that it needs is not
+        raise
+    raise UserError(
+        "--tasks needs the package lm_eval, and that is not installed. Run: pip"
+        " install 'lpc-jax[eval]'."
+    ) from error
+
+# Of an answer, where a task does not say: as the hf model has it.
+MAX_NEW_TOKENS = 256
+# Prompts answered at a time.
+_GENERATED_AT_ONCE = 8
+_GENERATION = {"max_gen_toks", "until", "do_sample", "temperature", "top_k", "top_p"}
+# Of a task's results what is no metric.
+_NO_METRICS = ("alias", "name", "sample_len", "sample_count")
+# What is kept of a question beside its metrics.
+_OF_SAMPLE = ("doc_id", "arguments", "resps", "filtered_resps", "filter", "target")
+
+
+class LanguageModel(TemplateLM):
+    """A system as the harness asks it: texts in, log-likelihoods and texts out.
+
+    Args:
+        system: What is asked.
+        steering: How z is chosen from the prior; not read without a latent.
+        max_length: Most tokens read at a time; None: the model's context length.
+        seed: Of draws of z and of tokens.
+
+    Attributes:
+        cut: Requests whose context was cut at its start so far.
+
+    Raises:
+        UserError: A ``max_length`` that the model does not have, or a tokenizer with
+            neither BOS nor EOS.
+    """
+
+    # The harness reads these; of the last one it makes names for a cache.
+    tokenizer: Any
+    eot_token_id: Any = None
+    prefix_token_id: Any = None
+    tokenizer_name: Any = ""
+
+    def __init__(
+        self,
+        system: Policy,
+        *,
+        steering: Steering,
+        max_length: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        longest = system.architecture.context_length
+        if max_length is not None and not 2 <= max_length <= longest:
+            raise UserError(
+                f"--max-length must be from 2 to the model's {longest} positions, got"
+                f" {max_length}."
+            )
+        self.system, self.tokenizer = system, system.tokenizer
+        self.max_length, self.seed = max_length or longest, seed
+        self.steering, self.cut = steering, 0
+        self.tokenizer_name = system.name
+        self.eot_token_id, bos = (
+            self.tokenizer.eos_token_id,
+            self.tokenizer.bos_token_id,
+        )
+        # What stands before a text without context.
+        self.prefix_token_id = self.eot_token_id if bos is None else bos
+        if self.prefix_token_id is None:
+            raise UserError(
+                f"{system.name}: the tokenizer must have a BOS or EOS token to stand"
+                " before a text, got neither. Set one in its tokenizer_config.json."
+            )
+
+    @functools.cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.system, steering=self.steering, seed=self.seed)
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        # Made where it is needed: it lays the decoder's layers apart.
+        return Generator(self.system, batch=_GENERATED_AT_ONCE)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """A text's ids, without a second BOS before one that starts with it."""
+        prefix = str(self.tokenizer.decode([self.prefix_token_id]))
+        if add_special_tokens is None and string.startswith(prefix):
+            add_special_tokens = False
+        options: dict[str, Any] = {"verbose": False}  # what is too long is cut later
+        if add_special_tokens is not None:
+            options["add_special_tokens"] = add_special_tokens
+        return list(self.tokenizer(string, **options)["input_ids"])
+
+    def request(
+        self, texts: tuple[str, str], context: list[int], scored: list[int]
+    ) -> Request:
+        """What is read and scored, cut at its start to what the model can read.
+
+        The harness scores white space at a context's end with the continuation, since
+        it may be part of the continuation's first token. Where it is not, as after a
+        chat template's header, it stays of the context for the prior, which reads its
+        last token as in training.
+
+        Args:
+            texts: The context and its continuation.
+            context: The first's ids, as the harness parts them.
+            scored: The second's.
+
+        Raises:
+            UserError: A continuation of no tokens, or too long for the model.
+        """
+        lead = 0
+        if context and texts[0] != texts[0].rstrip():
+            whole, full = [*context, *scored], self.tok_encode(texts[0])
+            if len(context) < len(full) < len(whole) and whole[: len(full)] == full:
+                lead = len(full) - len(context)
+                context, scored = full, scored[lead:]
+        if not scored or len(scored) + lead > self.max_length:
+            raise UserError(
+                f"a continuation must have 1 to {self.max_length} tokens, got"
+                f" {len(scored) + lead}: {untrusted.shown(repr(texts[1]))}. Only a"
+                " context can be cut: leave the task out, or raise --max-length."
+            )
+        # The last scored id is not read.
+        room = self.max_length + 1 - len(scored)
+        return Request(self._cut(context, room), np.asarray(scored, np.int32), lead)
+
+    def _cut(self, context: list[int], room: int) -> Ids:
+        self.cut += len(context) > room
+        return np.asarray((context or [self.prefix_token_id])[-room:], np.int32)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        scores = self._score([self.request(*request) for request in requests])
+        return [(score.logp, score.greedy) for score in scores]
+
+    def _score(self, requests: Sequence[Request]) -> list[Score]:
+        with tqdm(total=len(requests), desc="Scoring", disable=None) as bar:
+            return self._scorer.score(requests, done=bar.update)
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of each text the log-likelihood, in windows where it is long.
+
+        Each window has a z of its own, from the prior at the token before the first
+        that it scores.
+        """
+        totals, windows = [0.0] * len(requests), []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            for window in utils.get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, 1
+            ):
+                read, scored = utils.make_disjoint_window(window)
+                windows.append((number, self.request(("", text), read, scored)))
+        scores = self._score([window for _, window in windows])
+        for (number, _), score in zip(windows, scores, strict=True):
+            totals[number] += score.logp
+        return totals
+
+    def generate_until(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[str]:
+        """A text after each context, up to the first of its stop strings."""
+        groups: dict[tuple[Sampling, tuple[str, ...]], list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(self.sampling(request.args[1]), []).append(number)
+        texts = [""] * len(requests)
+        bar = tqdm(total=len(requests), desc="Answering", disable=None)
+        for (sampling, stop), numbers in groups.items():
+            room = self.max_length - sampling.max_new_tokens
+            contexts = {i: self.tok_encode(requests[i].args[0]) for i in numbers}
+            prompts = {i: self._cut(ids, room) for i, ids in contexts.items()}
+            numbers.sort(key=lambda i: -len(prompts[i]))
+            for start in range(0, len(numbers), _GENERATED_AT_ONCE):
+                part = numbers[start : start + _GENERATED_AT_ONCE]
+                completions = self._generator.generate(
+                    [prompts[i] for i in part],
+                    sampling=sampling,
+                    steering=self.steering,
+                    stop=stop,
+                    seed=self.seed + start,
+                )
+                for number, completion in zip(part, completions, strict=True):
+                    texts[number] = completion.text
+                bar.update(len(part))
+        bar.close()
+        return texts
+
+    def sampling(self, settings: Mapping[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
+        """A task's generation settings as ours, and its stop strings.
+
+        Raises:
+            UserError: A setting that we do not have, or an answer that would take the
+                model's whole context.
+        """
+        known: dict[str, Any] = {**normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)}
+        if unknown := sorted(known.keys() - _GENERATION):
+            raise UserError(
+                f"a task's generation_kwargs may set {', '.join(sorted(_GENERATION))},"
+                f" got also {', '.join(unknown)}. Leave the task out, or change it."
+            )
+        length = known["max_gen_toks"]
+        if length >= self.max_length:
+            raise UserError(
+                f"a task asks for answers of {length} tokens, expected less than the"
+                f" {self.max_length} that are read at a time. Raise --max-length, or"
+                " leave the task out."
+            )
+        sampling = Sampling(
+            max_new_tokens=length,
+            temperature=float(known.get("temperature") or known["do_sample"]),
+            top_k=known.get("top_k") or None,
+            top_p=float(known.get("top_p") or 1.0),
+        )
+        return sampling, tuple(text for text in known["until"] if text)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as text; without the header to go on from its last message."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    chat_history,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                )
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in chat_history)
+            raise UserError(
+                "--apply-chat-template: the model's chat template refuses a"
+                f" conversation with the roles {roles} ({untrusted.shown(error)})."
+                " Leave out --system-instruction if that is it, or name another"
+                " template with model.chat_template."
+            ) from error
+
+
+def evaluate(
+    model: LanguageModel,
+    tasks: Sequence[Any],
+    *,
+    num_fewshot: int | None = None,
+    log_samples: bool = False,
+    apply_chat_template: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The harness's results of some tasks, for JSON with ``default=float``.
+
+    Args:
+        model: Answers.
+        tasks: From ``tasks.load``, with its ``num_fewshot``.
+        num_fewshot: Examples in each prompt; None: as each task has it.
+        log_samples: Whether to give each request and its log-likelihood too.
+        apply_chat_template: Ask in the model's chat format, as it was trained, and not
+            as text to be continued.
+        settings: More of ``lm_eval.simple_evaluate``: ``limit``,
+            ``fewshot_as_multiturn``, ``system_instruction``.
+
+    Raises:
+        UserError: What the model cannot be asked, before anything is computed.
+    """
+    start = time.monotonic()
+    if apply_chat_template and not model.tokenizer.chat_template:
+        raise UserError(
+            f"--apply-chat-template needs a chat template, got {model.system.name},"
+            f" which has none. {TEMPLATE_REMEDY}"
+        )
+    for task in tasks:
+        if task.config.output_type == "generate_until":
+            model.sampling(task.config.generation_kwargs)
+    settings["apply_chat_template"] = apply_chat_template
+    found: Any = evaluator.simple_evaluate(
+        model=model, tasks=list(tasks), num_fewshot=num_fewshot, **settings
+    )
+    results = {
+        "system": model.system.name,
+        "z": None if model.system.latent is None else model.steering.said(),
+        "tasks": {name: _of_task(found, name) for name in found["n-samples"]},
+        "settings": {**settings, "max_length": model.max_length, "seed": model.seed},
+        "cut_requests": model.cut,
+        "lm_eval": found["lm_eval_version"],
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    if log_samples:
+        results["samples"] = {
+            task: [{name: x[name] for name in (*_OF_SAMPLE, *x["metrics"])} for x in of]
+            for task, of in found["samples"].items()
+        }
+    return results
+
+
+def _of_task(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A task's questions, examples and metrics, with their standard errors."""
+
+    def number(value: Any) -> float | None:  # words stand where there is none
+        known = isinstance(value, int | float) and math.isfinite(value)
+        return float(value) if known else None
+
+    metrics = {k: v for k, v in found["results"][name].items() if k not in _NO_METRICS}
+    return {
+        "questions": found["n-samples"][name]["effective"],
+        "examples": found["n-shot"][name],
+        "version": found["versions"].get(name),
+        "metrics": {metric: number(value) for metric, value in metrics.items()},
+    }
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """What ``evaluate`` gives, a metric a line."""
+    z = "" if results["z"] is None else f", z: {results['z']}"
+    made = Table(title=f"{results['system']}{z}", box=box.SIMPLE_HEAD)
+    for name in ("task", "n", "n-shot", "metric", "value", "±"):
+        is_text = name in ("task", "metric")
+        made.add_column(name, justify="left" if is_text else "right", no_wrap=True)
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    for task, of_task in results["tasks"].items():
+        first = (task, str(of_task["questions"]), str(of_task["examples"]))
+        for name, value in of_task["metrics"].items():
+            metric, _, extraction = name.partition(",")
+            if metric.endswith("_stderr"):
+                continue
+            error = of_task["metrics"].get(f"{metric}_stderr,{extraction}")
+            label = metric if extraction == "none" else f"{metric} ({extraction})"
+            made.add_row(*first, label, shown(value), shown(error))
+            first = ("", "", "")
+    return made

@@ -1,0 +1,164 @@
+"""The standard tasks: lm-evaluation-harness's, with data of the hub or of local files.
+
+The tasks themselves, their prompts, metrics and answers' extraction, are the harness's
+own; what differs with local files is said in ``_with_file``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+from lpc_jax.data import rows as files
+from lpc_jax.errors import UserError
+
+# The files of a folder, and where the harness has their tasks: the index of all its
+# folders takes seconds to make.
+FILES = {
+    "arc_easy": "arc_easy.test.jsonl.gz",
+    "arc_challenge": "arc_challenge.test.jsonl.gz",
+    "gsm8k": "gsm8k.test.jsonl.gz",
+    "truthfulqa_mc2": "truthfulqa_mc.jsonl.gz",
+}
+_FOLDERS = ("arc", "gsm8k", "truthfulqa")
+_FIELDS = {
+    "gsm8k": "question and answer",
+    "truthfulqa_mc2": "question and mc2_targets",
+}
+
+
+def load(
+    names: Sequence[str], *, data: Path | None = None, num_fewshot: int | None = None
+) -> list[Any]:
+    """The harness's tasks.
+
+    Args:
+        names: Of tasks, groups or tags.
+        data: A folder with the files of ``FILES``; None: the hub.
+        num_fewshot: Examples in each prompt; None: as each task has it. A task that
+            fixes them to none keeps none.
+
+    Raises:
+        UserError: No such task, or its data cannot be had.
+    """
+    # It warns of what we set on purpose.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"--num-fewshot must be at least 0, got {num_fewshot}.")
+    folders: list[str | Path] = [
+        Path(lm_eval.__path__[0]) / "tasks" / f for f in _FOLDERS
+    ]
+    manager = TaskManager(
+        include_defaults=data is None, include_path=None if data is None else folders
+    )
+    known = manager.all_tasks if data is None else list(FILES)
+    names = list(dict.fromkeys(names))
+    if unknown := [name for name in names if name not in known]:
+        where = "" if data is None else f" with --tasks-data, {', '.join(known)}"
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "See lm-eval ls tasks."
+        raise UserError(
+            f"--tasks {','.join(unknown)}: expected tasks of lm-eval"
+            f" {lm_eval.__version__}{where}, got none of that name. {hint}"
+        )
+    specs: list[Any] = names
+    if data is not None:
+        with_files = []
+        for name in names:
+            default = (manager.task_index[name].cfg or {}).get("num_fewshot")
+            shots = default if num_fewshot is None or default == 0 else num_fewshot
+            with_files.append(_with_file(name, data, shots or 0))
+        # A group is how the harness takes a task with some settings replaced.
+        specs = [{"group": "local", "task": with_files}]
+    try:
+        return list(manager.load(specs)["tasks"].values())
+    except OSError as error:  # the hub's and datasets' own errors are of it
+        raise UserError(
+            f"--tasks {','.join(names)}: the data cannot be had from the hub"
+            f" ({str(error).splitlines()[0]:.200}). Check the connection, or name a"
+            " folder of local files with --tasks-data."
+        ) from error
+
+
+def _with_file(name: str, folder: Path, shots: int) -> dict[str, Any]:
+    """A task's settings where its data are of a file.
+
+    Only test files are there. Examples for few-shot prompts, which the harness takes
+    from a training split at random (gsm8k: 5), are therefore the file's last questions,
+    in their order, which are then not asked: scores with examples are near the
+    standard's but not the same. Without examples (ARC, TruthfulQA) the prompts are the
+    same, and so are scores as far as the file has the same questions.
+    """
+    questions = rows(name, folder)
+    asked = len(questions) - shots
+    if asked <= 0:
+        raise UserError(
+            f"--num-fewshot must be less than the {len(questions)} questions of"
+            f" {FILES[name]}, of which examples are taken, got {shots}."
+        )
+    splits = {"test": datasets.Dataset.from_list(questions[:asked])}
+    if shots:
+        splits["examples"] = datasets.Dataset.from_list(questions[asked:])
+    return {
+        "task": name,
+        "custom_dataset": lambda **metadata: splits,
+        "dataset_kwargs": None,
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        "fewshot_split": "examples" if shots else None,
+        "fewshot_config": {"sampler": "first_n"},
+    }
+
+
+def rows(name: str, folder: Path) -> list[dict[str, Any]]:
+    """A task's questions, in the fields that the harness's task reads.
+
+    Raises:
+        UserError: No such file, or a broken one or row, by line.
+    """
+    file, questions = folder / FILES[name], []
+    for origin, row in files.read(str(file), setting="--tasks-data", split=None):
+        try:
+            questions.append(_question(name, row))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            fields = _FIELDS.get(name, "question, choices (text and label), answerKey")
+            raise UserError(
+                f"{file.parent / origin}: expected a question of {name}, with the"
+                f" fields {fields}, got another row ({error!r:.80}). Fetch the file"
+                " again."
+            ) from error
+    if not questions:
+        raise UserError(f"{file}: expected questions, got none. Fetch it again.")
+    return questions
+
+
+def _question(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = {"question": row["question"]}
+    match name:
+        case "gsm8k":
+            made["answer"] = row["answer"]
+            texts = list(made.values())
+        case "truthfulqa_mc2":
+            targets = row["mc2_targets"]
+            texts, labels = [row["question"], *targets], list(targets.values())
+            made["mc2_targets"] = {"choices": texts[1:], "labels": labels}
+            if set(labels) != {0, 1}:
+                raise ValueError("mc2_targets must have true answers (1) and false (0)")
+        case _:
+            choices, labels = row["choices"]["text"], row["choices"]["label"]
+            made["choices"] = {"text": choices, "label": labels}
+            made["answerKey"] = row["answerKey"]
+            texts = [row["question"], *choices, *labels]
+            if len(choices) != len(labels) or row["answerKey"] not in labels:
+                raise ValueError("answerKey is no label of a choice")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise TypeError(f"expected texts, got {texts!r:.40}")
+    return made
