@@ -118,11 +118,6 @@ def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
 
     A leaf whose path ends in a parameter's path is laid out like it; any other
     (a count) is on every device.
-
-    Args:
-        tree: Shapes of the optimizer's state.
-        shardings: Of the parameters.
-        mesh: The mesh.
     """
     known = by_path(shardings)
 
@@ -137,7 +132,7 @@ def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
 
 
 def _batch_rows(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(axes.SPLIT_OVER["R"]))
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:

@@ -1,7 +1,4 @@
-"""Low-rank adapters over a frozen decoder (Hu et al. 2021, arXiv 2106.09685).
-
-Knows nothing of what is trained, nor how; only what an adapter adds.
-"""
+"""Low-rank adapters over a frozen decoder (Hu et al. 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The decoder: Llama's blocks, read from one table of numbers per model.
-
-Knows nothing of pairs beyond the mask's meaning, nor of latents, heads or losses.
-"""
+"""The decoder: Llama's blocks, up to the last hidden states."""
 
 from __future__ import annotations
 

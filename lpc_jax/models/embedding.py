@@ -1,7 +1,4 @@
-"""Token embeddings, looked up where their columns lie.
-
-Knows nothing of what reads them.
-"""
+"""Token embeddings, looked up where their columns lie."""
 
 from __future__ import annotations
 

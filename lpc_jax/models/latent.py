@@ -140,16 +140,11 @@ def codebook_unit(head: Float[Array, "V D"]) -> Float[Array, ""]:
 def limit_codes(
     codebook: Float[Array, "C D"], head: Float[Array, "V D"], limit: float
 ) -> Float[Array, "C D"]:
-    """Codes scaled down to where no mix of them can change what is said by more.
+    """Codes scaled down to where no mix changes a token's distribution by more nats.
 
     For logits moved by b, KL(pi(. | z) || pi(. | 0)) is at most (max b - min b)^2 / 8
     (the variance in Hoeffding's lemma), and the range of a convex mix is at most its
     codes' largest.
-
-    Args:
-        codebook: E.
-        head: The LM head.
-        limit: In nats, at any position of any answer.
     """
     moved = jnp.einsum("CD,VD->CV", codebook, head.astype(jnp.float32))
     spread = jnp.max(moved, axis=-1) - jnp.min(moved, axis=-1)
@@ -160,13 +155,8 @@ def limit_codes(
 class LatentHead(nnx.Module):
     """Codebook, prior and posterior.
 
-    Args of the constructor:
-        width: D, so that a code lives where hidden states live.
-        hidden_width: Hidden width of both MLPs.
-        num_codes: C.
-        codebook_scale: Standard deviation of the codebook; 0 starts as the plain
-            policy, exactly.
-        posterior_input: What the posterior reads; see ``judged``.
+    A code has the width of hidden states, D. ``codebook_scale`` is the codebook's
+    standard deviation; 0 starts as the plain policy, exactly.
     """
 
     codebook: nnx.Param
@@ -281,15 +271,10 @@ def gumbel_softmax(
     *,
     temperature: float | Float[Array, ""],
 ) -> Float[Array, "*pairs C"]:
-    """A relaxed draw on the simplex: softmax((logits + gumbel) / tau).
+    """A relaxed draw on the simplex: softmax((logits + gumbel) / tau), tau above 0.
 
     Jang et al. 2017, eq. 2. As tau falls to 0 it becomes one code, drawn with the
-    belief's probabilities.
-
-    Args:
-        logits: The belief, normalised or not; gradient flows.
-        gumbel: Independent standard Gumbel noise.
-        temperature: tau, above 0.
+    belief's probabilities; logits may be unnormalised, and gradient flows into them.
     """
     return jax.nn.softmax((logits + gumbel) / temperature, axis=-1)
 

@@ -1,7 +1,4 @@
-"""A policy as one module: a decoder, adapters in it or none, a latent over it or none.
-
-Knows nothing of losses or schedules.
-"""
+"""A policy as one module: a decoder, and adapters and a latent or neither."""
 
 from __future__ import annotations
 

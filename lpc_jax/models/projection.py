@@ -1,7 +1,4 @@
-"""A matrix product whose gradient is written by hand, in the order that CPUs want.
-
-Knows nothing of what is projected to what.
-"""
+"""A matrix product whose gradient is written by hand, in the order that CPUs want."""
 
 from __future__ import annotations
 
