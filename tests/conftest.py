@@ -49,7 +49,7 @@ os.environ["MPLCONFIGDIR"] = _matplotlib_folder.name
 _hypothesis_folder = tempfile.TemporaryDirectory(prefix="lpc_jax-hypothesis-")
 os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = _hypothesis_folder.name
 
-# types.py: JAX rebuilds its pytrees with leaves that are no arrays. config.py: holds no
+# types.py: JAX rebuilds its pytrees with leaves that are no arrays. config: holds no
 # arrays and checks its own types, in the user's words.
 _UNCHECKED = {"lpc_jax.types", "lpc_jax.config"}
 _checked_rooms = [

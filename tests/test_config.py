@@ -634,3 +634,36 @@ def test_settings_that_name_no_section_are_refused():
     settings = cfg.flat(cfg.read(str(FILES[0]))) | {"loss.type": "Kto"}
     with pytest.raises(ValueError, match="loss must be Dpo or Ipo or Simpo, got 'Kto'"):
         cfg.from_flat(settings)
+
+
+def test_source_is_written_as_a_person_would():
+    config = minimal(
+        loss=cfg.Simpo(gamma=0.5), latent=None, run=cfg.Run(trackers=("wandb",))
+    )
+    assert cfg.source(config) == (
+        '"""The resolved configuration of one run; it runs again as it is."""\n\n'
+        "from lpc_jax.config import (\n    Config,\n    Data,\n    Model,\n    Run,\n"
+        "    Simpo,\n)\n\n"
+        'config = Config(\n    name="tiny",\n    model=Model(\n'
+        '        path="somewhere",\n    ),\n'
+        "    loss=Simpo(\n        gamma=0.5,\n    ),\n"
+        '    data=Data(\n        train="pairs.jsonl",\n    ),\n    latent=None,\n'
+        '    run=Run(\n        trackers=("wandb",),\n    ),\n)\n'
+    )
+
+
+OLD_NAMES = (
+    "Adapters, Config, Data, Distributed, Dpo, Hub, Ipo, Latent, Mesh, Model,"
+    " Optimizer, Packing, Reference, Run, Simpo, Training"
+)
+
+
+def test_the_config_of_an_old_run_folder_is_read(tmp_path):
+    """Until 2026 every setting was written, in one line, under all sections' names."""
+    config = minimal(adapters=cfg.Adapters(rank=4), loss=cfg.Ipo(beta=0.2))
+    file = tmp_path / "config.py"
+    file.write_text(
+        f"from lpc_jax.config import ({OLD_NAMES})\n\nconfig = {config!r}\n"
+    )
+    assert "hub=Hub(" in file.read_text()
+    assert cfg.read(str(file)) == config

@@ -25,7 +25,7 @@ class Bound:
     where the type allows it, is not checked.
     """
 
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], Any]
     expected: str
     remedy: str = ""
 
@@ -38,6 +38,7 @@ def at_least(least: int, remedy: str = "") -> Bound:
 _ABOVE_ZERO = Bound(lambda x: x > 0, "must be above 0")
 PositiveInt = Annotated[int, _ABOVE_ZERO]
 PositiveFloat = Annotated[float, _ABOVE_ZERO]
+NonNegativeInt = Annotated[int, at_least(0)]
 NonNegativeFloat = Annotated[float, at_least(0)]
 
 
@@ -90,7 +91,7 @@ class Settings:
     def _check(self) -> None:
         """Relations between values; overridden where there are any."""
 
-    def _require(self, holds: bool, name: str, expected: str, remedy: str = "") -> None:
+    def _require(self, holds: Any, name: str, expected: str, remedy: str = "") -> None:
         if not holds:
             raise UserError(
                 f"{self.section}{name} {expected}, got {shown(getattr(self, name))}."

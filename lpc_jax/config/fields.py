@@ -1,7 +1,4 @@
-"""The settings of a run: every default of the project lives here.
-
-The rooms below are given plain values and have no defaults of their own.
-"""
+"""The settings of a run; every default of the project lives here."""
 
 from __future__ import annotations
 
@@ -10,23 +7,43 @@ import math
 import operator
 import os
 import re
+import typing
 from typing import Annotated, Literal
 
 from lpc_jax.config import checks
-from lpc_jax.config.checks import NonNegativeFloat, PositiveFloat, PositiveInt, Settings
+from lpc_jax.config.checks import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+)
 from lpc_jax.config.losses import Loss
 from lpc_jax.errors import UserError
-
-# What the file systems of Linux and macOS take, in bytes.
-_LONGEST_NAME = 255
 
 NumCodes = Annotated[
     int, checks.at_least(2, "Use latent=None for a run without codes.")
 ]
-Samples = Annotated[
-    int, checks.at_least(0, "Use 0 for a run that looks at no answers.")
+FolderName = Annotated[
+    str,
+    checks.Bound(
+        lambda x: (
+            x not in ("", ".", "..")
+            and os.path.basename(x) == x
+            and x.isprintable()
+            and len(x.encode()) <= 255  # what the file systems of Linux and macOS take
+        ),
+        "must be a plain folder name, printable and of at most 255 bytes",
+    ),
 ]
+PosteriorInput = Literal["concat", "difference", "mean_difference", "both", "all"]
+Matrix = Literal["query", "key", "value", "output", "gate", "up", "down"]
+Truncation = Literal["drop", "cut_prompt", "cut_prompt_then_answer"]
+Best = Literal["loss/preference", "loss/total", "reward/accuracy", "reward/margin"]
 Fraction = Annotated[float, checks.Bound(lambda x: 0 <= x <= 1, "must lie in [0, 1]")]
+Address = Annotated[
+    str, checks.Bound(re.compile(r".+:\d+").fullmatch, "must be host:port")
+]
 Axis = Annotated[int, checks.Bound(lambda x: x == -1 or x > 0, "must be -1 or above 0")]
 
 
@@ -44,8 +61,7 @@ class Model(Settings):
     chat_template: str | None = None
     """A file with a Jinja chat template that replaces the tokenizer's own."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of matrix products; masters stay float32. auto: bfloat16 on
-    accelerators, float32 on CPU."""
+    """Of matrix products; masters stay float32. auto: bfloat16, on CPU float32."""
     attention: str = "auto"
     """Attention backend: xla holds a row's scores under a mask; blocks walks them a
     block at a time and skips what is masked, as does splash, a kernel for TPUs; cudnn,
@@ -57,7 +73,6 @@ class Model(Settings):
     score_chunk: PositiveInt | None = None
     """Scored positions of a row that meet the LM head at a time; those that are all
     padding are left out. None: 128 on CPU, 512 on accelerators."""
-
     states_cache: str = ".cache/states"
     """Folder where the hidden states of pairs are kept under decoder = "frozen"."""
 
@@ -71,9 +86,7 @@ class Adapters(Settings):
     """Inner width r of each adapter."""
     alpha: PositiveFloat = 32.0
     """An adapter's product is scaled by alpha / rank."""
-    targets: tuple[
-        Literal["query", "key", "value", "output", "gate", "up", "down"], ...
-    ] = ("query", "key", "value", "output", "gate", "up", "down")
+    targets: tuple[Matrix, ...] = typing.get_args(Matrix)
     """The matrices of each block that get one."""
 
     def _check(self) -> None:
@@ -109,9 +122,7 @@ class Latent(Settings):
     """g, the prior's share of z in training (eq. 11): rising 0 to 1, or fixed."""
     inference: Literal["mean", "sample", "argmax"] = "mean"
     """z from the prior at evaluation: its mean, a draw, or its largest code."""
-    posterior_input: Literal[
-        "concat", "difference", "mean_difference", "both", "all"
-    ] = "all"
+    posterior_input: PosteriorInput = "all"
     """What of the judged pair the posterior reads: both answers' last states side by
     side (the paper); chosen minus rejected, of the last states, of the means over each
     answer's states, or of both; or all: these two and the prompt's last state."""
@@ -169,15 +180,12 @@ class Data(Settings):
     """Most tokens of prompt plus one answer."""
     max_prompt_length: PositiveInt = 512
     """Most prompt tokens once truncation touches a pair."""
-    truncation: Literal["drop", "cut_prompt", "cut_prompt_then_answer"] = (
-        "cut_prompt_then_answer"
-    )
+    truncation: Truncation = "cut_prompt_then_answer"
     """For a pair over max_length: drop it; cut its prompt's start to
     max_prompt_length and drop it if still too long; or after that cut the answers'
     ends, which then have no end-of-sequence token."""
     prefix_mismatch: Literal["cut", "error"] = "cut"
-    """When the prompt's tokens are no prefix of prompt plus answer: take the common
-    prefix as the prompt and count it, or stop."""
+    """Where the prompt's tokens are no prefix of the whole: cut to those, or stop."""
 
     def _check(self) -> None:
         self._require(
@@ -199,9 +207,8 @@ class Packing(Settings):
     row_length: PositiveInt = 2048
     """Most tokens per row; a pair takes prompt + chosen + rejected of one row."""
     length_choices: PositiveInt = 4
-    """Row lengths that a micro-batch can have, at most: those up to row_length with
-    which the run's first steps waste little. More of them mean less padding, most so
-    where a step is few micro-batches, and as many programs to compile."""
+    """Most row lengths that a micro-batch can have, up to row_length, chosen by the
+    run's first steps: more mean less padding, and as many programs to compile."""
     pairs_per_row: PositiveInt = 16
     """Most pairs in one row."""
 
@@ -240,20 +247,17 @@ class Training(Settings):
     """Steps between log lines; a line is the mean over the steps since the last."""
     eval_every: PositiveInt | None = None
     """Steps between evaluations on the held-out pairs; None: start and end only."""
-    samples: Samples | None = None
-    """Held-out prompts that are answered at each evaluation, spread over sources; 0:
-    none. None: 16 where there are held-out pairs."""
+    samples: NonNegativeInt | None = None
+    """Held-out prompts, of all sources, that are answered at each evaluation; None: 16
+    where there are held-out pairs."""
     sample_tokens: PositiveInt = 128
     """Most tokens of such an answer."""
-    best: Literal[
-        "loss/preference", "loss/total", "reward/accuracy", "reward/margin"
-    ] = "loss/preference"
+    best: Best = "loss/preference"
     """Held-out metric by which the best checkpoint is kept; losses count downwards."""
     checkpoint_every: PositiveInt | None = None
     """Steps between checkpoints; None: at the end only."""
     max_skipped: PositiveInt = 10
-    """Updates skipped in a row, since their gradient was not finite, after which the
-    run stops, at the next log line."""
+    """Updates skipped in a row, for a gradient not finite, at which the run stops."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,10 +283,10 @@ class Mesh(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distributed(Settings):
-    """Processes that train together; on a TPU pod, under SLURM and Open MPI they find
-    each other, elsewhere the first three say how."""
+    """Processes that train together; the first three say how they find each other
+    where neither a TPU pod nor SLURM nor Open MPI does."""
 
-    coordinator: str | None = None
+    coordinator: Address | None = None
     """host:port of process 0, which all others can reach."""
     processes: PositiveInt | None = None
     """How many there are."""
@@ -294,16 +298,9 @@ class Distributed(Settings):
     """Seconds of silence after which a process counts as dead and all others end."""
 
     def _check(self) -> None:
-        self._require(
-            self.process is None or 0 <= self.process < (self.processes or math.inf),
-            "process",
-            "must lie between 0 and distributed.processes - 1",
-        )
-        self._require(
-            re.fullmatch(r".+:\d+", self.coordinator or "host:1") is not None,
-            "coordinator",
-            "must be host:port",
-        )
+        within = 0 <= (self.process or 0) < (self.processes or math.inf)
+        expected = "must lie between 0 and distributed.processes - 1"
+        self._require(within, "process", expected)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -340,7 +337,7 @@ class Run(Settings):
 class Config(Settings, section=""):
     """One run of preference alignment."""
 
-    name: str
+    name: FolderName
     """Name of the run and of its folder."""
     model: Model
     loss: Loss
@@ -359,37 +356,24 @@ class Config(Settings, section=""):
     run: Run = dataclasses.field(default_factory=Run)
 
     def _check(self) -> None:
-        self._require(
-            self.name not in ("", ".", "..")
-            and os.path.basename(self.name) == self.name
-            and self.name.isprintable()
-            and len(self.name.encode()) <= _LONGEST_NAME,
-            "name",
-            "must be a plain folder name, printable and of at most"
-            f" {_LONGEST_NAME} bytes",
-        )
-        for clash, setting, remedy in (
-            (self.adapters is not None, "adapters=Adapters", "Leave the adapters out"),
-            (self.latent is None, "latent=None", "Give it a latent"),
-        ):
-            if self.decoder == "frozen" and clash:
-                raise UserError(
-                    f"decoder must be 'trained' with {setting}, got 'frozen', which"
-                    f" trains the latent alone. {remedy}, or train the decoder."
-                )
-        if self.data.eval is None:
-            remedy = "Name held-out pairs, or leave it out."
-            without = "without data.eval"
-            self._refuse_useless("data.eval_limit", without, remedy)
-            self._refuse_useless("training.eval_every", without, remedy)
-            self._refuse_useless("training.samples", without, remedy)
+        if self.decoder == "frozen" and (self.adapters or self.latent is None):
+            clash = "adapters=Adapters" if self.adapters else "latent=None"
+            remedy = "Leave the adapters out" if self.adapters else "Give it a latent"
+            raise UserError(
+                f"decoder must be 'trained' with {clash}, got 'frozen', which trains"
+                f" the latent alone. {remedy}, or train the decoder."
+            )
+        for name in ("data.eval_limit", "training.eval_every", "training.samples"):
+            if self.data.eval is None:
+                remedy = "Name held-out pairs, or leave it out."
+                self._refuse_useless(name, "without data.eval", remedy)
         if not self.loss.needs_reference:
             without = f"on {type(self.loss).__name__}, which has no reference"
             self._refuse_useless("reference.path", without, "Leave it out.")
 
     def _refuse_useless(self, name: str, where: str, remedy: str) -> None:
         value = operator.attrgetter(name)(self)
-        if value:
+        if value not in (None, 0):
             raise UserError(
                 f"{name} has no effect {where}, expected None, got {value!r}. {remedy}"
             )

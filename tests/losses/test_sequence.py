@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lpc_jax import axes
-from lpc_jax.losses import sequence
+from lpc_jax.losses import sequence, tiles
 
 RNG = np.random.default_rng(0)
 HIDDEN = RNG.normal(size=(2, 11, 8))
@@ -24,8 +24,8 @@ def float64_logp():
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(sequence, "TILE", size)
-    monkeypatch.setattr(sequence, "_TILE_UNIT", 1)
+    monkeypatch.setattr(tiles, "TILE", size)
+    monkeypatch.setattr(tiles, "TILE_UNIT", 1)
 
 
 @pytest.fixture(params=[4096, 23, 12, 5, 1])
@@ -149,7 +149,7 @@ def test_chunks_without_a_scored_position_are_not_computed(scored, computed):
 
 # Vocabularies of Llama 3, Mistral, SmolLM2, Llama 3 over 8 devices, and small ones.
 @pytest.mark.parametrize(
-    ("vocabulary", "tiles"),
+    ("vocabulary", "expected"),
     [
         (128_256, (32, 4032)),
         (32_000, (8, 4000)),
@@ -160,9 +160,9 @@ def test_chunks_without_a_scored_position_are_not_computed(scored, computed):
         (4097, (2, 2080)),
     ],
 )
-def test_tiles_cover_the_vocabulary_in_sizes_that_tpus_scatter(vocabulary, tiles):
-    count, size = sequence._tiles(vocabulary)
-    assert (count, size) == tiles
+def test_tiles_cover_the_vocabulary_in_sizes_that_tpus_scatter(vocabulary, expected):
+    count, size = tiles.count_and_size(vocabulary)
+    assert (count, size) == expected
     assert (count - 1) * size < vocabulary <= count * size
 
 

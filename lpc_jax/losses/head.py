@@ -1,0 +1,274 @@
+"""The LM head in tiles: logits, their normalisers and gradients, on one device or many.
+
+A chunk of positions meets a tile of the head's rows at a time, with a running
+log-sum-exp, and the backward pass computes each of these products again (or, where all
+hidden states of an answer share their gradient, none). On a mesh every device scores
+its own rows against its own part of the vocabulary; a tile of the head is gathered over
+``fsdp`` when its turn comes, and its gradient summed and scattered then.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lpc_jax.losses import tiles
+from lpc_jax.losses.tiles import Split, Tile
+
+
+# By hand, since JAX differentiates no loop whose length the data decides.
+@jax.custom_vjp
+def score(
+    hidden: Float[Array, "chunks R chunk D"],
+    head: Float[Array, "V D"],
+    tokens: Int[Array, "chunks R chunk"],
+    mask: Bool[Array, "chunks R chunk"],
+) -> Float[Array, "chunks R chunk"]:
+    """Log-probabilities of tokens; 0 in chunks after the last scored position."""
+    return _scores_and_normalisers(hidden, head, tokens, mask)[0]
+
+
+def _scores_and_normalisers(hidden, head, tokens, mask):
+    split = Split.of(tokens, head)
+    chunks = split.chunks
+    return split.run(_score_part, (chunks, chunks), hidden, head, tokens, mask)
+
+
+def _score_part(hidden, head, tokens, mask, *, split):
+    """Scores and normalisers of one device's rows."""
+    picked, _, normaliser = _meet_head(hidden, head, tokens, mask, split)
+    return picked - normaliser, normaliser
+
+
+def rank_part(hidden, head, tokens, mask, *, split):
+    """Scores of one device's rows, and which are of the largest logit."""
+    picked, largest, normaliser = _meet_head(hidden, head, tokens, mask, split)
+    return picked - normaliser, picked >= largest
+
+
+def _meet_head(hidden, head, tokens, mask, split):
+    """Tokens' logits, the largest ones, and normalisers of one device's rows.
+
+    Tiles are the outer loop, so that each is gathered once for all chunks.
+    """
+    tokens = tokens - split.first_token(head.shape[0])
+    chunks = tiles.chunks_to_score(mask)
+
+    def meet_tile(i, carry):
+        tile = Tile.of(head, i, hidden.dtype, split)
+
+        def meet_chunk(j, carry):
+            largest, total, picked = (x[j] for x in carry)
+            logits = tile.logits(hidden[j])
+            place, logit = tile.pick(logits, tokens[j])
+            # log-sum-exp as it goes: total is the sum of exp(logit - largest) so far,
+            # rescaled whenever a tile has a larger logit than all before.
+            new_largest = jnp.maximum(largest, logits.max(axis=-1))
+            new_total = total * jnp.exp(largest - new_largest) + jnp.sum(
+                jnp.exp(logits - new_largest[..., None]), axis=-1
+            )
+            new = (new_largest, new_total, jnp.where(place < 0, picked, logit))
+            return tuple(x.at[j].set(y) for x, y in zip(carry, new, strict=True))
+
+        return jax.lax.fori_loop(0, chunks, meet_chunk, carry)
+
+    zeros = jnp.zeros(tokens.shape, jnp.float32)
+    count, _ = tiles.count_and_size(head.shape[0])
+    largest, total, picked = jax.lax.fori_loop(
+        0, count, meet_tile, (zeros + tiles.UNSEEN, zeros, zeros)
+    )
+    if split.vocabulary is not None:
+        # Each device's total is below its own largest; a token's logit is 0 elsewhere.
+        own, largest = largest, jax.lax.pmax(largest, split.vocabulary)
+        total = jax.lax.psum(total * jnp.exp(own - largest), split.vocabulary)
+        picked = jax.lax.psum(picked, split.vocabulary)
+    computed = (jnp.arange(tokens.shape[0]) < chunks)[:, None, None]
+    normaliser = jnp.where(computed, largest + jnp.log(total), 0.0)
+    return picked, largest, normaliser
+
+
+def _score_forward(hidden, head, tokens, mask):
+    arguments = (hidden.value, head.value, tokens.value, mask.value)
+    scores, normalisers = _scores_and_normalisers(*arguments)
+    # An empty tuple where the head's gradient is asked for: known to the compiler, so
+    # that a frozen head costs neither the product nor an array of its size.
+    wanted = () if head.perturbed else None
+    return scores, (*arguments, normalisers, wanted)
+
+
+def _score_backward(residuals, gradient):
+    hidden, head, tokens, mask, normalisers, wanted = residuals
+    split = Split.of(tokens, head)
+    part = functools.partial(_differentiate_part, head_wanted=wanted is not None)
+    out_specs = (split.chunks, None if wanted is None else split.head)
+    columns = (tokens, mask, normalisers, gradient)
+    return *split.run(part, out_specs, hidden, head, *columns), None, None
+
+
+def _differentiate_part(
+    hidden, head, tokens, mask, normalisers, gradient, *, split, head_wanted
+):
+    """Gradients of one device's rows and of its part of the head."""
+    tokens = tokens - split.first_token(head.shape[0])
+    chunks = tiles.chunks_to_score(mask)
+
+    def meet_tile(i, carry):
+        d_hidden, d_head = carry
+        tile = Tile.of(head, i, hidden.dtype, split)
+
+        def meet_chunk(j, carry):
+            d_hidden, d_weight = carry
+            logits = tile.logits(hidden[j])
+            # d log p(token) = one-hot(token) - p.
+            d_logits = jax.nn.one_hot(
+                tile.places(tokens[j]), logits.shape[-1]
+            ) - jnp.exp(logits - normalisers[j][..., None])
+            d_logits = (d_logits * gradient[j][..., None]).astype(hidden.dtype)
+            fp32 = {"preferred_element_type": jnp.float32}
+            of_hidden = jnp.einsum("RQV,VD->RQD", d_logits, tile.weight, **fp32)
+            d_hidden = d_hidden.at[j].add(of_hidden)
+            if d_weight is None:
+                return d_hidden, None
+            flat = (x.reshape(-1, x.shape[-1]) for x in (d_logits, hidden[j]))
+            of_weight = jnp.einsum(
+                "QV,QD->VD", *flat, preferred_element_type=d_weight.dtype
+            )
+            return d_hidden, d_weight + of_weight
+
+        start = jnp.zeros(tile.weight.shape, head.dtype) if head_wanted else None
+        d_hidden, d_weight = jax.lax.fori_loop(0, chunks, meet_chunk, (d_hidden, start))
+        if d_head is None:
+            return d_hidden, None
+        d_weight = split.scatter_sum(d_weight)
+        # Added: the last tile may repeat rows of the one before, with zeros.
+        before = jax.lax.dynamic_slice_in_dim(d_head, tile.start, len(d_weight))
+        return d_hidden, jax.lax.dynamic_update_slice_in_dim(
+            d_head, before + d_weight, tile.start, axis=0
+        )
+
+    zeros = (
+        jnp.zeros(hidden.shape, jnp.float32),
+        jnp.zeros_like(head) if head_wanted else None,
+    )
+    count, _ = tiles.count_and_size(head.shape[0])
+    d_hidden, d_head = jax.lax.fori_loop(0, count, meet_tile, zeros)
+    d_hidden = split.over_vocabulary(jax.lax.psum, d_hidden)
+    return d_hidden.astype(hidden.dtype), d_head
+
+
+score.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
+
+
+def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
+    """Scores of one device's rows, and each answer's gradient in what is added to it.
+
+    The gradient is the sum of w[token_t] - sum_v p_t(v) w[v] over an answer's positions
+    t: probabilities are summed over these first, and meet the head's rows w once.
+    """
+    tokens = tokens - split.first_token(head.shape[0])
+    count, size = tiles.count_and_size(head.shape[0])
+    rows, positions = tokens.shape[1:]
+
+    def meet_chunk(j, carry):
+        scores, said = carry
+
+        def meet_tile(i, carry):
+            exps, shift, total, picked = carry
+            tile = Tile.of(head, i, hidden.dtype, split)
+            logits, largest, exp = tile.exponentials(hidden[j])
+            place, logit = tile.pick(logits, tokens[j])
+            return (
+                exps.at[i].set(exp),
+                shift.at[i].set(largest),
+                total.at[i].set(exp.sum(axis=-1)),
+                jnp.where(place < 0, picked, logit),
+            )
+
+        zeros = jnp.zeros((count, rows, positions), jnp.float32)
+        exps = jnp.zeros((*zeros.shape, size), jnp.float32)
+        exps, shift, total, picked = jax.lax.fori_loop(
+            0, count, meet_tile, (exps, zeros, zeros, zeros[0])
+        )
+        normaliser = tiles.normaliser(shift, total, split)
+        picked = split.over_vocabulary(jax.lax.psum, picked)
+        of_answer = jax.nn.one_hot(slot[j], answers) * mask[j][..., None]
+
+        def sum_tile(i, said):
+            # exp(logit - largest) exp(largest - normaliser) is the probability.
+            share = of_answer * jnp.exp(shift[i] - normaliser)[..., None]
+            of_tile = jnp.einsum(
+                "RQA,RQV->RAV", share, exps[i], precision=jax.lax.Precision.HIGHEST
+            )
+            start = jnp.minimum(i * size, head.shape[0] - size)
+            before = jax.lax.dynamic_slice_in_dim(said, start, size, axis=2)
+            return jax.lax.dynamic_update_slice_in_dim(
+                said, before + of_tile, start, axis=2
+            )
+
+        said = jax.lax.fori_loop(0, count, sum_tile, said)
+        return scores.at[j].set(picked - normaliser), said
+
+    # What an answer's positions say: probabilities of each token, summed.
+    said = jnp.zeros((rows, answers, head.shape[0]), jnp.float32)
+    scores = jnp.zeros(tokens.shape, jnp.float32)
+    chunks = tiles.most_chunks(mask, split)
+    scores, said = jax.lax.fori_loop(0, chunks, meet_chunk, (scores, said))
+    # d log p(token) = one-hot(token) - p.
+    known = mask & (tokens >= 0) & (tokens < head.shape[0])
+    row = jnp.broadcast_to(jnp.arange(rows)[:, None], tokens.shape)
+    token = jnp.where(known, tokens, head.shape[0])
+    d_logits = (-said).at[row, slot, token].add(1.0, mode="drop")
+
+    def meet_head(i, slope):
+        tile = Tile.of(head, i, hidden.dtype, split)
+        of_tile = jax.lax.dynamic_slice_in_dim(d_logits, tile.start, size, axis=2)
+        if tile.repeated is not None:
+            of_tile = jnp.where(jnp.arange(size) < tile.repeated, 0.0, of_tile)
+        weight = tile.weight.astype(jnp.float32)
+        return slope + jnp.einsum("RAV,VD->RAD", of_tile, weight)
+
+    zeros = jnp.zeros((rows, answers, hidden.shape[-1]), jnp.float32)
+    slope = jax.lax.fori_loop(0, count, meet_head, zeros)
+    return scores, split.over_vocabulary(jax.lax.psum, slope)
+
+
+def under_part(hidden, head, tokens, mask, moved, *, split):
+    """Scores of one device's rows under each of some changes of the logits."""
+    tokens = tokens - split.first_token(head.shape[0])
+    count, size = tiles.count_and_size(head.shape[0])
+    vectors = len(moved)
+
+    def meet_chunk(j, scores):
+        def meet_tile(i, carry):
+            shift, total, picked = carry
+            tile = Tile.of(head, i, hidden.dtype, split)
+            logits, largest, exp = tile.exponentials(hidden[j])
+            place, logit = tile.pick(logits, tokens[j])
+            change = jax.lax.dynamic_slice_in_dim(moved, tile.start, size, axis=1)
+            # Both factors are at most 1: exp((h + z) w) less the two largest logits.
+            most = change.max(axis=1)
+            of_tile = jnp.einsum(
+                "RQV,MV->MRQ",
+                exp,
+                jnp.exp(change - most[:, None]),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            now = jnp.where(place < 0, picked, logit + change[:, place])
+            return (
+                shift.at[i].set(largest + most[:, None, None]),
+                total.at[i].set(of_tile),
+                now,
+            )
+
+        zeros = jnp.zeros((count, vectors, *tokens.shape[1:]), jnp.float32)
+        shift, total, picked = jax.lax.fori_loop(
+            0, count, meet_tile, (zeros, zeros, zeros[0])
+        )
+        picked = split.over_vocabulary(jax.lax.psum, picked)
+        return scores.at[:, j].set(picked - tiles.normaliser(shift, total, split))
+
+    scores = jnp.zeros((vectors, *tokens.shape), jnp.float32)
+    return jax.lax.fori_loop(0, tiles.most_chunks(mask, split), meet_chunk, scores)
