@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 from rich.console import Console
 
 from lpc_jax.errors import UserError
+from lpc_jax.files import whole
 
 REFUSED = 2
 TABLE_WIDTH = 100
@@ -363,7 +363,7 @@ def evaluate_tasks(
         console=console,
     )
     for file in filter(None, files):
-        _write_whole(file, json.dumps(results, indent=1, default=float) + "\n")
+        whole.write(file, json.dumps(results, indent=1, default=float) + "\n")
         console.print(f"written: {file}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -417,14 +417,8 @@ def _write(
         texts[asked.output / f"{name}.json"] = json.dumps(record, indent=1) + "\n"
         texts[asked.output / f"{name}.txt"] = table
     for file, text in texts.items():
-        _write_whole(file, text)
+        whole.write(file, text)
     return list(texts)
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from lpc_jax.evaluation.code_measures import BesideChance
 from lpc_jax.evaluation.codes import Code, Look
 from lpc_jax.evaluation.codes_pictures import shown_source
 from lpc_jax.evaluation.system import System
-from lpc_jax.files import untrusted
+from lpc_jax.files import untrusted, whole
 
 PAGE_FILE, NUMBERS_FILE = "codes.html", "codes.json"
 VERSIONS = ("jax", "flax", "scikit-learn", "matplotlib")
@@ -100,12 +99,9 @@ def write(look: Look, output: Path) -> Path:
     """
     numbers = json.dumps(numbers_of(look), indent=1, allow_nan=False)
     for name, text in ((NUMBERS_FILE, numbers + "\n"), (PAGE_FILE, page(look))):
-        partial = output / f".{name}.{os.getpid()}.partial"
         try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(output / name)
+            whole.write(output / name, text)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise UserError(
                 f"--output {output}: {name} could not be written: {error.strerror}."
                 " Free some space or name another folder."
