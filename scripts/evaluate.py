@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 from rich.console import Console
 
 from lpc_jax.errors import UserError
+from lpc_jax.files import whole
 
 REFUSED = 2
 TABLE_WIDTH = 100
@@ -198,7 +198,7 @@ def compare_readers(
             "--like-own takes examples from a run's training pairs, got"
             f" {asked.system}, which is no run. Name a file of them with --like."
         )
-    data = cfg.Data(train=asked.like) if run is None else run.data
+    data = cfg.Data(train=asked.like or "") if run is None else run.data
     held_out = pairs.read(
         asked.pairs, split=asked.pairs_split, limit=asked.limit, user=data.user
     )
@@ -341,7 +341,7 @@ def evaluate_tasks(
         )
     files = [asked.json, asked.output and asked.output / "tasks.json"]
     for file in filter(None, files):
-        _write_whole(file, json.dumps(results, indent=1, default=float) + "\n")
+        whole.write(file, json.dumps(results, indent=1, default=float) + "\n")
         _print(console, f"written: {file}")
 
 
@@ -387,18 +387,12 @@ def _tell(
         files[asked.output / f"{name}.json"] = json.dumps(record, indent=1) + "\n"
         files[asked.output / f"{name}.txt"] = text.getvalue()
     for file, content in files.items():
-        _write_whole(file, content)
+        whole.write(file, content)
         _print(console, f"written: {file}")
 
 
 def _print(console: Console, *lines: str) -> None:
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def _write_whole(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 if __name__ == "__main__":

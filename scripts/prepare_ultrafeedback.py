@@ -28,6 +28,7 @@ from rich.console import Console
 from lpc_jax.data import examples, rows
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
+from lpc_jax.files import whole
 
 FEW = "fewer than two completions"
 
@@ -203,15 +204,9 @@ def _write(output: Path, pairs: list[dict[str, Any]]) -> None:
     data = text.encode()
     if output.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(output)
+        whole.write(output, data)
     except OSError as e:
-        partial.unlink(missing_ok=True)
         raise UserError(
             f"--output {output} could not be written: {e.strerror}. Nothing was left"
             " behind; free some space or name another place."

@@ -9,7 +9,6 @@ log-probabilities are; and they stay on disk, mapped into memory.
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from jaxtyping import Float
 
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.errors import UserError
-from lpc_jax.files import untrusted
+from lpc_jax.files import untrusted, whole
 
 # Kept pairs that are read again, and how far their states may be off, as a share of
 # their root mean square: bfloat16 under another packing stays well below it, other
@@ -164,25 +163,21 @@ class HiddenStates:
     def _store(self, keys: list[bytes], states: list[np.ndarray]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         data = self.path / f"{keys[0].hex()}.bin"
-        partial = data.with_suffix(f".{os.getpid()}.partial")
         checksums = []
-        with partial.open("wb") as out:
+        with whole.writing(data) as out:
             for rows in states:
                 content = rows.tobytes()
                 checksums.append(zlib.crc32(content))
                 out.write(content)
-        os.replace(partial, data)
         ends = np.cumsum([len(rows) for rows in states])
-        partial = data.with_suffix(f".{os.getpid()}.partial.npz.tmp")
-        with partial.open("wb") as out:
+        index = data.with_suffix(".npz")
+        with whole.writing(index) as out:  # last: what has no index counts for nothing
             np.savez(
                 out,
                 keys=np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1),
                 ends=ends.astype(np.int64),
                 checksums=np.asarray(checksums, np.uint32),
             )
-        index = data.with_suffix(".npz")
-        os.replace(partial, index)  # last: what has no index counts for nothing
         self._known |= self._read_index(index)
 
 

@@ -8,7 +8,6 @@ codes E. ``out/lpc_vllm.py`` adds it in vLLM.
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from lpc_jax.data import chat, examples, rows
 from lpc_jax.data.examples import Message
 from lpc_jax.errors import UserError
+from lpc_jax.files import whole
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import draws
 from lpc_jax.runtime.policy import Policy
@@ -82,10 +82,7 @@ def write(
             "weights": jnp.concatenate(weights),
         }
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".bias.") as folder:
-        partial = Path(folder) / output.name
-        safetensors.numpy.save_file(jax.device_get(tensors), partial)
-        partial.rename(output)
+    whole.write(output, safetensors.numpy.save(jax.device_get(tensors)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

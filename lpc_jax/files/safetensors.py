@@ -17,6 +17,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
@@ -25,7 +26,6 @@ from lpc_jax.files import untrusted
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD = "model-{number:05d}-of-{count:05d}.safetensors"
 
 _NAMES = {
     np.dtype(np.float32): "F32",
@@ -86,8 +86,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, by name; no data is read.
 
     Raises:
-        UserError: The file is cut, its header broken, or an element type is not one
-            of a language model's weights.
+        UserError: The file is broken, or an element type is not one of plain weights.
     """
     tensors = {}
     with _opened(path) as file:
@@ -187,44 +186,29 @@ def write_folder(
                 f"dtype must be one of {sorted(str(d) for d in _NAMES)}, got {dtype}."
             )
     sizes = {n: math.prod(s) * dtypes[n].itemsize for n, s in shapes.items()}
-    shards = _plan(sizes, shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SHARD.format(number=number, count=len(shards))
-        file = SINGLE if len(shards) == 1 else file
-        weight_map |= dict.fromkeys(names, file)
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in names:
-            header[name] = {
-                "dtype": _NAMES[dtypes[name]],
-                "shape": list(shapes[name]),
-                "data_offsets": [end, end + sizes[name]],
-            }
-            end += sizes[name]
+            span = [end, end := end + sizes[name]]
+            kind, shape = _NAMES[dtypes[name]], list(shapes[name])
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": span}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % _LENGTH.size)  # data starts aligned
         with (folder / file).open("wb") as out:
             out.write(_LENGTH.pack(len(text)) + text)
             for name in names:
                 out.write(_cast(read(name), dtypes[name], name).tobytes())
-    if len(shards) > 1:
-        total = {"total_size": sum(sizes.values())}
-        index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+    if split.is_sharded:
+        files = dict(sorted(split.tensor_to_filename.items()))
+        index = {"metadata": split.metadata, "weight_map": files}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _plan(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
-    """Names in shards of at most ``shard_bytes``, or of one tensor above that."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
 
 
 def _cast(

@@ -43,6 +43,23 @@ class _Cause(NamedTuple):
     wait: float | None = None  # seconds that the hub asks for
 
 
+_GATED = "it is gated", "Accept its licence on the hub and run `hf auth login`"
+_ABSENT = (
+    "not found on the hub, or private",
+    "Check the name, run `hf auth login` if it is private",
+)
+# What no further try can mend, the special before the general.
+_FINAL = {
+    hub_errors.OfflineModeIsEnabled: ("HF_HUB_OFFLINE is set", "Unset it"),
+    hub_errors.GatedRepoError: _GATED,
+    hub_errors.RepositoryNotFoundError: _ABSENT,
+    hub_errors.RevisionNotFoundError: (
+        "the hub has no such revision of it",
+        "Check the revision",
+    ),
+}
+
+
 def is_hub_id(path: str) -> bool:
     """Whether a path that does not exist locally reads as ``owner/name``.
 
@@ -170,46 +187,33 @@ def _refusal(path: str, setting: str, kind: str, cause: _Cause) -> str:
 def _cause(error: BaseException) -> _Cause:
     """What the first telling error of a chain says, the last raised first."""
     chain = list(_chain(error))
-    if any(isinstance(link, hub_errors.OfflineModeIsEnabled) for link in chain):
-        return _Cause("HF_HUB_OFFLINE is set", "Unset it")
+    for kind, words in _FINAL.items():
+        if any(isinstance(link, kind) for link in chain):
+            return _Cause(*words)
     causes = filter(None, map(_cause_of_link, chain))
     return next(causes, _Cause(_said(error), "See to that"))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
+    while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _cause_of_link(link: BaseException) -> _Cause | None:
-    # Datasets says both with one class, and drops the hub's error.
-    not_found = type(link).__name__ == "DatasetNotFoundError"
-    gated = not_found and "gated" in str(link)
-    if isinstance(link, hub_errors.GatedRepoError) or gated:
-        licence = "Accept its licence on the hub and run `hf auth login`"
-        return _Cause("it is gated", licence)
-    if isinstance(link, hub_errors.RepositoryNotFoundError) or not_found:
-        remedy = "Check the name, run `hf auth login` if it is private"
-        return _Cause("not found on the hub, or private", remedy)
-    if isinstance(link, hub_errors.RevisionNotFoundError):
-        return _Cause("the hub has no such revision of it", "Check the revision")
-    response = getattr(link, "response", None)
+    name, response = type(link).__name__, getattr(link, "response", None)
+    if name == "DatasetNotFoundError":  # says both, and drops the hub's error
+        return _Cause(*(_GATED if "gated" in str(link) else _ABSENT))
     if response is not None:
         return _answered(response.status_code, response.headers.get("retry-after", ""))
-    # Before its base OSError. An OSError with a number is this machine's, such as a
-    # full disk; without one, a file has not the length that was announced.
-    if isinstance(link, ConnectionError | TimeoutError) or (
-        "Connect" in type(link).__name__
-    ):
+    if isinstance(link, ConnectionError | TimeoutError) or "Connect" in name:
         what = f"the hub cannot be reached ({_said(link)})"
         return _Cause(what, "Check the network", passes=True)
-    if isinstance(link, _HTTP_ERROR) or (
-        isinstance(link, OSError)
-        and link.errno is None
-        and not isinstance(link, FileNotFoundError)
+    # An OSError with a number is this machine's, such as a full disk; huggingface_hub
+    # raises one without when a file has not the length that was announced.
+    numbered = isinstance(link, OSError) and link.errno is not None
+    if isinstance(link, FAILURES) and not (
+        numbered or isinstance(link, FileNotFoundError)
     ):
         what = f"the download broke off ({_said(link)})"
         return _Cause(what, "Check the network", passes=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, assert_never
@@ -17,6 +15,7 @@ from lpc_jax.data import chat, examples, rows
 from lpc_jax.data.examples import Message
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
+from lpc_jax.files import whole
 from lpc_jax.generation.answering import Completion
 from lpc_jax.generation.decode import Ids
 
@@ -117,7 +116,7 @@ def write(
             for pairs in answered():
                 rows += [_of_list(*pair) | {"generator": generator} for pair in pairs]
                 yield len(rows)
-            _write_whole(path, json.dumps(rows, ensure_ascii=False, indent=1))
+            whole.write(path, json.dumps(rows, ensure_ascii=False, indent=1))
         case _:
             assert_never(form)
 
@@ -148,11 +147,3 @@ def largest(shares: np.ndarray, count: int) -> dict[str, float]:
     """The codes that weigh most, by number, with their weights."""
     order = np.argsort(-shares, kind="stable")[:count]
     return {str(code): round(float(shares[code]), 4) for code in order if shares[code]}
-
-
-def _write_whole(path: Path, text: str) -> None:
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    Path(partial).chmod(0o644)  # mkstemp's file is the owner's alone
-    Path(partial).replace(path)

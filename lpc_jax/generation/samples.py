@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.files import untrusted
+from lpc_jax.files import untrusted, whole
 from lpc_jax.generation.answering import Generator
 from lpc_jax.generation.decode import Ids
 from lpc_jax.generation.sampling import Sampling
@@ -140,8 +139,11 @@ def read(file: Path) -> list[Sample]:
 def append(file: Path, samples: Sequence[Sample]) -> None:
     """Adds samples to the file, one JSON object a line."""
     with file.open("a", encoding="utf-8") as opened:
-        for sample in samples:
-            opened.write(json.dumps(dataclasses.asdict(sample)) + "\n")
+        opened.writelines(map(_line, samples))
+
+
+def _line(sample: Sample) -> str:
+    return json.dumps(dataclasses.asdict(sample)) + "\n"
 
 
 def rewind(file: Path, resume_from: int | None) -> None:
@@ -150,10 +152,7 @@ def rewind(file: Path, resume_from: int | None) -> None:
     if not kept:
         file.unlink(missing_ok=True)
         return
-    partial = file.with_name(file.name + ".partial")
-    partial.unlink(missing_ok=True)
-    append(partial, kept)
-    os.replace(partial, file)
+    whole.write(file, "".join(map(_line, kept)))
 
 
 def before_and_after(samples: Sequence[Sample]) -> list[str]:

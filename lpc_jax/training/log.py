@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation.preference import Evaluation
+from lpc_jax.files import whole
 from lpc_jax.generation import samples
 from lpc_jax.generation.samples import Sample
 from lpc_jax.training import tables
@@ -266,9 +266,4 @@ def _rewind(path: Path, resume_from: int | None) -> None:
     kept: list[str] = []
     if resume_from is not None and path.exists():
         kept = [line for line, record in _lines(path) if record[_STEP] <= resume_from]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    whole.write(path, "".join(f"{line}\n" for line in kept))

@@ -8,7 +8,6 @@ beta or order of the data finds them again. Knows nothing of losses.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
-from lpc_jax.files import untrusted
+from lpc_jax.files import untrusted, whole
 from lpc_jax.runtime import loading, programs, reading
 from lpc_jax.runtime.policy import Policy, abstract
 from lpc_jax.types import Batch
@@ -92,13 +91,12 @@ class ReferenceCache:
     def _store(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         keys = np.frombuffer(b"".join(self._known), np.uint8)
-        partial = self.path.with_suffix(f".{os.getpid()}.partial.npz")
-        np.savez(
-            partial,
-            keys=keys.reshape(len(self._known), -1),
-            logp=np.stack(list(self._known.values())),
-        )
-        os.replace(partial, self.path)
+        with whole.writing(self.path) as file:
+            np.savez(
+                file,
+                keys=keys.reshape(len(self._known), -1),
+                logp=np.stack(list(self._known.values())),
+            )
 
     def column(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_what_a_killed_run_left_is_whole_or_nothing(tmp_path, monkeypatch):
     class KilledError(Exception):
         pass
 
-    replace = hidden_states.os.replace
+    replace = os.replace
     for survived in range(6):
         left = collections.Counter(moves=survived)
 
@@ -118,7 +119,7 @@ def test_what_a_killed_run_left_is_whole_or_nothing(tmp_path, monkeypatch):
 
         folder = tmp_path / str(survived)
         with monkeypatch.context() as patch:
-            patch.setattr(hidden_states.os, "replace", move)
+            patch.setattr(os, "replace", move)
             with pytest.raises(KilledError):
                 attach(kept(folder), pairs, Decoder())
         after = Decoder()

@@ -134,7 +134,7 @@ def test_the_decoder_is_stored_in_the_dtype_asked_for_and_the_latent_in_fp32(
     tensors = safetensors_file.read_folder(path)
     for name, tensor in tensors.items():
         wanted = "float32" if name.startswith("latent.") else "bfloat16"
-        assert tensor.dtype == wanted, name
+        assert tensor.read().dtype == wanted, name
     again = load(path, lpc)
     same(again.params["latent"], lpc.params["latent"])
     head = again.params["decoder"]["head"]

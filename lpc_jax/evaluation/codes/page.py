@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from lpc_jax.evaluation.codes import measures, pictures
 from lpc_jax.evaluation.codes.look import Code, Look
 from lpc_jax.evaluation.codes.measures import BesideChance
 from lpc_jax.evaluation.codes.pictures import shown_source
-from lpc_jax.files import untrusted
+from lpc_jax.files import untrusted, whole
 from lpc_jax.runtime import steering
 from lpc_jax.runtime.policy import Policy
 
@@ -111,12 +110,9 @@ def write(look: Look, output: Path) -> Path:
     """
     numbers = json.dumps(numbers_of(look), indent=1, allow_nan=False)
     for name, text in ((NUMBERS_FILE, numbers + "\n"), (PAGE_FILE, page(look))):
-        partial = output / f".{name}.{os.getpid()}.partial"
         try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(output / name)
+            whole.write(output / name, text)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise UserError(
                 f"--output {output}: {name} could not be written: {error.strerror}."
                 " Free some space or name another folder."

@@ -126,7 +126,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(ValueError, match=r"codes\.json could not be written: No space"):
         pages.write(looks.look(codes=3), tmp_path)
     assert list(tmp_path.iterdir()) == []
