@@ -148,57 +148,73 @@ class _OurRun:
         import jax
         import jax.numpy as jnp
 
-        from lpc_jax import assembly, sharding
         from lpc_jax.data import packing
-        from lpc_jax.models import weights
+        from lpc_jax.runtime import loading, programs
         from lpc_jax.training import optimizer as optimizers
-        from lpc_jax.training import setup, step
+        from lpc_jax.training import step
 
         self.variant, self.mesh, self.online = variant, mesh, spec.reference == "online"
         config = _our_config(spec, variant)
         self.pairs = _our_pairs(spec)
         every = [pair for some in self.pairs for pair in some]
+        policy = loading.start(
+            loading.outline(
+                loading.find_model(config.model),
+                mesh=mesh,
+                latent=config.latent,
+                row_length=config.packing.row_length,
+            ),
+            seed=config.training.seed,
+        )
+        chunk = policy.compute.score_chunk
         lengths = packing.pair_lengths(every)
         self.shape = packing.row_shape(
             lengths,
             rows=1,
             row_length=max(spec.settings["row_lengths"]),
             pairs_per_row=1 if variant == "shared" else spec.pairs_per_step,
-            score_chunk=assembly.score_chunk(config, sharding.platform(mesh)),
+            score_chunk=chunk,
         )
         self.shape = dataclasses.replace(
             self.shape, row_lengths=tuple(spec.settings["row_lengths"])
         )
-        path = Path(spec.model)
-        start = setup.load_start(config, path, weights.read_architecture(path), mesh)
         optimizer = optimizers.build(
-            config, start.shapes, len(self.pairs), codebook_unit=start.codebook_unit
+            config, policy.params, len(self.pairs), codebook_unit=policy.codebook_unit
         )
-        layout = step.state_shardings(start.shapes, start.shardings, optimizer, mesh)
+        layout = step.state_shardings(policy.params, optimizer, mesh)
         self.programs = step.build(
-            config, start.graph, layout, optimizer, len(self.pairs)
+            config, policy.graph, layout, optimizer, len(self.pairs), chunk=chunk
         )
-        self.score_batch = setup.reference_scorer(config, start.architecture, mesh)
+        plain = policy.plain()
+        self.score_placed = programs.score(plain.graph, mesh, chunk=chunk)
         # Weights of its own, since the policy's are donated.
-        self.reference = jax.tree.map(jnp.copy, {"decoder": start.params["decoder"]})
+        self.reference = jax.tree.map(jnp.copy, plain.params)
         self.column = np.zeros((len(every), 2), np.float32)
         if not self.online:
             self.column = self.score(every)
             self.reference = {}
         key = jax.random.key(0)
-        self.state = step.initial_state(start.params, optimizer, key, layout)
+        self.state = step.initial_state(policy.params, optimizer, key, layout)
         if variant == "padded":
-            self.padded_gradients = _padded_gradients(start.graph, config)
+            self.padded_gradients = _padded_gradients(policy.graph, chunk)
         self.warm_up()
 
     def score(self, some: list[TokenizedPair]) -> np.ndarray:
         """Log-probabilities of pairs under the reference."""
         from lpc_jax.training import reference
 
-        def score_batch(batch: Batch) -> np.ndarray:
-            return self.score_batch(self.reference, batch)
+        return reference.score_pairs(
+            lambda batch: np.asarray(self.score_batch(batch)),
+            some,
+            self.shape,
+            lambda _: None,
+        )
 
-        return reference.score_pairs(score_batch, some, self.shape, lambda _: None)
+    def score_batch(self, batch: Batch) -> Any:
+        """The reference's log-probabilities of a micro-batch."""
+        from lpc_jax.runtime import reading
+
+        return reading.on_mesh(self.score_placed, self.reference, self.mesh)(batch)
 
     def warm_up(self) -> None:
         """Compiles what the steps need."""
@@ -216,7 +232,7 @@ class _OurRun:
                 for reference in (True, False)
             )
             if self.online:
-                self.score_batch(self.reference, without)
+                self.score_batch(without)
             jax.block_until_ready(self.summed_gradients([with_column, with_column]))
 
     def summed_gradients(self, batches: list[Batch]) -> Any:
@@ -308,13 +324,12 @@ def _padded_rows(
     return tokens, scored
 
 
-def _padded_gradients(graph: Any, config: cfg.Config) -> Callable[..., Any]:
+def _padded_gradients(graph: Any, chunk: int) -> Callable[..., Any]:
     """The same loss from one padded sequence per answer: nothing packed or shared."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    from lpc_jax import assembly
     from lpc_jax.losses import preference, sequence
 
     def loss(params: Any, rows: tuple[Any, Any], column: Any) -> Any:
@@ -328,7 +343,7 @@ def _padded_gradients(graph: Any, config: cfg.Config) -> Callable[..., Any]:
             policy.decoder.head_weight,
             tokens[:, 1:],
             scored[:, 1:],
-            chunk=assembly.score_chunk(config, jax.default_backend()),
+            chunk=chunk,
         )
         sums = jnp.sum(jnp.where(scored[:, 1:], logp, 0.0), axis=1)
         chosen, rejected = jnp.split(sums, 2)

@@ -27,6 +27,8 @@ from lpc_jax.runtime import compute, ends, policy, steering
 from lpc_jax.runtime.loading import Found
 from lpc_jax.runtime.policy import Policy
 
+# Of the largest file, unless another size is asked for.
+SHARD_BYTES = 5_000_000_000
 DTYPES = ("float32", "bfloat16", "float16")
 
 # The module for transformers, which is copied and never imported.

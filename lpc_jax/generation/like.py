@@ -66,7 +66,12 @@ def steering(system: Policy, examples: Examples) -> Steering:
     tokens, _ = pair_data.tokenize(
         examples.judged, system.tokenizer, examples.drops, **rules
     )
-    mix = weights(evidence(system, tokens, examples.by), examples.by)
+    return of_pairs(system, tokens, examples.by)
+
+
+def of_pairs(system: Policy, judged: Sequence[TokenizedPair], by: By) -> Steering:
+    """The mix of codes that judged pairs call for."""
+    mix = weights(evidence(system, judged, by), by)
     return Steering("mix", tuple(enumerate(mix.tolist())))
 
 

