@@ -44,7 +44,6 @@ def plain(name: str) -> Policy:
 def with_codes(name: str, latent: cfg.Latent = LATENT, *, seed: int = 0) -> Policy:
     """The same under LPC, with a random latent."""
     base = plain(name)
-    config = dataclasses.replace(base.config, latent=latent)
     graph, shapes = policy.shapes(
         base.architecture, base.compute, latent=latent, adapters=None
     )
@@ -61,9 +60,7 @@ def with_codes(name: str, latent: cfg.Latent = LATENT, *, seed: int = 0) -> Poli
     params = base.params | {
         "latent": jax.tree_util.tree_map_with_path(drawn, shapes["latent"])
     }
-    return dataclasses.replace(
-        base, graph=graph, params=params, latent=latent, config=config
-    )
+    return dataclasses.replace(base, graph=graph, params=params, latent=latent)
 
 
 def hidden_states(of: Policy, tokens: Sequence[int]) -> np.ndarray:

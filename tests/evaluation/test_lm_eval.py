@@ -45,7 +45,7 @@ class Asked:
 
 
 def model(system: Policy, tokenizer: Any, **options: Any) -> LanguageModel:
-    replaced = dataclasses.replace(system, tokenizer=tokenizer)
+    replaced = dataclasses.replace(system, own_tokenizer=tokenizer)
     return LanguageModel(replaced, steering=MEAN, **options)
 
 

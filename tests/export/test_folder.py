@@ -232,7 +232,7 @@ def test_generation_ends_where_an_answer_does(folder, lpc, tmp_path):
 @pytest.mark.smollm2
 def test_smollm2_from_a_gguf_file_keeps_its_tokenizer(smollm2_tokenizer, lpc, tmp_path):
     """The decoder is the tiny one; another digest is refused, as is tested below."""
-    write(dataclasses.replace(lpc, tokenizer=smollm2_tokenizer), tmp_path / "out")
+    write(dataclasses.replace(lpc, own_tokenizer=smollm2_tokenizer), tmp_path / "out")
 
 
 # --- what is refused ------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_a_full_folder_keeps_what_it_has(lpc, tmp_path):
 def test_a_tokenizer_without_an_end_is_refused(lpc, tmp_path):
     again = tokenizers.load(exports.GOLDEN / "tiny_tokenizer", chat_template=None)
     again.eos_token = None
-    ours = dataclasses.replace(lpc, tokenizer=again)
+    ours = dataclasses.replace(lpc, own_tokenizer=again)
     assert message_of(write, ours, tmp_path / "out") == (
         f"the tokenizer of {lpc.name} must have an EOS token to end answers, got none."
         " Set eos_token in its tokenizer_config.json."

@@ -187,9 +187,12 @@ def tokens_of(pairs: Pairs) -> list[tuple[bytes, bytes, bytes]]:
     ]
 
 
+def read_both(made: cfg.Config) -> tuple[Pairs, Pairs | None]:
+    return setup.read_pairs(made, loading.find_model(made.model).tokenizer())
+
+
 def read(made: cfg.Config) -> Pairs:
-    tokenizer = loading.find_model(made.model).tokenizer()
-    return setup.read_pairs(made, tokenizer)[0]
+    return read_both(made)[0]
 
 
 def shape_of(made: cfg.Config) -> packing.RowShape:
@@ -430,11 +433,13 @@ def test_a_config_of_another_width_is_refused_before_the_latent_takes_it(folder)
 
 
 def test_limits_take_the_first_pairs(folder):
-    every = read(config(folder))
-    few = read(config(folder, data={"limit": 7, "eval_limit": 3}))
+    every, held_out = read_both(config(folder))
+    few, few_held_out = read_both(config(folder, data={"limit": 7, "eval_limit": 3}))
+    assert held_out is not None
+    assert few_held_out is not None
     assert tokens_of(few) == tokens_of(every)[:7]
-    assert [pair.id for pair in few.held_out] == [0, 1, 2]
-    assert (len(every.train), len(every.held_out)) == (40, runs.HELD_OUT)
+    assert [pair.id for pair in few_held_out] == [0, 1, 2]
+    assert (len(every), len(held_out)) == (40, runs.HELD_OUT)
 
 
 @pytest.mark.parametrize(
@@ -448,7 +453,7 @@ def test_limits_take_the_first_pairs(folder):
     ids=str,
 )
 def test_lengths_and_truncation_reach_the_tokens(folder, change, kept, cut):
-    report = read(config(folder, data=change)).train_report
+    report = read(config(folder, data=change)).report
     assert report.kept == kept
     assert (report.cut_prompts > 0, report.cut_chosen + report.cut_rejected > 0) == (
         bool(cut[0]),
@@ -461,7 +466,7 @@ def test_a_prefix_mismatch_is_cut_or_an_error(folder):
     # Without an answer it ends in other text than with one.
     file.write_text(TEMPLATE.replace("[assistant]", "[assistant] says"))
     model = {"chat_template": str(file)}
-    assert read(config(folder, model=model)).train_report.prefix_mismatches > 0
+    assert read(config(folder, model=model)).report.prefix_mismatches > 0
     with pytest.raises(ValueError, match=r"pairs\.jsonl:1: with data\.prefix_mismatch"):
         read(config(folder, model=model, data={"prefix_mismatch": "error"}))
 
