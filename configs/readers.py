@@ -14,10 +14,10 @@ Run:
     python scripts/train.py --config configs/baselines/readers.py \\
         --data.train dsp_hidden.train.jsonl.gz --data.eval dsp_hidden.test.jsonl.gz
 
-Expected: held-out pairs ranked right in 75 % under z of 4 or 16 of their own reader's
-judgements and in 43 to 45 % under another's, where no plain loss gets more than 50;
-where prompts say who reads (dsp_visible), in 61 to 64 % under the prior's z (seeds 1 to
-3; docs/results.md).
+Expected: held-out pairs ranked right in 74 to 75 % under z of 4 or 16 of their own
+reader's judgements and in 43 to 45 % under another's, where no plain loss gets more
+than 50; where prompts say who reads (dsp_visible), in 61 to 64 % under the prior's z
+(seeds 1 to 5; docs/results.md).
 
 Hardware: 2 CPU cores, 4 GB and 1.4 GB of disk; 15 minutes, 7 of them a pass over all
 pairs that another run finds again.
