@@ -17,6 +17,7 @@ from rich.console import Console
 
 from lpc_jax import config as cfg
 from lpc_jax.errors import UserError
+from lpc_jax.runtime import damage
 
 FAULT, REFUSED, START_AGAIN = 1, 2, 4
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(error)
     # JAX is slow to import; --help and a mistyped flag need not wait for it.
-    from lpc_jax import checkpoint, processes
+    from lpc_jax.runtime import processes
     from lpc_jax.training import loop, program
 
     who, status = "", 0
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = stopped.status
         if processes.is_main():
             print(stopped, file=sys.stderr)
-    except (processes.LostError, checkpoint.DamagedError) as error:
+    except (processes.LostError, damage.DamagedError) as error:
         print(f"{who}: error: {error}", file=sys.stderr)
         processes.end(START_AGAIN)
     except (UserError, OSError) as error:

@@ -36,17 +36,18 @@ import pytest
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lpc_jax import checkpoint
 from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
 from lpc_jax.files import safetensors
 from lpc_jax.models import architectures, hf_config, leaves, weights
+from lpc_jax.runtime import checkpoint
 from lpc_jax.training import reference
-from tests import runs, test_checkpoint
+from tests import runs
 from tests.data import test_tokenizer, tiny_tokenizers
 from tests.models import test_weights
+from tests.runtime import test_checkpoint
 
 # Of all tests together. In make soak each run has other ones.
 SOAK = "LPC_JAX_BAD_INPUTS" in os.environ

@@ -124,7 +124,7 @@ def compare(
     Raises:
         UserError: Something that the user can mend, before any pair is scored; or a
             system that gives an answer no finite log-probability.
-        checkpoint.DamagedError: A checkpoint is not what was saved.
+        damage.DamagedError: A checkpoint is not what was saved.
     """
     run = _run_of(options.system, options.step)
     if run is not None:  # before anything is loaded

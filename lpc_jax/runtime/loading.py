@@ -17,8 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from lpc_jax import checkpoint, sharding
 from lpc_jax import config as cfg
+from lpc_jax import sharding
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
@@ -26,7 +26,7 @@ from lpc_jax.files import untrusted
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import weights
 from lpc_jax.models.architectures import Architecture
-from lpc_jax.runtime import compute, policy
+from lpc_jax.runtime import compute, policy, reader
 from lpc_jax.runtime.policy import Params, Policy
 
 CHECKPOINTS = "checkpoints"
@@ -85,7 +85,7 @@ class Checkpoint:
     """A step of a run, its settings with what replaces them."""
 
     run: Path
-    reader: checkpoint.Reader
+    reader: reader.Reader
     step: int
     config: cfg.Config
     weights_digest: str
@@ -105,7 +105,7 @@ def find(
 
     Raises:
         UserError: No such model or run.
-        checkpoint.DamagedError: The checkpoint is not what was saved.
+        damage.DamagedError: The checkpoint is not what was saved.
     """
     run = Path(path).expanduser()
     if (run / CHECKPOINTS).is_dir():
@@ -136,9 +136,9 @@ def find_model(model: cfg.Model, setting: str = "model.path") -> Found:
 
 
 def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Found:
-    reader = checkpoint.Reader(run / CHECKPOINTS)
-    number = reader.step(step)
-    meta = reader.meta(number)
+    saved = reader.Reader(run / CHECKPOINTS)
+    number = saved.step(step)
+    meta = saved.meta(number)
     config = cfg.from_flat(meta["settings"])
     if "revision" in model:
         raise UserError(
@@ -153,7 +153,7 @@ def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Found:
         start,
         name=f"{run} at step {number}",
         latent=config.latent,
-        checkpoint=Checkpoint(run, reader, number, config, meta["weights_digest"]),
+        checkpoint=Checkpoint(run, saved, number, config, meta["weights_digest"]),
     )
 
 
@@ -204,7 +204,7 @@ def load(
 
     Raises:
         UserError: No such model or run, or one that cannot be read.
-        checkpoint.DamagedError: The checkpoint is not what was saved.
+        damage.DamagedError: The checkpoint is not what was saved.
     """
     return load_found(find(path, step=step, model=model), mesh=mesh, dtype=dtype)
 

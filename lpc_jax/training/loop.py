@@ -11,11 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from lpc_jax import checkpoint
 from lpc_jax import config as cfg
 from lpc_jax.evaluation import preference
 from lpc_jax.generation import samples
 from lpc_jax.metrics import Sums, values
+from lpc_jax.runtime import checkpoint
 from lpc_jax.training import health
 from lpc_jax.training.log import EVALUATION, TRAIN, RunLog
 from lpc_jax.training.run import Update

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpc_jax import processes, sharding
+from lpc_jax import sharding
+from lpc_jax.runtime import processes
 from lpc_jax.training.run import Run, Update
 
 # How many pairs and parameters a message names before it only counts.

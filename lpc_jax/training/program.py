@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lpc_jax import checkpoint, processes, sharding
 from lpc_jax import config as cfg
+from lpc_jax import sharding
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
-from lpc_jax.runtime import compute, loading
+from lpc_jax.runtime import checkpoint, compute, loading, processes
 from lpc_jax.training import memory, nonfinite, reference, run_folder, setup
 from lpc_jax.training.log import RunLog
 from lpc_jax.training.loop import Loop
@@ -42,6 +42,35 @@ FREE_ON_RESUME = (
 )
 
 
+def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to continue a run under other settings.
+
+    Args:
+        saved: Settings by dotted name, as the checkpoint has them.
+        now: Settings by dotted name, as this run has them.
+
+    Raises:
+        UserError: Naming every setting that differs, with both values.
+    """
+    names = list(dict.fromkeys([*now, *saved]))
+    lines = [
+        f"  {name}: checkpoint {_value(saved, name)}, now {_value(now, name)}"
+        for name in names
+        if _value(saved, name) != _value(now, name)
+    ]
+    if lines:
+        raise UserError(
+            "a resumed run must have the settings, weights and data that it was started"
+            " with; these differ:\n"
+            + "\n".join(lines)
+            + "\nDrop what overrides them, or start a new run with another --name."
+        )
+
+
+def _value(settings: Mapping[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "absent"
+
+
 def _require_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuses to continue under other settings, weights or data."""
 
@@ -55,7 +84,7 @@ def _require_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
         return kept | {name: manifest[name] for name in digests}
 
     # Through JSON, as the saved one went: tuples are lists on both sides.
-    checkpoint.require_same(fixed(saved), fixed(json.loads(json.dumps(now))))
+    require_same(fixed(saved), fixed(json.loads(json.dumps(now))))
 
 
 def train(config: cfg.Config, console: Console) -> Loop:

@@ -16,13 +16,12 @@ import numpy as np
 from jaxtyping import Float
 
 from lpc_jax import config as cfg
-from lpc_jax import processes
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted, whole
-from lpc_jax.runtime import loading, programs, reading
+from lpc_jax.runtime import loading, processes, programs, reading
 from lpc_jax.runtime.policy import Policy, abstract
 from lpc_jax.types import Batch
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpc_jax import config as cfg
-from lpc_jax import loss_table, metrics, objective, processes, sharding
+from lpc_jax import loss_table, metrics, objective, sharding
 from lpc_jax.data import packing, tokenizer
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.evaluation import preference
@@ -25,6 +25,7 @@ from lpc_jax.generation import samples
 from lpc_jax.generation.answering import Generator
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models.latent import Steering
+from lpc_jax.runtime import processes
 from lpc_jax.runtime.policy import Policy
 from lpc_jax.training import memory, reference, setup, start, step
 from lpc_jax.training import optimizer as optimizers

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lpc_jax import config as cfg
-from lpc_jax import processes
 from lpc_jax.errors import UserError
+from lpc_jax.runtime import processes
 from lpc_jax.training.log import METRICS_FILE
 
 

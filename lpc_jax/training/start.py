@@ -14,12 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lpc_jax import config as cfg
-from lpc_jax import processes, sharding
+from lpc_jax import sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.models import latent as latent_models
-from lpc_jax.runtime import programs, reading
+from lpc_jax.runtime import processes, programs, reading
 from lpc_jax.runtime.policy import Params, Policy
 from lpc_jax.training import clusters
 

@@ -15,10 +15,10 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from lpc_jax import checkpoint, sharding
 from lpc_jax import config as cfg
+from lpc_jax import sharding
 from lpc_jax.export import folder as export
-from lpc_jax.runtime import loading
+from lpc_jax.runtime import damage, loading, reader
 from tests import runs
 
 
@@ -63,10 +63,10 @@ def test_a_run_is_read_onto_several_devices(trained):
 
 
 def test_a_step_of_a_run_is_named_by_number_or_as_the_best(trained):
-    reader = checkpoint.Reader(trained.folder / "checkpoints")
+    saved = reader.Reader(trained.folder / "checkpoints")
     loss = {r["step"]: r["loss/preference"] for r in trained.lines("eval")}
     best = min((s for s in loss if s), key=lambda s: (loss[s], -s))
-    assert reader.step("best") == best
+    assert saved.step("best") == best
     earlier = loading.load(str(trained.folder), mesh=mesh(), step="3")
     changed = earlier.params["latent"]["codebook"]
     assert np.any(changed != trained.result.run.state.params["latent"]["codebook"])
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
     data = copy / "checkpoints" / "4" / "state" / "ocdbt.process_0" / "d"
     for file in data.iterdir():  # which of them has the parameters is not ours to say
         os.truncate(file, file.stat().st_size // 10)
-    with pytest.raises(checkpoint.DamagedError, match="its arrays"):
+    with pytest.raises(damage.DamagedError, match="its arrays"):
         loading.load(str(copy), mesh=mesh())
 
 
@@ -132,9 +132,9 @@ def test_a_run_with_adapters_comes_back_from_an_exported_folder(adapted, tmp_pat
 
 
 def test_adapters_over_other_weights_are_refused(adapted, monkeypatch):
-    meta = checkpoint.Reader(adapted.folder / "checkpoints").meta(2)
+    meta = reader.Reader(adapted.folder / "checkpoints").meta(2)
     other = meta | {"weights_digest": "0"}
-    monkeypatch.setattr(checkpoint.Reader, "meta", lambda *_: other)
+    monkeypatch.setattr(reader.Reader, "meta", lambda *_: other)
     with pytest.raises(
         ValueError, match=r"must hold the weights that .* was trained over"
     ):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lpc_jax import checkpoint, loss_table
 from lpc_jax import config as cfg
+from lpc_jax import loss_table
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.runtime import compute, loading, reading
+from lpc_jax.runtime import checkpoint, compute, loading, reader, reading
 from scripts import evaluate
 from tests import runs
 
@@ -68,7 +68,7 @@ def lpc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder that says it is an LPC run of 8 codes, and has nothing more."""
     settings = cfg.flat(runs.config(tmp_path / "made"))
 
-    class Said(checkpoint.Reader):
+    class Said(reader.Reader):
         def __init__(self, folder: Path) -> None:
             pass
 

@@ -12,10 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from lpc_jax import checkpoint
 from lpc_jax import config as cfg
 from lpc_jax.data import packing, pairs
-from lpc_jax.runtime import policy
+from lpc_jax.runtime import policy, reader
 from lpc_jax.training import log as logs
 from lpc_jax.training import trackers
 from lpc_jax.training.run import Run
@@ -95,7 +94,7 @@ def test_the_best_checkpoint_is_by_the_metric_that_is_named(folder, best):
             training={"best": best, "eval_every": 1, "checkpoint_every": 1},
         )
     )
-    found = checkpoint.Reader(run.folder / "checkpoints").step("best")
+    found = reader.Reader(run.folder / "checkpoints").step("best")
     values = {line["step"]: line[best] for line in run.lines("eval") if line["step"]}
     wanted = (min if best.startswith("loss/") else max)(values.values())
     assert found == max(step for step, value in values.items() if value == wanted)

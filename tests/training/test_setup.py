@@ -19,11 +19,11 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from lpc_jax import checkpoint, metrics, objective, sharding
 from lpc_jax import config as cfg
+from lpc_jax import metrics, objective, sharding
 from lpc_jax.data import packing, pairs
 from lpc_jax.data.pairs import Pairs
-from lpc_jax.runtime import compute, loading
+from lpc_jax.runtime import checkpoint, compute, loading
 from lpc_jax.training import program, setup, start
 from lpc_jax.training.run import Run
 from tests import runs, tiny

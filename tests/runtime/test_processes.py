@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from lpc_jax import processes
+from lpc_jax.runtime import processes
 
 # As SLURM 23 and Open MPI 4 set them, in a step of two tasks on two nodes.
 SLURM = {

@@ -19,7 +19,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lpc_jax import checkpoint
+from lpc_jax.runtime import checkpoint, damage, record
+from lpc_jax.training import program
 
 METRIC = "reward/accuracy"
 
@@ -454,9 +455,9 @@ def test_what_another_process_has_moved_is_named_where_it_is(tmp_path: Path) -> 
     aside = tmp_path / "checkpoints.damaged"
     for expected in ("2", "2-2"):
         (folder / "2").mkdir(parents=True)
-        assert checkpoint._move(folder / "2") == aside / expected
+        assert damage.move(folder / "2") == aside / expected
         # The same, asked once more: it is gone from where it was.
-        assert checkpoint._move(folder / "2") == aside / expected
+        assert damage.move(folder / "2") == aside / expected
 
 
 def test_with_every_checkpoint_damaged_nothing_is_restored_and_nothing_lost(
@@ -500,7 +501,7 @@ def test_a_checksum_is_of_the_bits_and_their_places(dtype: str) -> None:
     values = uniform > 4 if dtype == "bool" else uniform.astype(jnp.dtype(dtype))
 
     def checksum(x: Any) -> int:
-        return int(checkpoint._checksums({"x": jnp.asarray(x)})["x"])
+        return int(record.checksums({"x": jnp.asarray(x)})["x"])
 
     # By hand: bits as numbers, times odd ones of their places, modulo 2^32.
     words = values.view(f"u{values.dtype.itemsize}").astype(np.uint64)
@@ -519,7 +520,7 @@ def test_settings_that_differ_are_all_named() -> None:
     saved = {"loss.beta": 2.0, "loss.type": "Simpo", "loss.gamma": 0.5, "name": "a"}
     now = {"loss.beta": 2.5, "loss.type": "Dpo", "name": "a", "data.limit": None}
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
-        checkpoint.require_same(saved, now)
+        program.require_same(saved, now)
     assert str(error.value) == (
         "a resumed run must have the settings, weights and data that it was started"
         " with; these differ:\n"
@@ -532,4 +533,4 @@ def test_settings_that_differ_are_all_named() -> None:
 
 
 def test_settings_that_agree_pass() -> None:
-    checkpoint.require_same({"loss.beta": 2.0}, {"loss.beta": 2.0})
+    program.require_same({"loss.beta": 2.0}, {"loss.beta": 2.0})

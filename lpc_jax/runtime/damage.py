@@ -1,0 +1,96 @@
+"""Checkpoints that are not what was saved: told, and moved out of the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lpc_jax.errors import UserError
+
+# Parts of a checkpoint as Orbax lays them out.
+STATE, RECORD, METRICS = "state", "record", "metrics/metrics"
+
+# What Orbax writes into a checkpoint once it is whole, and into each part of it.
+_COMMITTED = "commit_success.txt"
+# Of a checkpoint's files those without which nothing of it can be read.
+_NEEDED = ("_CHECKPOINT_METADATA", f"{RECORD}/metadata", f"{STATE}/manifest.ocdbt")
+
+# How damage shows when Orbax reads a checkpoint's record.
+DAMAGE = (OSError, ValueError, KeyError, RuntimeError)
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not what was saved."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, at a readable length."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def damaged(folder: Path) -> Path:
+    """Where damaged checkpoints of a folder go."""
+    return folder.with_name(folder.name + ".damaged")
+
+
+def move(checkpoint: Path) -> Path:
+    """Moves a damaged checkpoint beside the folder of checkpoints; gives where to."""
+    folder = damaged(checkpoint.parent)
+    folder.mkdir(exist_ok=True)
+    to, number = folder / checkpoint.name, 1
+    while to.exists():
+        if not checkpoint.exists():  # another process was faster: it is the last there
+            return _last_moved(folder, checkpoint.name)
+        number += 1
+        to = folder / f"{checkpoint.name}-{number}"
+    try:
+        checkpoint.rename(to)
+    except FileNotFoundError:
+        return _last_moved(folder, checkpoint.name)
+    return to
+
+
+def _last_moved(folder: Path, name: str) -> Path:
+    """The newest of a step's damaged checkpoints."""
+    found, number = folder / name, 2
+    while (following := folder / f"{name}-{number}").exists():
+        found, number = following, number + 1
+    return found
+
+
+def move_broken(folder: Path) -> list[str]:
+    """Moves checkpoints away that can be told to be broken by their files' names.
+
+    Those whose saving was killed are none of them: Orbax gives a checkpoint its name
+    once it is whole, and clears away what it had begun.
+    """
+    if not folder.is_dir():
+        return []
+    said = []
+    for checkpoint in sorted(folder.iterdir()):
+        if not checkpoint.name.isdigit():
+            continue
+        needed = [name for name in _NEEDED if not (checkpoint / name).is_file()]
+        if (checkpoint / RECORD / _COMMITTED).exists():  # this Orbax writes them
+            needed += [_COMMITTED] * (not (checkpoint / _COMMITTED).is_file())
+        if not are_metrics(checkpoint / METRICS):
+            needed.append(f"readable {METRICS}")
+        if needed:
+            said.append(
+                f"the checkpoint of step {checkpoint.name} is damaged (it has no"
+                f" {' and no '.join(needed)}): moved to {move(checkpoint)}."
+            )
+    return said
+
+
+def are_metrics(file: Path) -> bool:
+    """Whether a file holds what Orbax ranks a checkpoint by, if it is there."""
+    if not file.exists():
+        return True
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError:  # JSON or UTF-8
+        return False
+    return isinstance(found, dict) and all(
+        isinstance(value, int | float) for value in found.values()
+    )
