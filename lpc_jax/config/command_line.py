@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import os
-import runpy
+import re
 import sys
 import traceback
 import typing
@@ -20,6 +20,9 @@ from lpc_jax.config.checks import Settings
 from lpc_jax.config.fields import Config
 from lpc_jax.errors import UserError
 
+# How often downloads were tried, which is no setting any more.
+_GONE = re.compile(r"\bHub, ?|\bhub=Hub\([^()]*\),?\s*")
+
 
 def read(path: str) -> Config:
     """Runs a config file and returns its ``config``.
@@ -31,7 +34,7 @@ def read(path: str) -> Config:
     if not os.path.isfile(path):
         raise UserError(f"--config: {_no_file(path)}")
     try:
-        config = runpy.run_path(path).get("config")
+        config = _run(path).get("config")
     except (ValueError, TypeError, ImportError) as e:
         frames = traceback.extract_tb(e.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
@@ -42,6 +45,15 @@ def read(path: str) -> Config:
             f"{path} must end in config = Config(...), got {type(config).__name__}."
         )
     return config
+
+
+def _run(path: str) -> dict[str, Any]:
+    """What a config file defines, less settings that earlier versions wrote."""
+    with open(path, encoding="utf-8") as file:
+        text = _GONE.sub("", file.read())
+    names = {"__name__": "<run_path>", "__file__": path}
+    exec(compile(text, path, "exec"), names)
+    return names
 
 
 def _no_file(path: str) -> str:

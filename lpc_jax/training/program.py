@@ -152,7 +152,9 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
     train, held_out = setup.read_pairs(config, outline.tokenizer)
     require_one_run(config, digests(outline.tokenizer, train, held_out or Pairs([])))
     if train.report is not None:
-        for table in train.report.tables():
+        for line in train.report.lines():
+            say(line)
+        for table in train.report.tables()[1:]:  # lengths and sources
             console.print(table)
     started = loading.start(outline, seed=config.training.seed)
     return Run(

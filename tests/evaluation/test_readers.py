@@ -94,4 +94,4 @@ def test_a_plain_model_has_no_readers(capsys):
     arguments = [str(runs.MODEL), "--pairs", str(runs.PAIRS), "--like-own", "4"]
     assert evaluate.main(arguments) == 2
     assert "--like-own needs codes, got" in capsys.readouterr().err
-    assert loading.find(str(runs.MODEL)).config.latent is None
+    assert loading.find(str(runs.MODEL)).latent is None

@@ -24,9 +24,7 @@ from tests import runs, systems
 def coded():
     found = systems.with_codes(systems.mesh(), codebook_scale=1.0)
     loss = cfg.Simpo(beta=3.0, gamma=0.5)
-    return dataclasses.replace(
-        found, config=dataclasses.replace(found.config, loss=loss)
-    )
+    return dataclasses.replace(found, run=dataclasses.replace(found.config, loss=loss))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import pytest
 
 from lpc_jax import config as cfg
 from lpc_jax.training import log as logs
-from lpc_jax.training import loop, trackers
+from lpc_jax.training import program, trackers
 from scripts import train
 from tests import runs
 
@@ -99,8 +99,8 @@ def test_importing_the_data_room_says_nothing_of_torch():
 def test_a_fault_of_the_program_keeps_its_traceback(command, monkeypatch):
     # Raised in a line of the library, as a mismatch of its own would be.
     source = "def faulty(*_): return list(zip([1], [1, 2], strict=True))"
-    exec(compile(source, loop.__file__, "exec"), namespace := {})
-    monkeypatch.setattr(loop, "train", namespace["faulty"])
+    exec(compile(source, program.__file__, "exec"), namespace := {})
+    monkeypatch.setattr(program, "train", namespace["faulty"])
     with pytest.raises(ValueError, match="longer than argument 1"):
         command()
 
@@ -127,9 +127,9 @@ def test_a_flag_that_is_unknown_or_of_a_wrong_type_is_status_2(command, flags, s
 
 def test_a_value_that_makes_no_sense_in_a_file_is_status_2(command):
     text = command.config.read_text()
-    assert "beta=2.0" in text
-    command.config.write_text(text.replace("beta=2.0", "beta=-2.0"))
-    line = 1 + text[: text.index("config = ")].count("\n")
+    assert "loss=Simpo(" in text
+    command.config.write_text(text.replace("loss=Simpo(", "loss=Simpo(beta=-2.0,"))
+    line = 1 + text[: text.index("loss=Simpo(")].count("\n")
     assert command.refusal() == (
         f"{command.config}:{line}: loss.beta must be above 0, got -2.0."
     )
@@ -343,7 +343,7 @@ def test_an_interrupted_run_says_how_to_go_on(command, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train", interrupted)
+    monkeypatch.setattr(program, "train", interrupted)
     status, _, said = command()
     assert status == 130
     assert said == (
