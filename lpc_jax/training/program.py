@@ -19,10 +19,10 @@ from lpc_jax import sharding
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
 from lpc_jax.runtime import checkpoint, compute, loading, processes
-from lpc_jax.training import memory, nonfinite, reference, run_folder, setup
+from lpc_jax.training import memory, nonfinite, outset, reference, run_folder, setup
 from lpc_jax.training.log import RunLog
 from lpc_jax.training.loop import Loop
-from lpc_jax.training.run import Run, digests, require_one_run
+from lpc_jax.training.run import Run
 from lpc_jax.training.trackers import require_trackers
 
 # Settings that a resumed run may change: they alter no update.
@@ -150,7 +150,9 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
         row_length=config.packing.row_length,
     )
     train, held_out = setup.read_pairs(config, outline.tokenizer)
-    require_one_run(config, digests(outline.tokenizer, train, held_out or Pairs([])))
+    outset.require_one_run(
+        config, outset.digests(outline.tokenizer, train, held_out or Pairs([]))
+    )
     if train.report is not None:
         for line in train.report.lines():
             say(line)
@@ -182,7 +184,7 @@ def _train(run: Run, console: Console, termination: processes.Termination) -> Lo
         resume_from = resume(run, kept) if config.run.resume else None
         if resume_from is None:
             run.begin()
-        run.compile()
+        predicted = outset.compile_ahead(run)
         kept.require_space(run.state)  # now, and not when the first hours are done
         if processes.is_main():
             (folder / "config.py").write_text(cfg.source(config.of_all_processes()))
@@ -208,10 +210,10 @@ def _train(run: Run, console: Console, termination: processes.Termination) -> Lo
         for _ in loop:
             pass
         peak = memory.real_peak()
-        if peak is not None and run.predicted_peak is not None:
+        if peak is not None:
             log.say(
                 f"memory: {memory.size(peak)} at the peak,"
-                f" {memory.size(run.predicted_peak)} predicted"
+                f" {memory.size(predicted)} predicted"
             )
         log.finish(before=loop.before, after=loop.after)
     return loop

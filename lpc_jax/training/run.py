@@ -6,8 +6,6 @@ Knows nothing of logs or checkpoints.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpc_jax import config as cfg
-from lpc_jax import loss_table, metrics, objective, sharding
-from lpc_jax.data import packing, tokenizer
+from lpc_jax import metrics, objective, sharding
+from lpc_jax.data import packing
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.evaluation import preference
 from lpc_jax.generation import samples
@@ -27,8 +25,8 @@ from lpc_jax.models import latent as latent_models
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import processes
 from lpc_jax.runtime.policy import Policy
-from lpc_jax.training import memory, reference, setup, start, step
 from lpc_jax.training import optimizer as optimizers
+from lpc_jax.training import outset, reference, setup, start, step
 from lpc_jax.types import Batch, Companions
 
 Say = Callable[[str], None]
@@ -56,15 +54,6 @@ class Update:
     batches: list[Batch]
     pairs: int
     tokens: int
-
-
-def require_one_run(config: cfg.Config, digests: dict[str, str]) -> None:
-    """Refuses processes that would run something else, before they wait for it."""
-    settings = cfg.flat(config.of_all_processes())
-    processes.require_agreement(
-        settings | digests | {"jax": jax.__version__},
-        "Start every process with the same command, code and data.",
-    )
 
 
 class Run:
@@ -103,7 +92,7 @@ class Run:
             config, self.train.tokens, self.held_out.tokens, self.users, policy.compute
         )
         self.total_steps = setup.total_steps(config, len(self.train))
-        self._describe()
+        outset.describe(self)
         processes.require_agreement(
             {"weights": policy.source.digest},
             "Give every process the same model files.",
@@ -121,7 +110,7 @@ class Run:
             self.reference, held_out_reference, reference_digest = reference.columns(
                 config, reference_policy or policy.plain(), *scored, say
             )
-        self.manifest = self._manifest(reference_digest)
+        self.manifest = outset.manifest(self, reference_digest)
         self._held_out_batches = packing.micro_batches(
             self.held_out.tokens, self.shape, reference_logp=held_out_reference
         )
@@ -144,7 +133,6 @@ class Run:
             self.total_steps,
             chunk=policy.compute.score_chunk,
         )
-        self.predicted_peak: int | None = None
         self.state: Any = None
         self._prepared: tuple[int, tuple[list[Batch], int, int]] | None = None
         self._rates = {
@@ -170,43 +158,6 @@ class Run:
             self.held_out.tokens,
             self.users,
             self.policy.compute,
-        )
-
-    def _manifest(self, reference_digest: str) -> dict[str, Any]:
-        packages = (
-            *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"),
-        )
-        return {
-            "settings": cfg.flat(self.config.of_all_processes()),
-            "weights_digest": self.policy.source.digest,
-            "reference_digest": reference_digest,
-            **digests(self.policy.tokenizer, self.train, self.held_out),
-            "train_pairs": len(self.train),
-            "held_out_pairs": len(self.held_out),
-            "devices": [device.device_kind for device in jax.devices()],
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
-        }
-
-    def _describe(self) -> None:
-        config, policy, shape = self.config, self.policy, self.shape
-        count, trained, latent = (
-            sum(leaf.size for leaf in jax.tree.leaves(tree))
-            for tree in (policy.whole, policy.params, policy.whole.get("latent", {}))
-        )
-        share = "" if trained == count else f", {trained / 1e6:.2f} M trained"
-        mesh = policy.mesh
-        axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-        self.say(
-            f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
-            f" ({latent / 1e6:.2f} M latent{share}), compute"
-            f" {policy.compute.dtype.name}\n"
-            f"mesh: {mesh.size} x {mesh.devices.flat[0].device_kind}, {axes};"
-            f" attention: {policy.compute.attention}; remat: {config.model.remat}\n"
-            f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
-            f" {shape.rows} rows x {' or '.join(map(str, shape.row_lengths))} tokens,"
-            f" {shape.scored} scored a row; {self.total_steps} steps\n"
-            f"{loss_table.formula(config.loss, config.latent)}"
         )
 
     # --- state ------------------------------------------------------------------------
@@ -240,52 +191,6 @@ class Run:
         return dataclasses.replace(
             self.policy, params=self.state.params, run=self.config, is_seeded=False
         )
-
-    def compile(self) -> None:
-        """Compiles all programs of the run and says what memory they will take."""
-        config, shape, mesh = self.config, self.shape, self.policy.mesh
-        state = self.abstract_state()
-        frozen = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=leaf.sharding
-            ),
-            self.policy.frozen,
-        )
-        compiled: dict[str, Any] = {}
-        for length in shape.row_lengths:
-            batch = sharding.abstract_batch(
-                packing.empty_batch(
-                    shape,
-                    length,
-                    with_reference=self.reference is not None,
-                    states=self.train.tokens[0].states,
-                ),
-                mesh,
-            )
-            compiled[f"gradients {length}"] = self.programs.gradients.lower(
-                state.params, frozen, batch, state.key, state.step
-            ).compile()
-            if self._held_out_batches:
-                compiled[f"evaluate {length}"] = self.programs.evaluate.lower(
-                    state.params, frozen, batch, state.key
-                ).compile()
-        pairs = np.int32(config.packing.pairs_per_step)
-        compiled["update"] = self.programs.update.lower(
-            state, state.params, pairs, frozen
-        ).compile()
-        tokens = float(packing.pair_lengths(self.train.tokens).sum(axis=1).mean())
-        in_a_step = min(config.packing.pairs_per_step, len(self.train)) * tokens
-        prediction = memory.predict(
-            compiled,
-            params=state.params,
-            frozen=frozen,
-            opt_state=state.opt_state,
-            several_micro_batches=in_a_step > shape.rows * max(shape.row_lengths),
-            saves_between_updates=config.training.checkpoint_every is not None,
-        )
-        for line in memory.lines(prediction, _remedies(config, mesh.shape)):
-            self.say(line)
-        self.predicted_peak = prediction.peak
 
     # --- updates ----------------------------------------------------------------------
 
@@ -424,33 +329,3 @@ class Run:
             f"schedule/{name}": float(np.asarray(value))
             for name, value in values.items()
         }
-
-
-def digests(
-    of_tokenizer: tokenizer.Tokenizer, train: Pairs, held_out: Pairs
-) -> dict[str, str]:
-    """SHA-256 over the token ids of each set's pairs; the tokenizer's."""
-    return {
-        "tokenizer_digest": tokenizer.digest(of_tokenizer),
-        "data_digest": train.digest(),
-        "held_out_digest": held_out.digest(),
-    }
-
-
-def _remedies(config: cfg.Config, mesh: Any) -> list[str]:
-    """What of this config could be changed for less memory, most useful first."""
-    remedies = []
-    if config.model.remat != "block":
-        remedies.append("Set model.remat to block.")
-    ways = mesh["data"] * mesh["fsdp"]
-    if config.packing.rows > ways:
-        remedies.append(
-            f"Lower packing.rows to {ways} (the result does not depend on it)."
-        )
-    if mesh["data"] > 1:
-        remedies.append(
-            "Give mesh.data's devices to mesh.fsdp, which splits parameters."
-        )
-    if config.trains_decoder:
-        remedies.append("Train adapters=Adapters() over a frozen decoder.")
-    return [*remedies, "Use more devices, or lower packing.row_length."]
