@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lpc_jax.asking import Policy, Scores
     from lpc_jax.config import (
         Adapters,
         Config,
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
         Training,
     )
     from lpc_jax.data.pairs import Pairs
-    from lpc_jax.door import Policy, Run, Scores, load, read_pairs, start, train
+    from lpc_jax.door import Run, load, read_pairs, start, train
     from lpc_jax.errors import UserError
 
 _HOMES = {
     "lpc_jax.config": "Adapters Config Dpo Ipo Latent Optimizer Packing Simpo Training",
     "lpc_jax.data.pairs": "Pairs",
-    "lpc_jax.door": "Policy Run Scores load read_pairs start train",
+    "lpc_jax.asking": "Policy Scores",
+    "lpc_jax.door": "Run load read_pairs start train",
     "lpc_jax.errors": "UserError",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

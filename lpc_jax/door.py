@@ -14,202 +14,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
 from rich.console import Console
 
 from lpc_jax import config as cfg
-from lpc_jax import loss_table, sharding
-from lpc_jax.data import chat
+from lpc_jax import sharding
+from lpc_jax.asking import Policy, to_ask
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation.preference import Evaluation
-from lpc_jax.export import folder as folders
-from lpc_jax.generation import like as judgements
-from lpc_jax.generation.answering import Generator
-from lpc_jax.generation.sampling import Sampling
-from lpc_jax.models.latent import Steering
-from lpc_jax.runtime import loading, policy, reading, steering
+from lpc_jax.runtime import loading, policy
 from lpc_jax.training import program
 from lpc_jax.training import run as training
 from lpc_jax.training.loop import Loop
 
-Message = Mapping[str, str]
-Z = Literal["mean", "sample", "argmax"]
 Callback = Callable[[dict[str, float]], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """What a policy says of pairs, in their order.
-
-    Attributes:
-        logp: Summed log-probabilities of chosen and rejected answers, nats.
-        rewards: As the run's loss has them (without a reference: beta times ``logp``);
-            of a model that is no run, ``logp`` per token.
-        prior: Probabilities of the codes from the prompt; None without codes.
-        posterior: The same from the judged pair.
-    """
-
-    logp: Float[np.ndarray, "B 2"]
-    rewards: Float[np.ndarray, "B 2"]
-    prior: Float[np.ndarray, "B C"] | None
-    posterior: Float[np.ndarray, "B C"] | None
-
-    @property
-    def accuracy(self) -> float:
-        """Share of pairs whose chosen answer has the larger reward."""
-        return float(np.mean(self.rewards[:, 0] > self.rewards[:, 1]))
-
-
-class Policy(policy.Policy):
-    """``runtime.policy.Policy`` with what is asked of it."""
-
-    def score(
-        self,
-        pairs: Pairs,
-        *,
-        z: Z | None = None,
-        code: int | None = None,
-        mix: Mapping[int, float] | None = None,
-        like: Pairs | None = None,
-        seed: int = 0,
-    ) -> Scores:
-        """Log-probabilities and rewards of pairs, and what the codes make of them.
-
-        Args:
-            pairs: From ``read_pairs``.
-            z: How z comes from the prior; None: as the run evaluates.
-            code: All weight on this code.
-            mix: Weights of codes, which sum to 1.
-            like: Judged pairs of one reader, whose mix is taken.
-            seed: Of draws.
-
-        Raises:
-            UserError: Codes that are none, or a log-probability that is not finite.
-        """
-        asked = self.merged()
-        how = _steering(asked, z, code, mix, like)
-        logp = reading.score(asked, pairs.tokens, steering=how, seed=seed)
-        reward = loss_table.reward(None, None if self.run is None else self.run.loss)
-        alone = dataclasses.replace(reward, over_reference=False)
-        prior = posterior = None
-        if asked.latent is not None:
-            beliefs = reading.believe(asked, pairs.tokens)
-            prior, posterior = (
-                np.asarray(jax.nn.softmax(logits, axis=-1))
-                for logits in (beliefs.prior, beliefs.posterior)
-            )
-        lengths = pair_data.lengths(pairs.tokens)
-        return Scores(logp, alone.of(logp, lengths, None), prior, posterior)
-
-    def generate(
-        self,
-        prompts: str | Sequence[str | Sequence[Message]],
-        *,
-        z: Z | None = None,
-        code: int | None = None,
-        mix: Mapping[int, float] | None = None,
-        like: Pairs | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> list[str]:
-        """An answer to each prompt.
-
-        Args:
-            prompts: What a user says, or whole conversations.
-            z: As ``score``, like ``code``, ``mix`` and ``like``.
-            code: All weight on this code.
-            mix: Weights of codes.
-            like: Judged pairs of one reader.
-            max_new_tokens: Most tokens of an answer.
-            temperature: 0 takes the likeliest token.
-            stop: An answer ends before the first of these.
-            seed: Of draws.
-
-        Raises:
-            UserError: Codes that are none, or a prompt that leaves no room.
-        """
-        asked = self.merged()
-        how = _steering(asked, z, code, mix, like) or Steering("mean")
-        said = [prompts] if isinstance(prompts, str) else prompts
-        ids = [
-            chat.encode_prompt(
-                [{"role": "user", "content": one}]
-                if isinstance(one, str)
-                else [dict(message) for message in one],
-                asked.tokenizer,
-            )
-            for one in said
-        ]
-        completions = Generator(asked, batch=min(len(ids), 16) or 1).generate(
-            ids,
-            sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature),
-            steering=how,
-            stop=stop,
-            seed=seed,
-        )
-        return [completion.text for completion in completions]
-
-    def save(
-        self, folder: str | Path, *, dtype: str = "float32", plain: bool = False
-    ) -> Path:
-        """Writes a Hugging Face folder, with the codes unless ``plain``.
-
-        Args:
-            folder: New or empty.
-            dtype: ``float32``, ``bfloat16`` or ``float16``, of the decoder.
-            plain: The decoder alone.
-
-        Raises:
-            UserError: The folder holds something or cannot be written.
-        """
-        output = Path(folder)
-        folders.require_output(output)
-        merged = self.merged(jnp.dtype("float32"))
-        folders.write(
-            merged, output, dtype=dtype, shard_bytes=folders.SHARD_BYTES, plain=plain
-        )
-        return output
-
-
-def _steering(
-    asked: policy.Policy,
-    z: Z | None,
-    code: int | None,
-    mix: Mapping[int, float] | None,
-    like: Pairs | None,
-) -> Steering | None:
-    """How z is chosen; None without codes."""
-    given = {"z": z, "code": code, "mix": mix, "like": like}
-    several = [name for name, value in given.items() if value is not None]
-    if len(several) > 1:
-        raise UserError(
-            f"z is chosen in one way, got {' and '.join(several)}. Leave out all but"
-            " one."
-        )
-    if like is not None:
-        count = None if asked.latent is None else asked.latent.num_codes
-        steering.require_codes(count, "like", asked.name)
-        return judgements.of_pairs(asked, like.tokens, "posterior")
-    weights = None if mix is None else ",".join(f"{c}:{w}" for c, w in mix.items())
-    one = None if code is None else str(code)
-    return steering.choose(z, one, weights, asked.latent, asked.name)
-
-
-def _asked(of: policy.Policy) -> Policy:
-    names = [field.name for field in dataclasses.fields(of)]
-    return Policy(**{name: getattr(of, name) for name in names})
 
 
 def _mesh(given: Mesh | None) -> Mesh:
@@ -255,7 +81,7 @@ def load(
     here = _mesh(mesh)
     fresh = latent is not None or adapters is not None or frozen
     if not fresh and (found.run is not None or found.latent is not None):
-        return _asked(loading.load_found(found, mesh=here, dtype=jnp.dtype("float32")))
+        return to_ask(loading.load_found(found, mesh=here, dtype=jnp.dtype("float32")))
     if found.run is not None or found.latent is not None:
         raise UserError(
             f"new codes or adapters go over a model, got {path}, which has its own."
@@ -269,7 +95,7 @@ def load(
         train_decoder=adapters is None and not frozen,
         row_length=row_length,
     )
-    return _asked(loading.start(outline, seed=seed))
+    return to_ask(loading.start(outline, seed=seed))
 
 
 def read_pairs(
@@ -333,7 +159,7 @@ class Run:
     @property
     def policy(self) -> Policy:
         """The policy as it is now; the next update takes its arrays away."""
-        return _asked(self.work.trained())
+        return to_ask(self.work.trained())
 
     @property
     def before(self) -> dict[str, float] | None:
