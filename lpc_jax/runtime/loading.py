@@ -251,6 +251,8 @@ def load_found(found: Found, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> P
         of_model = outline(found, mesh=mesh, latent=found.latent, train_decoder=False)
         params = _load_model(of_model, dtype)
         return dataclasses.replace(of_model, params=params, frozen={})
+    if not saved.config.trains_decoder:
+        _require_weights(found.path, saved)
     of_run = outline(
         found,
         mesh=mesh,
@@ -261,7 +263,6 @@ def load_found(found: Found, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> P
     )
     frozen: Params = {}
     if of_run.frozen:
-        _require_weights(found.path, saved)
         # Adapters are added in fp32 to the matrices that they were trained beside.
         frozen = {"decoder": _decoder(of_run, of_run.frozen["decoder"])}
     params = _read(saved, of_run.params)

@@ -15,7 +15,7 @@ from tests import runs, systems
 def end_tokens(of: Policy) -> tuple[int, ...]:
     vocabulary = of.architecture.vocabulary
     return ends.end_tokens(
-        of.tokenizer, of.model_path, vocabulary=vocabulary, name=of.name
+        of.tokenizer, of.source.path, vocabulary=vocabulary, name=of.name
     )
 
 

@@ -76,9 +76,9 @@ def lpc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             return 3
 
         def meta(self, step: int) -> dict[str, Any]:
-            return {"settings": settings}
+            return {"settings": settings, "weights_digest": ""}
 
-    monkeypatch.setattr(checkpoint, "Reader", Said)
+    monkeypatch.setattr(reader, "Reader", Said)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     return str(tmp_path / "run")
 

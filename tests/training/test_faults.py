@@ -420,7 +420,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(
     assert others
     assert all(pair["finite"] for pair in others)
     assert (first["pair"], first["finite"], first["loss"]) == (owner, False, "nan")
-    assert first["source"] == pairs[owner].source
+    assert first["source"] == pairs.tokens[owner].source
     with np.load(place / "step-3.npz") as arrays:
         rows = [arrays[name] for name in arrays if name.endswith("/tokens")]
     assert any((row == token).any() for row in rows)
