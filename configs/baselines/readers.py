@@ -7,9 +7,11 @@ Run:
     python scripts/train.py --config configs/baselines/readers.py \\
         --data.train dsp_hidden.train.jsonl.gz --data.eval dsp_hidden.test.jsonl.gz
 
-Expected: an accuracy of 0.5, where the start model has 0.506. Not run yet.
+Expected: a held-out accuracy of 0.5 within its error (0.481 measured, standard error
+0.025), and a loss above the start's: it learns its pairs by heart.
 
-Hardware: 2 CPU cores and 8 GB.
+
+Hardware: 2 CPU cores, 5 GB, 18 minutes beside other work.
 """
 
 import dataclasses

@@ -14,7 +14,7 @@ from rich.console import Console
 from lpc_jax import config as cfg
 from lpc_jax import loss_table
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.runtime import checkpoint, compute, loading, reader, reading
+from lpc_jax.runtime import compute, loading, reader, reading
 from scripts import evaluate
 from tests import runs
 
