@@ -10,7 +10,6 @@ Run:
 Expected: a held-out accuracy of 0.5 within its error (0.481 measured, standard error
 0.025), and a loss above the start's: it learns its pairs by heart.
 
-
 Hardware: 2 CPU cores, 5 GB, 18 minutes beside other work.
 """
 
