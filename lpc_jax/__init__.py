@@ -1,7 +1,6 @@
 """Preference alignment in JAX, plain or with Latent Preference Coding (LPC).
 
-The front door, ``lpc_jax.door``, and the settings that it takes. Names are looked up
-when they are first used: ``import lpc_jax`` alone imports no JAX.
+Names are imported when first used: ``import lpc_jax`` alone imports no JAX.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from lpc_jax.data.pairs import Pairs
     from lpc_jax.door import Run, load, read_pairs, start, train
     from lpc_jax.errors import UserError
-
 _HOMES = {
     "lpc_jax.config": "Adapters Config Dpo Ipo Latent Optimizer Packing Simpo Training",
     "lpc_jax.data.pairs": "Pairs",
@@ -34,7 +32,6 @@ _HOMES = {
     "lpc_jax.errors": "UserError",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-
 __all__ = [
     "Adapters",
     "Config",

@@ -1,4 +1,4 @@
-"""A policy with what is asked of it: scores of pairs, answers, a folder."""
+"""A policy with its verbs: score pairs, answer prompts, save a folder."""
 
 from __future__ import annotations
 
@@ -30,20 +30,13 @@ Z = Literal["mean", "sample", "argmax"]
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a policy says of pairs, in their order.
+    """Scores of pairs, in their order."""
 
-    Attributes:
-        logp: Summed log-probabilities of chosen and rejected answers, nats.
-        rewards: As the run's loss has them (without a reference: beta times ``logp``);
-            of a model that is no run, ``logp`` per token.
-        prior: Probabilities of the codes from the prompt; None without codes.
-        posterior: The same from the judged pair.
-    """
-
-    logp: Float[np.ndarray, "B 2"]
+    logp: Float[np.ndarray, "B 2"]  # summed over chosen and rejected tokens, nats
+    # By the run's loss without its reference; of a model that is no run, logp a token.
     rewards: Float[np.ndarray, "B 2"]
-    prior: Float[np.ndarray, "B C"] | None
-    posterior: Float[np.ndarray, "B C"] | None
+    prior: Float[np.ndarray, "B C"] | None  # over codes, from the prompt; or None
+    posterior: Float[np.ndarray, "B C"] | None  # from the judged pair; or None
 
     @property
     def accuracy(self) -> float:
@@ -52,7 +45,7 @@ class Scores:
 
 
 class Policy(policy.Policy):
-    """``runtime.policy.Policy`` with what is asked of it."""
+    """``runtime.policy.Policy`` with its verbs."""
 
     def score(
         self,
@@ -64,18 +57,13 @@ class Policy(policy.Policy):
         like: Pairs | None = None,
         seed: int = 0,
     ) -> Scores:
-        """Log-probabilities and rewards of pairs, and what the codes make of them.
+        """Log-probabilities, rewards, and prior and posterior over codes of pairs.
 
         Args:
-            pairs: From ``read_pairs``.
-            z: How z comes from the prior; None: as the run evaluates.
-            code: All weight on this code.
-            mix: Weights of codes, which sum to 1.
-            like: Judged pairs of one reader, whose mix is taken.
-            seed: Of draws.
-
-        Raises:
-            UserError: Codes that are none, or a log-probability that is not finite.
+            z: How z comes from the prior; None: as in the run's evaluation.
+            code: Puts all weight on this code.
+            mix: Weights by code, summing to 1.
+            like: Judged pairs of one reader, whose posterior mix is used.
         """
         asked = self.merged()
         how = _steering(asked, z, code, mix, like)
@@ -105,21 +93,12 @@ class Policy(policy.Policy):
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> list[str]:
-        """An answer to each prompt.
+        """An answer to each prompt, z chosen as in ``score``.
 
         Args:
-            prompts: What a user says, or whole conversations.
-            z: As ``score``, like ``code``, ``mix`` and ``like``.
-            code: All weight on this code.
-            mix: Weights of codes.
-            like: Judged pairs of one reader.
-            max_new_tokens: Most tokens of an answer.
+            prompts: User messages, or whole conversations.
             temperature: 0 takes the likeliest token.
             stop: An answer ends before the first of these.
-            seed: Of draws.
-
-        Raises:
-            UserError: Codes that are none, or a prompt that leaves no room.
         """
         asked = self.merged()
         how = _steering(asked, z, code, mix, like) or Steering("mean")
@@ -145,15 +124,9 @@ class Policy(policy.Policy):
     def save(
         self, folder: str | Path, *, dtype: str = "float32", plain: bool = False
     ) -> Path:
-        """Writes a Hugging Face folder, with the codes unless ``plain``.
+        """Writes a Hugging Face folder, new or empty, with the codes unless ``plain``.
 
-        Args:
-            folder: New or empty.
-            dtype: ``float32``, ``bfloat16`` or ``float16``, of the decoder.
-            plain: The decoder alone.
-
-        Raises:
-            UserError: The folder holds something or cannot be written.
+        ``dtype`` is the decoder's: ``float32``, ``bfloat16`` or ``float16``.
         """
         output = Path(folder)
         folders.require_output(output)
@@ -171,7 +144,7 @@ def _steering(
     mix: Mapping[int, float] | None,
     like: Pairs | None,
 ) -> Steering | None:
-    """How z is chosen; None without codes."""
+    """How z is chosen, by at most one of the four; None without codes."""
     given = {"z": z, "code": code, "mix": mix, "like": like}
     several = [name for name, value in given.items() if value is not None]
     if len(several) > 1:
@@ -189,6 +162,6 @@ def _steering(
 
 
 def to_ask(of: policy.Policy) -> Policy:
-    """The same with its verbs."""
+    """The same policy with its verbs."""
     names = [field.name for field in dataclasses.fields(of)]
     return Policy(**{name: getattr(of, name) for name in names})

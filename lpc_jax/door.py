@@ -39,7 +39,6 @@ Callback = Callable[[dict[str, float]], None]
 
 
 def _mesh(given: Mesh | None) -> Mesh:
-    """The given mesh, the one that is set, or all devices."""
     if given is not None:
         return given
     here = jax.sharding.get_mesh()
@@ -60,22 +59,21 @@ def load(
     row_length: int = cfg.Packing.row_length,
     **model: Any,
 ) -> Policy:
-    """A policy: a model to be trained, or a run or exported folder as it is.
+    """Loads a policy: a model to train, or a run or exported folder as it is.
 
     Args:
         path: A Hugging Face folder, a GGUF file, ``package:NAME/FILE``, a hub id, a run
             folder, or an exported folder.
-        latent: New codes over the model; None: those that it has, or none.
-        adapters: Low-rank adapters over a frozen decoder.
-        frozen: Keeps the decoder as it is; the codes alone are trained.
+        latent: New codes over a model; None: those that ``path`` has, if any.
+        adapters: New low-rank adapters over a frozen decoder.
+        frozen: Trains the codes alone.
         step: Of a run: ``latest``, ``best`` or a checkpoint's step.
-        seed: Of new codes and adapters.
-        mesh: Where to; None: the mesh that ``jax.set_mesh`` set, or all devices.
-        row_length: Most tokens of a row that it will be trained in.
+        mesh: None: the mesh that ``jax.set_mesh`` set, or one over all devices.
+        row_length: The longest row it will be trained in, tokens.
         **model: Fields of ``Model``, such as ``compute_dtype`` or ``tokenizer``.
 
     Raises:
-        UserError: No such model or run, or settings that do not fit it.
+        UserError: New codes or adapters over a policy that has its own.
     """
     found = loading.find(path, step=step, model=model)
     here = _mesh(mesh)
@@ -106,17 +104,13 @@ def read_pairs(
     limit: int | None = None,
     **data: Any,
 ) -> Pairs:
-    """Preference pairs as the policy's tokens.
+    """Reads preference pairs and encodes them with the policy's tokenizer.
 
     Args:
         source: A .jsonl, .jsonl.gz, .json or .parquet file, or a hub data set.
-        policy: Whose tokenizer and chat template are used.
         split: Of a hub data set.
-        limit: Only so many rows, from the first.
+        limit: Reads only this many rows, from the first.
         **data: Fields of ``Data``, such as ``max_length``, ``truncation`` or ``user``.
-
-    Raises:
-        UserError: Data that cannot be had or read, by file and line.
     """
     settings = cfg.Data(train=str(source), **data)
     return pair_data.load(
@@ -132,11 +126,7 @@ def read_pairs(
 
 @dataclasses.dataclass
 class Run:
-    """A run: iterate it for the metrics of each step, or let ``train`` do so.
-
-    Attributes:
-        history: Metrics of the steps so far.
-    """
+    """A run: iterate it for the metrics of each step, which ``history`` keeps."""
 
     work: training.Run
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -158,7 +148,7 @@ class Run:
 
     @property
     def policy(self) -> Policy:
-        """The policy as it is now; the next update takes its arrays away."""
+        """The policy as it is now; the next update donates its arrays."""
         return to_ask(self.work.trained())
 
     @property
@@ -188,25 +178,15 @@ def train(
     say: Callable[[str], None] | None = None,
     **sections: Any,
 ) -> Run:
-    """Trains a policy to its last step; ``policy`` itself stays as it is.
+    """Trains a copy of a policy and returns the run at its last step.
 
     Args:
-        policy: From ``load``.
-        pairs: To train on.
-        loss: ``Dpo``, ``Ipo`` or ``Simpo``.
         steps: Updates; None: ``Training.epochs`` of the pairs.
-        held_out: Pairs to evaluate before and after.
-        reference: Of losses that have one; None: the policy's decoder as it is now.
-        callback: Given the metrics of each step.
-        say: Told what happens; None: nothing is said.
+        held_out: Pairs evaluated before and after training.
+        reference: For losses that need one; None: the policy's decoder as it is now.
+        callback: Called with the metrics of each step.
+        say: Called with each message; None: silent.
         **sections: Sections of ``Config``: ``packing``, ``optimizer``, ``training``.
-
-    Returns:
-        The run at its end.
-
-    Raises:
-        UserError: Settings or pairs that cannot be used, before any compute.
-        StoppedError: Gradients stay non-finite.
     """
     run = start(
         policy,
@@ -235,7 +215,11 @@ def start(
     say: Callable[[str], None] | None = None,
     **sections: Any,
 ) -> Run:
-    """A run before its first update, to be iterated; arguments as ``train``."""
+    """The run of ``train`` before its first update; iterating it makes the updates.
+
+    Raises:
+        UserError: A ``packing.row_length`` that the attention kernel cannot tile.
+    """
     told = sections.pop("training", cfg.Training(log_every=1, samples=0))
     config = cfg.Config(
         name="run",
@@ -256,6 +240,7 @@ def start(
             f" {policy.compute.row_unit}, got {config.packing.row_length}. Change it,"
             " or load the policy with that row_length."
         )
+    # Updates donate their arrays; the caller's policy keeps its own.
     copied = dataclasses.replace(
         policy,
         params=jax.tree.map(jnp.copy, policy.params),

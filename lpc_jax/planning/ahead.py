@@ -1,7 +1,4 @@
-"""A run's programs, compiled ahead of time for devices that are elsewhere.
-
-From shapes with shardings alone: no weight is ever made.
-"""
+"""A run's programs, compiled ahead of time from shapes for devices elsewhere."""
 
 from __future__ import annotations
 
@@ -33,9 +30,9 @@ from lpc_jax.training import optimizer as optimizers
 from lpc_jax.training import step
 from lpc_jax.types import Batch
 
-# Updates in the run: the programs hold it as a number that changes no size.
+# Updates in the run; its value changes no program's size.
 _STEPS = 1000
-# What the compiler says when a program alone is larger than the memory there is.
+# In the compiler's error when a program alone is larger than the memory.
 _TOO_LARGE = "RESOURCE_EXHAUSTED"
 _USED = re.compile(r"(?:Used |for HLO temporaries \()([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -50,11 +47,7 @@ class TooLargeError(Exception):
 
 
 def find_architecture(config: cfg.Config) -> Architecture:
-    """The model's numbers, without its weights.
-
-    Raises:
-        UserError: A hub id that is not here and not among ``architectures.KNOWN``.
-    """
+    """The architecture of ``model.path``; ``UserError`` for an unknown hub id."""
     path = config.model.path
     if not sources.is_hub_id(path):
         file = weights.find(path, setting="model.path", revision=None)
@@ -69,11 +62,7 @@ def find_architecture(config: cfg.Config) -> Architecture:
 
 
 def devices(topology: str) -> tuple[Any, ...]:
-    """Those of a TPU slice, to compile for; none of them need be here.
-
-    Raises:
-        UserError: The TPU's compiler is not installed.
-    """
+    """Devices of a TPU slice to compile for; ``UserError`` without libtpu."""
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "--topology needs the TPU's compiler, the package libtpu, which is not"
@@ -86,11 +75,7 @@ def devices(topology: str) -> tuple[Any, ...]:
 
 
 def timed(name: str, lower: Callable[[], Any], seconds: dict[str, float]) -> Any:
-    """A compiled program; how long that took is noted under its name.
-
-    Raises:
-        TooLargeError: It alone needs more than a device has.
-    """
+    """A compiled program, its time noted, or ``TooLargeError`` if it is too large."""
     begun = time.perf_counter()
     try:
         program = lower().compile()
@@ -106,7 +91,7 @@ def timed(name: str, lower: Callable[[], Any], seconds: dict[str, float]) -> Any
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-    """A run's programs and what they are compiled for, all of it abstract."""
+    """A run's programs and the abstract arguments they are compiled for."""
 
     config: cfg.Config
     policy: Policy
@@ -117,7 +102,7 @@ class Ahead:
 
     @property
     def given(self) -> tuple[Any, ...]:
-        """Arguments of the gradients' program."""
+        """Arguments of ``programs.gradients``."""
         state = self.state
         return state.params, self.policy.frozen, self.batch, state.key, state.step
 
@@ -125,7 +110,7 @@ class Ahead:
 def abstract(
     config: cfg.Config, architecture: Architecture, pair: Pair, mesh: Mesh
 ) -> Ahead:
-    """A run's programs and what they are given, on devices that may be elsewhere."""
+    """A run's programs and abstract arguments on a mesh of devices elsewhere."""
     of_run = policy.abstract(
         architecture,
         compute.resolve(
@@ -155,7 +140,6 @@ def abstract(
 
 
 def _batch(config: cfg.Config, of_run: Policy, pair: Pair) -> Batch:
-    """A micro-batch of the run's shape, empty."""
     packed, prompt, states = config.packing, pair.prompt, None
     if config.decoder == "frozen":
         prompt = 1
@@ -176,10 +160,7 @@ def _batch(config: cfg.Config, of_run: Policy, pair: Pair) -> Batch:
 
 
 def jobs(run: Ahead, *, several: bool) -> dict[str, Callable[[], Any]]:
-    """A step's programs, gradients first, and the reference's, by how to lower them.
-
-    ``add`` is among them if a step has ``several`` micro-batches.
-    """
+    """Lowerings by program, gradients first; ``several`` micro-batches need ``add``."""
     state, programs = run.state, run.programs
     pairs = jax.ShapeDtypeStruct((), jnp.int32)
     made: dict[str, Callable[[], Any]] = {

@@ -1,7 +1,7 @@
-"""What a step costs, counted by hand: operations, and the least bytes it must move.
+"""Operations and least bytes of a step, counted from the architecture.
 
-Compilers count the body of a loop once, and a decoder is loops; so this is counted from
-the architecture, and a test holds it against the compiler's count of one layer.
+A compiler counts a loop's body once, and a decoder is loops. A test compares one layer
+with the compiler's count.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _FP32, _BF16 = 4, 2
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Tokens in the prompt and in each answer of what all pairs are taken to be."""
+    """Tokens of the prompt and of each answer; all pairs are taken to be alike."""
 
     prompt: int
     answer: int
 
     @property
     def tokens(self) -> int:
-        """In a row."""
+        """Tokens in a row."""
         return self.prompt + 2 * self.answer
 
     @property
     def scored(self) -> int:
-        """That meet the LM head."""
+        """Tokens that meet the LM head."""
         return 2 * self.answer
 
     @property
     def seen(self) -> int:
-        """Keys that all queries attend to together, by the mask's rule."""
+        """Query-key pairs under the mask: an answer sees the prompt and itself."""
         own = self.prompt * (self.prompt + 1) // 2
         answer = self.answer * self.prompt + self.answer * (self.answer + 1) // 2
         return own + 2 * answer
@@ -68,7 +68,7 @@ def _adapter_matrices(architecture: Architecture, adapters: cfg.Adapters) -> int
 
 
 def _latent_matrices(architecture: Architecture, latent: cfg.Latent) -> int:
-    """Multiply-adds for one pair: prior, posterior and both mixes of codes."""
+    """Multiply-adds per pair: prior, posterior and both mixes of codes."""
     width = architecture.width
     sizes = {
         "D": width,
@@ -85,8 +85,7 @@ def flops(
 ) -> Flops:
     """Operations for one pair under an attention backend.
 
-    Of masked scores those are counted that the backend computes, but for the rest of
-    the blocks of those that skip.
+    Masked scores count if the backend computes whole rows; else none do.
     """
     a, layers, tokens = architecture, architecture.layers, pair.tokens
     row = BACKENDS[backend]
@@ -94,7 +93,7 @@ def flops(
     added = latent = 0.0
     if config.adapters is not None:
         added = 2.0 * layers * _adapter_matrices(a, config.adapters) * tokens
-    # Two products of N x H a query and key: scores, and the mix of values.
+    # Two products of N x H per query and key: scores, and the mix of values.
     attention = 4.0 * layers * a.query_heads * a.head_width * pair.seen
     head = 2.0 * a.vocabulary * a.width * pair.scored
     if config.latent is not None:
@@ -105,7 +104,7 @@ def flops(
         alone = head + 3 * latent
         return Flops(alone, alone, head if needed else 0.0)
     forward = blocks + added + attention + head + latent
-    # Of each product two more, by its input and by its weight; a frozen weight's isn't.
+    # Two more a product, by its input and by its weight; a frozen weight's is left out.
     one_or_two = 2 if config.trains_decoder else 1
     backward = one_or_two * (blocks + head) + 2 * (added + attention + latent)
     computed = attention
@@ -113,7 +112,7 @@ def flops(
         computed *= tokens * config.packing.row_length / pair.seen
     again = head
     if config.model.remat == "block":
-        # Nothing asks again for what the MLP's last product gives.
+        # The backward pass does not need the output of the MLP's last product.
         last = 2.0 * layers * a.width * a.mlp_width * tokens
         again += blocks - last + added + computed
     elif config.model.remat != "none" and row.holds_scores:
@@ -126,15 +125,12 @@ def flops(
 
 
 def _weights_read(config: cfg.Config, architecture: Architecture) -> int:
-    """Bytes of bfloat16 weights that the passes of a micro-batch meet, all devices'.
-
-    Blocks are met forward, backward and, under ``remat='block'``, once more between
-    but for the MLP's last; the head, tile by tile, forward and backward. Of the
-    embedding a few rows are.
-    """
+    """Bytes of bfloat16 weights read in a micro-batch, over all devices."""
     a, once = architecture, block_matrices(architecture)
     if config.decoder == "frozen":
         return _BF16 * a.vocabulary * a.width
+    # Read forward, backward and, under remat, again but for the MLP's last matrix; the
+    # head twice; of the embedding a few rows, left out.
     block = 2 * once
     if config.model.remat == "block":
         block += once - a.width * a.mlp_width
@@ -150,12 +146,12 @@ def least_memory_traffic(
     trained: int,
     optimizer: int,
 ) -> float:
-    """Bytes that a device must at least read and write in a step, without activations.
+    """Least bytes that a device reads and writes in a step, without activations.
 
-    In a micro-batch the weights, gathered over ``fsdp``, and every gradient written and
-    added; in the update gradients read, masters and optimizer state read and written,
-    of which ``trained`` and ``optimizer`` are a device's bytes.
+    ``trained`` and ``optimizer`` are a device's bytes of masters and optimizer state.
     """
+    # Every gradient is written and added. The update reads gradients, and reads and
+    # writes masters and optimizer state.
     micro_batch = _weights_read(config, architecture) / tensor + 2 * trained
     return micro_batches * micro_batch + float(3 * trained + 2 * optimizer)
 
@@ -163,11 +159,10 @@ def least_memory_traffic(
 def gathered_and_scattered(
     config: cfg.Config, architecture: Architecture, mesh: dict[str, int], trained: int
 ) -> dict[str, float]:
-    """Bytes that a device sends for FSDP in a micro-batch, by kind of collective.
-
-    ``trained`` counts the parameters whose gradients are summed.
-    """
+    """Bytes that a device sends for FSDP in a micro-batch, by kind of collective."""
     data, fsdp, tensor = (mesh[axis] for axis in ("data", "fsdp", "tensor"))
+    # In a ring each device sends (n - 1) / n of the whole, for an all-reduce twice.
+    # Gradients of the ``trained`` parameters are summed in fp32.
     gather = _weights_read(config, architecture) / tensor * (fsdp - 1) / fsdp
     scatter = trained / tensor * _FP32 * (fsdp - 1) / fsdp
     copies = 2 * trained / tensor / fsdp * _FP32 * (data - 1) / data
@@ -177,13 +172,7 @@ def gathered_and_scattered(
 def temporary(
     config: cfg.Config, architecture: Architecture, mesh: dict[str, int], backend: str
 ) -> int:
-    """Bytes that a gradient's program needs besides what it is given and gives.
-
-    What the backward pass finds kept, and the block that it is in: what that block
-    makes and its gradients, its weights gathered and their gradients before they are
-    scattered. Unless they are frozen, all weights once more in bfloat16, which
-    compilers make before the layers' loop.
-    """
+    """Bytes that the gradients' program needs besides its arguments and results."""
     a, packed = architecture, config.packing
     tokens = packed.rows * packed.row_length // math.prod(mesh.values())
     if config.decoder == "frozen":  # probabilities of a chunk
@@ -194,8 +183,8 @@ def temporary(
     products = tokens * (heads + a.width + 3 * a.mlp_width) * _BF16
     scores = 0
     if BACKENDS[backend].whole_rows:
-        # In fp32, and their softmax in bfloat16 (docs/performance.md has it compiled).
-        # cuDNN's kernel holds none, and yet is counted so: nobody has measured it.
+        # In fp32, and their softmax in bfloat16 (compiled: docs/performance.md).
+        # cuDNN's kernel holds none, yet is counted so: nobody has measured it.
         scores = tokens * a.query_heads * packed.row_length * (_FP32 + _BF16)
     kept = {
         "block": stream,
@@ -203,9 +192,12 @@ def temporary(
         "dots": stream + products,
         "none": stream + 2 * products + scores,
     }[config.model.remat]
+    # One block's gathered weights, and their gradients before they are scattered.
     block = block_matrices(a) // mesh["tensor"]
     weights, copies = block * _BF16, 0
     if config.trains_decoder:
         weights += block * _FP32
+        # Compilers cast all weights to bfloat16 before the layers' loop.
         copies = leaves.count(a) // (mesh["fsdp"] * mesh["tensor"]) * _BF16
+    # 2 * products: the activations of the block in work and their gradients.
     return a.layers * kept + 2 * products + scores + weights + copies

@@ -1,4 +1,4 @@
-"""Accelerators by name: what one can do, and how many of them a slice has."""
+"""Accelerators by name: data-sheet numbers and slice layouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a maker's data sheet says of one accelerator."""
+    """One accelerator by its maker's data sheet."""
 
     name: str
     platform: str  # as JAX names it
@@ -33,7 +33,6 @@ class Chip:
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 # Google Cloud, "TPU v5p": supported configurations, those of up to a cube of 8.
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -64,7 +63,7 @@ _TPUS = [chip.name for chip in CHIPS.values() if chip.platform == "tpu"]
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Some chips of one kind, wired to each other."""
+    """Chips of one kind, wired to each other."""
 
     chip: Chip
     count: int
@@ -72,16 +71,12 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """As a person would write it."""
+        """Its topology, or number and kind."""
         return self.topology or f"{self.count} x {self.chip.name}"
 
 
 def named(*, topology: str | None, devices: str | None) -> Slice:
-    """The slice that one of the two flags names.
-
-    Raises:
-        UserError: Not exactly one is given, or it names nothing that there is.
-    """
+    """The slice of ``--topology`` or ``--devices``; ``UserError`` unless just one."""
     if topology is not None and devices is None:
         return parse_topology(topology)
     if devices is not None and topology is None:
@@ -94,11 +89,7 @@ def named(*, topology: str | None, devices: str | None) -> Slice:
 
 
 def parse_topology(text: str) -> Slice:
-    """The slice that ``--topology`` names: ``v5e:8x8``, or by marketing ``v5p-8``.
-
-    Raises:
-        UserError: No such chip, or no such slice of it.
-    """
+    """The slice of ``--topology`` (``v5e:8x8``, ``v5p-8``), or ``UserError``."""
     matched = re.fullmatch(r"(?:tpu:)?([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text)
     if not matched:
         raise UserError(
@@ -133,11 +124,7 @@ def parse_topology(text: str) -> Slice:
 
 
 def parse_devices(text: str) -> Slice:
-    """The chips that ``--devices`` names: ``gpu:8xh100``, ``tpu:4xv5p``.
-
-    Raises:
-        UserError: Not of that form, or no such chip.
-    """
+    """The chips of ``--devices`` (``gpu:8xh100``, ``tpu:4xv5p``), or ``UserError``."""
     matched = re.fullmatch(r"(?:(gpu|tpu):)?([1-9]\d*)x([a-z0-9]+)", text)
     platform, count, name = matched.groups() if matched else (None, "", "")
     chip = CHIPS.get(_ALIASES.get(name, name))
@@ -151,7 +138,7 @@ def parse_devices(text: str) -> Slice:
 
 
 def _near(text: str) -> str:
-    """The chip that was meant, if any; a slice of it where the chip alone was named."""
+    """A hint: the nearest chip's name; a slice of it where the chip alone was named."""
     if text in _TPUS:
         return f" Did you mean {text}-{64 * CHIPS[text].cores_in_name}?"
     near = difflib.get_close_matches(re.split("[:-]", text)[0], _TPUS, n=1, cutoff=0.5)

@@ -1,8 +1,4 @@
-"""Which collectives a compiled program holds: how large, and how often they run.
-
-Read from the compiler's own text, the HLO after partitioning, so that it is what will
-run and not what was asked for.
-"""
+"""Collectives of a compiled program, read from its HLO after partitioning."""
 
 from __future__ import annotations
 
@@ -19,14 +15,12 @@ KINDS: tuple[str, ...] = (
     "all-to-all",
     "collective-permute",
 )
-
 # The TPU compiler's fusion of an all-reduce of which each device keeps a part.
 _SCATTERING_FUSION = "all-reduce-scatter"
-# A collective that runs beside other work is written down where it starts, in each
-# fusion that goes on with it, and where it is done.
+# An asynchronous collective is written where it starts, in each fusion that goes on
+# with it, and where it is done.
 _CONTINUED_FUSION = "async_collective_fusion"
 _DONE_FUSION = "async-collective-done"
-
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -39,7 +33,7 @@ _CALLED = re.compile(
     r"|false_computation)=(\{[^}]*\}|%[\w.\-]+)"
 )
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-# What hands a value on unchanged, for the search of a loop's bounds.
+# Opcodes that hand a value on unchanged, for the search of a loop's bounds.
 _TRANSPARENT = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done")
 
 
@@ -75,11 +69,11 @@ class Collective:
 
     @property
     def sent(self) -> int:
-        """Bytes that each device sends, at least, in one call of the program.
+        """Least bytes that each device sends in one call of the program.
 
         Of n devices, each sends its own part to n - 1 others (all-gather, all-to-all)
-        or n - 1 parts of what is summed (reduce-scatter); an all-reduce is the latter
-        and then the former (Patarasuk & Yuan 2009).
+        or n - 1 parts of the sum (reduce-scatter). An all-reduce is both (Patarasuk &
+        Yuan 2009).
         """
         others = self.group - 1
         size = sum(shape.bytes for shape in self.results)
@@ -104,7 +98,7 @@ class _Instruction:
 
     @property
     def index(self) -> int | None:
-        """Of a tuple's element, its place."""
+        """The place of a tuple's element."""
         place = re.search(r"index=(\d+)", self.text)
         is_element = self.opcode == "get-tuple-element"
         return int(place.group(1)) if is_element and place else None
@@ -116,28 +110,19 @@ class _Instruction:
 
 
 class _Computation(dict[str, _Instruction]):
-    """Instructions by name."""
-
     @property
     def root(self) -> _Instruction:
         return next(i for i in self.values() if i.root)
 
     def origin(self, name: str) -> _Instruction:
-        """The instruction whose value is handed on under a name."""
+        """The instruction whose value a name hands on."""
         while self[name].opcode in _TRANSPARENT:
             name = self[name].operands[0]
         return self[name]
 
 
 def read(text: str) -> list[Collective]:
-    """All collectives of a program.
-
-    Args:
-        text: ``compiled.as_text()``.
-
-    Raises:
-        ValueError: The text is no HLO module.
-    """
+    """All collectives of a program, from ``compiled.as_text()``."""
     computations, entry = _parse(text)
     partitions = re.search(r"num_partitions=(\d+)", text)
     devices = int(partitions.group(1)) if partitions else 1
@@ -195,7 +180,7 @@ def _walk(
 
 
 def _called(instruction: _Instruction) -> list[str]:
-    """Computations that an instruction begins; not those that only add two numbers."""
+    """Computations that an instruction starts, without reductions' scalar adds."""
     if instruction.name.startswith(_DONE_FUSION):
         return []
     names = []
@@ -227,7 +212,7 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _group(text: str, devices: int) -> int:
-    """Devices in one of the groups that an instruction names in any of three ways."""
+    """Devices in a group; HLO writes groups in three ways."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return listed.group(1).count(",") + 1
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
@@ -242,13 +227,11 @@ def _group(text: str, devices: int) -> int:
 def _trips(
     computations: Mapping[str, _Computation], caller: _Computation, loop: _Instruction
 ) -> int | None:
-    """How often a loop runs; None if its bounds are no constants.
-
-    The TPU's text names no count, so it is found as the compiler itself does: a counter
-    that starts at a constant, grows by one, and is compared with one.
-    """
+    """How often a loop runs; None unless its bounds are constants."""
     if known := _KNOWN_TRIPS.search(loop.text):
         return int(known.group(1))
+    # The TPU's text has no trip count. As the compiler does, look for a counter that
+    # starts at a constant, grows by a constant, and is compared with a constant.
     called = dict(_CALLED.findall(loop.text))
     body, condition = (
         computations[called[name].lstrip("%")] for name in ("body", "condition")
@@ -282,7 +265,7 @@ def _unfused(
     outer: _Computation,
     instruction: _Instruction,
 ) -> tuple[_Computation, _Instruction]:
-    """A fusion's last instruction, its parameters replaced by what they are outside."""
+    """A fusion's last instruction, its parameters replaced by the outer operands."""
     if instruction.opcode != "fusion":
         return outer, instruction
     (name,) = _called(instruction)

@@ -1,8 +1,7 @@
 """What a run would need and could reach on chips that are not here.
 
-The real programs of ``training`` are compiled ahead of time for the named TPU slice
-from shapes alone; for GPUs, which need their own compiler, the same is counted by hand.
-Nothing is run, no data is read: all pairs are taken to be of one length.
+TPU programs are compiled ahead of time; GPUs need their own compiler, so their plans
+are arithmetic. All pairs are taken to be of one length.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from lpc_jax.runtime import compute, policy
 from lpc_jax.training import memory
 
 Say = Callable[[str], None]
-
 # GPUs that NVLink joins, in NVIDIA's HGX and DGX machines of these kinds.
 _GPUS_OF_A_MACHINE = 8
 # Widths of the tensor axis that are tried.
@@ -35,13 +33,13 @@ _TENSOR = (2, 4, 8)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A config on a slice: what it needs, moves and could reach at best."""
+    """A config on a slice: what it needs, what it sends, and a bound on its speed."""
 
     config: str
     slice: str
     chips: int
-    compiled: bool  # a compiler said so; else it was counted by hand
-    versions: dict[str, str]  # of jax and of the compiler, where one was asked
+    compiled: bool  # else counted by arithmetic
+    versions: dict[str, str]  # of jax and the compiler, if compiled
     compile_seconds: dict[str, float]  # of each program
     mesh: dict[str, int]
     rows: int  # of a micro-batch
@@ -62,7 +60,7 @@ class Plan:
     hardware_flops: float  # likewise, with what is computed twice
     seconds: dict[str, float]  # the least of compute, memory and interconnect
     peak_flops: float  # of all chips
-    changes: tuple[str, ...]  # flags besides those that were asked for
+    changes: tuple[str, ...]  # flags that make it fit
     notes: tuple[str, ...]  # what else a person should know
 
     @property
@@ -72,34 +70,32 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether that leaves the margin that runs need."""
+        """Whether the peak leaves the margin that runs need."""
         return dataclasses.replace(self.memory, peak=self.peak).fits
 
     @property
     def binds(self) -> str:
-        """What a step cannot be faster than."""
+        """The resource that bounds a step's time."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
     @property
     def step_seconds(self) -> float:
-        """The roofline: the least that a step takes, all else hidden behind it."""
+        """The roofline: the least time of a step, all else hidden behind the bound."""
         return self.seconds[self.binds]
 
     @property
     def mfu(self) -> float:
-        """The share of the peak that a step of that length would reach."""
+        """Model FLOP/s over the peak, at ``step_seconds``."""
         return self.model_flops / (self.step_seconds * self.peak_flops)
 
     @property
     def pairs_per_second(self) -> float:
-        """Likewise; a run is slower."""
+        """Pairs per second at ``step_seconds``, an upper bound."""
         return self.pairs_per_step / self.step_seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """What a plan is made for."""
-
     config: cfg.Config
     architecture: Architecture
     slice: Slice
@@ -146,8 +142,6 @@ class _Subject:
 
 @dataclasses.dataclass(frozen=True)
 class _Account:
-    """What a step needs and sends, by a compiler or by hand: fields of ``Plan``."""
-
     memory: memory.Prediction
     sent: dict[str, int]
     reference_peak: int = 0
@@ -158,12 +152,9 @@ class _Account:
 
 
 def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
-    """The plan of a config; of one that doesn't fit, with the changes that make it.
+    """The plan of a config; if it does not fit, with the changes that make it fit.
 
-    All pairs are taken to be like ``pair``; ``say`` is told what is compiled and tried.
-
-    Raises:
-        UserError: Something that the user can mend, before anything is compiled.
+    ``say`` is told of each attempt. A pair longer than a row is a ``UserError``.
     """
     architecture = ahead.find_architecture(config)
     if pair.tokens > config.packing.row_length:
@@ -193,7 +184,7 @@ def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
 def _change(
     subject: _Subject, flags: dict[str, str], section: str, **values: Any
 ) -> _Subject:
-    """The subject with other settings, each noted as the flag that makes it."""
+    """The subject with other settings, each noted as its flag."""
     for name, value in values.items():
         flag = f"--{section}.{name.replace('_', '-')}"
         flags[flag] = f"{flag} {value}"
@@ -226,13 +217,13 @@ def _fitting(subject: _Subject, flags: dict[str, str], say: Say) -> Plan:
 
 
 def _can_fit(subject: _Subject) -> bool:
-    """Whether what a step keeps, without any program's own needs, would fit."""
+    """Whether what stays between programs would fit."""
     kept = _by_hand(subject).memory
     return dataclasses.replace(kept, peak=kept.peak - kept.temporary).fits
 
 
 def _changes(subject: _Subject) -> Iterator[tuple[_Subject, dict[str, str]]]:
-    """Ways to need less memory, the least change first; each keeps those before it."""
+    """Ways to need less memory, the least change first; they accumulate."""
     flags: dict[str, str] = {}
     less_kept = {"none": ("dots", "block"), "block": ()}
     for less in less_kept.get(subject.config.model.remat, ("block",)):
@@ -264,7 +255,7 @@ def _changes(subject: _Subject) -> Iterator[tuple[_Subject, dict[str, str]]]:
 
 
 def _plan(subject: _Subject, flags: dict[str, str], say: Say) -> Plan | None:
-    """None if a program alone is larger than a chip's memory."""
+    """A plan; None if a program alone is larger than a chip's memory."""
     try:
         account = _by_compiler(subject, say) if subject.devices else _by_hand(subject)
     except ahead.TooLargeError as e:
@@ -316,7 +307,7 @@ def _by_compiler(subject: _Subject, say: Say) -> _Account:
 
 
 def _by_hand(subject: _Subject) -> _Account:
-    """By arithmetic: all split evenly, and the least that must be kept and moved."""
+    """Arithmetic: all is split evenly, only what must be kept and sent counts."""
     config, mesh, trained = subject.config, subject.mesh, subject.trained
     of_run = (config, subject.architecture, mesh)
     split = mesh["fsdp"] * mesh["tensor"]

@@ -1,4 +1,4 @@
-"""A plan for a person, for a file, and many of them as the table of a document."""
+"""A plan as lines, as JSON, and many plans as a Markdown table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lpc_jax.training.memory import size
 
 
 def lines(plan: Plan) -> list[str]:
-    """What ``scripts/plan.py`` prints, per chip unless it says otherwise."""
+    """The lines that ``scripts/plan.py`` prints, per chip unless they say otherwise."""
     pair, capacity = plan.pair, plan.memory.capacity or 0
     how = "BY ARITHMETIC, nothing was compiled: memory is an estimate"
     if plan.compiled:
@@ -70,23 +70,19 @@ def _step_lines(plan: Plan) -> list[str]:
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """Everything in a plan and what follows from it."""
+    """A plan's fields and derived numbers."""
     derived = ("peak", "fits", "binds", "step_seconds", "mfu", "pairs_per_second")
     return dataclasses.asdict(plan) | {name: getattr(plan, name) for name in derived}
 
 
 def write_json(plan: Plan, file: Path) -> None:
-    """``to_json`` in a file."""
+    """Writes ``to_json`` to a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(to_json(plan), indent=1) + "\n", encoding="utf-8")
 
 
 def table(files: Sequence[Path]) -> str:
-    """Plans from their JSON files as a table in Markdown.
-
-    Raises:
-        UserError: A file that no plan wrote.
-    """
+    """A Markdown table of plans from JSON files; a foreign file is a ``UserError``."""
     rows = [
         "| config | slice | rows | pass | peak of memory, GB a chip | bound, s a step"
         " | bound by | MFU, at most | pairs/s, at most |",

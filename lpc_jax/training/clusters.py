@@ -1,4 +1,4 @@
-"""How the latent's networks start: from some pairs' hidden states, in NumPy."""
+"""Data-dependent start of the latent's networks from hidden states, in NumPy."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from jaxtyping import Float, Int
 
 from lpc_jax.models.latent import PosteriorInput
 
-# Keeps a coordinate that hardly varies from being blown up: its standard deviation
-# counts as at least this share of the hidden states' root mean square.
+# Least standard deviation of a coordinate, as a share of the hidden states' root mean
+# square: one that hardly varies is not blown up.
 _LEAST_SPREAD = 0.01
-
-# Of the start from clusters: principal components in which clusters are sought, logit
-# of a pair's cluster above the others', and the ridge as a share of the mean variance.
+# Of the start from clusters: principal components, logit of a pair's cluster above the
+# others', and the ridge as a share of the mean variance.
 _COMPONENTS, _CLUSTER_LOGIT, _RIDGE = 20, 3.0, 1.0
-
-# Where all pairs are one.
+# Keeps divisors from 0 when all pairs are equal.
 _LEAST_RIDGE = 1e-12
 
 
@@ -28,19 +26,13 @@ def standardization(
     *,
     posterior_input: PosteriorInput,
 ) -> dict[str, dict[str, Float[np.ndarray, "_"]]]:
-    """The fixed inputs' means and spreads of both MLPs, from some pairs of the data.
+    """Fixed means and spreads of both MLPs' inputs, from a sample of pairs.
 
-    Data-dependent initialisation (Salimans & Kingma 2016, section 3). Chosen and
-    rejected answers share theirs, and differences have mean 0, so that nothing tells
-    the two apart but their states.
+    Data-dependent initialisation (Salimans & Kingma 2016, section 3).
 
     Args:
-        prompt: Last hidden states of the start model where the prior reads.
-        pairs: What the posterior reads, from ``judged``.
-        posterior_input: What that is.
-
-    Returns:
-        ``input_mean`` and ``input_spread`` for ``prior_mlp`` and ``posterior_mlp``.
+        prompt: Last hidden states of the start model that the prior reads.
+        pairs: The posterior's inputs, from ``judged``.
     """
 
     def moments(states: np.ndarray, *, centred: bool) -> dict[str, np.ndarray]:
@@ -50,6 +42,8 @@ def standardization(
         spread = np.sqrt(np.mean((states - mean) ** 2, axis=0) + least)
         return {"input_mean": mean, "input_spread": spread}
 
+    # Chosen and rejected answers share theirs, and differences get mean 0, so that only
+    # the states tell the two apart.
     of_prompt = moments(prompt, centred=True)
     match posterior_input:
         case "concat":
@@ -74,15 +68,11 @@ def standardization(
 def clusters(
     inputs: Float[np.ndarray, "B inputs"], num_codes: int
 ) -> Int[np.ndarray, "B"]:
-    """A cluster for each of some pairs, by k-means on their principal components.
+    """A cluster for each pair, by k-means on principal components of the inputs.
 
-    From random networks the codes compete for all pairs at once and often one wins; a
-    codebook that starts from clusters of the data does not collapse (Zeghidour et al.
-    2021, section III.C, start vector quantisation so).
-
-    Args:
-        inputs: What the posterior reads of the pairs, standardised.
-        num_codes: C; of fewer pairs than codes each is a cluster.
+    From random networks the codes compete for all pairs at once and often one wins. A
+    codebook that starts from clusters does not collapse (Zeghidour et al. 2021, section
+    III.C). With fewer pairs than codes, each pair is a cluster.
     """
     centred = inputs - inputs.mean(axis=0)
     directions = np.linalg.svd(centred, full_matrices=False)[2][:_COMPONENTS]
@@ -95,7 +85,7 @@ def clusters(
 def means_of_others(
     inputs: Float[np.ndarray, "B inputs"], users: Int[np.ndarray, "B"]
 ) -> Float[np.ndarray, "B inputs"]:
-    """The mean over the other pairs of each pair's user; itself where it is alone."""
+    """The mean over the user's other pairs; the pair itself where it is alone."""
     same = (users[:, None] == users).astype(inputs.dtype)
     others = same - np.eye(len(users), dtype=inputs.dtype)
     alone = others.sum(axis=1) == 0
@@ -111,21 +101,12 @@ def output_for(
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """An output layer whose logits name each pair's cluster, by ridge regression.
 
-    A ridge that keeps the layer from learning these pairs by heart shrinks its logits,
-    so that a draw's noise would drown them: they are scaled up again to the spread that
-    was wanted.
-
-    Args:
-        hidden: What the layer reads of the pairs.
-        cluster: From ``clusters``.
-        num_codes: C.
-        users: Who judged each pair, where logits are pooled over others of the user's.
-
-    Returns:
-        ``output_kernel`` and ``output_bias``.
+    ``hidden`` are the layer's inputs; ``users`` are given if logits are pooled over a
+    user's other pairs.
     """
     wanted = _CLUSTER_LOGIT * (np.eye(num_codes)[cluster] - 1 / num_codes)
     features = (hidden - hidden.mean(axis=0)).astype(np.float64)
+    # The dual form: one equation a pair, where features may be many more.
     products = features @ features.T
     ridge = _RIDGE * np.trace(products) / min(features.shape) + _LEAST_RIDGE
     weights = np.linalg.solve(
@@ -134,6 +115,7 @@ def output_for(
     kernel = features.T @ weights
     found = features @ kernel
     read = found if users is None else means_of_others(found, users)
+    # The ridge shrinks logits so far that a draw's noise would drown them: scale back.
     kernel *= wanted.std() / max(read.std(), _LEAST_RIDGE)
     bias = wanted.mean(axis=0) - hidden.mean(axis=0) @ kernel
     return {

@@ -1,7 +1,4 @@
-"""What a person should look at while a run goes, in plain words.
-
-Any of the numbers may be absent.
-"""
+"""Warnings about a run from its metrics; any metric may be absent."""
 
 from __future__ import annotations
 
@@ -15,24 +12,18 @@ _UNIFORM_SHARE = 0.98
 _COLLAPSED_SHARE = 0.95
 # Nats per token that chosen answers may lose against the start before a warning.
 _FALLING_LOGP = 0.3
-# Likewise of shares of answers: more that run in a circle, fewer that end.
+# Likewise in shares of answers: more that run in a circle, fewer that end.
 _CIRCLES, _ENDED = 0.1, 0.2
-
 CHOSEN_LOGP = "logp_per_token/chosen"
 OVER_START = "logp_per_token/chosen_over_start"
 _OVER_REFERENCE = "logp_per_token/chosen_over_reference"
-
 _MORE_LIKELIHOOD = "Raise loss.sft_weight or lower optimizer.learning_rate."
 
 
 def over_start(
     metrics: Mapping[str, float], start: Mapping[str, Any]
 ) -> dict[str, float]:
-    """How far the chosen answers' log-prob per token is from the start's.
-
-    Under a loss with a reference that is the start model it is the reference's too;
-    every loss has the first numbers of the run itself.
-    """
+    """Change of the chosen answers' log-prob per token since the run's first record."""
     if CHOSEN_LOGP not in start:
         return {}
     return {OVER_START: metrics[CHOSEN_LOGP] - start[CHOSEN_LOGP]}
@@ -41,13 +32,7 @@ def over_start(
 def warnings(
     metrics: Mapping[str, float], start: Mapping[str, Any], num_codes: int | None
 ) -> list[str]:
-    """What is wrong, and what to change; empty when all is well.
-
-    Args:
-        metrics: Of training or of held-out pairs, by path.
-        start: The same before the first update.
-        num_codes: C, or None without a latent.
-    """
+    """What is wrong and what to change in a run; ``start`` are its first metrics."""
     said = []
     if num_codes is not None and "code/perplexity" in metrics:
         uniform = metrics["code/perplexity"] > _UNIFORM_SHARE * num_codes

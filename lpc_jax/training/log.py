@@ -1,8 +1,6 @@
-"""What a run says while it goes: ``metrics.jsonl``, lines or a bar, trackers.
+"""The run log: ``metrics.jsonl``, printed lines or a bar, and trackers.
 
-``metrics.jsonl`` is always written and is the only source of the plot; trackers are
-told the same numbers. Knows nothing of how a number was made: metrics are names and
-floats, and any of them may be absent.
+``metrics.jsonl`` is always written; the plot is drawn from it alone.
 """
 
 from __future__ import annotations
@@ -29,13 +27,10 @@ from lpc_jax.training import tables
 from lpc_jax.training.trackers import Tracker, require_trackers, start_tracker
 
 METRICS_FILE, PLOT_FILE = "metrics.jsonl", "plot.png"
-
 TRAIN, EVALUATION = "train", "eval"
-
 # Fields of a line of metrics.jsonl that are no metrics.
 _STEP, _SPLIT, _TIME, _NONFINITE = "step", "split", "time", "nonfinite"
-
-# What is printed of a log line, and how; the bar has less room.
+# Metrics printed of a log line, with their formats; the bar has less room.
 _SPEED = "speed/tokens_per_second"
 _WATCHED = {
     "loss/total": "loss {:.4f}",
@@ -49,18 +44,7 @@ _ON_THE_BAR = ("loss/total", "reward/accuracy", _SPEED)
 class RunLog:
     """The log of one run; a context manager, closed on errors too.
 
-    Args:
-        folder: The run folder, for ``metrics.jsonl``, ``plot.png``, trackers' files.
-        name: The run's, with ``project`` and ``settings`` by dotted name for trackers.
-        trackers: Any of ``tensorboard``, ``wandb``, ``trackio``.
-        total_steps: Updates of the whole run.
-        resume_from: Updates done before, or None for a new run. Lines of an earlier
-            attempt beyond them are removed; of a new run, all.
-        console: Where a person reads; None says nothing.
-
-    Raises:
-        UserError: A tracker's package is not installed, or ``metrics.jsonl`` is
-            broken. Nothing was changed.
+    Lines beyond ``resume_from`` updates are removed; None, a new run, removes all.
     """
 
     def __init__(
@@ -116,11 +100,11 @@ class RunLog:
         self._closing.close()
 
     def say(self, text: str) -> None:
-        """A plain line, above the bar where there is one."""
+        """Prints a plain line, above the bar if there is one."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One log line of training, after so many updates: metrics by path."""
+        """Records metrics of training after ``step`` updates."""
         self._record(step, TRAIN, metrics)
         remaining = self._remaining(step)
         status = [] if remaining is None else [f"eta {remaining}"]
@@ -136,7 +120,7 @@ class RunLog:
             self.say("  ".join([f"step {step:{width}}/{self._total}", *status]))
 
     def _remaining(self, step: int) -> datetime.timedelta | None:
-        """Time left at the pace since the first line, which paid for compilation."""
+        """Time left, paced from the first line, which includes compilation."""
         now = time.monotonic()
         if self._pace is None:
             self._pace = (step, now)
@@ -152,16 +136,13 @@ class RunLog:
         metrics: Mapping[str, float],
         accuracy_by_source: Mapping[str, float] | None = None,
     ) -> None:
-        """Metrics by path of the held-out pairs, after so many updates.
-
-        Accuracies by source are recorded as ``reward/accuracy/SOURCE``.
-        """
+        """Records held-out metrics, by source as ``reward/accuracy/SOURCE``."""
         by_source = _named_by_source(accuracy_by_source or {})
         self._record(step, EVALUATION, {**metrics, **by_source})
         self.say(f"step {step}: held out: {', '.join(_brief(metrics, *_WATCHED))}")
 
     def samples(self, answers: Sequence[Sample]) -> None:
-        """Keeps the answers of an evaluation."""
+        """Records the answers of an evaluation."""
         if not answers:
             return
         samples.append(self._folder / samples.FILE, answers)
@@ -170,7 +151,7 @@ class RunLog:
             tracker.table(answers[0].step, f"{EVALUATION}/samples", rows)
 
     def first(self, split: str) -> dict[str, Any]:
-        """The first record of a split, or nothing where there is none yet."""
+        """The first record of a split, empty if there is none."""
         if split not in self._first:
             records = reversed(read(self._folder))
             self._first |= {record[_SPLIT]: record for record in records}
@@ -185,10 +166,7 @@ class RunLog:
             tracker.log(step, named)
 
     def finish(self, *, before: Evaluation | None, after: Evaluation | None) -> None:
-        """Prints the final tables, where there are held-out pairs, and draws the plot.
-
-        ``before`` is None in a resumed run: the first line of ``metrics.jsonl`` counts.
-        """
+        """Prints the held-out tables (``before`` None: read back); draws the plot."""
         if self._progress is not None:
             self._progress.stop()
         if after is not None:
@@ -217,15 +195,11 @@ def _all_metrics(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _brief(metrics: Mapping[str, float], *names: str) -> list[str]:
-    """What a person watches, of what is there."""
     return [_WATCHED[name].format(metrics[name]) for name in names if name in metrics]
 
 
 def _line(step: int, split: str, when: float, metrics: Mapping[str, float]) -> str:
-    """One JSON object; floats as Python writes them, which reads back exactly.
-
-    JSON has no NaN or infinity: they are null, and named under ``nonfinite``.
-    """
+    """One JSON object; non-finite values are null and named under ``nonfinite``."""
     nonfinite = {n: str(v) for n, v in metrics.items() if not math.isfinite(v)}
     record: dict[str, Any] = {_STEP: step, _SPLIT: split, _TIME: when}
     record |= {n: None if n in nonfinite else v for n, v in metrics.items()}
@@ -235,12 +209,7 @@ def _line(step: int, split: str, when: float, metrics: Mapping[str, float]) -> s
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Lines of ``metrics.jsonl``: step, split, time and metrics; NaN is NaN again.
-
-    Raises:
-        UserError: A line that is not JSON, by file and line number. A last line cut
-            off by a crash is passed over.
-    """
+    """Records of ``metrics.jsonl``; non-finite values are restored."""
     return [record for _, record in _lines(folder / METRICS_FILE)]
 
 
@@ -262,7 +231,7 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _rewind(path: Path, resume_from: int | None) -> None:
-    """Removes the lines of steps that will be done again, all or none of them."""
+    """Removes the lines of steps after ``resume_from``, all or none of them."""
     kept: list[str] = []
     if resume_from is not None and path.exists():
         kept = [line for line, record in _lines(path) if record[_STEP] <= resume_from]

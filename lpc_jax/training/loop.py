@@ -1,4 +1,4 @@
-"""The training loop: updates in order, and what happens between them."""
+"""The training loop: updates in order; logs, evaluations and checkpoints between."""
 
 from __future__ import annotations
 
@@ -20,19 +20,14 @@ from lpc_jax.training import health
 from lpc_jax.training.log import EVALUATION, TRAIN, RunLog
 from lpc_jax.training.run import Update
 
-# Updates before a trace begins.
+# Updates before a trace begins: the first ones compile and warm up.
 _UNPROFILED = 2
-
-# Exit statuses: as a shell has it, 128 + SIGTERM; and one that nothing else has.
+# Exit statuses: 128 + SIGTERM, as in a shell, and one that nothing else has.
 TERMINATED, NONFINITE = 143, 3
 
 
 class StoppedError(Exception):
-    """A run that ended before its last step, and left what it needs to go on.
-
-    Attributes:
-        status: What the command exits with.
-    """
+    """A resumable end before the last step; the command exits with ``status``."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -45,7 +40,7 @@ def _due(every: int | None, done: int, total: int) -> bool:
 
 @runtime_checkable
 class Trainable(Protocol):
-    """What the loop drives: a ``Run``, or whatever else makes updates."""
+    """What the loop drives: a ``Run``, or another source of updates."""
 
     config: cfg.Config
     total_steps: int
@@ -57,7 +52,7 @@ class Trainable(Protocol):
 
     @property
     def state(self) -> Any:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint keeps."""
         ...
 
     @property
@@ -66,52 +61,41 @@ class Trainable(Protocol):
         ...
 
     def update(self) -> Update:
-        """One update."""
+        """Makes one update."""
         ...
 
     def add(self, sums: Sums, more: Sums) -> Sums:
-        """Metrics of two updates together."""
+        """The sum of two updates' metric sums."""
         ...
 
     def schedules(self, number: int) -> dict[str, float]:
-        """What the schedules give an update."""
+        """Values of the schedules at an update."""
         ...
 
     def evaluate(self) -> preference.Evaluation:
-        """All held-out pairs, once."""
+        """Evaluates all held-out pairs."""
         ...
 
     def answers(self) -> list[samples.Sample]:
-        """Answers to some held-out prompts."""
+        """Answers to sampled held-out prompts."""
         ...
 
 
 @dataclasses.dataclass
 class Loop:
-    """A run's updates, in order, with everything that happens between them.
-
-    Attributes:
-        run: What makes the updates.
-        log: Where metrics and answers go.
-        checkpoints: Where states are kept; None: nowhere.
-        manifest: What a checkpoint says of its run.
-        ends_after: Whether the run was asked to end after so many updates.
-        report: Says what is wrong when updates are skipped, from the last one, its
-            number and how many there were.
-        trace: Where a profile goes.
-        before: Held-out pairs before the first update.
-        after: Held-out pairs after the last.
-    """
+    """Drives a run's updates; iterate it for the metrics of every log line."""
 
     run: Trainable
     log: RunLog
     checkpoints: checkpoint.Checkpoints | None = None
+    # Saved with each checkpoint.
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
-    ends_after: Callable[[int], bool] = lambda done: False
+    ends_after: Callable[[int], bool] = lambda done: False  # whether to stop there
+    # Message when too many updates are skipped: the last one, its number, how many.
     report: Callable[[Update, int, int], str] = lambda *_: "gradients are not finite"
-    trace: Path | None = None
-    before: preference.Evaluation | None = None
-    after: preference.Evaluation | None = None
+    trace: Path | None = None  # where a profile goes
+    before: preference.Evaluation | None = None  # before the first update
+    after: preference.Evaluation | None = None  # after the last
 
     def __post_init__(self) -> None:
         latent = self.run.config.latent
@@ -121,17 +105,12 @@ class Loop:
         self._restart()
 
     def _restart(self) -> None:
-        """Counts speed and metrics from here."""
         self._since, self._tokens, self._pairs = time.perf_counter(), 0, 0
         self._sums: Sums = {}  # over the steps since the last line
         self._finite: list[jax.Array] = []  # likewise, of each
 
     def __iter__(self) -> Iterator[dict[str, float]]:
-        """The metrics of every line of the log, as updates are made.
-
-        Raises:
-            StoppedError: The run was asked to end, or gradients stay non-finite.
-        """
+        """Yields the metrics of every log line as updates are made."""
         run, training, total = self.run, self.run.config.training, self.run.total_steps
         first = run.done
         if first:
@@ -166,7 +145,6 @@ class Loop:
             self.checkpoints.wait()
 
     def _profiled(self, first: int) -> range:
-        """The updates that are traced: not the first two, which are like no other."""
         begin = first + _UNPROFILED
         profiled = range(begin, begin + (self.run.config.run.profile or 0))
         if profiled and begin >= self.run.total_steps:
@@ -177,7 +155,7 @@ class Loop:
         return profiled
 
     def _log(self, done: int, update: Update) -> dict[str, float]:
-        """Logs the updates since the last line; waits for them."""
+        """Logs the updates since the last line, waiting for them; may end the run."""
         metrics = values(self._sums) | self.run.schedules(done - 1)
         elapsed = time.perf_counter() - self._since
         finite = jax.device_get(self._finite)
@@ -228,7 +206,7 @@ class Loop:
         return evaluation
 
     def _save(self, done: int, evaluation: preference.Evaluation | None) -> None:
-        """Keeps the state where it is time to; ends the run where it was asked to."""
+        """Saves a checkpoint when due; ends the run when it was asked to."""
         total = self.run.total_steps
         ended = done < total and self.ends_after(done)
         kept = self.checkpoints

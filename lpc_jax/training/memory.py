@@ -1,8 +1,4 @@
-"""What a run will need of each device's memory, known before its first update.
-
-From the compiler's own account of each program and the sizes of what stays between
-them.
-"""
+"""A run's memory on each device, predicted from its compiled programs."""
 
 from __future__ import annotations
 
@@ -16,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# A predicted peak above this share of the memory there is will hardly fit: the
-# allocator's gaps, the compiler's own needs and, on a CPU, Python take the rest.
+# A predicted peak above this share of memory hardly fits: the allocator's gaps, the
+# compiler's own needs and, on a CPU, Python take the rest.
 _SAFE_SHARE = 0.92
 
 
@@ -30,13 +26,10 @@ class Prediction:
     optimizer: int  # what optax keeps
     gradients: int  # one sum of them; two where a step has several micro-batches
     temporary: int  # the most that any program needs besides
-    # On a CPU, what the process holds that is no array: Python, libraries and compiled
-    # programs.
-    process: int
+    process: int  # on a CPU, Python, libraries and compiled programs
     peak: int  # the most at any time
     capacity: int | None  # what the device has, or None if it does not say
-    # On a CPU, the copy of the state that a checkpoint is written from while updates go
-    # on; other devices' copies are in the host's memory.
+    # On a CPU, the copy that a checkpoint is written from; else it is in host memory.
     checkpoint: int = 0
 
     @property
@@ -46,7 +39,7 @@ class Prediction:
 
     @property
     def listed(self) -> str:
-        """The parts in words, those that there are."""
+        """The non-zero parts in words."""
         parts = {
             "parameters": self.parameters,
             "frozen decoder": self.frozen,
@@ -60,7 +53,7 @@ class Prediction:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Size of one device's parts of arrays, or of shapes with shardings."""
+    """Bytes of one device's shards of arrays, or of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -69,7 +62,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def _outside_arrays() -> int:
-    """What this process holds besides JAX's arrays, where those are in its memory."""
+    """This process's memory besides JAX's arrays, on a CPU; else 0."""
     resident = _status("VmRSS")
     if jax.default_backend() != "cpu" or resident is None:
         return 0
@@ -82,7 +75,6 @@ def _outside_arrays() -> int:
 
 
 def _status(name: str) -> int | None:
-    """A line of Linux's account of this process, in bytes."""
     file = Path("/proc/self/status")
     if not file.exists():
         return None
@@ -92,7 +84,6 @@ def _status(name: str) -> int | None:
 
 
 def _capacity() -> int | None:
-    """Memory of the first device; on a CPU the machine's."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -100,7 +91,7 @@ def _capacity() -> int | None:
 
 
 def real_peak() -> int | None:
-    """The most that was in use so far, of the first device; on a CPU of the process."""
+    """Peak bytes so far on the first device; on a CPU of the process."""
     if jax.default_backend() == "cpu":
         return _status("VmHWM")
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -109,13 +100,7 @@ def real_peak() -> int | None:
 def predict(
     compiled: Mapping[str, Any], *, saves_between_updates: bool, **of_run: Any
 ) -> Prediction:
-    """The memory of a run on this process's devices.
-
-    Args:
-        compiled: As for ``needed``.
-        saves_between_updates: Whether there are checkpoints besides the end's.
-        **of_run: The trees and ``several_micro_batches`` of ``needed``.
-    """
+    """``needed`` on this process's devices, with the copy that a checkpoint makes."""
     of_run |= {"process": _outside_arrays(), "capacity": _capacity()}
     run = needed(compiled, **of_run)
     if not saves_between_updates or jax.default_backend() != "cpu":
@@ -134,17 +119,9 @@ def needed(
     process: int,
     capacity: int | None,
 ) -> Prediction:
-    """The memory of compiled programs and what they work on; devices may be elsewhere.
+    """Memory of compiled programs and their arguments; devices may be elsewhere.
 
-    Args:
-        compiled: ``gradients``, ``add``, ``update`` and others by name, from
-            ``jitted.lower(...).compile()``.
-        params: Shapes with shardings of the trained parameters.
-        frozen: Likewise, of the rest.
-        opt_state: Likewise, of the optimizer's state.
-        several_micro_batches: Whether a step sums gradients over several.
-        process: What a device holds besides JAX's arrays.
-        capacity: What a device has.
+    ``compiled`` has ``gradients``, ``add``, ``update`` and others by name.
     """
     parameters, rest, optimizer = map(bytes_per_device, (params, frozen, opt_state))
     gradients = parameters * (2 if several_micro_batches else 1)
@@ -174,7 +151,7 @@ def needed(
 
 
 def lines(prediction: Prediction, remedies: list[str]) -> list[str]:
-    """What to tell a person; where it will hardly fit, with the remedies."""
+    """The prediction in words; with ``remedies`` where it hardly fits."""
     p = prediction
     has = "" if p.capacity is None else f" of {size(p.capacity)}"
     said = [f"memory: predicted peak {size(p.peak)}{has} a device ({p.listed})"]

@@ -1,4 +1,4 @@
-"""What to look at when updates are skipped one after the other: a dump of one step."""
+"""A dump of a step whose updates were skipped, one after the other."""
 
 from __future__ import annotations
 
@@ -25,17 +25,11 @@ def report(
     number: int,
     in_a_row: int,
 ) -> str:
-    """Writes ``nonfinite/`` in the run folder and says what is there.
+    """Writes ``nonfinite/`` in the run folder and returns a message about it.
 
-    ``step-N.json`` has the pairs of every micro-batch whose gradient is not finite,
-    each with its source and its loss alone, and which parameters and gradients hold
-    such a number; ``step-N.npz`` the step's micro-batches as they were packed.
-
-    Args:
-        run: After the skipped update, its parameters those of before.
-        update: What it did.
-        number: The step's, counted from 0.
-        in_a_row: Updates skipped up to this one.
+    ``step-N.json`` has the pairs of every micro-batch with a non-finite gradient, each
+    scored alone, and the names of non-finite parameters and gradients. ``step-N.npz``
+    has the micro-batches as packed. ``number`` counts from 0, N from 1.
     """
     places, frozen = run.step_rows(number), run.policy.frozen
     gradients: set[str] = set()
@@ -80,7 +74,7 @@ def report(
 
 
 def _scored_alone(run: Run, pair_id: int) -> dict[str, Any]:
-    """A pair's loss and rewards, numbers as text since JSON has no NaN."""
+    """A pair's loss and rewards; numbers as text since JSON has no NaN."""
     train = run.train.tokens
     index = next(i for i, pair in enumerate(train) if pair.id == pair_id)
     (batch,) = run.pack(np.asarray([index]))
@@ -98,7 +92,6 @@ def _scored_alone(run: Run, pair_id: int) -> dict[str, Any]:
 
 
 def _not_finite(tree: Any) -> list[str]:
-    """Paths of leaves that hold a number that is not finite."""
     finite = jax.device_get(_all_finite(tree))
     leaves, _ = jax.tree_util.tree_flatten_with_path(finite)
     return [sharding.path_name(path) for path, whole in leaves if not whole]

@@ -1,8 +1,7 @@
-"""The optimizer: one optax transformation per group, one schedule shape for both.
+"""The optimizer: one optax transformation and schedule per parameter group.
 
-The decoder or its adapters (unless it is frozen), prior and posterior, and the codebook
-each have their own peak learning rate: with one rate for everything the codes are never
-used. Knows nothing of losses or data.
+Decoder or adapters, prior and posterior, and codebook have their own peak learning
+rates: with one rate for all, the codes are never used.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from lpc_jax import config as cfg
 from lpc_jax.errors import UserError
 from lpc_jax.models import leaves
 
-# Each with its options of weight decay: how much, and of what.
+# Each with the names of its options for weight decay and for its mask.
 _OPTIMIZERS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "adamw": (optax.adamw, "weight_decay", "mask"),
     "adam": (optax.adam, "", ""),
@@ -29,10 +28,7 @@ _OPTIMIZERS: dict[str, tuple[Callable[..., Any], str, str]] = {
 
 
 def schedule(optimizer: cfg.Optimizer, peak: float, total_steps: int) -> optax.Schedule:
-    """Learning rate by update: linear warmup from 0 to the peak, then its decay.
-
-    The decay reaches 0 after the last of ``total_steps`` updates.
-    """
+    """Linear warmup from 0 to the peak, then a decay to 0 after ``total_steps``."""
     warmup = round(optimizer.warmup_fraction * total_steps)
     rest = max(total_steps - warmup, 1)
     decay = {
@@ -48,14 +44,12 @@ def schedule(optimizer: cfg.Optimizer, peak: float, total_steps: int) -> optax.S
 
 
 def _decay_mask(params: Any) -> Any:
-    """Which of some parameters decay."""
     return jax.tree.map(lambda leaf: leaf.decays, leaves.known(params))
 
 
 def _named(
     optimizer: cfg.Optimizer, rate: optax.Schedule
 ) -> optax.GradientTransformation:
-    """The optimizer of that name with the config's options."""
     if optimizer.name not in _OPTIMIZERS:
         raise UserError(
             f"optimizer.name must be one of {', '.join(_OPTIMIZERS)}, got"
@@ -76,7 +70,7 @@ def _named(
 
 
 def trained_part(config: cfg.Config) -> str | None:
-    """What of the policy beside the latent is trained: decoder, adapters or nothing."""
+    """The part trained beside the latent: decoder, adapters or None."""
     if config.decoder == "frozen":
         return None
     return "decoder" if config.adapters is None else "adapters"
@@ -97,18 +91,9 @@ def build(
 ) -> optax.GradientTransformation:
     """Clipping over all parameters, then each group's own optimizer.
 
-    A coordinate of the codebook reaches every logit through the head at once, so that
-    its rate is in units of what that does: under Adam, whose updates have size 1, one
-    of size ``codebook_unit`` in every coordinate moves logits by 1 nat r.m.s.
-
-    Args:
-        config: Names optimizer, options, schedule and the peaks.
-        params: The trained parameters or their shapes, for masks and groups.
-        total_steps: Updates in the run.
-        codebook_unit: From ``latent.codebook_unit`` of the start model's head.
-
-    Raises:
-        UserError: An optimizer that is none of five, or an option that it has not.
+    A codebook coordinate reaches every logit through the head at once. Its rate is in
+    units of that effect: under Adam, whose updates have size 1, a step of
+    ``codebook_unit`` in every coordinate moves logits by 1 nat r.m.s.
     """
     optimizer = config.optimizer
     groups = {

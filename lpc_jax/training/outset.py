@@ -1,4 +1,4 @@
-"""What is said and known of a run before its first update."""
+"""Before a run's first update: manifest, description, compilation, memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def require_one_run(config: cfg.Config, digests: dict[str, str]) -> None:
-    """Refuses processes that would run something else, before they wait for it."""
+    """Refuses processes with another config, data or JAX before any waits for them."""
     settings = cfg.flat(config.of_all_processes())
     processes.require_agreement(
         settings | digests | {"jax": jax.__version__},
@@ -32,7 +32,7 @@ def require_one_run(config: cfg.Config, digests: dict[str, str]) -> None:
 def digests(
     of_tokenizer: tokenizer.Tokenizer, train: Pairs, held_out: Pairs
 ) -> dict[str, str]:
-    """SHA-256 over the token ids of each set's pairs; the tokenizer's."""
+    """SHA-256 digests of the tokenizer and of each set's token ids."""
     return {
         "tokenizer_digest": tokenizer.digest(of_tokenizer),
         "data_digest": train.digest(),
@@ -41,7 +41,7 @@ def digests(
 
 
 def manifest(run: Run, reference_digest: str) -> dict[str, Any]:
-    """What a checkpoint says of its run: settings, digests, versions."""
+    """A checkpoint's record of its run: settings, digests, versions."""
     packages = (
         *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"),
     )
@@ -59,7 +59,7 @@ def manifest(run: Run, reference_digest: str) -> dict[str, Any]:
 
 
 def describe(run: Run) -> None:
-    """Says what is trained, on what, in what batches, and the objective."""
+    """Says the model, mesh, batch and objective."""
     config, policy, shape = run.config, run.policy, run.shape
     count, trained, latent = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -82,8 +82,7 @@ def describe(run: Run) -> None:
 
 
 def compile_ahead(run: Run) -> int:
-    """Compiles all programs of the run and says what memory they will
-    take; returns the predicted peak, in bytes."""
+    """Compiles the run's programs, reports their memory; returns the peak in bytes."""
     config, shape, mesh = run.config, run.shape, run.policy.mesh
     state = run.abstract_state()
     frozen = jax.tree.map(
@@ -130,7 +129,6 @@ def compile_ahead(run: Run) -> int:
 
 
 def _remedies(config: cfg.Config, mesh: Any) -> list[str]:
-    """What of this config could be changed for less memory, most useful first."""
     remedies = []
     if config.model.remat != "block":
         remedies.append("Set model.remat to block.")

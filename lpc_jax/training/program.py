@@ -1,4 +1,4 @@
-"""From a config to a finished run: its folder, its start or resumption, its log."""
+"""From a config to a finished run: its folder, start or resumption, and log."""
 
 from __future__ import annotations
 
@@ -43,15 +43,7 @@ FREE_ON_RESUME = (
 
 
 def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to continue a run under other settings.
-
-    Args:
-        saved: Settings by dotted name, as the checkpoint has them.
-        now: Settings by dotted name, as this run has them.
-
-    Raises:
-        UserError: Naming every setting that differs, with both values.
-    """
+    """Refuses to resume under other settings; the error lists each with both values."""
     names = list(dict.fromkeys([*now, *saved]))
     lines = [
         f"  {name}: checkpoint {_value(saved, name)}, now {_value(now, name)}"
@@ -72,8 +64,6 @@ def _value(settings: Mapping[str, Any], name: str) -> str:
 
 
 def _require_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuses to continue under other settings, weights or data."""
-
     def fixed(manifest: dict[str, Any]) -> dict[str, Any]:
         kept = {
             name: value
@@ -88,25 +78,12 @@ def _require_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def train(config: cfg.Config, console: Console) -> Loop:
-    """Runs what a config asks for and leaves everything in the run folder.
+    """Trains what a config describes and leaves everything in the run folder.
 
-    With several processes, which have joined before, all of them call it alike.
-
-    Args:
-        config: The run.
-        console: Where to say what happens; plain lines when not a terminal. Only the
-            main process says anything.
-
-    Returns:
-        The loop, at its end.
+    Processes that have joined call it alike; only the main one prints.
 
     Raises:
-        UserError: Something that the user can mend, before any compute.
-        OSError: A disk or a file that fails.
-        StoppedError: The run was asked to end, or gradients stay non-finite.
-        LostError: Another process of the run has ended.
-        DamagedError: With several processes, the latest checkpoint was damaged; the
-            next start goes on from the one before.
+        UserError: A frozen decoder with several processes.
     """
     if not processes.is_main():
         console = Console(quiet=True)
@@ -135,7 +112,7 @@ def train(config: cfg.Config, console: Console) -> Loop:
 
 
 def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> Run:
-    """A run before its first update; cheap things that can be wrong come first."""
+    """A run before its first update; cheap checks come first."""
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -220,11 +197,7 @@ def _train(run: Run, console: Console, termination: processes.Termination) -> Lo
 
 
 def resume(run: Run, kept: checkpoint.Checkpoints) -> int | None:
-    """Restores the latest whole checkpoint; None where there is none.
-
-    Raises:
-        UserError: It is of other settings, weights or data.
-    """
+    """Restores the latest whole checkpoint and returns its step; None without one."""
     if kept.latest() is None:
         return None
     run.forget_start()
@@ -241,7 +214,7 @@ def resume(run: Run, kept: checkpoint.Checkpoints) -> int | None:
 def open_log(
     run: Run, folder: Path | None, *, resume_from: int | None, console: Console
 ) -> Iterator[RunLog]:
-    """The run's log in a folder; without one, for nobody to read."""
+    """The run's log in a folder, or unread in a temporary one."""
     config = run.config
     with contextlib.ExitStack() as closing:
         if folder is None:

@@ -1,8 +1,7 @@
-"""The reference as a column of the data: scored once, kept by content.
+"""The reference's log-probabilities: scored once, cached by content.
 
-A pair's log-probabilities are keyed by its token ids after truncation, the positions
-scored, the weights and the compute dtype, and by nothing else: another learning rate,
-beta or order of the data finds them again. Knows nothing of losses.
+Keys are token ids and scored positions; files are per weights and compute dtype. A
+change of learning rate, beta or order finds them again.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from lpc_jax.types import Batch
 # token: bf16 rounding under another packing stays well below it, other weights don't.
 CHECKED_PAIRS = 4
 CHECK_TOLERANCE = 0.02
-
 ScoreBatch = Callable[[Batch], Float[np.ndarray, "R P 2"]]
 
 
@@ -39,14 +37,7 @@ def score_pairs(
     shape: packing.RowShape,
     on_progress: Callable[[int], None],
 ) -> Float[np.ndarray, "B 2"]:
-    """Log-probabilities of every pair's answers, packed as in training.
-
-    Args:
-        score: Summed log-probabilities of a micro-batch's pair slots.
-        pairs: The pairs.
-        shape: Of a micro-batch.
-        on_progress: Told how many pairs are done.
-    """
+    """Summed log-probabilities of every pair's answers, packed as in training."""
 
     def tell(done: int) -> None:  # a line of the log for each group, not each batch
         if done % reading.GROUP == 0 or done == len(pairs):
@@ -57,13 +48,7 @@ def score_pairs(
 
 
 class ReferenceCache:
-    """Log-probabilities on disk for one set of weights and one compute dtype.
-
-    Args of the constructor:
-        folder: Where cache files live; created when first written.
-        weights_digest: Of the reference's weights.
-        compute_dtype: Name of the dtype it is scored in.
-    """
+    """Log-probabilities on disk for one set of weights and one compute dtype."""
 
     def __init__(self, folder: Path, *, weights_digest: str, compute_dtype: str):
         self.path = folder / f"{weights_digest[:32]}-{compute_dtype}.npz"
@@ -104,16 +89,9 @@ class ReferenceCache:
         shape: packing.RowShape,
         on_progress: Callable[[int], None],
     ) -> tuple[Float[np.ndarray, "B 2"], int]:
-        """The reference's log-probabilities of these pairs, scoring what is missing.
+        """The pairs' log-probabilities, and how many had to be scored.
 
-        When any were kept from before, a few are scored again as a check.
-
-        Returns:
-            The column in the order of ``pairs``, and how many pairs were scored.
-
-        Raises:
-            UserError: Kept values are not what the reference says now, or it says
-                something that is not finite.
+        A few cached ones are scored again as a check; they must agree.
         """
         keys = [pair.key() for pair in pairs]
         unknown = np.full(2, np.nan, np.float32)
@@ -171,22 +149,7 @@ def columns(
     shape: packing.RowShape,
     say: Callable[[str], None],
 ) -> tuple[Float[np.ndarray, "B 2"], Float[np.ndarray, "H 2"], str]:
-    """Log-probabilities of all pairs under the reference, from cache where kept.
-
-    Args:
-        config: Where they are kept.
-        policy: The reference: a decoder alone.
-        train: Pairs to train on.
-        held_out: Pairs to evaluate on.
-        shape: Of a micro-batch.
-        say: Told how many are done.
-
-    Returns:
-        The columns of training and held-out pairs, and the reference's digest.
-
-    Raises:
-        UserError: As ``ReferenceCache``.
-    """
+    """The columns of training and held-out pairs, and the reference's digest."""
     program = programs.score(
         policy.graph, policy.mesh, chunk=policy.compute.score_chunk
     )
@@ -211,10 +174,10 @@ def columns(
 
 
 def load(config: cfg.Config, policy: Policy) -> Policy | None:
-    """The reference that ``reference.path`` names, beside a policy; None without.
+    """The reference at ``reference.path`` on the policy's mesh; None without a path.
 
     Raises:
-        UserError: No such model, or one of another vocabulary.
+        UserError: A reference with another vocabulary.
     """
     if config.reference.path is None:
         return None

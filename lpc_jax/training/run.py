@@ -1,7 +1,4 @@
-"""A policy in training: its data as batches, its programs, and its state.
-
-Knows nothing of logs or checkpoints.
-"""
+"""A policy in training: its batches, programs and state."""
 
 from __future__ import annotations
 
@@ -30,47 +27,27 @@ from lpc_jax.training import outset, reference, setup, start, step
 from lpc_jax.types import Batch, Companions
 
 Say = Callable[[str], None]
-
-# Of ``training.samples`` where it is None, and prompts answered together.
+# Prompts answered if ``training.samples`` is None, and prompts answered together.
 _SAMPLES, _ANSWERED_AT_A_TIME = 16, 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What one update did.
+    """One update's results."""
 
-    Attributes:
-        sums: Metrics as sums over the step's pairs.
-        norm: Of the gradient, before clipping.
-        finite: Whether the update was made.
-        batches: The step's micro-batches, on the mesh.
-        pairs: How many there were.
-        tokens: How many they have.
-    """
-
-    sums: metrics.Sums
-    norm: jax.Array
-    finite: jax.Array
-    batches: list[Batch]
-    pairs: int
-    tokens: int
+    sums: metrics.Sums  # metrics, summed over the step's pairs
+    norm: jax.Array  # of the gradient, before clipping
+    finite: jax.Array  # whether the update was made
+    batches: list[Batch]  # the step's micro-batches, on the mesh
+    pairs: int  # in the step
+    tokens: int  # in the step, without padding
 
 
 class Run:
     """A policy in training.
 
-    Args of the constructor:
-        config: Loss, packing, optimizer and lengths of the run.
-        policy: What is trained. Its trained parameters are donated to the first update.
-        train: Pairs to train on.
-        held_out: Pairs to evaluate on, or None.
-        reference_policy: Of losses that need one; None: the policy's own decoder as it
-            is now.
-        folder: Where a report of non-finite updates goes; None: nowhere.
-        say: Told what happens, a plain line at a time.
-
-    Raises:
-        UserError: Pairs, users or a reference that the run cannot use.
+    The first update donates the policy's trained parameters. Without a
+    ``reference_policy`` the reference is the policy's own decoder as it is now.
     """
 
     def __init__(
@@ -141,7 +118,6 @@ class Run:
         }
 
     def _read_states(self) -> None:
-        """Hidden states of a frozen decoder go along with the pairs."""
         every = start.with_states(
             self.config,
             self.policy,
@@ -160,10 +136,8 @@ class Run:
             self.policy.compute,
         )
 
-    # --- state ------------------------------------------------------------------------
-
     def begin(self) -> None:
-        """Makes the state before the first update; the policy's arrays go into it."""
+        """Makes the state before the first update out of the policy's arrays."""
         key = jax.random.key(self.config.training.seed)
         params = self.policy.params
         if self.policy.is_seeded and self.config.latent is not None:
@@ -174,11 +148,11 @@ class Run:
         self.state = step.initial_state(params, self.optimizer, key, self.layout)
 
     def forget_start(self) -> None:
-        """Frees the start's trained parameters, of which a resumed run needs none."""
+        """Frees the start's trained parameters."""
         self.policy = self.policy.abstracted()
 
     def abstract_state(self) -> Any:
-        """Shapes and shardings of the state, for restoring."""
+        """Shapes and shardings of the state, to restore onto."""
         return step.abstract_state(self.policy.params, self.optimizer, self.layout)
 
     @property
@@ -187,18 +161,13 @@ class Run:
         return int(self.state.step)
 
     def trained(self) -> Policy:
-        """The policy as it is now; the next update takes its arrays away."""
+        """The policy as it is now; the next update donates its arrays."""
         return dataclasses.replace(
             self.policy, params=self.state.params, run=self.config, is_seeded=False
         )
 
-    # --- updates ----------------------------------------------------------------------
-
     def update(self) -> Update:
-        """One update over exactly a step's pairs.
-
-        The next step's batches are made while the devices work.
-        """
+        """Makes one update over a step's pairs."""
         if self._prepared is None:
             self._prepared = self.done, self.step_batches(self.done)
         number, (batches, pairs, tokens) = self._prepared
@@ -210,16 +179,17 @@ class Run:
         )
         following = number + 1
         self._prepared = None
+        # Packed on the host while the devices work: dispatch is asynchronous.
         if following < self.total_steps:
             self._prepared = following, self.step_batches(following)
         return Update(sums, norm, finite, batches, pairs, tokens)
 
     def add(self, sums: metrics.Sums, more: metrics.Sums) -> metrics.Sums:
-        """Metrics of two updates together; the first are donated."""
+        """The sum of two updates' metric sums; the first are donated."""
         return self.programs.add(sums, more)
 
     def step_batches(self, number: int) -> tuple[list[Batch], int, int]:
-        """A step's micro-batches on the mesh, its pairs and its real tokens."""
+        """A step's micro-batches on the mesh, its pairs and its tokens."""
         indices = self._step_indices(number)
         pairs = [self.train.tokens[i] for i in indices]
         batches = [
@@ -229,7 +199,7 @@ class Run:
         return batches, len(pairs), int(packing.pair_lengths(pairs).sum())
 
     def step_rows(self, number: int) -> list[Batch]:
-        """A step's micro-batches as the host has them."""
+        """A step's micro-batches on the host."""
         return self.pack(self._step_indices(number))
 
     def _step_indices(self, number: int) -> np.ndarray:
@@ -242,7 +212,7 @@ class Run:
         )
 
     def pack(self, indices: np.ndarray) -> list[Batch]:
-        """Micro-batches of the training pairs at these places, on the host."""
+        """Micro-batches of the training pairs at these indices, on the host."""
         return packing.micro_batches(
             [self.train.tokens[i] for i in indices],
             self.shape,
@@ -250,7 +220,7 @@ class Run:
         )
 
     def _companions(self, batches: list[Batch]) -> Companions | None:
-        """What the posterior reads of all pairs of a step, where it pools users."""
+        """The posterior's inputs of all pairs of a step, if it pools over users."""
         latent = self.config.latent
         if latent is None or self.users is None:
             return None
@@ -274,10 +244,8 @@ class Run:
         user = np.asarray([user_of.get(i, -1) for i in ids.tolist()], np.int32)
         return Companions(judged, user, ids)
 
-    # --- evaluation -------------------------------------------------------------------
-
     def evaluate(self) -> preference.Evaluation:
-        """All held-out pairs, once, z from the prior."""
+        """Evaluates all held-out pairs, z from the prior."""
         key = jax.random.fold_in(self.state.key, self.state.step)
         return preference.evaluate(
             lambda batch: self.programs.evaluate(
@@ -291,11 +259,11 @@ class Run:
         )
 
     def answers(self) -> list[samples.Sample]:
-        """Greedy answers to some held-out prompts, z chosen as at inference."""
+        """Greedy answers to sampled held-out prompts, z chosen as at inference."""
         if not self._sampled:
             return []
         latent = self.config.latent
-        # Made anew, since it holds the layers apart: their memory is free in between.
+        # Made anew: it holds the layers unstacked, and their memory is free in between.
         generator = Generator(
             self.trained().merged(), batch=min(len(self._sampled), _ANSWERED_AT_A_TIME)
         )
@@ -311,7 +279,7 @@ class Run:
         )
 
     def schedules(self, number: int) -> dict[str, float]:
-        """What the schedules give the update of this number, counted from 0."""
+        """Values of the schedules at an update, counted from 0."""
         values: dict[str, Any] = {}
         part = optimizers.trained_part(self.config)
         if part is not None:

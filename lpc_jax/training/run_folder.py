@@ -1,7 +1,4 @@
-"""The folder of a run: whose it is while the run lives, and when it may be replaced.
-
-Knows nothing of what a run writes there beyond the file by which a run is told.
-"""
+"""The folder of a run: locked while the run lives, replaced only on request."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ def _holds_run(folder: Path) -> bool:
 
 
 def make(config: cfg.Config, folder: Path) -> None:
-    """Makes the run's folder; a run to be replaced goes only now, all else checked."""
+    """Makes the run's folder; a run to be replaced is removed only here."""
 
     def replace() -> None:
         if _holds_run(folder) and not config.run.resume:
@@ -38,14 +35,10 @@ def make(config: cfg.Config, folder: Path) -> None:
 
 @contextlib.contextmanager
 def held(config: cfg.Config) -> Iterator[Path]:
-    """The run's folder: this run's, and no other's, as long as it lives.
+    """The run's folder, locked for this run; the main process holds it for all.
 
-    By a lock of the operating system on a file beside the folder, which ends with the
-    process that holds it, however that ends. The main process holds it for all.
-
-    Raises:
-        UserError: Another live run holds it, whose process, host and start are named;
-            or it holds an ended run, and neither resume nor overwrite was asked for.
+    The system's lock ends with the process, however that ends. A folder with an ended
+    run is a ``UserError`` without ``run.resume`` or ``run.overwrite``.
     """
     folder = Path(config.run.folder) / config.name
     continued = config.run.resume or config.run.overwrite
@@ -67,7 +60,7 @@ def held(config: cfg.Config) -> Iterator[Path]:
 
 
 def _take(file: Path, folder: Path) -> int:
-    """Locks the file; gives its descriptor, with which the lock goes."""
+    """Locks the file and returns its descriptor; closing that unlocks."""
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,7 +1,4 @@
-"""From a config to the pairs of a run and the rows that they are packed into.
-
-Knows nothing of weights or updates.
-"""
+"""A run's pairs, and the shape of the rows that they are packed into."""
 
 from __future__ import annotations
 
@@ -23,11 +20,7 @@ _PLANNED_PAIRS = 2048
 
 
 def read_pairs(config: cfg.Config, tokenizer: Tokenizer) -> tuple[Pairs, Pairs | None]:
-    """Training pairs and held-out pairs, or None.
-
-    Raises:
-        UserError: Data that cannot be used, by file and line.
-    """
+    """Training pairs, and held-out pairs or None."""
     data = config.data
 
     def read(path: str, setting: str, split: str, limit: int | None) -> Pairs:
@@ -56,15 +49,7 @@ def shape(
     users: Int[np.ndarray, "_"] | None,
     compute: Compute,
 ) -> packing.RowShape:
-    """The shape of a micro-batch that all pairs fit.
-
-    Args:
-        config: Its packing.
-        train: Pairs to train on.
-        held_out: Pairs to evaluate on.
-        users: From ``users``.
-        compute: Sizes of tiles.
-    """
+    """The shape of a micro-batch that all pairs fit."""
     packed = config.packing
     lengths = packing.pair_lengths([*train, *held_out])
     longest = packing.row_shape(
@@ -99,10 +84,10 @@ def shape(
 def users(
     config: cfg.Config, train: Sequence[TokenizedPair]
 ) -> Int[np.ndarray, "B"] | None:
-    """Who judged each pair, numbered, where the latent pools over users; else None.
+    """The user of each pair, numbered, if the latent pools over users; else None.
 
     Raises:
-        UserError: Some pairs don't say, or some user judged only one.
+        UserError: A pair without a user, or a user with one pair.
     """
     if config.latent is None or config.latent.pool != "user":
         return None
@@ -128,7 +113,7 @@ def users(
 
 
 def total_steps(config: cfg.Config, pairs: int) -> int:
-    """Updates of a run over so many training pairs."""
+    """Updates of a run over this many training pairs."""
     return config.training.steps or (
         config.training.epochs
         * packing.steps_per_epoch(pairs, pairs_per_step=config.packing.pairs_per_step)

@@ -1,4 +1,4 @@
-"""The start of a run's latent: its networks made for some of the pairs."""
+"""The start of a run's latent: its networks fitted to a sample of the pairs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lpc_jax.runtime import processes, programs, reading
 from lpc_jax.runtime.policy import Params, Policy
 from lpc_jax.training import clusters
 
-# Pairs from which the latent's inputs are standardised: enough for a coordinate's
-# spread to within a tenth, few enough to take seconds.
+# Pairs that standardise the latent's inputs: enough for a coordinate's spread to within
+# a tenth, few enough to take seconds.
 STANDARDIZATION_PAIRS = 64
-# For clusters so many for each code; where a frozen decoder's states are kept anyway,
-# all, up to so many that clusters and ridge regressions take 4 seconds.
+# Pairs for clusters: so many a code; all where a frozen decoder's states are cached
+# anyway, up to so many that clusters and ridge regressions take 4 seconds.
 _PAIRS_PER_CLUSTER, _MOST_START_PAIRS = 16, 4096
 
 
@@ -38,18 +38,7 @@ def prepare_latent(
     users: Int[np.ndarray, "_"] | None,
     shape: packing.RowShape,
 ) -> Params:
-    """The trained parameters, with the latent's networks made for some of the pairs.
-
-    Their inputs are standardised, and with ``latent.posterior_start`` the posterior
-    tells clusters of these pairs apart.
-
-    Args:
-        config: Of the run; its latent is not None.
-        policy: Fresh from its seed.
-        train: Pairs to train on.
-        users: Who judged each, numbered, or None.
-        shape: Of a micro-batch.
-    """
+    """The trained parameters, with the latent's networks fitted to a sample."""
     settings, mesh = config.latent, policy.mesh
     assert settings is not None
     clustered = settings.posterior_start == "clusters"
@@ -91,7 +80,7 @@ def prepare_latent(
 def _states_read(
     policy: Policy, pairs: Sequence[TokenizedPair], shape: packing.RowShape
 ) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B inputs"]]:
-    """What prior and posterior read of pairs, in the order of their ids."""
+    """Inputs of prior and posterior, in the order of the pairs' ids."""
     run = reading.on_mesh(
         programs.latent_inputs(policy.graph, policy.mesh), policy.whole, policy.mesh
     )
@@ -112,11 +101,7 @@ def _cluster_outputs(
     users: Int[np.ndarray, "_"] | None,
     mesh: Mesh,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The networks' last layers for clusters of what the posterior reads.
-
-    The prior's too, so that what of a cluster can be known from the prompt is known
-    from the start.
-    """
+    """Output layers of both networks for clusters of the posterior's inputs."""
     found = {
         name: _hidden_layer(network, read_by[name], num_codes, mesh)
         for name, network in networks.items()
@@ -127,6 +112,7 @@ def _cluster_outputs(
     cluster = np.asarray(
         processes.from_main(lambda: clusters.clusters(standard, num_codes).tolist())
     )
+    # The prior's too: what a prompt tells of its cluster is known from the start.
     pooled = {"posterior_mlp": users, "prior_mlp": None}
     return {
         name: new[name] | clusters.output_for(hidden, cluster, num_codes, pooled[name])
@@ -140,7 +126,7 @@ def _hidden_layer(
     num_codes: int,
     mesh: Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A network's standardised inputs and what its last layer reads."""
+    """A network's standardised inputs and its output layer's inputs."""
     inputs, width = network["hidden_kernel"].shape
     graph = nnx.graphdef(
         nnx.eval_shape(
@@ -166,11 +152,7 @@ def with_states(
     shape: packing.RowShape,
     say: Callable[[str], None],
 ) -> list[TokenizedPair]:
-    """The pairs with the frozen decoder's hidden states, from cache where kept.
-
-    Raises:
-        UserError: As ``HiddenStates``.
-    """
+    """The pairs with the frozen decoder's hidden states, from cache where kept."""
     kept = HiddenStates(
         Path(config.model.states_cache),
         weights_digest=policy.source.digest,

@@ -1,8 +1,6 @@
 """A step as compiled programs: gradients of a micro-batch, their sum, one update.
 
-Knows nothing of files or logging. The programs are partitioned by the compiler over
-whatever mesh is set; a step's result depends neither on packing nor on devices,
-beyond rounding.
+A step's result depends neither on packing nor on devices, beyond rounding.
 """
 
 from __future__ import annotations
@@ -31,28 +29,18 @@ Params = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled parts of training.
+    """The compiled programs of training; ``frozen`` are parameters not trained."""
 
-    Attributes:
-        gradients: (params, frozen, batch, key, step, companions) -> gradients of the
-            params, summed over pairs, and metric sums. ``companions`` is None unless
-            the latent pools over users.
-        judged: (params, frozen, batch) -> what the posterior reads of each pair slot,
-            and which pair that is.
-        add: (tree, tree) -> their sum; the first is donated.
-        update: (state, gradients, pairs, frozen) -> state, gradient norm, whether the
-            update was finite. The state is donated. A non-finite update changes nothing
-            but the step number.
-        evaluate: (params, frozen, batch, key) -> metric sums and what each pair slot
-            got.
-
-    ``params`` are those that are trained, ``frozen`` the rest of the policy's.
-    """
-
+    # (params, frozen, batch, key, step, companions) -> gradients and metrics, summed
+    # over pairs; companions is None unless the latent pools over users.
     gradients: Callable[..., tuple[Params, metrics.Sums]]
+    # (params, frozen, batch) -> the posterior's inputs by pair slot, mask, pair ids.
     judged: Callable[..., tuple[Array, Array, Array]]
-    add: Callable[[Any, Any], Any]
+    add: Callable[[Any, Any], Any]  # donates the first
+    # (state, gradients, pairs, frozen) -> state, gradient norm, whether it is finite;
+    # donates the state.
     update: Callable[..., tuple[TrainState, Array, Array]]
+    # (params, frozen, batch, key) -> metric sums, values by pair slot.
     evaluate: Callable[..., tuple[metrics.Sums, dict[str, Array]]]
 
     def summed_gradients(
@@ -62,14 +50,7 @@ class Programs:
         batches: Iterable[Batch],
         companions: Companions | None = None,
     ) -> tuple[Params, metrics.Sums]:
-        """``gradients`` of all micro-batches of a step, added up.
-
-        Args:
-            state: Before the update.
-            frozen: What of the policy is not trained.
-            batches: At least one, on the mesh.
-            companions: Of the step, where the latent pools over users.
-        """
+        """``gradients`` summed over a step's micro-batches, at least one."""
         total = None
         for batch in batches:
             term = self.gradients(
@@ -92,11 +73,8 @@ def build(
     """Programs for one policy, objective and mesh.
 
     Args:
-        config: Loss, latent and the size of a scoring chunk.
-        graph: The policy's network without its parameters.
         layout: From ``state_shardings``; gradients are laid out as parameters are.
-        optimizer: From ``optimizer.build``.
-        total_steps: Updates in the run, for g and tau.
+        total_steps: Updates in the run, for the schedules of g and tau.
         chunk: Scored positions that meet the head at a time.
     """
     replicated: Any = layout.step
@@ -157,6 +135,7 @@ def build(
     def update(
         state: TrainState, gradients: Params, pairs: Int[Array, ""], frozen: Params
     ) -> tuple[TrainState, Array, Array]:
+        # One division at the end: each pair weighs the same in any packing.
         mean = jax.tree.map(lambda g: g / pairs, gradients)
         norm = optax.global_norm(mean)
         finite = jnp.isfinite(norm)
@@ -168,6 +147,7 @@ def build(
             codes = limit_codes(codebook, head, latent.effect_limit)
             params = params | {"latent": params["latent"] | {"codebook": codes}}
 
+        # A non-finite update changes nothing but the step number.
         def keep(new: Array, old: Array) -> Array:
             return jnp.where(finite, new, old)
 
@@ -202,13 +182,7 @@ def build(
 def state_shardings(
     params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The sharding of every leaf of the train state.
-
-    Args:
-        params: What is trained: arrays, or shapes with shardings.
-        optimizer: From ``optimizer.build``.
-        mesh: The device mesh.
-    """
+    """The sharding of every leaf of the train state."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     opt_shapes = jax.eval_shape(optimizer.init, params)
     replicated: Any = NamedSharding(mesh, P())
@@ -219,13 +193,7 @@ def state_shardings(
 def abstract_state(
     params: Params, optimizer: optax.GradientTransformation, layout: TrainState
 ) -> Any:
-    """Shapes and shardings of a train state, to compile for or to restore onto.
-
-    Args:
-        params: What is trained, or its shapes.
-        optimizer: From ``optimizer.build``.
-        layout: From ``state_shardings``.
-    """
+    """Shapes and shardings of a train state, to compile for or to restore onto."""
 
     def make() -> TrainState:
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params)
@@ -247,7 +215,7 @@ def initial_state(
     key: Array,
     layout: TrainState,
 ) -> TrainState:
-    """The state before the first update, its optimizer state laid out on the mesh."""
+    """The state before the first update, laid out on the mesh."""
     opt_state = jax.jit(optimizer.init, out_shardings=layout.opt_state)(params)
     replicated: Any = (layout.step, layout.key)
     step, key = jax.jit(lambda k: (jnp.int32(0), k), out_shardings=replicated)(key)

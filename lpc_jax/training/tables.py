@@ -1,8 +1,4 @@
-"""What a run leaves to read at its end: two tables and a plot.
-
-Knows nothing of how a number was made: metrics are names and floats, and any of them
-may be absent.
-"""
+"""A run's final tables and plot; any metric may be absent."""
 
 from __future__ import annotations
 
@@ -19,9 +15,8 @@ from rich.text import Text
 
 from lpc_jax.files import untrusted
 
-# A held-out accuracy of one source of pairs is this path with the source's name.
+# Prefix of the held-out accuracy of one source of pairs.
 SOURCE_ACCURACY = "reward/accuracy/"
-
 # Rows of the final table: metric, what to call it.
 _ROWS = {
     "reward/accuracy": "preference accuracy",
@@ -38,8 +33,7 @@ _ROWS = {
     "answers/length_ratio": "  over the chosen's",
 }
 _CODES_SHOWN = 3
-
-# Panels of the plot: metric, its axis. Training and held-out pairs have both.
+# Panels of the plot: metric, its axis.
 _PANELS = {
     "loss/preference": "preference loss",
     "reward/accuracy": "preference accuracy",
@@ -50,7 +44,7 @@ _TRAIN_COLOUR, _HELD_OUT_COLOUR = "#4c72b0", "#dd8452"
 
 
 def summary(before: Mapping[str, Any], after: Mapping[str, float]) -> Table:
-    """Held-out metrics before and after training, and how far they moved."""
+    """Held-out metrics before and after training, and their change."""
     table = Table(title="Held-out pairs", title_justify="left")
     table.add_column("metric", no_wrap=True)
     for name in ("before", "after", "change"):
@@ -70,7 +64,7 @@ def summary(before: Mapping[str, Any], after: Mapping[str, float]) -> Table:
 
 
 def usage(usage_by_source: Mapping[str, Float[np.ndarray, "C"]]) -> Table:
-    """Which codes the prior uses, by its mean, for which source of prompts."""
+    """The prior's mean code usage for each source of prompts."""
     table = Table(title="Code usage by source", title_justify="left")
     table.add_column("source", no_wrap=True)
     table.add_column("codes in use", justify="right")
@@ -93,10 +87,7 @@ def plot(
     train: Sequence[Mapping[str, Any]],
     held_out: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Draws preference loss and accuracy over steps as a PNG file.
-
-    Records have ``step`` and metrics by path.
-    """
+    """Draws preference loss and accuracy by ``step`` as a PNG file."""
     # Slow to import, and only needed once, at the end.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -143,10 +134,11 @@ def _series(
 def _running_mean(
     values: Float[np.ndarray, "n"], window: int
 ) -> Float[np.ndarray, "n"]:
-    """Mean of each value and up to ``window - 1`` before it, NaN passed over."""
+    """Mean of each value and up to ``window - 1`` before it, without NaN."""
     finite = np.isfinite(values)
     sums = np.cumsum(np.where(finite, values, 0.0))
     counts = np.cumsum(finite).astype(float)
+    # A window's sum is a difference of cumulative sums; the slices overlap, so copy.
     for total in (sums, counts):
         total[window:] -= total[:-window].copy()
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)

@@ -1,7 +1,4 @@
-"""Where a run's numbers go besides ``metrics.jsonl``: TensorBoard, W&B, trackio.
-
-A tracker's package is imported only where the tracker is asked for.
-"""
+"""Trackers of a run's metrics: TensorBoard, W&B, trackio; imported when used."""
 
 from __future__ import annotations
 
@@ -38,13 +35,13 @@ class TensorBoard:
         self._writer.add_text("settings", f"```\n{text}\n```", resume_from or 0)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds a step's metrics, named ``train/...`` or ``eval/...``, as scalars."""
+        """Adds a step's metrics as scalars."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds a text for each row of texts and numbers."""
+        """Adds a text for each row."""
         for number, row in enumerate(rows):
             text = "  \n".join(f"**{key}**: {value}" for key, value in row.items())
             self._writer.add_text(f"{name}/{number}", text, step)
@@ -62,7 +59,7 @@ class Hosted:
         self._module, self._run = module, module.init(**options)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Logs; W&B ignores steps that an earlier attempt had already reached."""
+        """Logs a step; W&B ignores steps that an earlier attempt reached."""
         self._run.log(dict(metrics), step=step)
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -72,7 +69,7 @@ class Hosted:
         self._run.log({name: table}, step=step)
 
     def close(self) -> None:
-        """Ends the run there."""
+        """Ends the hosted run."""
         self._run.finish()
 
 
@@ -88,11 +85,7 @@ def start_tracker(
     project: str,
     settings: Mapping[str, Any],
 ) -> Tracker:
-    """A tracker of the run in this folder; a resumed run goes on under its id or name.
-
-    Raises:
-        UserError: It is unknown, or its package not installed.
-    """
+    """A tracker of the run; a resumed run continues under its id or name."""
     module, resumed = _package(tracker), resume_from is not None
     if tracker == "tensorboard":
         return TensorBoard(module, folder, settings, resume_from)
@@ -106,11 +99,7 @@ def start_tracker(
 
 
 def require_trackers(trackers: Sequence[str]) -> None:
-    """Refuses trackers that cannot be had, before anything is computed.
-
-    Raises:
-        UserError: One is unknown, or its package not installed.
-    """
+    """Refuses unknown trackers and missing packages before anything is computed."""
     for tracker in trackers:
         _package(tracker)
 
