@@ -1,1 +1,1 @@
-"""Evaluation: what a trained policy is worth."""
+"""Evaluation of a trained policy: held-out pairs, codes, standard benchmarks."""

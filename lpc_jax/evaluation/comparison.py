@@ -1,7 +1,4 @@
-"""Systems on the same pairs: the one that is asked about, its start model, another.
-
-Everything that can be wrong is found before the first pair is scored.
-"""
+"""Compares a policy, its start model and another policy on the same pairs."""
 
 from __future__ import annotations
 
@@ -33,14 +30,11 @@ SYSTEM, START, AGAINST = "system", "start", "against"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Which systems and pairs, named as the flags of ``scripts/evaluate.py``.
-
-    None is a run's own setting or, for a model, the default.
-    """
+    """Flags of ``scripts/evaluate.py``; None: the run's setting, else the default."""
 
     system: str
     step: str = "latest"
-    # Fields of cfg.Model for the system; compute_dtype is for everyone.
+    # Fields of cfg.Model for `system`; compute_dtype is for all policies.
     model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     against: str | None = None
     against_step: str = "latest"
@@ -63,12 +57,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A system, and what it says of every pair: its chosen and rejected answer."""
+    """A policy and its scores of every pair's chosen and rejected answer."""
 
     role: str  # SYSTEM, START or AGAINST
     name: str
     reference: str | None  # name of the reward's reference
-    z: str | None  # how it was chosen; None without codes
+    z: str | None  # how z was chosen; None without codes
     reward: Reward
     weights_digest: str
     tokenizer_digest: str
@@ -83,7 +77,7 @@ class Contestant:
 
     @property
     def margins(self) -> Float[np.ndarray, "B"]:
-        """Reward of the chosen over the rejected answer."""
+        """The chosen answer's reward less the rejected one's."""
         chosen, rejected = self.rewards.T
         return chosen - rejected
 
@@ -95,18 +89,16 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What everyone said of the pairs."""
+    """Scores of the same pairs under every policy."""
 
-    contestants: tuple[Contestant, ...]  # the system first
-    texts: tuple[PreferenceExample, ...]  # that all of them were asked about, in order
-    rules: dict[str, Any]  # by which they became tokens: data.pairs.RULES
-    report: Report  # of the system's tokens
-    left_out: int  # pairs of the system's that another tokenizer dropped
+    contestants: tuple[Contestant, ...]  # `Options.system` first
+    texts: tuple[PreferenceExample, ...]  # the pairs that all of them scored, in order
+    rules: dict[str, Any]  # of tokenization: data.pairs.RULES
+    report: Report  # of the first policy's tokens
+    left_out: int  # the first policy's pairs that another tokenizer dropped
 
 
 class _Entrant(NamedTuple):
-    """A contestant before it is scored, and its reward's reference."""
-
     role: str
     system: Policy
     steering: Steering | None
@@ -117,14 +109,12 @@ class _Entrant(NamedTuple):
 def compare(
     options: Options, mesh: Mesh, *, on_progress: Callable[[str, int, int], None]
 ) -> Comparison:
-    """Asks everyone about every pair.
+    """Scores every pair under every policy; settings are checked before the first.
 
-    ``on_progress`` is told whom, how many pairs are done, and of how many.
+    ``on_progress`` gets a role, its pairs done and the number of pairs.
 
     Raises:
-        UserError: Something that the user can mend, before any pair is scored; or a
-            system that gives an answer no finite log-probability.
-        damage.DamagedError: A checkpoint is not what was saved.
+        UserError: The tokenizers keep no pair in common.
     """
     run = _run_of(options.system, options.step)
     if run is not None:  # before anything is loaded
@@ -163,7 +153,7 @@ def compare(
 
 
 def _run_of(path: str, step: str) -> cfg.Config | None:
-    """A run's settings, none of its arrays read; None for a model that is no run."""
+    """A run's config, without its arrays; None for a model that is no run."""
     is_run = (Path(path).expanduser() / loading.CHECKPOINTS).is_dir()
     return loading.find(path, step=step).run if is_run else None
 
@@ -177,7 +167,7 @@ def _rules(options: Options, run: cfg.Config | None) -> dict[str, Any]:
 
 
 def model_for(path: str, run: cfg.Config) -> dict[str, Any]:
-    """A run's model settings for another start model, whose revision is its own."""
+    """A run's model settings for ``path``; the revision holds for its own alone."""
     model = dataclasses.asdict(run.model)
     if model.pop("path") != path:
         model["revision"] = None
@@ -185,7 +175,7 @@ def model_for(path: str, run: cfg.Config) -> dict[str, Any]:
 
 
 class _Systems:
-    """Loads each system once, and scores two roles of one system once."""
+    """Loads each policy once, and scores the same policy, z and pairs once."""
 
     def __init__(
         self, options: Options, mesh: Mesh, on_progress: Callable[[str, int, int], None]
@@ -197,7 +187,6 @@ class _Systems:
         self._scored: dict[tuple[int, Steering | None, str], np.ndarray] = {}
 
     def load(self, path: str, step: str = "latest", model: Any = None) -> Policy:
-        """A run's checkpoint or a model."""
         if (path, step) not in self._loaded:
             model = self._for_all if model is None else model
             self._loaded[path, step] = loading.load(
@@ -206,15 +195,14 @@ class _Systems:
         return self._loaded[path, step]
 
     def load_start(self, path: str, run: cfg.Config | None) -> Policy:
-        """A model with a run's tokenizer and precision, where it is a run's."""
         if run is None:
             return self.load(path)
+        # With the run's tokenizer and precision, as in training.
         return self.load(path, model=model_for(path, run) | self._for_all)
 
     def score(
         self, who: str, asked: Policy, how: Steering | None, pairs: list[TokenizedPair]
     ) -> Float[np.ndarray, "B 2"]:
-        """Log-probabilities of every pair's chosen and rejected answer."""
         key = (id(asked), how, pair_data.tokens_digest(pairs))
         if key not in self._scored:
             self._scored[key] = reading.score(
@@ -242,7 +230,7 @@ def _entrants(
         )
 
     def reference(asked: Policy, of: cfg.Config | None) -> Policy | None:
-        """The run's own, and of a model the one that the system has."""
+        """A run's own; a model that is no run gets the first policy's."""
         if not reward.over_reference:
             return None
         own = None if of is None else of.reference.path or of.model.path

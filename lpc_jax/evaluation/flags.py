@@ -1,4 +1,4 @@
-"""Flags that commands share: which system, on which devices, under which z."""
+"""Flags that commands share: the policy, its devices, and how z is chosen."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from lpc_jax.runtime.loading import Found
 from lpc_jax.runtime.policy import Policy
 from lpc_jax.runtime.steering import Steering
 
-# Flags that replace a setting of the model.
+# Flags that replace fields of cfg.Model.
 _OF_MODEL = ("revision", "tokenizer", "chat_template", "compute_dtype")
-
 LIKE: dict[str, Any] = {
     "metavar": "FILE",
     "help": "that of the reader who judged these pairs",
@@ -38,7 +37,7 @@ LIKE_BY: dict[str, Any] = {
 
 
 def add_system(parser: argparse.ArgumentParser) -> None:
-    """The system, and the devices that it is put on."""
+    """Adds the flags of the policy and of the devices that hold it."""
     add = parser.add_argument
     add(
         "system",
@@ -71,7 +70,7 @@ def add_system(parser: argparse.ArgumentParser) -> None:
 
 
 def add_steering(parser: argparse.ArgumentParser) -> None:
-    """How z is chosen."""
+    """Adds the flags that choose z."""
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(
         "--z", choices=("mean", "sample", "argmax"), help="from the prior [mean]"
@@ -83,13 +82,13 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
 
 
 def model_of(given: argparse.Namespace) -> dict[str, Any]:
-    """What is said of the model, as ``loading.load`` takes it."""
+    """The model settings that are given, as ``loading.load`` takes them."""
     settings = {name: getattr(given, name) for name in _OF_MODEL}
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def make_mesh(given: argparse.Namespace) -> Mesh:
-    """All devices; compiled programs are kept where the command line says."""
+    """A mesh of all devices; turns on the compilation cache that is named."""
     if given.compilation_cache not in (None, "none"):
         compute.keep_compiled(Path(given.compilation_cache))
     return sharding.make_mesh(
@@ -98,12 +97,12 @@ def make_mesh(given: argparse.Namespace) -> Mesh:
 
 
 def outline_system(given: argparse.Namespace) -> Found:
-    """The system that a command line names, none of its arrays read."""
+    """The policy that the flags name, without reading its arrays."""
     return loading.find(given.system, step=given.step, model=model_of(given))
 
 
 def load_system(given: argparse.Namespace, *, dtype: jnp.dtype | None = None) -> Policy:
-    """The system that a command line names, on all devices; see ``loading.load``."""
+    """The policy that the flags name, on all devices; see ``loading.load``."""
     return loading.load(
         given.system,
         mesh=make_mesh(given),
@@ -116,16 +115,9 @@ def load_system(given: argparse.Namespace, *, dtype: jnp.dtype | None = None) ->
 def choose_z(
     given: Any, latent: cfg.Latent | None, name: str
 ) -> Callable[[Policy], Steering | None]:
-    """From a loaded system to how its z is chosen (None without codes), checked now.
+    """Checks the flags of ``add_steering``; returns how a loaded policy's z is chosen.
 
-    Args:
-        given: With the flags of ``add_steering``.
-        latent: Settings of the system's codes.
-        name: Of the system.
-
-    Raises:
-        UserError: Codes of a system without any, an unknown one, a mix that is none,
-            or a file of examples that holds no pair.
+    ``latent`` and ``name`` are the policy's. Without codes its steering is None.
     """
     if given.like is not None:
         examples = like.read(given.like, given.like_by, latent, name)
@@ -135,7 +127,7 @@ def choose_z(
 
 
 def require_new_file(path: Path, *, overwrite: bool, flag: str) -> None:
-    """Raises ``UserError`` for a file that is there already or cannot be written."""
+    """Raises ``UserError`` for a file that exists or cannot be written."""
     if path.is_dir():
         raise UserError(f"{flag} {path} must be a file, got a folder.")
     if path.exists() and not overwrite:
@@ -147,7 +139,7 @@ def require_new_file(path: Path, *, overwrite: bool, flag: str) -> None:
 
 
 def require_writable(folder: Path, *, flag: str) -> None:
-    """Makes a folder, and raises ``UserError`` where one cannot be written to."""
+    """Makes a folder; raises ``UserError`` where it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,7 +1,6 @@
-"""Intervals of means over pairs, from drawing prompts again and again.
+"""Bootstrap intervals of means over pairs; pairs of one prompt are drawn together.
 
-Pairs of one prompt are not independent, so they are drawn together: the cluster
-bootstrap (Davison & Hinkley 1997, section 3.8, strategy 1).
+That is the cluster bootstrap (Davison & Hinkley 1997, section 3.8, strategy 1).
 """
 
 from __future__ import annotations
@@ -14,21 +13,20 @@ from jaxtyping import Float, Int
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-
-# Numbers gathered at a time: bounds the memory to some 100 MB.
+# Numbers gathered at a time, which bounds memory to about 100 MB.
 _GATHERED = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over pairs, and the ends of its interval; a single prompt has none."""
+    """A mean over pairs, and the ends of its interval; None with a single prompt."""
 
     mean: float
     low: float | None
     high: float | None
 
     def text(self, digits: int = 3, *, scale: float = 1.0, signed: bool = False) -> str:
-        """For a person: ``0.512 [0.430, 0.601]``."""
+        """As ``0.512 [0.430, 0.601]``."""
         mean = f"{scale * self.mean:{'+' if signed else ''}.{digits}f}"
         if self.low is None or self.high is None:
             return f"{mean} [one prompt]"
@@ -45,14 +43,13 @@ def estimates(
 ) -> list[Estimate]:
     """The mean of each quantity with its percentile interval (Efron 1979).
 
-    All quantities are of the same draws, so a paired difference is a quantity like any
-    other. Where all pairs have one value the interval has no width, which says little;
-    with fewer than about 20 prompts it is too narrow.
+    All quantities share the draws, so a paired difference is one of them. The interval
+    has no width where all pairs are equal, and is too narrow below about 20 prompts.
 
     Args:
-        values: Some quantities of each pair, at least one pair.
-        prompts: A number for each pair, the same for pairs of one prompt.
-        resamples: How many times as many prompts are drawn as there are.
+        values: At least one pair.
+        prompts: The number of each pair's prompt.
+        resamples: Draws, each of as many prompts as there are.
         seed: Of the draws.
         level: Share of the draws within the interval.
     """
@@ -61,6 +58,7 @@ def estimates(
     groups = int(place.max()) + 1
     if groups < 2:
         return [Estimate(mean, None, None) for mean in means]
+    # Per-prompt sums suffice: a draw's mean is the ratio of two sums over its prompts.
     sums = np.zeros((groups, values.shape[1]))
     np.add.at(sums, place, values)
     interval = scipy.stats.bootstrap(

@@ -1,7 +1,7 @@
-"""The standard benchmarks: lm-evaluation-harness's own tasks, asked of a system.
+"""lm-evaluation-harness's benchmarks, answered by a policy.
 
-How a text becomes tokens follows the harness's ``hf`` model, so that scores are
-comparable. The harness is an extra: import this where tasks are asked for.
+Tokenization follows the harness's ``hf`` model, so that scores are comparable. The
+harness is in the extra ``eval``: import this module only where tasks are asked for.
 """
 
 from __future__ import annotations
@@ -39,35 +39,27 @@ except ModuleNotFoundError as error:
         " install 'lpc-jax[eval]'."
     ) from error
 
-# Of an answer, where a task does not say: as the hf model has it.
+# Of an answer where the task sets none, as in the hf model.
 MAX_NEW_TOKENS = 256
 # Prompts answered at a time.
 _GENERATED_AT_ONCE = 8
 _GENERATION = {"max_gen_toks", "until", "do_sample", "temperature", "top_k", "top_p"}
-# Of a task's results what is no metric.
+# Keys of a task's results that are no metrics.
 _NO_METRICS = ("alias", "name", "sample_len", "sample_count")
-# What is kept of a question beside its metrics.
+# Kept of a question beside its metrics.
 _OF_SAMPLE = ("doc_id", "arguments", "resps", "filtered_resps", "filter", "target")
 
 
 class LanguageModel(TemplateLM):
-    """A system as the harness asks it: texts in, log-likelihoods and texts out.
+    """A policy as the harness's model; ``cut`` counts requests with a cut context.
 
-    Args:
-        system: What is asked.
-        steering: How z is chosen from the prior; not read without a latent.
-        max_length: Most tokens read at a time; None: the model's context length.
-        seed: Of draws of z and of tokens.
-
-    Attributes:
-        cut: Requests whose context was cut at its start so far.
+    ``steering`` is not read without a latent; ``max_length`` None: the context length.
 
     Raises:
-        UserError: A ``max_length`` that the model does not have, or a tokenizer with
-            neither BOS nor EOS.
+        UserError: ``max_length`` above the model's, or neither a BOS nor an EOS token.
     """
 
-    # The harness reads these; of the last one it makes names for a cache.
+    # The harness reads these; the last one names its cache.
     tokenizer: Any
     eot_token_id: Any = None
     prefix_token_id: Any = None
@@ -110,7 +102,7 @@ class LanguageModel(TemplateLM):
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        # Made where it is needed: it lays the decoder's layers apart.
+        # Made on first use: it copies the decoder's layers.
         return Generator(self.system, batch=_GENERATED_AT_ONCE)
 
     def tok_encode(
@@ -128,21 +120,19 @@ class LanguageModel(TemplateLM):
     def request(
         self, texts: tuple[str, str], context: list[int], scored: list[int]
     ) -> Request:
-        """What is read and scored, cut at its start to what the model can read.
-
-        The harness scores white space at a context's end with the continuation, since
-        it may be part of the continuation's first token. Where it is not, as after a
-        chat template's header, it stays of the context for the prior, which reads its
-        last token as in training.
+        """What is read and scored; the context is cut at its start to fit the model.
 
         Args:
             texts: The context and its continuation.
-            context: The first's ids, as the harness parts them.
-            scored: The second's.
+            context: The context's ids, as the harness splits them.
+            scored: The continuation's.
 
         Raises:
             UserError: A continuation of no tokens, or too long for the model.
         """
+        # The harness scores white space at a context's end with the continuation, as it
+        # may be part of its first token. Where it is not, as after a chat template's
+        # header, it stays in the context, whose last token the prior reads in training.
         lead = 0
         if context and texts[0] != texts[0].rstrip():
             whole, full = [*context, *scored], self.tok_encode(texts[0])
@@ -155,7 +145,7 @@ class LanguageModel(TemplateLM):
                 f" {len(scored) + lead}: {untrusted.shown(repr(texts[1]))}. Only a"
                 " context can be cut: leave the task out, or raise --max-length."
             )
-        # The last scored id is not read.
+        # One more than max_length: the last scored id is predicted, never read.
         room = self.max_length + 1 - len(scored)
         return Request(self._cut(context, room), np.asarray(scored, np.int32), lead)
 
@@ -178,11 +168,7 @@ class LanguageModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of each text the log-likelihood, in windows where it is long.
-
-        Each window has a z of its own, from the prior at the token before the first
-        that it scores.
-        """
+        """Each text's log-likelihood, over windows with a z each where it is long."""
         totals, windows = [0.0] * len(requests), []
         for number, request in enumerate(requests):
             (text,) = request.args
@@ -199,7 +185,7 @@ class LanguageModel(TemplateLM):
     def generate_until(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[str]:
-        """A text after each context, up to the first of its stop strings."""
+        """An answer to each context, up to its first stop string."""
         groups: dict[tuple[Sampling, tuple[str, ...]], list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(self.sampling(request.args[1]), []).append(number)
@@ -209,6 +195,7 @@ class LanguageModel(TemplateLM):
             room = self.max_length - sampling.max_new_tokens
             contexts = {i: self.tok_encode(requests[i].args[0]) for i in numbers}
             prompts = {i: self._cut(ids, room) for i, ids in contexts.items()}
+            # Longest first, so that a batch pads little.
             numbers.sort(key=lambda i: -len(prompts[i]))
             for start in range(0, len(numbers), _GENERATED_AT_ONCE):
                 part = numbers[start : start + _GENERATED_AT_ONCE]
@@ -226,11 +213,10 @@ class LanguageModel(TemplateLM):
         return texts
 
     def sampling(self, settings: Mapping[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
-        """A task's generation settings as ours, and its stop strings.
+        """A task's generation settings as ``Sampling``, and its stop strings.
 
         Raises:
-            UserError: A setting that we do not have, or an answer that would take the
-                model's whole context.
+            UserError: An unknown setting, or answers of ``max_length`` tokens or more.
         """
         known: dict[str, Any] = {**normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)}
         if unknown := sorted(known.keys() - _GENERATION):
@@ -256,7 +242,7 @@ class LanguageModel(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as text; without the header to go on from its last message."""
+        """A conversation as text; without the header its last message is continued."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -285,20 +271,18 @@ def evaluate(
     apply_chat_template: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """The harness's results of some tasks, for JSON with ``default=float``.
+    """The harness's results, for JSON with ``default=float``.
 
     Args:
         model: Answers.
         tasks: From ``tasks.load``, with its ``num_fewshot``.
-        num_fewshot: Examples in each prompt; None: as each task has it.
-        log_samples: Whether to give each request and its log-likelihood too.
-        apply_chat_template: Ask in the model's chat format, as it was trained, and not
-            as text to be continued.
-        settings: More of ``lm_eval.simple_evaluate``: ``limit``,
-            ``fewshot_as_multiturn``, ``system_instruction``.
+        num_fewshot: Examples in each prompt; None: the task's own.
+        log_samples: Also gives each request and its log-likelihood.
+        apply_chat_template: Asks in the chat format instead of as text to continue.
+        settings: More of ``lm_eval.simple_evaluate``.
 
     Raises:
-        UserError: What the model cannot be asked, before anything is computed.
+        UserError: The tokenizer has no chat template to apply.
     """
     start = time.monotonic()
     if apply_chat_template and not model.tokenizer.chat_template:
@@ -331,9 +315,9 @@ def evaluate(
 
 
 def _of_task(found: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A task's questions, examples and metrics, with their standard errors."""
+    """A task's number of questions and examples, and its metrics."""
 
-    def number(value: Any) -> float | None:  # words stand where there is none
+    def number(value: Any) -> float | None:  # text stands where there is none
         known = isinstance(value, int | float) and math.isfinite(value)
         return float(value) if known else None
 
@@ -347,7 +331,7 @@ def _of_task(found: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """What ``evaluate`` gives, a metric a line."""
+    """The results of ``evaluate``, a metric a line."""
     z = "" if results["z"] is None else f", z: {results['z']}"
     made = Table(title=f"{results['system']}{z}", box=box.SIMPLE_HEAD)
     for name in ("task", "n", "n-shot", "metric", "value", "±"):

@@ -1,4 +1,4 @@
-"""Preference accuracy and what goes with it on held-out pairs, z from the prior."""
+"""Preference accuracy and metrics on held-out pairs, with z from the prior."""
 
 from __future__ import annotations
 
@@ -16,17 +16,11 @@ from lpc_jax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a policy says of a set of pairs.
+    """Metrics of a policy on a set of pairs."""
 
-    ``metrics`` are means over the set, by path. ``code/source_nmi``, with a latent and
-    several sources, is how far the prior's largest code tells the source.
-    """
-
-    metrics: dict[str, float]
-    # Share of pairs with chosen reward strictly above rejected.
-    accuracy_by_source: dict[str, float]
-    # Mean prior probability of each code; empty without a latent.
-    usage_by_source: dict[str, Float[np.ndarray, "C"]]
+    metrics: dict[str, float]  # means over the set, by path
+    accuracy_by_source: dict[str, float]  # share with chosen reward > rejected
+    usage_by_source: dict[str, Float[np.ndarray, "C"]]  # mean prior; {} without codes
     margins: dict[int, float]  # by pair id
 
 
@@ -36,12 +30,9 @@ def evaluate(
     *,
     sources: Mapping[int, str],
 ) -> Evaluation:
-    """Scores every pair once and sums up; padding does not count.
+    """Scores every pair once and takes means; padding does not count.
 
-    Args:
-        score: From a micro-batch to metric sums and results by pair slot.
-        batches: Micro-batches of all pairs.
-        sources: Source of each pair id.
+    ``score`` gives metric sums and results by pair slot; ``sources`` are by pair id.
     """
     totals: Sums | None = None
     margins: dict[int, float] = {}
@@ -61,6 +52,7 @@ def evaluate(
         by_source.setdefault(sources[pair_id], []).append(pair_id)
     metrics = values(totals)
     if priors and len(by_source) > 1:
+        # How far the prior's largest code tells the source.
         metrics["code/source_nmi"] = measures.normalized_mutual_information(
             [int(np.argmax(prior)) for prior in priors.values()],
             [sources[i] for i in priors],

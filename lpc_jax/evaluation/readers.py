@@ -1,7 +1,6 @@
-"""Whether a few of a reader's judgements say what that reader wants.
+"""Whether z from a few of a reader's judgements ranks that reader's held-out pairs.
 
-Each reader's held-out pairs are ranked under z of a few judgements of their own, and of
-every other reader's: if the codes know readers apart, the first rank better.
+If codes tell readers apart, own judgements rank better than every other reader's.
 """
 
 from __future__ import annotations
@@ -29,26 +28,21 @@ from lpc_jax.generation.like import By
 from lpc_jax.runtime import loading, reading
 from lpc_jax.runtime.policy import Policy
 
-# Times that a reader's examples are drawn, over which is averaged.
+# Draws of a reader's judgements, over which accuracies are averaged.
 DRAWS = 4
-
 Texts = tuple[Sequence[PreferenceExample], Drops]
 
 
 @dataclasses.dataclass(frozen=True)
 class Readers:
-    """What judgements are worth: shares of pairs that are ranked right.
-
-    ``accuracy`` is of a reader's pairs (row) under z of a reader's judgements (column);
-    the estimates are means over pairs, under their own reader's and every other's.
-    """
+    """Accuracies under z of ``count`` judgements; estimates are means over pairs."""
 
     names: list[str]
-    count: int  # judgements that z is of
+    count: int  # judgements for a z
     by: By
-    accuracy: Float[np.ndarray, "readers readers"]
-    own: Estimate
-    other: Estimate
+    accuracy: Float[np.ndarray, "readers readers"]  # row's pairs, column's z
+    own: Estimate  # under their own reader's z
+    other: Estimate  # mean over the other readers' z
     difference: Estimate  # own less other, pair by pair
     pairs: int
 
@@ -65,15 +59,12 @@ def measure(
     """Ranks every reader's pairs under z of every reader's judgements.
 
     Args:
-        asked: A system with codes.
-        known: Pairs that z may be of, from ``data.pairs.read``.
+        asked: A policy with codes.
+        known: Pairs to draw judgements from, as ``data.pairs.read`` gives them.
         held_out: Pairs to be ranked, likewise.
-        counts: Judgements that z is of; each gives a result.
-        by: How z is found from them.
-        seed: Of the draws of examples.
-
-    Raises:
-        UserError: Fewer than two readers, or one with too few examples.
+        counts: Judgements for a z; each count gives a result.
+        by: How z follows from them, as in ``generation.like``.
+        seed: Of the drawn judgements and of the intervals.
     """
     examples, known_by = _by_reader(asked, known)
     judged, judged_by = _by_reader(asked, held_out)
@@ -107,7 +98,7 @@ def _mixes(
     by: By,
     seed: int,
 ) -> Float[np.ndarray, "M C"]:
-    """z of judgements that are drawn from each reader's, ``DRAWS`` times a count."""
+    """Weights of the codes for each count, reader and draw of judgements."""
     rng = np.random.default_rng(seed)
     drawn = [
         rng.choice(np.flatnonzero(known_by == name), count, replace=False)
@@ -125,7 +116,7 @@ def _mixes(
 def _by_reader(
     asked: Policy, texts: Texts
 ) -> tuple[Sequence[TokenizedPair], np.ndarray]:
-    """Pairs as tokens, and who judged each: users, or sources where some have none."""
+    """Tokenized pairs and their users, or sources if any pair has no user."""
     examples, drops = texts
     tokens, _ = pair_data.tokenize(
         examples, asked.tokenizer, drops, **pair_data.rules(asked.config.data)
@@ -137,7 +128,6 @@ def _by_reader(
 def _reference_logp(
     asked: Policy, judged: Sequence[TokenizedPair]
 ) -> Float[np.ndarray, "B 2"]:
-    """Log-probs of pairs under the run's reference."""
     config = asked.config
     path = config.reference.path or config.model.path
     if path == config.model.path and config.decoder == "frozen":
@@ -147,7 +137,7 @@ def _reference_logp(
         return reading.score_under(asked, judged, nothing)[0]
     model = comparison.model_for(path, config)
     reference = loading.load(path, mesh=asked.mesh, model=model)
-    # Their states are the policy's decoder's.
+    # Cached hidden states are of the policy's decoder, not of the reference.
     bare = [dataclasses.replace(pair, states=None) for pair in judged]
     return reading.score(reference, bare, steering=None)
 
@@ -190,7 +180,7 @@ def _summary(
 
 
 def table(result: Readers) -> Table:
-    """The matrix: rows are whose pairs, columns whose judgements."""
+    """Accuracies: rows are the pairs' readers, columns the judgements'."""
     made = Table(
         title=f"Ranked right under z of {result.count} judgements of ...",
         title_justify="left",
@@ -205,7 +195,7 @@ def table(result: Readers) -> Table:
 
 
 def lines(result: Readers) -> list[str]:
-    """Own and other readers' judgements, with intervals of 95 %."""
+    """Accuracies under own and other readers' judgements, with intervals."""
     return [
         f"{result.pairs} pairs of {len(result.names)} readers, z of {result.count}"
         f" judgements by {result.by}",
@@ -216,5 +206,5 @@ def lines(result: Readers) -> list[str]:
 
 
 def as_json(result: Readers) -> dict[str, Any]:
-    """Everything, as JSON can hold it."""
+    """The result as JSON."""
     return dataclasses.asdict(result) | {"accuracy": result.accuracy.tolist()}

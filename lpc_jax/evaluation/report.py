@@ -1,4 +1,4 @@
-"""A comparison in numbers: accuracies and margins with intervals, as table or JSON."""
+"""A comparison as accuracies and margins with intervals, in a table or JSON."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from lpc_jax.evaluation.comparison import SYSTEM, Comparison, Contestant
 from lpc_jax.evaluation.intervals import Estimate
 
 ALL, LONGER = "all", "longer"
-
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What one says of a group of pairs, or the system less another, pair by pair."""
+    """A policy's accuracy and margin on a group of pairs, or a paired difference."""
 
-    who: str  # a contestant's role, LONGER, or "system - " one of these
+    who: str  # a role, LONGER, or "system - " one of these
     accuracy: Estimate  # share of pairs whose chosen answer has the greater reward
     margin: Estimate | None  # mean of chosen over rejected; None for LONGER
     ties: int | None  # of rewards or, for LONGER, of lengths; None for a difference
@@ -38,7 +37,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """All pairs (``source`` None) or those of one source, and how many prompts."""
+    """All pairs (``source`` None) or one source's, and their number of prompts."""
 
     source: str | None
     pairs: int
@@ -47,13 +46,13 @@ class Group:
 
 
 def longer_is_better(lengths: Int[np.ndarray, "B 2"]) -> Float[np.ndarray, "B"]:
-    """1 where the chosen answer is the longer one, 0 where the other is, else 1/2."""
+    """1 where the chosen answer is longer, 1/2 where equal, else 0."""
     chosen, rejected = lengths.T
     return (chosen > rejected) + 0.5 * (chosen == rejected)
 
 
 def summarize(comparison: Comparison, *, resamples: int, seed: int) -> list[Group]:
-    """All pairs, then each source by its name; see ``intervals.estimates``."""
+    """Estimates of all pairs, then of each source; see ``intervals.estimates``."""
     texts = comparison.texts
     sources = np.asarray([text.source for text in texts])
     _, prompts = np.unique(
@@ -77,7 +76,7 @@ def _lines(
     seed: int,
 ) -> tuple[Line, ...]:
     main, *others = contestants
-    # By who, columns of each pair: accuracy and, where there is one, margin. A tie
+    # By role, columns of each pair: accuracy and, where there is one, margin. A tie
     # counts as wrong, as in training.
     columns: dict[str, np.ndarray] = {}
     ties: dict[str, int] = {}
@@ -91,7 +90,7 @@ def _lines(
         width = columns[role].shape[1]
         columns[f"{SYSTEM} - {role}"] = columns[SYSTEM][:, :width] - columns[role]
     joined = np.concatenate(list(columns.values()), axis=1)
-    # One call, so that everyone's intervals are of the same draws.
+    # One call, so that all intervals share the draws.
     drawn = intervals.estimates(joined, prompts, resamples=resamples, seed=seed)
     lines, rest = [], iter(drawn)
     for who, values in columns.items():
@@ -101,7 +100,7 @@ def _lines(
 
 
 def header(comparison: Comparison) -> list[str]:
-    """Who is who, what is compared, and what became of the pairs."""
+    """The policies, their rewards, and what became of the pairs."""
     lines = []
     for one in comparison.contestants:
         z = "" if one.z is None else f"; z: {one.z}"
@@ -132,7 +131,7 @@ def header(comparison: Comparison) -> list[str]:
 
 
 def table(groups: Sequence[Group], *, resamples: int) -> Table:
-    """A line for everyone in every group."""
+    """A line for every role and difference in every group."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("", "", "accuracy, %", "margin"):
         made.add_column(name, justify="right" if name else "left")
@@ -145,7 +144,7 @@ def table(groups: Sequence[Group], *, resamples: int) -> Table:
             signed = line.ties is None  # a difference
             accuracy = line.accuracy.text(1, scale=100.0, signed=signed)
             margin = "" if line.margin is None else line.margin.text(signed=True)
-            # As text: rich would take brackets of a file's words for its markup.
+            # As Text: rich would take brackets in a source's name for markup.
             made.add_row(*map(Text, (head, line.who, accuracy, margin)))
         made.add_section()
     made.caption = (
@@ -165,10 +164,7 @@ def as_json(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Everything: who, what, all estimates, and what everyone said of each pair.
-
-    ``groups`` are of ``summarize`` with the same ``resamples`` and ``seed``.
-    """
+    """The estimates and every pair's scores; ``groups`` are of ``summarize``."""
     report = comparison.report
     return {
         "command": list(command),

@@ -1,8 +1,4 @@
-"""Log-probabilities of given continuations, z from the prior of each one's context.
-
-Rows of few shapes, each a context and all that is asked to follow it, so that a
-question is read once for all of its answers. Knows nothing of texts or tasks.
-"""
+"""Log-probabilities of continuations, with z from the prior at the context's end."""
 
 from __future__ import annotations
 
@@ -28,29 +24,23 @@ from lpc_jax.runtime.steering import Steering
 from lpc_jax.types import NO_PAIR, PADDING, PROMPT
 
 Ids = Int32[np.ndarray, "_"]
-
-# Tokens of a batch: on a CPU few, so that the last one of a set wastes little.
+# Tokens of a batch: few on a CPU, so that the last batch wastes little.
 _CPU_BATCH_TOKENS, _BATCH_TOKENS = 2048, 32_768
 # The shortest row. Longer ones are 1, 2, 3, 4, 6, 8, 12, ... times as long: at most a
 # third of a row is padding, and few shapes are compiled.
 _SHORTEST_ROW = 64
-# A row's continuations have together at most so many tokens, or as many as its context,
-# and are at most so many.
+# A row's continuations: most tokens (or its context's length, if more), and number.
 _CONTINUATION_TOKENS = 256
 _CONTINUATIONS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be scored: a continuation, under z of the prior at the context's end.
-
-    ``lead`` of the context's last ids, fewer than it has, are scored as well, without
-    z: they come before the prior can know of them.
-    """
+    """A continuation to be scored under z of the prior at the context's end."""
 
     context: Ids
     continuation: Ids
-    lead: int = 0
+    lead: int = 0  # last ids of the context that are scored too, without z
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +52,12 @@ class Score:
 
 
 class _Rows(NamedTuple):
-    """Rows of one shape, as arrays; a row that is not used is padding."""
+    """Rows of one shape; an unused row is padding."""
 
     tokens: Int[Any, "R T"]
     positions: Int[Any, "R T"]  # every continuation goes on from the context
     pair: Int[Any, "R T"]  # 0, or NO_PAIR on padding
-    branch: Int[Any, "R T"]  # PROMPT, or one number a continuation
+    branch: Int[Any, "R T"]  # PROMPT, or a number for each continuation
     context_end: Int[Any, "R"]  # index of the context's last token
     seed: UInt32[Any, "R"]  # of the context alone
     score_from: Int[Any, "R S"]  # index of the hidden state that predicts
@@ -77,7 +67,7 @@ class _Rows(NamedTuple):
 
 @dataclasses.dataclass
 class _Row:
-    """One context and what follows it, by the number of the request."""
+    """A context and its continuations, by their requests' numbers."""
 
     context: Ids
     lead: int
@@ -89,7 +79,7 @@ class _Row:
         return len(self.context) + self.added
 
     def add(self, number: int, continuation: Ids) -> bool:
-        """Takes a continuation, if there is room; its last id is scored, never read."""
+        """Takes a continuation if there is room; its last id is scored, never read."""
         added = self.added + len(continuation) - 1
         if len(self.continuations) == _CONTINUATIONS or (
             self.continuations and added > max(_CONTINUATION_TOKENS, len(self.context))
@@ -101,13 +91,10 @@ class _Row:
 
 
 class Scorer:
-    """Scores requests with one system.
+    """Scores requests with one policy; ``steering`` is not read without a latent.
 
-    Args:
-        system: On its mesh.
-        steering: How z is chosen; not read without a latent.
-        seed: Of draws of z. A context's draw depends on it and the context alone.
-        batch_tokens: Tokens of a batch, padding included; None: what suits the device.
+    A context's draw of z depends on ``seed`` and the context alone. ``batch_tokens``
+    includes padding; None: by device.
     """
 
     def __init__(
@@ -138,15 +125,10 @@ class Scorer:
         *,
         done: Callable[[int], object] = lambda count: None,
     ) -> list[Score]:
-        """A score for each request, in their order.
+        """A score for each request, in their order, whatever else is in its batch.
 
-        What a request gets depends neither on the batch that it is in nor on the other
-        requests, beyond rounding.
-
-        Args:
-            requests: At least one id of context, unscored, and one scored in each; at
-                most the model's context length of ids read.
-            done: Called after each batch with the requests that it answered.
+        Each has at least one unscored id of context and one scored id, and fits the
+        model's context. ``done`` gets the number of requests of each batch.
         """
         scores: dict[int, Score] = {}
         rows = sorted(_gather(requests), key=lambda row: -row.length)
@@ -156,7 +138,7 @@ class Scorer:
         while rows:
             length = _shape_of(rows[0].length, self._unit)
             count = max(self._batch_tokens // length, 1)
-            count += -count % ways
+            count += -count % ways  # each device gets as many rows
             chosen, rows = rows[:count], rows[count:]
             batch, places = _arrays(chosen, count, length)
             with jax.set_mesh(mesh):
@@ -172,7 +154,7 @@ class Scorer:
 
 
 def _gather(requests: Sequence[Request]) -> list[_Row]:
-    """Requests with the same context side by side, as far as a row has room."""
+    # Continuations of one context share a row, so that it is read once for them.
     rows: list[_Row] = []
     open_rows: dict[tuple[bytes, int], _Row] = {}
     for number, request in enumerate(requests):
@@ -188,7 +170,7 @@ def _gather(requests: Sequence[Request]) -> list[_Row]:
 
 
 def _shape_of(length: int, unit: int) -> int:
-    """The shortest row that holds so many tokens, of those that are made."""
+    """The shortest row length that holds ``length`` tokens."""
     size = _SHORTEST_ROW + -_SHORTEST_ROW % unit
     while size < length:
         if 3 * size // 2 >= length and (3 * size // 2) % unit == 0:
@@ -200,7 +182,7 @@ def _shape_of(length: int, unit: int) -> int:
 def _arrays(
     rows: Sequence[_Row], count: int, length: int
 ) -> tuple[_Rows, list[tuple[int, int, Int[np.ndarray, "_"]]]]:
-    """The rows as arrays, and each request's row and scored positions."""
+    """The rows as arrays, and each request's number, row and scored positions."""
     made = _Rows(
         tokens=np.zeros((count, length), np.int32),
         positions=np.zeros((count, length), np.int32),
@@ -228,8 +210,9 @@ def _arrays(
             here = slice(read, read + len(ids) - 1)
             made.tokens[index, here] = ids[:-1]
             made.positions[index, here] = end + np.arange(len(ids) - 1)
-            # Attention asks only whether two tokens are of the same branch.
+            # Any number will do: attention compares branches for equality alone.
             made.branch[index, here] = branch
+            # The context's last state predicts the first id of every continuation.
             where = np.arange(scored, scored + len(ids))
             made.score_from[index, where] = [end - 1, *range(here.start, here.stop)]
             made.score_token[index, where] = ids
@@ -258,6 +241,7 @@ def _score(
         at_end = read_at(hidden, end)[:, 0]
         codes = draws.codes(network.latent, at_end, steering, key, rows.seed)
         vector = codes.vector[:, None]
+        # z is for what the prior could not read: ids after the context's end.
         has_z = (rows.score_from >= end)[..., None]
         scored = scored + jnp.where(has_z, vector, 0.0).astype(scored.dtype)
     return sequence.token_logp_and_greedy(

@@ -1,7 +1,6 @@
-"""The standard tasks: lm-evaluation-harness's, with data of the hub or of local files.
+"""lm-evaluation-harness's tasks, with data from the hub or from local files.
 
-The tasks themselves, their prompts, metrics and answers' extraction, are the harness's
-own; what differs with local files is said in ``_with_file``.
+``_with_file`` says what local files change.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from lm_eval.tasks import TaskManager
 from lpc_jax.data import rows as files
 from lpc_jax.errors import UserError
 
-# The files of a folder, and where the harness has their tasks: the index of all its
-# folders takes seconds to make.
+# Local files, and the harness's folders of their tasks: indexing all takes seconds.
 FILES = {
     "arc_easy": "arc_easy.test.jsonl.gz",
     "arc_challenge": "arc_challenge.test.jsonl.gz",
@@ -37,18 +35,17 @@ _FIELDS = {
 def load(
     names: Sequence[str], *, data: Path | None = None, num_fewshot: int | None = None
 ) -> list[Any]:
-    """The harness's tasks.
+    """The harness's tasks, groups or tags.
 
     Args:
-        names: Of tasks, groups or tags.
+        names: Of the harness.
         data: A folder with the files of ``FILES``; None: the hub.
-        num_fewshot: Examples in each prompt; None: as each task has it. A task that
-            fixes them to none keeps none.
+        num_fewshot: Examples in each prompt; None: the task's own; a task's 0 stays 0.
 
     Raises:
-        UserError: No such task, or its data cannot be had.
+        UserError: A negative ``num_fewshot``, an unknown task, or the hub fails.
     """
-    # It warns of what we set on purpose.
+    # The harness warns of what is set on purpose.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"--num-fewshot must be at least 0, got {num_fewshot}.")
@@ -90,11 +87,9 @@ def load(
 def _with_file(name: str, folder: Path, shots: int) -> dict[str, Any]:
     """A task's settings where its data are of a file.
 
-    Only test files are there. Examples for few-shot prompts, which the harness takes
-    from a training split at random (gsm8k: 5), are therefore the file's last questions,
-    in their order, which are then not asked: scores with examples are near the
-    standard's but not the same. Without examples (ARC, TruthfulQA) the prompts are the
-    same, and so are scores as far as the file has the same questions.
+    Only test files are there. Few-shot examples, which the harness draws from training
+    splits (gsm8k: 5), are the file's last questions in order, and are not asked: scores
+    are near the standard's. Without examples (ARC, TruthfulQA) they are the standard's.
     """
     questions = rows(name, folder)
     asked = len(questions) - shots
@@ -119,11 +114,7 @@ def _with_file(name: str, folder: Path, shots: int) -> dict[str, Any]:
 
 
 def rows(name: str, folder: Path) -> list[dict[str, Any]]:
-    """A task's questions, in the fields that the harness's task reads.
-
-    Raises:
-        UserError: No such file, or a broken one or row, by line.
-    """
+    """A task's questions; ``UserError`` for a row without its fields, or no rows."""
     file, questions = folder / FILES[name], []
     for origin, row in files.read(str(file), setting="--tasks-data", split=None):
         try:

@@ -1,8 +1,8 @@
-"""LPC as other engines can run it: one bias over the vocabulary for each prompt.
+"""LPC for other engines: one bias over the vocabulary for each prompt.
 
 z is one vector over an answer and enters before the linear head (Gong et al. 2025, eq.
-10), so head (h + w E) = head h + w (E head'), where w are the prompt's weights of the
-codes E. ``out/lpc_vllm.py`` adds it in vLLM.
+10): head (h + w E) = head h + w (E head'), with w the prompt's weights of the codes E.
+``out/lpc_vllm.py`` adds it in vLLM.
 """
 
 from __future__ import annotations
@@ -33,11 +33,7 @@ _LENGTH_UNIT = 128
 
 
 def read_prompts(file: Path) -> list[list[Message]]:
-    """Conversations, of a file with {"prompt": TEXT or MESSAGES} a line.
-
-    Raises:
-        UserError: No such file, no prompts, or a line that is none.
-    """
+    """Conversations, a line {"prompt": TEXT or MESSAGES} each; else ``UserError``."""
     if not file.is_file():
         raise UserError(f"--bias {file}: no such file. Check the path.")
     lines = rows.read(str(file), setting="--bias", split=None)
@@ -52,14 +48,10 @@ def write(
 ) -> None:
     """Writes ``code_bias`` [C V] and the prompts' ``weights`` [B C] as safetensors.
 
-    Args:
-        system: With codes.
-        prompts: Conversations.
-        steering: Where the weights come from; its draws have seed 0.
-        output: The file, which takes its name when it is whole.
+    ``steering`` gives the weights; its draws have seed 0.
 
     Raises:
-        UserError: A conversation that the chat template refuses, by its number.
+        UserError: A conversation that cannot be encoded, by its number.
     """
     ids = []
     for number, prompt in enumerate(prompts, start=1):
@@ -87,7 +79,7 @@ def write(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _code_bias(graph: Any, params: Any) -> Float[Array, "C V"]:
-    """What each code alone adds to the logits of every token of an answer, in fp32."""
+    """Logits that each code alone adds to every token of an answer, in fp32."""
     network = nnx.merge(graph, params)
     return jnp.einsum(
         "CD,VD->CV",
@@ -106,7 +98,7 @@ def _weights(
     seed: UInt32[Array, "R"],
     steering: Steering,
 ) -> Float[Array, "R C"]:
-    """The weights of the codes that a prompt calls for."""
+    """The codes' weights at the end of a prompt."""
     network = nnx.merge(graph, params)
     positions, same = jnp.arange(tokens.shape[1])[None], jnp.zeros_like(tokens)
     # Padding is on the right, where no token of the prompt looks.

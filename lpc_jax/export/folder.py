@@ -1,8 +1,4 @@
-"""A policy as a folder that other programs load: weights, config, tokenizer, template.
-
-With codes, the latent's weights and the module for transformers that adds z before the
-head go along; ``loading.load`` reads both kinds back.
-"""
+"""A policy as a folder for other programs: weights, config, tokenizer, codes."""
 
 from __future__ import annotations
 
@@ -27,24 +23,18 @@ from lpc_jax.runtime import compute, ends, policy, steering
 from lpc_jax.runtime.loading import Found
 from lpc_jax.runtime.policy import Policy
 
-# Of the largest file, unless another size is asked for.
+# Default size of the largest weights file.
 SHARD_BYTES = 5_000_000_000
 DTYPES = ("float32", "bfloat16", "float16")
-
 # The module for transformers, which is copied and never imported.
 MODULE = "modeling_lpc.py"
-
 # Tokenizer, config and module; the largest known tokenizer.json has some 35 MB.
 _MARGIN_BYTES = 50_000_000
 _GIGABYTE = 1e9
 
 
 def require_output(output: Path) -> None:
-    """Refuses a folder or file that cannot be made, before there is anything to write.
-
-    Raises:
-        UserError: It holds something, or cannot be made.
-    """
+    """Raises ``UserError`` for a folder that is not empty or cannot be made."""
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} must be new or empty. Choose another folder.")
     if output.exists() and not output.is_dir():
@@ -60,16 +50,12 @@ def require_output(output: Path) -> None:
 
 
 def _above(output: Path) -> Path:
-    """The nearest folder above that is there."""
+    """The nearest parent that exists."""
     return next(parent for parent in output.absolute().parents if parent.exists())
 
 
 def require_space(output: Path, outline: Found, *, dtype: str, plain: bool) -> None:
-    """Refuses a disk that has no room for what ``write`` of the same will write.
-
-    Raises:
-        UserError: Too little free disk space.
-    """
+    """Raises ``UserError`` where the disk has no room for what ``write`` writes."""
     model = cfg.Model(path=str(outline.path))
     _, shapes = policy.shapes(
         outline.architecture,
@@ -96,16 +82,14 @@ def write(
     """Writes a folder, all or nothing.
 
     Args:
-        system: Loaded in fp32.
-        output: Where to; must not exist, or be empty.
-        dtype: Of the decoder's stored elements, one of ``DTYPES``; the latent is stored
-            in float32.
-        shard_bytes: Above this the weights are spread over several files.
+        system: A policy loaded in fp32.
+        output: A new or empty folder.
+        dtype: Of the decoder, one of ``DTYPES``; the latent is stored in float32.
+        shard_bytes: Above this the weights are split over several files.
         plain: Leaves out the codes: the decoder alone, without z.
 
     Raises:
-        UserError: The folder holds something, the tokenizer has no end of sequence or
-            cannot be written, or weights are too large for float16.
+        UserError: The tokenizer's digest changes when it is saved.
     """
     latent = None if plain else system.params.get("latent")
     tokens = _special_tokens(system)
@@ -126,7 +110,7 @@ def write(
             module = importlib.resources.files("lpc_jax") / "export" / "out" / MODULE
             (partial / MODULE).write_bytes(module.read_bytes())
         system.tokenizer.save_pretrained(partial)
-        # The template is in the folder, one that replaced the tokenizer's own too.
+        # The template is in the folder, also one that replaced the tokenizer's own.
         again = tokenizers.load(partial, chat_template=None)
         if tokenizers.digest(again) != tokenizers.digest(system.tokenizer):
             raise UserError(
@@ -159,7 +143,6 @@ def _special_tokens(system: Policy) -> dict[str, Any]:
 
 
 def _lpc_config(system: Policy) -> dict[str, Any]:
-    """What the ``config.json`` of a folder with codes has of its own."""
     latent, family = system.latent, system.architecture.family
     assert latent is not None
     width, chosen = system.architecture.width, steering.of_settings(latent)

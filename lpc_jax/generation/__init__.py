@@ -1,1 +1,1 @@
-"""Answers to prompts: how tokens are drawn, and what is asked and kept."""
+"""Generation: sampling, decoding, answers, and z from judgements."""

@@ -1,4 +1,4 @@
-"""Answers to prompts under z of each: batches, streams, stop strings and ends."""
+"""Answers to prompts, each under its own z: batches, streams and stop strings."""
 
 from __future__ import annotations
 
@@ -17,40 +17,25 @@ from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import ends
 from lpc_jax.runtime.policy import Policy
 
-# Tokens between two looks at what was written, for stop strings.
+# Tokens between two checks for stop strings.
 _LOOK = 32
-
-# What a cut UTF-8 character is decoded to.
+# What an incomplete UTF-8 character decodes to.
 _UNFINISHED = "\ufffd"
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """An answer.
-
-    ``reason`` says what ended it: ``end``: the model; ``stop``: a stop string;
-    ``length``: ``max_new_tokens``; ``context``: the model's context is full; nothing
-    while it is being written.
-    """
+    """An answer, finished or being written."""
 
     tokens: Ids  # without the one that ended it
     text: str  # without special tokens, and up to a stop string
-    reason: str
+    reason: str  # end, stop, length or context (full); empty while written
     prior: Float[np.ndarray, "C"] | None  # probabilities; None without a latent
     weights: Float[np.ndarray, "C"] | None  # of the codes in z, likewise
 
 
 class Generator:
-    """Writes answers with one system.
-
-    Args:
-        system: Its decoder's layers are laid apart, which takes their memory once more.
-        batch: Most prompts that are answered at a time.
-
-    Attributes:
-        system: As given.
-        ends: Tokens that end an answer; from ``runtime.ends``.
-    """
+    """Writes answers to ``batch`` prompts at a time; copies the decoder's layers."""
 
     def __init__(self, system: Policy, *, batch: int) -> None:
         self.system, self._batch = system, batch
@@ -64,11 +49,7 @@ class Generator:
         )
 
     def require_room(self, prompts: Sequence[Ids]) -> None:
-        """Refuses prompts that leave no room for an answer.
-
-        Raises:
-            UserError: Naming the first of them.
-        """
+        """Raises ``UserError`` for a prompt that leaves no room for an answer."""
         longest = self.system.architecture.context_length - 1
         for number, prompt in enumerate(prompts, start=1):
             if not 0 < len(prompt) <= longest:
@@ -93,14 +74,11 @@ class Generator:
             sampling: How tokens are chosen.
             steering: How z is chosen; not read without a latent.
             stop: An answer ends before the first of these.
-            seed: Of tokens, together with the prompt's number, and of draws of z,
-                together with the prompt itself.
-
-        Raises:
-            UserError: A prompt that leaves no room.
+            seed: Of tokens, with the prompt's number, and of z, with the prompt itself.
         """
         self.require_room(prompts)
         answers: dict[int, Completion] = {}
+        # Longest first, so that a batch pads little.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for begin in range(0, len(order), self._batch):
             numbers = order[begin : begin + self._batch]
@@ -120,12 +98,7 @@ class Generator:
         stop: Sequence[str] = (),
         seed: int = 0,
     ) -> Iterator[Completion]:
-        """The answer to one prompt, token by token; see ``generate``.
-
-        Yields:
-            Completions whose text each begins with the one before; ``reason`` is empty
-            but for the last.
-        """
+        """The growing answer to one prompt; ``reason`` is empty but for the last."""
         self.require_room([prompt])
         growing = self._write({0: prompt}, 1, sampling, steering, stop, seed, 1)
         for (completion,) in growing:
@@ -141,7 +114,7 @@ class Generator:
         seed: int,
         every: int,
     ) -> Iterator[list[Completion]]:
-        """A batch's answers after every few tokens, last of all whole."""
+        """Yields a batch's answers after ``every`` tokens, the last time complete."""
         wanted = sampling.max_new_tokens
         # A whole batch may write only as much as its longest prompt leaves room for.
         context = self.system.architecture.context_length
@@ -167,6 +140,7 @@ class Generator:
         ]
         while True:
             written = state.tokens, state.count, state.done
+            # Copied: `done` is written to below.
             tokens, count, done = map(np.array, jax.device_get(written))
             for row, answer in enumerate(answers):
                 if not answer.reason:
@@ -185,7 +159,7 @@ class Generator:
     def _read(
         self, answer: Completion, tokens: Ids, stop: Sequence[str], full: str
     ) -> Completion:
-        """An answer of all tokens written; ``full``: why there can be no more."""
+        """``answer`` with all ``tokens``; ``full``: the reason if no more fit."""
         ends = np.flatnonzero(np.isin(tokens, self.ends))
         reason = "end" if len(ends) else full
         tokens = tokens[: ends[0]] if len(ends) else tokens
@@ -200,7 +174,7 @@ class Generator:
 
 
 def _settled(text: str, stop: Sequence[str]) -> str:
-    """Without half a character, or what may become a stop string, at its end."""
+    """Cuts half a character, or what may become a stop string, from the end."""
     text = text.rstrip(_UNFINISHED)
     for string in stop:
         for length in range(min(len(string) - 1, len(text)), 0, -1):

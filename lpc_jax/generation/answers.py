@@ -1,4 +1,4 @@
-"""Files of prompts in, files of answers out."""
+"""Reads files of prompts and writes files of answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from lpc_jax.generation.answering import Completion
 from lpc_jax.generation.decode import Ids
 
 Format = Literal["jsonl", "alpaca_eval"]
-
 # Codes named beside an answer.
 _CODES_NAMED = 4
 
@@ -30,7 +29,7 @@ class Prompt:
     """One row of a file of prompts."""
 
     messages: list[Message]  # the last one the user's
-    ids: Ids  # of them, with the assistant's header
+    ids: Ids  # with the assistant's header
     row: dict[str, Any]  # as it was in the file
 
 
@@ -47,12 +46,12 @@ def read_prompts(
     Args:
         path: Rows with ``prompt``, ``messages`` or ``instruction``.
         tokenizer: With a chat template.
-        system_prompt: A first message for conversations that have none of the system.
-        limit: Only the first so many; None: all.
+        system_prompt: Goes before conversations without a system message.
+        limit: Rows to read, from the first; None: all.
         split: Of a hub data set.
 
     Raises:
-        UserError: No such file, a row of no known form, or no rows.
+        UserError: A row that cannot be encoded, or no rows.
     """
     prompts = []
     read = rows.read(path, setting="--prompts", split=split)
@@ -84,16 +83,8 @@ def write(
 ) -> Iterator[int]:
     """Answers all prompts into a file; yields how many are answered.
 
-    Args:
-        path: The file.
-        prompts: From ``read_prompts``.
-        answer: From prompts to completions.
-        form: ``jsonl``: each row as it was, with the answer and what it took, written
-            as they come, so that a run that is cut short leaves those that it made;
-            ``alpaca_eval``: what AlpacaEval reads as model outputs (Li et al. 2023),
-            a list that takes its name when it is whole.
-        generator: Who answers, for both.
-        at_a_time: Prompts between two writes.
+    ``jsonl`` has each prompt's row with its answer; ``alpaca_eval`` is AlpacaEval's
+    list of model outputs (Li et al. 2023). ``generator`` names the policy in both.
     """
 
     def answered() -> Iterator[list[tuple[Prompt, Completion]]]:
@@ -104,6 +95,7 @@ def write(
     count, rows = 0, []
     match form:
         case "jsonl":
+            # Written as they come, so that an interrupted run keeps its answers.
             with path.open("w", encoding="utf-8") as file:
                 for pairs in answered():
                     for pair in pairs:
@@ -122,7 +114,7 @@ def write(
 
 
 def _of_lines(prompt: Prompt, completion: Completion) -> dict[str, Any]:
-    """The prompt's row with its answer, and the codes that weigh most."""
+    """The prompt's row with its answer and its largest codes."""
     row = prompt.row | {
         "output": completion.text,
         "reason": completion.reason,
@@ -144,6 +136,6 @@ def _of_list(prompt: Prompt, completion: Completion) -> dict[str, Any]:
 
 
 def largest(shares: np.ndarray, count: int) -> dict[str, float]:
-    """The codes that weigh most, by number, with their weights."""
+    """The ``count`` largest shares but for zeros, by code."""
     order = np.argsort(-shares, kind="stable")[:count]
     return {str(code): round(float(shares[code]), 4) for code in order if shares[code]}

@@ -1,4 +1,4 @@
-"""A conversation in the terminal, and the hand on its codes."""
+"""A conversation in the terminal, with commands that choose z."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from lpc_jax.runtime import steering
 
 # Codes shown of a prior.
 _SHOWN = 8
-
 HELP = """\
 /code 7            answer under this code alone
 /mix 3:0.7,12:0.3  answer under a mix of codes
@@ -35,20 +34,20 @@ HELP = """\
 
 @dataclasses.dataclass
 class Conversation:
-    """A chat with one system; commands change its fields."""
+    """A chat with one policy; commands change its fields."""
 
     generator: Generator
     sampling: Sampling
     steering: Steering
     stop: tuple[str, ...]
     seed: int  # of the next answer; each takes the one after
-    first: list[Message]  # of the system, or none
+    first: list[Message]  # the system message, or none
     console: Console
     history: list[Message] = dataclasses.field(default_factory=list)
     last: Completion | None = None
 
     def talk(self, read: Callable[[], str]) -> None:
-        """Answers lines until ``read`` raises ``EOFError`` or there is a Ctrl-C."""
+        """Answers lines until ``read`` raises ``EOFError`` or Ctrl-C interrupts it."""
         while True:
             try:
                 line = read().strip()
@@ -69,7 +68,7 @@ class Conversation:
         self.console.print(text, end=end, markup=False, highlight=False, soft_wrap=True)
 
     def _answer(self, messages: list[Message]) -> None:
-        """Answers; the turn is kept only where there was an answer."""
+        """Answers and keeps the turn; after an error the history is as before."""
         tokenizer = self.generator.system.tokenizer
         ids = chat.encode_prompt([*self.first, *messages], tokenizer)
         text = ""
@@ -95,7 +94,6 @@ class Conversation:
             self._print(" [interrupted]", end="")
 
     def _obey(self, line: str) -> None:
-        """Does what a command says."""
         name, _, value = line.partition(" ")
         value = value.strip()
         match name:
@@ -130,7 +128,6 @@ class Conversation:
         steering.require_codes(codes, line, system.name)
 
     def _steering(self, name: str, value: str) -> Steering:
-        """As the flag of the same name."""
         system = self.generator.system
         if name == "like":
             examples = like.read(value, like.BY[0], system.latent, system.name)

@@ -1,8 +1,7 @@
 """Generation on the device: prompts into a cache, z, then token after token.
 
 z is chosen once, at the prompt's end, and added before the head at every position of
-the answer, as in training (Gong et al. 2025, eq. 10). Rows are padded on the left, so
-that all of them grow at one place.
+the answer, as in training (Gong et al. 2025, eq. 10).
 """
 
 from __future__ import annotations
@@ -27,16 +26,14 @@ from lpc_jax.runtime import draws
 from lpc_jax.types import HostOrDevice
 
 Ids = Int32[np.ndarray, "_"]
-
-# Tokens of a prompt that are read at a time; a prompt is padded to a multiple of the
-# last.
+# Tokens of a prompt read at a time; prompts are padded to a multiple of the last.
 _CHUNKS = (256, 32)
 # Slots of the cache are a multiple of it, so that few programs serve all lengths.
 _SLOTS = 128
 
 
 class Rows(NamedTuple):
-    """What the device is told of a batch's prompts, beside their tokens."""
+    """A batch's prompts, beside their tokens."""
 
     seed: np.uint32 | Array
     slot: Int32[HostOrDevice, ""]  # after every prompt
@@ -66,9 +63,10 @@ class State:
 def _pad(
     prompts: Mapping[int, Ids], *, rows: int, seed: int
 ) -> tuple[Int32[np.ndarray, "R T"], Rows]:
-    """Prompts by number, as an array of so many rows and what else is told of it."""
+    """Prompts as ``rows`` rows of tokens, and their ``Rows``."""
     length = _round_up(max(map(len, prompts.values())), _CHUNKS[-1])
     tokens = np.zeros((rows, length), np.int32)
+    # Padded on the left, so that all rows grow at one slot.
     first = np.full(rows, length - 1, np.int32)  # of a row without a prompt
     for row, prompt in enumerate(prompts.values()):
         first[row] = length - len(prompt)
@@ -86,7 +84,7 @@ def _pad(
 
 @functools.partial(jax.jit, static_argnums=0)
 def lay_apart(graph: Any, params: Any) -> tuple[Any, Any]:
-    """Decoder and latent of a network for ``nnx.merge``, the decoder's layers apart."""
+    """Decoder, its layers apart, and latent of a network, for ``nnx.merge``."""
     network = nnx.merge(graph, params)
     return nnx.split((CachedDecoder(network.decoder), network.latent))
 
@@ -105,12 +103,8 @@ def start(
 ) -> tuple[State, Array | None, Array | None]:
     """Reads prompts, chooses z and the first token of at most ``limit`` each.
 
-    Prompts come by number, which seeds the tokens that are drawn; z and the seed of its
-    draw are the prompt's own.
-
-    Returns:
-        The answers so far; the prior's probabilities and the codes' weights in z [R C],
-        or None without a latent.
+    Also gives the prior's probabilities and the codes' weights in z [R C], None without
+    a latent. A prompt's number seeds its tokens; its ids seed the draw of z.
     """
     tokens, told = _pad(prompts, rows=rows, seed=seed)
     length = tokens.shape[1]
@@ -142,7 +136,7 @@ def read(
     start: Int[Array, ""],
     first: Int[Array, "R"],
 ) -> tuple[Cache, Float[Array, "R D"]]:
-    """The cache with the next tokens of all prompts, and the last's hidden states."""
+    """The cache with the prompts' next tokens, and the last hidden states."""
     decoder, _ = nnx.merge(graph, params)
     hidden, cache = decoder(tokens, cache, start=start, first=first)
     return cache, hidden[:, -1]
@@ -165,8 +159,9 @@ def begin(
     steering: Steering,
     ends: tuple[int, ...],
 ) -> tuple[State, Float[Array, "R C"] | None, Float[Array, "R C"] | None]:
-    """Chooses z and the first token; gives also the prior and the codes' weights."""
+    """Chooses z and the first token; also gives the prior and the codes' weights."""
     decoder, latent = nnx.merge(graph, params)
+    # Room for as many tokens as the cache has slots: `limit` is no shape.
     room = hidden.shape[0], cache.keys[0].shape[1]
     key = jax.random.key(rows.seed)
     prior = weights = vector = None
@@ -192,7 +187,7 @@ def begin(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def write(graph: Any, params: Any, state: State, limit: Int[Array, ""]) -> State:
-    """Tokens, until there are ``limit`` of them or every row has ended."""
+    """Writes tokens until there are ``limit`` or every row has ended."""
     decoder, _ = nnx.merge(graph, params)
 
     def goes_on(state: State) -> Array:
@@ -220,7 +215,9 @@ def _with_token(
         preferred_element_type=jnp.float32,
     )
     logits = axes.constrain(logits, "R V")
+    # Of the row's key and the count alone: the batch does not change a draw.
     keys = jax.vmap(lambda key: jax.random.fold_in(key, state.count))(state.keys)
+    # A row that has ended repeats an end token, which the host cuts off.
     token = jnp.where(state.done, state.ends[0], state.choice.pick(logits, keys))
     ended = jnp.isin(token, jnp.asarray(state.ends))
     tokens = jax.lax.dynamic_update_slice_in_dim(
@@ -233,7 +230,7 @@ def _with_token(
 
 
 def _everywhere(x: Any) -> Any:
-    """Whole on every device, so that every process can read it."""
+    """Replicated on all devices, so that every process can read it."""
     if x is None or jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec())

@@ -1,8 +1,4 @@
-"""z from a handful of one reader's judgements.
-
-What LPC can do that no plain loss can: of codes that were learnt from many readers'
-pairs, the mix that speaks to the reader who judged these.
-"""
+"""z from a few judgements of one reader: the mix of codes that ranks them right."""
 
 from __future__ import annotations
 
@@ -31,7 +27,7 @@ BY: tuple[By, ...] = get_args(By)
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Judged pairs of one reader, read and not yet used; ``by``: how the mix comes."""
+    """Judged pairs of one reader; ``by``: how the mix follows from them."""
 
     judged: list[PreferenceExample]
     drops: Drops
@@ -39,16 +35,9 @@ class Examples:
 
 
 def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
-    """The pairs of a file, before anything is loaded or computed.
+    """The pairs of a file, in any form that training reads, before a policy is loaded.
 
-    Args:
-        file: In any form that training reads.
-        by: How the mix comes.
-        latent: Of the system that is to be asked under their z.
-        name: Of that system.
-
-    Raises:
-        UserError: It has no codes, or the file no pair.
+    ``latent`` and ``name`` are the policy's, which must have codes.
     """
     codes = None if latent is None else latent.num_codes
     require_codes(codes, f"--like {file}", name)
@@ -57,11 +46,7 @@ def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
 
 
 def steering(system: Policy, examples: Examples) -> Steering:
-    """The mix of codes that examples from ``read`` call for.
-
-    Raises:
-        UserError: No example is left as tokens.
-    """
+    """The mix of codes that examples from ``read`` call for."""
     rules = pair_data.rules(system.config.data)
     tokens, _ = pair_data.tokenize(
         examples.judged, system.tokenizer, examples.drops, **rules
@@ -78,7 +63,7 @@ def of_pairs(system: Policy, judged: Sequence[TokenizedPair], by: By) -> Steerin
 def evidence(
     system: Policy, judged: Sequence[TokenizedPair], by: By
 ) -> Float[np.ndarray, "B C"]:
-    """What each judged pair says for each code of a system that has some.
+    """Evidence of each judged pair for each code.
 
     By ``posterior`` the posterior's logits (LPC eq. 8). By ``bayes`` the log-likelihood
     of the judgement under that code alone, log sigmoid(margin) (Rafailov et al. 2023,
@@ -92,18 +77,19 @@ def evidence(
     mixes = np.concatenate([np.zeros((1, count)), np.eye(count)])  # none, then each
     logp = reading.score_under(system, judged, mixes)
     reward = loss_table.reward(None, system.config.loss)
+    # A reference would cancel: it is the same with and without the code.
     alone = dataclasses.replace(reward, over_reference=False)
     rewards = np.stack([alone.of(x, pair_data.lengths(judged), None) for x in logp])
     added = rewards[1:] - rewards[:1]
+    # log sigmoid(m) = -log(1 + exp(-m)), which logaddexp gives without overflow.
     return -np.logaddexp(0, added[..., 1] - added[..., 0]).T
 
 
 def weights(evidence: Float[np.ndarray, "B C"], by: By) -> Float[np.ndarray, "C"]:
     """The mix that the evidence of one reader's pairs calls for.
 
-    By ``posterior`` the softmax of the mean logits, as training with ``latent.pool =
-    "user"`` pools them; by ``bayes`` the softmax of the summed log-likelihoods, Bayes'
-    rule from a uniform belief over codes.
+    By ``posterior`` as ``latent.pool = "user"`` pools in training; by ``bayes`` Bayes'
+    rule from a uniform prior over codes.
     """
     match by:
         case "posterior":

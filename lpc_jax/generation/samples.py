@@ -1,7 +1,4 @@
-"""Answers to a few held-out prompts, kept with the step that gave them and measured.
-
-A number on pairs says which of two answers a model prefers, not what it says itself.
-"""
+"""Answers to a few held-out prompts, kept by step and measured."""
 
 from __future__ import annotations
 
@@ -20,20 +17,19 @@ from lpc_jax.generation.sampling import Sampling
 from lpc_jax.models.latent import Steering
 
 FILE = "samples.jsonl"
-
-# An answer runs in a circle if fewer of its 4-grams of tokens are distinct.
+# An answer runs in a circle if a smaller share of its token 4-grams is distinct.
 _GRAM, _DISTINCT = 4, 0.7
 # Shorter answers have too few 4-grams to tell.
 _LEAST_GRAMS = 5
-# Characters of a text that a person is shown.
+# Characters shown of a text.
 _SHOWN = 400
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One answer to a pair's prompt, as a line of the file has it."""
+    """An answer to a pair's prompt: a line of the file."""
 
-    step: int  # updates done when it was given
+    step: int  # updates done before it
     id: int  # of the pair
     source: str
     prompt: str  # the last turn before the answer
@@ -41,7 +37,7 @@ class Sample:
     tokens: int  # without the one that ended it
     chosen_tokens: int  # of the pair's better answer, likewise
     ended: bool  # by the model itself
-    circle: bool  # whether it runs in one
+    circle: bool  # see ``in_circle``
 
 
 def in_circle(tokens: Ids | Sequence[int]) -> bool:
@@ -53,10 +49,7 @@ def in_circle(tokens: Ids | Sequence[int]) -> bool:
 def choose(
     pairs: Sequence[TokenizedPair], count: int, *, most_tokens: int
 ) -> list[TokenizedPair]:
-    """So many pairs with different prompts, of all sources in turn, from the first.
-
-    Prompts of more than ``most_tokens`` are left out.
-    """
+    """Pairs with different prompts of at most ``most_tokens``, sources in turn."""
     by_source: dict[str, dict[bytes, TokenizedPair]] = {}
     for pair in pairs:
         if len(pair.prompt) <= most_tokens:
@@ -79,16 +72,7 @@ def answer(
     steering: Steering,
     max_new_tokens: int,
 ) -> list[Sample]:
-    """Greedy answers to the pairs' prompts.
-
-    Args:
-        generator: Of the policy after ``step`` updates.
-        pairs: From ``choose``.
-        prompts: What to show of each pair's prompt, by pair id.
-        step: Kept with the answers.
-        steering: How z is chosen; not read without a latent.
-        max_new_tokens: Most tokens of an answer.
-    """
+    """Greedy answers; ``prompts`` has each pair's prompt as text, by pair id."""
     completions = generator.generate(
         [pair.prompt for pair in pairs],
         sampling=Sampling(max_new_tokens=max_new_tokens),
@@ -111,11 +95,7 @@ def answer(
 
 
 def measure(samples: Sequence[Sample]) -> dict[str, float]:
-    """What a person would see of the answers, as metrics; shares of all of them.
-
-    ``answers/length_ratio`` is the answers' tokens over those of the chosen answers to
-    the same prompts.
-    """
+    """Shares and mean tokens of the answers, and tokens over the chosen answers'."""
     if not samples:
         return {}
     tokens = sum(sample.tokens for sample in samples)
@@ -129,7 +109,7 @@ def measure(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def read(file: Path) -> list[Sample]:
-    """The samples that a run kept; a line cut off by a crash is passed over."""
+    """The samples of a file; a last line cut off by a crash is skipped."""
     if not file.exists():
         return []
     *whole, _cut_off = file.read_text(encoding="utf-8").split("\n")
@@ -137,7 +117,7 @@ def read(file: Path) -> list[Sample]:
 
 
 def append(file: Path, samples: Sequence[Sample]) -> None:
-    """Adds samples to the file, one JSON object a line."""
+    """Appends samples to the file, one JSON object a line."""
     with file.open("a", encoding="utf-8") as opened:
         opened.writelines(map(_line, samples))
 
@@ -147,7 +127,7 @@ def _line(sample: Sample) -> str:
 
 
 def rewind(file: Path, resume_from: int | None) -> None:
-    """Removes samples of steps that will be done again; of a new run, all."""
+    """Removes samples of later steps than ``resume_from``; None, a new run: all."""
     kept = [s for s in read(file) if resume_from is not None and s.step <= resume_from]
     if not kept:
         file.unlink(missing_ok=True)
@@ -156,7 +136,7 @@ def rewind(file: Path, resume_from: int | None) -> None:
 
 
 def before_and_after(samples: Sequence[Sample]) -> list[str]:
-    """A prompt of each source with its first and its last answer, to be read."""
+    """A prompt of each source with its first and its last answer."""
 
     def shown(text: str) -> str:
         return untrusted.shown(" ".join(text.split()), most=_SHOWN) or "(nothing)"

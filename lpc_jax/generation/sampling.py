@@ -12,25 +12,20 @@ from jaxtyping import Array, Float, Int32
 
 from lpc_jax.errors import UserError
 
-# NumPy's as the host has it, JAX's inside jit.
+# NumPy's on the host, JAX's inside jit.
 Scalar = np.float32 | Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are written; ``keep_likeliest`` says what top_k and top_p do.
-
-    Raises:
-        UserError: A value that means nothing, by its flag.
-    """
+    """How tokens are chosen; values out of range raise ``UserError``."""
 
     max_new_tokens: int  # the answer's end included
     temperature: float = 0.0  # logits are divided by it; 0: greedy
-    top_k: int | None = None
-    top_p: float = 1.0
+    top_k: int | None = None  # see ``keep_likeliest``
+    top_p: float = 1.0  # likewise
 
     def __post_init__(self) -> None:
-        """Refuses values that mean nothing."""
         for name, holds, expected in (
             ("max-new-tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "at least 0"),
@@ -43,7 +38,7 @@ class Sampling:
 
     @property
     def choice(self) -> Choice:
-        """What a program is given of it."""
+        """The settings that a compiled program takes."""
         return Choice(
             # NumPy's: every process of several hands in the same.
             temperature=np.float32(self.temperature or 1.0),
@@ -57,7 +52,7 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Sampling inside jit; another temperature or top_p compiles nothing anew."""
+    """Sampling inside jit; another temperature or top_p does not recompile."""
 
     temperature: Scalar
     top_p: Scalar
@@ -71,6 +66,7 @@ class Choice:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         top_p = self.top_p if self.nucleus else None
         kept = keep_likeliest(logits / self.temperature, top_k=self.top_k, top_p=top_p)
+        # Gumbel-max: argmax(logits + noise) is a draw from softmax(logits).
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
         return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
 
@@ -83,8 +79,8 @@ def keep_likeliest(
     Args:
         logits: Divided by the temperature.
         top_k: Most tokens to keep; equals of the last are kept too. None: all.
-        top_p: Keep the fewest of the likeliest, of those that top_k keeps, that
-            together have at least this probability (Holtzman et al. 2020). None: all.
+        top_p: Keep the fewest of the likeliest, of those that top_k keeps, that have
+            at least this probability together (Holtzman et al. 2020). None: all.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -92,6 +88,7 @@ def keep_likeliest(
     if top_p is not None:
         ordered = -jnp.sort(-logits, axis=-1)
         shares = jax.nn.softmax(ordered, axis=-1)
+        # Less its own share: the token that crosses top_p is kept.
         before = jnp.cumsum(shares, axis=-1) - shares
         # The likeliest always stays, whatever rounding makes of its share.
         kept = jnp.where((before < top_p).at[:, 0].set(True), ordered, jnp.inf)

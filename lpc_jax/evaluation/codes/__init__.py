@@ -1,1 +1,1 @@
-"""What a policy's codes are, in numbers and on a page."""
+"""Reports on a policy's codes: measures, pictures and a page."""

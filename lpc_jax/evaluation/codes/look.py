@@ -1,7 +1,6 @@
-"""What a system's codes are: which prompts call for them, which tokens they raise.
+"""Which prompts call for each code, and which tokens each code raises.
 
-Of the prior everything is over prompts, of which each counts once however many pairs
-share it: the prior reads nothing else. Of the posterior everything is over pairs.
+Prior statistics count each prompt once, posterior statistics each pair.
 """
 
 from __future__ import annotations
@@ -31,26 +30,18 @@ PROMPTS_SHOWN, TOKENS_SHOWN = 8, 16
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt of so many pairs. One of two sources is two prompts.
-
-    Attributes:
-        code: The prior's largest code.
-        place: On the map of z, or None where it is not on it.
-    """
+    """A prompt and its number of pairs; in two sources it counts as two prompts."""
 
     text: str
     source: str
     pairs: int
-    code: int
-    place: tuple[float, float] | None
+    code: int  # largest of the prior
+    place: tuple[float, float] | None  # on the map of z; None if not drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A token for a person, and what is added to its logit, less the vocabulary's mean.
-
-    In ``text`` white space and lone bytes are visible.
-    """
+    """A token in printable form; ``logit``: its change less the vocabulary's mean."""
 
     id: int
     text: str
@@ -59,7 +50,7 @@ class Token:
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """The tokens that some z raises and lowers most, the most first."""
+    """The tokens whose logits a z raises and lowers most, the largest first."""
 
     raised: tuple[Token, ...]
     lowered: tuple[Token, ...]
@@ -67,58 +58,36 @@ class Effect:
 
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """One code.
+    """One code: its prior probability over prompts and its effect on the logits."""
 
-    Attributes:
-        index: Its row of the codebook.
-        usage: Mean prior probability over prompts.
-        usage_by_source: The same over the prompts of each source.
-        largest_share: Share of prompts whose largest code it is.
-        prompts: Those that call for it most, as their index and its probability.
-        effect: What it does to the vocabulary.
-        likeness: Cosine of its effect and the average mix's, over the vocabulary.
-        own_effect: Its effect less the average mix's: what sets it apart.
-    """
-
-    index: int
-    usage: float
-    usage_by_source: dict[str, float]
-    largest_share: float
-    prompts: tuple[tuple[int, float], ...]
+    index: int  # row of the codebook
+    usage: float  # mean prior probability over prompts
+    usage_by_source: dict[str, float]  # the same over each source's prompts
+    largest_share: float  # share of prompts whose most probable code it is
+    prompts: tuple[tuple[int, float], ...]  # (index, probability), largest first
     effect: Effect
-    likeness: float
-    own_effect: Effect
+    likeness: float  # cosine of its effect and the average mix's
+    own_effect: Effect  # its effect less the average mix's
 
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """Everything that is known of the codes of a system on some pairs.
+    """Measures, prompts and effects of a policy's codes on a set of pairs."""
 
-    Attributes:
-        pairs_digest: SHA-256 over their texts and sources.
-        report: What became of the pairs.
-        sources: Prompts of each source, the most first.
-        prompts: In the order of their first pairs.
-        codes: By index.
-        average_effect: Of the mix of all codes, each by its usage. z is this and, by
-            how far a prompt's mix departs from it, the codes' own effects.
-        seed: Of the random deals and of the map.
-    """
-
-    system: str
-    pairs: str
-    pairs_digest: str
-    report: Report
-    sources: dict[str, int]
-    prompts: tuple[Prompt, ...]
-    codes: tuple[Code, ...]
-    average_effect: Effect
+    system: str  # the policy's name
+    pairs: str  # name of the data
+    pairs_digest: str  # SHA-256 over texts and sources
+    report: Report  # what was dropped and cut
+    sources: dict[str, int]  # prompts of each, the most first
+    prompts: tuple[Prompt, ...]  # in the order of their first pairs
+    codes: tuple[Code, ...]  # by index
+    average_effect: Effect  # of all codes, weighted by usage
     measures: Measures
-    seed: int
+    seed: int  # of the shuffled sources and of t-SNE
 
     @property
     def likeness(self) -> float:
-        """Cosine of a code's effect and the average mix's, in the mean by usage."""
+        """Usage-weighted mean of the codes' ``likeness``."""
         return sum(code.usage * code.likeness for code in self.codes)
 
 
@@ -131,19 +100,10 @@ def look(
     seed: int,
     on_progress: Callable[[int], None],
 ) -> Look:
-    """Reads prior, posterior and z of every pair, and sums up.
+    """Reads prior, posterior and z of every pair of a policy with codes.
 
-    Args:
-        system: With codes.
-        rows: The pairs, ``index`` their place in what was read.
-        drops: What reading left out.
-        pairs: Their name.
-        seed: Of the random deals and of the map.
-        on_progress: Told how many pairs were read.
-
-    Raises:
-        UserError: scikit-learn is not installed, no pair can be had in the system's
-            tokens, or it believes something that is not finite.
+    ``index`` of a row is its place in what was read; ``pairs`` names the data; ``seed``
+    is of the shuffled sources and of t-SNE; ``on_progress`` gets the pairs read.
     """
     rules = pair_data.rules(system.config.data)
     kept, report = pair_data.tokenize(rows, system.tokenizer, drops, **rules)
@@ -180,7 +140,6 @@ def look(
 def _codes(
     system: Policy, prior: Float[np.ndarray, "prompts C"], sources: Sequence[str]
 ) -> tuple[tuple[Code, ...], Effect]:
-    """Every code, and the effect of the average mix."""
     usage, by_source = prior.mean(axis=0), measures.usage_by_source(prior, sources)
     often = np.bincount(np.argmax(prior, axis=1), minlength=prior.shape[1])
     effects = _effects(system)
@@ -204,14 +163,14 @@ def _codes(
 
 
 def prompt_text(example: PreferenceExample) -> str:
-    """A conversation for a person: one message alone without its role."""
+    """A conversation as text; a single message goes without its role."""
     if len(example.prompt) == 1:
         return example.prompt[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in example.prompt)
 
 
 def unique_prompts(pairs: Sequence[TokenizedPair]) -> tuple[list[int], list[int]]:
-    """The first pair of each prompt of a source, and how many pairs share it."""
+    """Each prompt's first pair, by source, and how many pairs share it."""
     places: dict[tuple[bytes, str], list[int]] = {}
     for i, pair in enumerate(pairs):
         places.setdefault((pair.prompt.tobytes(), pair.source), []).append(i)
@@ -222,31 +181,29 @@ def unique_prompts(pairs: Sequence[TokenizedPair]) -> tuple[list[int], list[int]
 def token_effects(
     codebook: Float[Array, "C D"], head: Float[Array, "V D"]
 ) -> Float[Array, "C V"]:
-    """What all weight on a code adds to each token's logit, less the mean over tokens.
+    """Logits that each code alone adds to every token, less their mean over tokens.
 
     LMHead(h + e_k) = LMHead(h) + LMHead(e_k) (LPC eq. 10). A constant over the
-    vocabulary changes nothing under the softmax, so that each code's mean is taken out.
+    vocabulary cancels in the softmax, so each code's mean is taken out.
     """
     logits = jnp.einsum("CD,VD->CV", codebook, head, precision="highest")
     return logits - jnp.mean(logits, axis=-1, keepdims=True)
 
 
 def _effects(system: Policy) -> Float[np.ndarray, "C known"]:
-    """``token_effects`` of the tokens that the tokenizer knows; the head may have more.
-
-    Special tokens stay: a code that raises the turn's end asks for shorter answers.
-    """
+    """``token_effects`` of the tokenizer's tokens; the head may have more rows."""
     with jax.set_mesh(system.mesh):
         network = system.network
         assert network.latent is not None
         codebook = network.latent.codebook[...]
         effects = token_effects(codebook, network.decoder.head_weight)
+    # Special tokens stay: a code that raises the turn's end asks for shorter answers.
     known = len(system.tokenizer)
     return np.asarray(jax.device_get(effects), np.float64)[:, :known]
 
 
 def cosine(a: Float[np.ndarray, "known"], b: Float[np.ndarray, "known"]) -> float:
-    """Of the angle between two effects; 0 where either is none."""
+    """Cosine of the angle between two effects; 0 where either is zero."""
     norm = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norm if norm > 0 else 0.0
 

@@ -1,7 +1,4 @@
-"""A map of z: a plane where like vectors lie near each other.
-
-t-SNE (van der Maaten & Hinton 2008), by scikit-learn (the extra ``eval``).
-"""
+"""Maps z onto a plane by t-SNE (van der Maaten & Hinton 2008; extra ``eval``)."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from jaxtyping import Float
 
 from lpc_jax.errors import UserError
 
-# t-SNE takes a minute for so many prompts; a picture shows no more of them apart.
+# t-SNE takes about a minute for this many; a picture cannot show more of them.
 MAPPED = 3000
 # Fewer points have no neighbourhoods to keep.
 FEWEST_MAPPED = 5
@@ -22,11 +19,7 @@ _NEIGHBOURS = 30.0
 
 
 def require() -> Any:
-    """scikit-learn's manifold module.
-
-    Raises:
-        UserError: It is not installed.
-    """
+    """Imports ``sklearn.manifold``; raises ``UserError`` if it is not installed."""
     try:
         return importlib.import_module("sklearn.manifold")
     except ModuleNotFoundError as error:
@@ -37,37 +30,35 @@ def require() -> Any:
 
 
 def neighbours(points: int) -> float:
-    """t-SNE's perplexity: of few points it is a third, more make no neighbourhood."""
+    """t-SNE's perplexity: at most a third of a point's neighbours."""
     return min(_NEIGHBOURS, (points - 1) / 3)
 
 
 def draw(
     vectors: Float[np.ndarray, "prompts D"], *, seed: int
 ) -> Float[np.ndarray, "prompts 2"] | None:
-    """Places of z on the plane; ``seed`` is that of its start.
-
-    None where there are too few prompts, or all have one z.
-    """
+    """Coordinates of z on the map; None for too few prompts or a single z."""
     centred = vectors.astype(np.float64) - vectors.mean(axis=0, dtype=np.float64)
     spread = centred.std()
     if len(vectors) < FEWEST_MAPPED or spread < 1e-6 * np.abs(vectors).max():
         return None
     sne = require().TSNE(
         perplexity=neighbours(len(vectors)),
+        # PCA of a one-dimensional z has no second component to start from.
         init="pca" if vectors.shape[1] > 1 else "random",
         random_state=seed,
     )
-    # One thread: more make the sums' order, hence the map, depend on the machine, and
-    # wait for each other in a thousand short steps.
+    # One thread: with more, the order of sums and so the map depend on the machine, and
+    # threads wait for each other in a thousand short steps.
     with importlib.import_module("threadpoolctl").threadpool_limits(1):
-        # At unit scale: the search for each point's bandwidth starts at 1.
+        # Unit scale, because the search for each point's bandwidth starts at 1.
         return np.asarray(sne.fit_transform(centred / spread), np.float64)
 
 
 def places(
     vectors: Float[np.ndarray, "prompts D"], *, seed: int
 ) -> list[tuple[float, float] | None]:
-    """Each prompt's place on the map; of very many prompts a random part has one."""
+    """Each prompt's place on the map; above ``MAPPED`` a random subset has one."""
     mapped = np.arange(len(vectors))
     if len(vectors) > MAPPED:
         rng = np.random.default_rng(seed)

@@ -1,7 +1,4 @@
-"""How codes are used: probabilities in, numbers out, in float64.
-
-Information and entropies are in nats. Knows nothing of tokens or pictures.
-"""
+"""Measures of how codes are used, from probabilities, in float64 and in nats."""
 
 from __future__ import annotations
 
@@ -17,13 +14,13 @@ from scipy import special, stats
 from lpc_jax import metrics
 from lpc_jax.losses import latent as latent_losses
 
-# How often sources are dealt out at random, and how many of these lie below `high`.
+# Permutations of the sources, and the quantile of them that is `high`.
 SHUFFLES, LEVEL = 200, 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class BesideChance:
-    """A measure, and its mean and ``LEVEL`` quantile over sources dealt at random."""
+    """A measure, with its mean and ``LEVEL`` quantile over shuffled sources."""
 
     value: float
     mean: float
@@ -32,31 +29,18 @@ class BesideChance:
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """How codes are used.
+    """How codes are used; the usage is the prior's mean over prompts."""
 
-    Attributes:
-        perplexity: exp of the entropy of the usage: how many codes are in use.
-        posterior_perplexity: The same of the mean posterior.
-        codes_per_prompt: exp of the prior's mean entropy: how many a prompt mixes.
-        dead: Codes with less than ``metrics.DEAD_SHARE`` of a uniform code's usage.
-        agreement: Share of pairs with one largest code of prior and posterior.
-        agreement_by_chance: The same if both were independent, each as often as it is.
-        kl: Mean KL(posterior || prior) of the pairs.
-        information: I(largest code; source).
-        soft_information: I(code; source) with codes drawn from the prior.
-        nmi: ``normalized_mutual_information`` of largest code and source.
-    """
-
-    perplexity: float
-    posterior_perplexity: float
-    codes_per_prompt: float
-    dead: tuple[int, ...]
-    agreement: float
-    agreement_by_chance: float
-    kl: float
-    information: BesideChance
-    soft_information: BesideChance
-    nmi: BesideChance
+    perplexity: float  # exp of the usage's entropy: codes in use
+    posterior_perplexity: float  # the same of the mean posterior
+    codes_per_prompt: float  # exp of the prior's mean entropy: codes a prompt mixes
+    dead: tuple[int, ...]  # ``dead_codes`` of the usage
+    agreement: float  # share of pairs with one largest code in prior and posterior
+    agreement_by_chance: float  # the same if both were independent
+    kl: float  # mean KL(posterior || prior) over pairs
+    information: BesideChance  # I(largest code; source)
+    soft_information: BesideChance  # I(code; source), codes drawn from the prior
+    nmi: BesideChance  # of largest code and source
 
 
 def measure(
@@ -67,15 +51,7 @@ def measure(
     *,
     seed: int,
 ) -> Measures:
-    """Everything that can be said in one number.
-
-    Args:
-        prior: Probabilities, of each prompt once.
-        sources: The prompts'.
-        prior_logits: Of every pair.
-        posterior_logits: Of every pair.
-        seed: Of the random deals of sources.
-    """
+    """All measures: ``prior`` and ``sources`` are of prompts, the logits of pairs."""
     usage, largest = prior.mean(axis=0), np.argmax(prior, axis=1)
     one_code = np.eye(prior.shape[1])[largest]
     agreement, by_chance = agreements(prior_logits, posterior_logits)
@@ -117,7 +93,7 @@ def dead_codes(usage: Float[np.ndarray, "C"]) -> tuple[int, ...]:
 
 
 def count_sources(sources: Sequence[str]) -> dict[str, int]:
-    """How many prompts each source has, the most first, then by name."""
+    """Prompts of each source, the most first, then by name."""
     counts = collections.Counter(sources).items()
     return dict(sorted(counts, key=lambda item: (-item[1], item[0])))
 
@@ -133,7 +109,7 @@ def usage_by_source(
 def callers(
     probability: Float[np.ndarray, "prompts"], *, most: int
 ) -> tuple[tuple[int, float], ...]:
-    """The ``most`` prompts that give a code most: their index and its probability."""
+    """Index and probability of the ``most`` prompts that give a code most."""
     first = np.argsort(-probability, kind="stable")[:most]
     return tuple((int(i), float(probability[i])) for i in first)
 
@@ -141,11 +117,7 @@ def callers(
 def agreements(
     prior: Float[np.ndarray, "B C"], posterior: Float[np.ndarray, "B C"]
 ) -> tuple[float, float]:
-    """Share of pairs with one largest code of both, and what chance would give.
-
-    Chance keeps how often each code is the largest of the prior, and of the posterior,
-    and takes the two to be independent: sum_k P(prior's is k) P(posterior's is k).
-    """
+    """Share of pairs with one largest code, and sum_k P(prior's k) P(posterior's k)."""
     p, q = np.argmax(prior, axis=1), np.argmax(posterior, axis=1)
     shares = [np.bincount(k, minlength=prior.shape[1]) / len(k) for k in (p, q)]
     return float(np.mean(p == q)), float(shares[0] @ shares[1])
@@ -155,22 +127,15 @@ def mutual_information(
     weights: Float[np.ndarray, "prompts C"],
     sources: Sequence[str] | Int[np.ndarray, "prompts"],
 ) -> float:
-    """I(code; source), between a prompt's code and its source.
+    """I(code; source) = sum_{k,s} p(k, s) log (p(k, s) / (p(k) p(s))).
 
-    Args:
-        weights: With what probability each prompt has which code: all on one, or the
-            prior's.
-        sources: The prompts' sources.
-
-    Returns:
-        sum_{k,s} p(k, s) log (p(k, s) / (p(k) p(s))), with p(k, s) the mean weight of
-        code k over all prompts, counting those of source s alone. At least 0, to
-        rounding, and at most the smaller of both entropies.
+    p(k, s) is the mean over all prompts of code k's weight, 0 outside source s;
+    ``weights`` are probabilities of codes: one-hot, or the prior's.
     """
     _, source = np.unique(sources, return_inverse=True)
     joint = np.eye(source.max() + 1)[source].T @ weights / len(weights)
     independent = np.outer(joint.sum(axis=1), joint.sum(axis=0))
-    # With a second distribution SciPy's entropy is relative to it.
+    # SciPy's entropy with a second distribution is KL(joint || independent).
     return float(stats.entropy(joint.ravel(), independent.ravel()))
 
 
@@ -180,13 +145,7 @@ def normalized_mutual_information(
 ) -> float:
     """I(code; source) / sqrt(H(code) H(source)) (Strehl & Ghosh 2002, eq. 3).
 
-    Args:
-        codes: One code a pair.
-        sources: The pairs' sources.
-
-    Returns:
-        From 0 (a code says nothing of the source) to 1 (each tells the other); 0 where
-        either never varies.
+    From 0 (independent) to 1 (each determines the other); 0 where either is constant.
     """
     counts = (np.unique(x, return_counts=True)[1] for x in (codes, sources))
     bound = float(np.sqrt(np.prod([stats.entropy(of_each) for of_each in counts])))
@@ -200,13 +159,11 @@ def beside_chance(
     sources: Sequence[str],
     seed: int,
 ) -> BesideChance:
-    """A measure of sources, given by number, and what it says of them shuffled.
-
-    With few prompts a code tells sources apart by accident: information is above 0
-    where there is none.
-    """
+    """``measure`` of the sources' numbers, and of ``SHUFFLES`` shuffles of them."""
     rng = np.random.default_rng(seed)
     _, source = np.unique(sources, return_inverse=True)
+    # With few prompts codes tell sources apart by accident: information is above 0 even
+    # where they are independent.
     dealt = [measure(source[rng.permutation(len(source))]) for _ in range(SHUFFLES)]
     mean, high = np.mean(dealt), np.quantile(dealt, LEVEL)
     return BesideChance(measure(source), float(mean), float(high))

@@ -1,8 +1,4 @@
-"""A look at the codes as one page that needs nothing else, and as numbers.
-
-The page's text comes from data that others wrote: all of it is escaped, and the page
-itself forbids scripts and requests.
-"""
+"""A look at the codes as a self-contained HTML page and as JSON."""
 
 from __future__ import annotations
 
@@ -30,12 +26,10 @@ from lpc_jax.runtime.policy import Policy
 
 PAGE_FILE, NUMBERS_FILE = "codes.html", "codes.json"
 VERSIONS = ("jax", "flax", "scikit-learn", "matplotlib")
-
 # More bars than these cannot be told apart.
 CODES_DRAWN = 64
 _LONGEST_PROMPT = 400
-
-# What each row of the page's table means.
+# Meaning of each row of the page's table.
 _MEANINGS = {
     "codes in use": "exp of the entropy of the prior's mean over prompts",
     "codes in use, posterior": "the same of the posterior, over pairs",
@@ -52,14 +46,7 @@ _MEANINGS = {
 
 
 def require(output: Path) -> None:
-    """Refuses, before anything is loaded, what would keep the report from being made.
-
-    Args:
-        output: Folder for the report; made if it is not there.
-
-    Raises:
-        UserError: It cannot be written to, or scikit-learn is not installed.
-    """
+    """Checks for scikit-learn and makes ``output``, before anything is loaded."""
     maps.require()
     flags.require_writable(output, flag="--output")
 
@@ -74,20 +61,10 @@ def make(
     seed: int,
     on_progress: Callable[[int], None],
 ) -> tuple[Look, Path]:
-    """Looks at a system's codes on some pairs; writes the report, and returns its page.
+    """Looks at a policy's codes, writes the report, and returns its page.
 
-    Args:
-        system: With codes.
-        pairs: A file or a hub data set.
-        output: Folder; what is of the same name there is replaced.
-        split: Of a hub data set.
-        limit: Read only so many rows, from the first; None: all.
-        seed: Of the random deals and of the map.
-        on_progress: Told how many pairs were read.
-
-    Raises:
-        UserError: The system has no codes, scikit-learn is not installed, the folder
-            cannot be written to, or pairs that cannot be had.
+    Reads the first ``limit`` rows of ``pairs``, a file or the ``split`` of a hub data
+    set; replaces ``codes.html`` and ``codes.json`` in ``output``.
     """
     num_codes = None if system.latent is None else system.latent.num_codes
     steering.require_codes(num_codes, "--codes", system.name)
@@ -100,14 +77,7 @@ def make(
 
 
 def write(look: Look, output: Path) -> Path:
-    """Writes ``codes.html`` and ``codes.json``, each whole or not at all.
-
-    Returns:
-        The page.
-
-    Raises:
-        UserError: The folder cannot be written to.
-    """
+    """Writes both files atomically; returns the page, or raises ``UserError``."""
     numbers = json.dumps(numbers_of(look), indent=1, allow_nan=False)
     for name, text in ((NUMBERS_FILE, numbers + "\n"), (PAGE_FILE, page(look))):
         try:
@@ -121,7 +91,7 @@ def write(look: Look, output: Path) -> Path:
 
 
 def numbers_of(look: Look) -> dict[str, Any]:
-    """Everything of a look, as JSON has it."""
+    """The look as JSON, with the versions of what computed it."""
     return dataclasses.asdict(look) | {
         "shuffles": measures.SHUFFLES,
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
@@ -130,6 +100,7 @@ def numbers_of(look: Look) -> dict[str, Any]:
 
 def page(look: Look) -> str:
     """The report as HTML."""
+    # Texts are untrusted: all are escaped, and the template forbids scripts.
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -177,7 +148,7 @@ def by_usage(look: Look) -> list[Code]:
 
 
 def summary(look: Look) -> list[str]:
-    """What there is to know, in a few sentences."""
+    """The measures in a few sentences."""
     of, most, left_out = look.measures, by_usage(look)[0], look.report.drops.total
     dead = len(of.dead)
     sentences = [
@@ -259,7 +230,7 @@ def _percent(share: float) -> str:
 
 
 def _brief(text: str) -> str:
-    """A prompt's beginning; line feeds stay, what else cannot be printed is escaped."""
+    """A prompt's beginning; all that is unprintable but line feeds is escaped."""
     lines = (untrusted.shown(line, most=len(line)) for line in text.split("\n"))
     whole = "\n".join(lines)
     return whole if len(whole) <= _LONGEST_PROMPT else whole[:_LONGEST_PROMPT] + " …"

@@ -1,4 +1,4 @@
-"""Pictures of a look at the codes, as PNG."""
+"""Plots of the codes' usage and of the map of z, as PNG."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LONGEST_SOURCE = 24
-# CSS pixels of an inch, and how many of the picture's own each of them has.
+# CSS pixels per inch, and PNG pixels per CSS pixel.
 _INCH, _DENSITY = 100, 2
-# Okabe & Ito 2008, which the colour-blind can tell apart, less yellow, which white
-# paper swallows. With the markers, 56 sources look different.
+# Okabe & Ito 2008, safe for the colour-blind, without yellow, which is faint on white.
+# With the markers, 56 sources look different.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MARKERS = "os^DvhPX"
 
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 def shown_source(source: str) -> str:
-    """A source's name, which others wrote, in a few printable characters."""
+    """A source's name, which is untrusted, short and printable."""
     return untrusted.shown(source, most=_LONGEST_SOURCE)
 
 
@@ -54,7 +54,6 @@ def _picture(figure: Figure) -> Picture:
 
 
 def _over_codes(drawn: Sequence[Code], height: float) -> tuple[Figure, Axes]:
-    """A figure of codes side by side, as wide as the page at most."""
     figure, axes = _figure(min(10.4, 3.0 + 0.2 * len(drawn)), height)
     labels = [str(code.index) for code in drawn]
     axes.set_xticks(range(len(drawn)), labels, fontsize=8 if len(drawn) < 40 else 6.5)
@@ -63,7 +62,7 @@ def _over_codes(drawn: Sequence[Code], height: float) -> tuple[Figure, Axes]:
 
 
 def usage(look: Look, drawn: Sequence[Code]) -> Picture:
-    """Bars of each drawn code's usage, beside the prompts whose largest code it is."""
+    """Bars of each code's usage; points: share of prompts whose largest it is."""
     figure, axes = _over_codes(drawn, 3.2)
     bars = [100 * code.usage for code in drawn]
     largest = [100 * code.largest_share for code in drawn]
@@ -80,7 +79,7 @@ def usage(look: Look, drawn: Sequence[Code]) -> Picture:
 
 
 def by_source(look: Look, drawn: Sequence[Code]) -> Picture:
-    """A heat map of each drawn code's usage by source."""
+    """A heat map of each code's usage by source."""
     from matplotlib.colors import PowerNorm
 
     figure, axes = _over_codes(drawn, 1.4 + 0.32 * len(look.sources))
@@ -100,12 +99,7 @@ def by_source(look: Look, drawn: Sequence[Code]) -> Picture:
 
 
 def of_places(prompts: Sequence[Prompt], sources: Sequence[str]) -> Picture:
-    """The map of z, coloured by source.
-
-    Args:
-        prompts: With a place.
-        sources: In the order of the legend.
-    """
+    """The map of z, coloured by source; each prompt has a place."""
     figure, axes = _figure(7.6, 6.2)
     handles, labels = [], []
     for number, source in enumerate(sources):
