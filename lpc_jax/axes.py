@@ -29,29 +29,23 @@ SPLIT_OVER: dict[str, tuple[str, ...]] = {
 
 
 def spec(letters: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    """How an array of these axes lies on a mesh.
-
-    A mesh axis splits one array axis, the first that asks for it: of "R T D" rows take
-    ``fsdp``, so that D stays whole. An array axis that the mesh does not divide (3 key
-    heads over 2 devices) stays whole too.
-    """
+    """How an array of these axes lies on a mesh."""
     free = set(MESH_AXES)
     split = []
     for letter, size in zip(letters, shape, strict=True):
         axes = SPLIT_OVER.get(letter, ())
+        # A mesh axis splits the first that asks: of "R T D" rows take fsdp, D is whole.
         if not free.issuperset(axes):
             axes = ()
         free.difference_update(axes)
+        # 3 key heads over 2 devices stay whole.
         divides = size % math.prod(mesh.shape[axis] for axis in axes) == 0
         split.append(axes if axes and divides else None)
     return P(*split)
 
 
 def constrain(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
-    """Asks the compiler to lay an activation out as its letters, such as "R T D", say.
-
-    Outside ``jax.set_mesh`` this is the identity.
-    """
+    """Lays an activation out by letters such as "R T D"; the identity off a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -59,7 +53,7 @@ def constrain(x: Shaped[Array, "..."], letters: str) -> Shaped[Array, "..."]:
 
 
 def split_over(letter: str, size: int) -> tuple[str, ...] | None:
-    """The axes of the mesh that is set over which an array axis is split, if any."""
+    """The axes of the set mesh over which an array axis is split, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = SPLIT_OVER.get(letter, ())
     ways = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)

@@ -1,7 +1,6 @@
-"""The one table of losses: their values, rewards and formulas.
+"""The table of losses: their values, rewards and formulas.
 
-A new loss is its arithmetic in ``losses.preference``, its settings, a subclass of
-``config.Loss``, and a row here.
+A new loss is a function of ``losses.preference``, a ``config.Loss`` and a row here.
 """
 
 from __future__ import annotations
@@ -21,21 +20,12 @@ Both = Float[Array, "B 2"]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a loss is, given its settings.
+    """A loss, given its settings."""
 
-    Attributes:
-        default: Settings to rank with where a run has none of this loss.
-        values: Settings, log-probabilities of chosen and rejected answers, the
-            reference's or None, and lengths, to the loss of each pair.
-        per_token: Whether the answers that it compares are means over tokens.
-        formula: Settings and what the policy is given, to the loss in symbols and a
-            note about them.
-    """
-
-    default: cfg.Loss
-    values: Callable[..., Float[Array, "B"]]
-    per_token: Callable[[Any], bool]
-    formula: Callable[[Any, str], tuple[str, str]]
+    default: cfg.Loss  # to rank with where a run has no loss of this kind
+    values: Callable[..., Float[Array, "B"]]  # settings, logp, reference, lengths
+    per_token: Callable[[Any], bool]  # whether it compares means over tokens
+    formula: Callable[[Any, str], tuple[str, str]]  # settings, given: loss, note
 
 
 def _simpo(
@@ -105,8 +95,8 @@ def pair_losses(
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B 2"]]:
     """The loss of each pair, and the implicit rewards of its two answers.
 
-    A reward is beta times what the loss compares: summed log-probabilities, or their
-    ratios to the reference where it reads one, per token where it is a mean.
+    A reward is beta times what is compared: log-probabilities or log-ratios to the
+    reference, summed or per token.
 
     Raises:
         ValueError: The loss needs a reference and there is none.
@@ -128,7 +118,7 @@ def pair_losses(
 
 
 def formula(loss: cfg.Loss, latent: cfg.Latent | None) -> str:
-    """The resolved objective (LPC eq. 7), for a person to check before the run."""
+    """The resolved objective (LPC eq. 7) in symbols, to check before the run."""
     given = "x" if latent is None else "x, z"
     text, note = RULES[type(loss)].formula(loss, given)
     if loss.sft_weight:
@@ -146,19 +136,12 @@ def formula(loss: cfg.Loss, latent: cfg.Latent | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """What of two answers is compared where nothing is trained.
+    """What is compared of two answers where nothing is trained."""
 
-    Attributes:
-        name: One of ``reward_names()``.
-        beta: Its scale, which moves margins and no accuracy.
-        per_token: Whether it is divided by the answer's length in tokens.
-        over_reference: Whether it is a log-ratio to a reference.
-    """
-
-    name: str
-    beta: float
-    per_token: bool
-    over_reference: bool
+    name: str  # one of ``reward_names()``
+    beta: float  # scales margins, moves no accuracy
+    per_token: bool  # divided by the answer's tokens
+    over_reference: bool  # a log-ratio to the reference
 
     def of(
         self,
@@ -166,7 +149,7 @@ class Reward:
         lengths: Int[np.ndarray, "B 2"],
         reference_logp: Float[np.ndarray, "B 2"] | None,
     ) -> Float[np.ndarray, "B 2"]:
-        """Rewards of answers from summed log-probabilities and counts of tokens."""
+        """Rewards from summed log-probabilities and counts of tokens."""
         rewards = logp.astype(np.float64)
         if self.over_reference:
             assert reference_logp is not None
@@ -174,7 +157,7 @@ class Reward:
         return self.beta * (rewards / lengths if self.per_token else rewards)
 
     def formula(self, *, codes: bool) -> str:
-        """In symbols, for a system with or without codes."""
+        """In symbols, for a policy with or without codes."""
         text = f"log pi(y|{'x, z' if codes else 'x'})"
         if self.over_reference:
             text = f"({text} - log pi_ref(y|x))"
@@ -184,18 +167,14 @@ class Reward:
 
 
 def reward_names() -> tuple[str, ...]:
-    """Of every loss, and of two log-probabilities that need no run."""
+    """Every loss's, and two of log-probabilities that need no run."""
     return (*(kind.__name__.lower() for kind in RULES), "mean_logp", "logp")
 
 
 def reward(name: str | None, loss: cfg.Loss | None) -> Reward:
-    """The reward of a name, or of a run's loss as training logs it.
+    """The reward of a name; of None the run's own, or ``mean_logp`` without a run.
 
-    Args:
-        name: One of ``reward_names()``; a loss's takes beta and reduction of the run's
-            loss where it is of that kind, else the defaults. None: the run's own;
-            without a run ``mean_logp``.
-        loss: Of a run; None for a model that is none.
+    Settings are those of the run's loss where it is of that kind, else the defaults.
     """
     if name is None:
         name = "mean_logp" if loss is None else type(loss).__name__.lower()

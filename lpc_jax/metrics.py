@@ -1,4 +1,4 @@
-"""What is logged of pairs: sums with counts, which micro-batches and devices add up."""
+"""Metrics of pairs: sums with counts, which micro-batches and devices add up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEAD_SHARE = 0.1
 
 
 def sums(by_slot: dict[str, Float[Array, "R P"]], where: Float[Array, "R P"]) -> Sums:
-    """Metrics of which each pair slot has a number, over the slots where it counts."""
+    """Metrics with a value per pair slot, over the slots where they count."""
     count = jnp.sum(where)
     return {name: (jnp.sum(x * where), count) for name, x in by_slot.items()}
 
@@ -28,14 +28,7 @@ def of_answers(
     rewards: Float[Array, "R P 2"],
     batch: Batch,
 ) -> Sums:
-    """Rewards and likelihoods of the chosen and the rejected answers.
-
-    Args:
-        logp: Summed log-probabilities of the answers.
-        end_logp: Of their last tokens.
-        rewards: Implicit rewards; a tie is not accurate.
-        batch: Whose lengths, reference and mask are read.
-    """
+    """Rewards (a tie is not accurate) and likelihoods of the answers of a pair."""
     mask = batch.pair_mask.astype(jnp.float32)
     margin = rewards[..., 0] - rewards[..., 1]
     accurate = (margin > 0).astype(jnp.float32)
@@ -67,7 +60,7 @@ def of_codes(
     posterior: Float[Array, "R P C"],
     mask: Float[Array, "R P"],
 ) -> Sums:
-    """How codes are used, from probabilities of prior and posterior."""
+    """Usage of codes, and whether prior and posterior agree, from probabilities."""
     agree = jnp.argmax(prior, axis=-1) == jnp.argmax(posterior, axis=-1)
     used = jnp.einsum("RPC,RP->C", prior, mask), jnp.sum(mask)
     return sums({"code/agreement": agree.astype(jnp.float32)}, mask) | {
@@ -76,11 +69,7 @@ def of_codes(
 
 
 def values(sums: Sums) -> dict[str, float]:
-    """Metrics from their sums, on the host; code usage becomes its measures.
-
-    A metric that nothing counted towards (no pair with a longer chosen answer) is
-    left out.
-    """
+    """Metrics with a count above 0, on the host; code usage becomes its measures."""
     metrics: dict[str, float] = {}
     for name, (total, count) in jax.device_get(sums).items():
         if name == "code/usage":

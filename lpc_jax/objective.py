@@ -1,8 +1,4 @@
-"""Where a batch, a policy and a loss meet.
-
-Returns sums over pairs and their counts, never means, so that micro-batches and
-devices add up exactly.
-"""
+"""The scores of a batch, and the objective as sums and counts, which add up exactly."""
 
 from __future__ import annotations
 
@@ -29,22 +25,13 @@ _Answers = tuple[Float[Array, "R P 2"], Float[Array, "R P 2"]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PairScores:
-    """What the policy says of each pair slot; unused slots hold finite filler.
+    """A policy's scores of each pair slot; unused slots hold finite filler."""
 
-    Attributes:
-        logp: Summed log-probability of the chosen and the rejected answer.
-        end_logp: Log-probability of each answer's last token.
-        prior: Belief from the prompt, or None without a latent.
-        posterior: Belief from the judged pair, or None.
-        effect: KL(pi(. | z) || pi(. | 0)) summed over each pair's scored positions,
-            where it was asked for.
-    """
-
-    logp: Float[Array, "R P 2"]
-    end_logp: Float[Array, "R P 2"]
-    prior: LatentCodes | None
-    posterior: LatentCodes | None
-    effect: Float[Array, "R P"] | None = None
+    logp: Float[Array, "R P 2"]  # summed over each answer's tokens
+    end_logp: Float[Array, "R P 2"]  # of each answer's last token
+    prior: LatentCodes | None  # p(z | x); None without a latent
+    posterior: LatentCodes | None  # q(z | x, y_w > y_l), likewise
+    effect: Float[Array, "R P"] | None = None  # KL(pi(. | z) || pi(. | 0)), summed
 
 
 def prior_share(
@@ -77,7 +64,7 @@ def temperature(latent: cfg.Latent, progress: Float[Array, ""]) -> Float[Array, 
 
 
 def inference(latent: cfg.Latent) -> Steering:
-    """How z is chosen at evaluation; a draw is as the last step's."""
+    """How z is chosen at evaluation; a draw has the last step's temperature."""
     constant = latent.temperature_schedule == "constant"
     return Steering(
         latent.inference,
@@ -98,14 +85,9 @@ def score_training(
 ) -> PairScores:
     """Scores with z = (1 - g) z_posterior + g z_prior, both drawn (LPC eqs. 8-11).
 
-    Args:
-        network: With a latent iff ``latent`` is given.
-        batch: One micro-batch.
-        latent: Settings of the latent, or None for the plain policy.
-        key: The step's key; each pair folds in its own id.
-        progress: Share of the run that is done, for g and tau.
-        chunk: Scored positions that meet the head at a time.
-        companions: All pairs of the step, for ``latent.pool = "user"``.
+    Each pair folds its id into ``key``, the step's. ``progress`` is the share of the
+    run that is done, for g and tau; ``chunk`` counts scored positions per product with
+    the head; ``companions`` are the step's pairs, for a latent pooled over users.
     """
     states = network.states(batch)
     if latent is None:
@@ -142,16 +124,7 @@ def score_inference(
     chunk: int,
     with_effect: bool = False,
 ) -> PairScores:
-    """Scores as inference will run: z from the prior alone, or given.
-
-    Args:
-        network: With a latent iff ``steering`` is given.
-        batch: One micro-batch.
-        steering: How z is chosen, such as ``inference(latent)``.
-        key: Seeds a draw; each pair folds in its own id.
-        chunk: Scored positions that meet the head at a time.
-        with_effect: Whether to measure what z changes, which meets the head twice.
-    """
+    """Scores with z from the prior or given, and, if asked, the effect of z."""
     states = network.states(batch)
     if steering is None:
         logp = _logp_by_answer(network, states, batch, None, chunk)
@@ -179,14 +152,7 @@ def score_inference(
 def logp_under(
     network: Network, batch: Batch, mixes: Float[Array, "M C"], *, chunk: int
 ) -> Float[Array, "M R P 2"]:
-    """Log-probability of each answer under each of some mixes of the codes.
-
-    Args:
-        network: With a latent.
-        batch: One micro-batch.
-        mixes: Weights of the codes, the same for every pair.
-        chunk: Scored positions that meet the head at a time.
-    """
+    """Log-probability of each answer under each mix of codes, shared by all pairs."""
     assert network.latent is not None
     token_logp = sequence.token_logp_under(
         network.states(batch).scored,
@@ -200,7 +166,6 @@ def logp_under(
 
 
 def _beliefs(network: Network, states: States, *, stop: bool) -> tuple[Array, Array]:
-    """Logits of prior and posterior for every pair slot."""
     assert network.latent is not None
     assert states.prompt is not None
     assert states.judged is not None
@@ -213,10 +178,8 @@ def _beliefs(network: Network, states: States, *, stop: bool) -> tuple[Array, Ar
 def _pooled(
     logits: Float[Array, "B C"], companions: Companions, batch: Batch
 ) -> Float[Array, "R P C"]:
-    """Each slot's mean of the step's other pairs of its user; uniform without any.
-
-    Its own pair is left out: a belief that has read the label needs no user.
-    """
+    """Mean posterior logits of the user's other pairs in the step; 0 without any."""
+    # Its own pair is left out: a belief that has read the label needs no user.
     own = batch.pair_id[..., None] == companions.pair_id  # R P B
     user = jnp.sum(own * companions.user, axis=-1)
     others = (user[..., None] == companions.user) & ~own & (companions.pair_id >= 0)
@@ -225,7 +188,7 @@ def _pooled(
 
 
 def _gumbel(key: Array, batch: Batch, num_codes: int) -> Float[Array, "2 R P C"]:
-    """Noise for posterior and prior that depends on key and pair, nothing else."""
+    """Noise for posterior and prior, from the key and the pair's id alone."""
 
     def noise(pair_id: Array) -> Array:
         return jax.random.gumbel(jax.random.fold_in(key, pair_id), (2, num_codes))
@@ -240,14 +203,11 @@ def _logp_by_answer(
     vector: Float[Array, "R P D"] | None,
     chunk: int,
 ) -> _Answers:
-    """Log-probability of each answer given z (LPC eq. 10), and of its last token.
-
-    Where the decoder is frozen a gradient reaches z alone, and the head is met once for
-    both; none then flows through the last token's.
-    """
+    """Log-probability of each answer given z (LPC eq. 10), and of its last token."""
     if batch.hidden is not None and vector is not None:
+        # Only z takes a gradient here: the head is met once for both passes.
         logp, end_logp, slope = _with_slope(network, states, batch, vector, chunk)
-        # 0, with the gradient of z.
+        # 0 in value, with the gradient of z; end_logp has none.
         change = vector - jax.lax.stop_gradient(vector)
         return logp + jnp.einsum("RPAD,RPD->RPA", slope, change), end_logp
     token_logp = sequence.token_logp(
@@ -267,7 +227,7 @@ def _with_slope(
     vector: Float[Array, "R P D"],
     chunk: int,
 ) -> tuple[Float[Array, "R P 2"], Float[Array, "R P 2"], Float[Array, "R P 2 D"]]:
-    """As ``_by_answer`` given z, and each answer's gradient in z; nothing flows."""
+    """``_by_answer`` given z, and each answer's gradient in z; no gradient flows."""
     token_logp, slope = sequence.token_logp_and_slope(
         _add(states.scored, jax.lax.stop_gradient(vector), batch),
         network.decoder.head_weight,
@@ -283,7 +243,6 @@ def _with_slope(
 def _add(
     scored: Float[Array, "R S D"], vector: Float[Array, "R P D"], batch: Batch
 ) -> Float[Array, "R S D"]:
-    """h + z at the scored positions."""
     # The codebook's columns lie over fsdp; left alone, so would all rows' vectors.
     vector = axes.constrain(vector, "R P D")
     return scored + read_at(vector, batch.score_slot // 2).astype(scored.dtype)
@@ -293,6 +252,7 @@ def _by_answer(token_logp: Float[Array, "R S"], batch: Batch) -> _Answers:
     slots = batch.pair_mask.shape[1]
     next_slot = jnp.pad(batch.score_slot[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     next_mask = jnp.pad(batch.score_mask[:, 1:], ((0, 0), (0, 1)))
+    # The next position is of another answer, or padding.
     is_last = batch.score_mask & ~(next_mask & (next_slot == batch.score_slot))
     logp, end_logp = (
         sequence.sum_by_answer(token_logp, batch.score_slot, where, pair_slots=slots)
@@ -304,12 +264,9 @@ def _by_answer(token_logp: Float[Array, "R S"], batch: Batch) -> _Answers:
 def terms(
     loss: cfg.Loss, latent: cfg.Latent | None, scores: PairScores, batch: Batch
 ) -> tuple[Float[Array, ""], metrics.Sums, dict[str, Array]]:
-    """The objective (LPC eq. 7) summed over pairs, with everything worth logging.
+    """The objective (LPC eq. 7), metrics as (sum, count), and values of each pair slot.
 
-    Returns:
-        The sum over pairs of base loss + sft_weight x NLL per chosen token + lambda
-        KL(q || p); metrics as (sum, count); and what each pair slot got: ``loss``,
-        ``rewards`` and, with a latent, the ``prior`` probabilities.
+    Sum over pairs of base loss + sft_weight x NLL per chosen token + lambda KL(q || p).
     """
     mask = batch.pair_mask.astype(jnp.float32)
     base, rewards = loss_table.pair_losses(
@@ -327,6 +284,7 @@ def terms(
         p, q = scores.prior.logits, scores.posterior.logits
         flat = (x.reshape(-1, x.shape[-1]) for x in (q, p))
         kl = latent_losses.categorical_kl(*flat).reshape(mask.shape)
+        # Free bits: below them KL has no gradient.
         total = total + latent.kl_weight * jnp.maximum(kl, latent.free_bits)
         by_slot["latent/kl"] = kl
         by_slot["latent/prior_entropy"] = latent_losses.entropy(p)

@@ -1,7 +1,4 @@
-"""The mesh, and placing arrays on it.
-
-Which axis letters are split over which of its axes is in ``axes.py``.
-"""
+"""The mesh, and placing arrays on it; ``axes.py`` says which letter is split where."""
 
 from __future__ import annotations
 
@@ -23,11 +20,7 @@ from lpc_jax.types import Batch
 
 
 def axis_sizes(*, data: int, fsdp: int, tensor: int, devices: int) -> dict[str, int]:
-    """Sizes of the mesh's axes over so many devices; one of -1 takes what is left.
-
-    Raises:
-        UserError: The axes don't multiply to the number of devices.
-    """
+    """The axes' sizes, -1 resolved; a UserError unless they multiply to ``devices``."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     known = math.prod(size for size in sizes.values() if size != -1)
     free = devices // known if known <= devices else 0
@@ -46,12 +39,7 @@ def axis_sizes(*, data: int, fsdp: int, tensor: int, devices: int) -> dict[str, 
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> Mesh:
-    """A mesh of all given devices; an axis of -1 takes what the others leave.
-
-    Raises:
-        UserError: The axes don't multiply to the number of devices, or another axis
-            than ``data`` would cross slices.
-    """
+    """A mesh of all given devices; an axis of -1 takes what the others leave."""
     sizes = axis_sizes(data=data, fsdp=fsdp, tensor=tensor, devices=len(devices))
     return Mesh(
         _arranged(sizes, devices),
@@ -61,13 +49,10 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any]) -> M
 
 
 def _arranged(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices as an array of the mesh's axes, near ones along the inner axes.
-
-    TPU slices, and most nodes of GPUs, are joined by a network that is slow beside what
-    joins the devices within one: ``data``, which moves gradients alone, crosses it.
-    Slices of a TPU would crawl under another axis; nodes of GPUs may have a network
-    that bears it.
-    """
+    """The devices as an array of the mesh's axes, near ones along the inner axes."""
+    # TPU slices, and most nodes of GPUs, are joined by a slow network: ``data``, which
+    # moves gradients alone, crosses it. Nodes of GPUs may have one that bears other
+    # axes; slices of a TPU would crawl.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     shape = tuple(sizes.values())
     if slices == 1 or (sizes["data"] % slices and devices[0].platform != "tpu"):
@@ -88,11 +73,7 @@ def platform(mesh: Mesh) -> str:
 
 
 def require_rows_divide(rows: int, mesh: Mesh) -> None:
-    """Refuses a micro-batch that the mesh cannot split.
-
-    Raises:
-        UserError: ``rows`` is no multiple of data x fsdp.
-    """
+    """A UserError unless ``rows`` is a multiple of data x fsdp."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
         raise UserError(
@@ -114,14 +95,11 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree that holds copies of the parameters, as optax's does.
-
-    A leaf whose path ends in a parameter's path is laid out like it; any other
-    (a count) is on every device.
-    """
+    """Shardings for a tree that holds copies of the parameters, as optax's does."""
     known = by_path(shardings)
 
     def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        # A path that ends in a parameter's is its copy; others (counts) are whole.
         for start in range(len(path)):
             sharding = known.get(path_name(path[start:]))
             if sharding is not None and len(sharding.spec) == len(leaf.shape):
@@ -136,10 +114,7 @@ def _batch_rows(mesh: Mesh) -> NamedSharding:
 
 
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The micro-batch on the mesh, rows split over data and fsdp.
-
-    Every process gives the whole of it and puts only its own rows on its devices.
-    """
+    """The micro-batch on the mesh, by rows; every process gives the whole of it."""
     return jax.tree.map(lambda x: place(x, _batch_rows(mesh)), batch)
 
 
@@ -161,13 +136,8 @@ def place_parts(
 ) -> Shaped[Array, "..."]:
     """An array on its devices, from parts of which one at a time is in memory.
 
-    The host holds no more than the devices of this process do.
-
-    Args:
-        parts: Each with its index on the first axis; None: it is the whole array.
-        shape: Of the array.
-        dtype: Of the array, whatever the parts'.
-        where: Its sharding.
+    Each part has its index on the first axis, or None: it is the whole array. The host
+    holds no more than this process's devices do.
     """
     bounds = {
         device: _bounds(index, shape)
@@ -184,8 +154,7 @@ def place_parts(
                 shard[at - first] = part[_slices(rest)]
     placed = []
     for its in list(shards):
-        # Let go of before the next is placed: where devices are the host's own memory
-        # it would hold the array twice.
+        # Freed before the next: where devices are host memory, it would be there twice.
         shard = shards.pop(its)
         for device in (device for device, held in bounds.items() if held == its):
             there = SingleDeviceSharding(device, memory_kind=where.memory_kind)
@@ -207,12 +176,10 @@ def _slices(bounds: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
 
 
 def _pages(shape: list[int], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
-    """An array in pages of its own, which go back to the system when it is dropped.
-
-    What malloc gets back it keeps, up to 32 MB a piece. Not at a page's start, where
-    JAX on CPU would take the array as it is: an update could not be given its memory,
-    and the first would need the parameters twice.
-    """
+    """An array in pages of its own, which go back to the OS when it is dropped."""
+    # malloc keeps what it gets back, up to 32 MB a piece. The offset: JAX on CPU takes
+    # an array at a page's start as it is, and cannot give its memory to an update: the
+    # first would need the parameters twice.
     count = math.prod(shape)
     pages = mmap.mmap(-1, (count + 1) * dtype.itemsize)
     return np.frombuffer(pages, dtype, count, offset=dtype.itemsize).reshape(shape)

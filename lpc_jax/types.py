@@ -1,12 +1,10 @@
-"""The nouns every room shares, and the letters of their axes.
+"""Types that all modules share, and the axis letters of their arrays.
 
-Knows nothing of files, models or devices. The only axis letters used anywhere:
-
-    B pairs in a step    R rows in a micro-batch   T row length
-    P pair slots in a row                          S scored positions in a row
-    D model width        N query heads             K key/value heads
-    H head width         F MLP width               L layers
-    V vocabulary         C codes (the paper's K)
+B pairs in a step    R rows in a micro-batch   T row length
+P pair slots in a row                          S scored positions in a row
+D model width        N query heads             K key/value heads
+H head width         F MLP width               L layers
+V vocabulary         C codes (the paper's K)
 """
 
 from __future__ import annotations
@@ -17,14 +15,9 @@ from typing import Any
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-# NumPy arrays as packing makes them, JAX arrays once they are on the mesh.
-HostOrDevice = Any
-
-# Values of Batch.branch.
-PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
-
-# Values of Batch.pair on padding.
-NO_PAIR = -1
+HostOrDevice = Any  # NumPy arrays from packing, JAX arrays once on the mesh
+PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3  # values of Batch.branch
+NO_PAIR = -1  # the value of Batch.pair on padding
 
 
 @jax.tree_util.register_dataclass
@@ -35,94 +28,56 @@ class Batch:
     ``row = | prompt a | chosen a | rejected a | prompt b | chosen b | ... | padding |``
 
     A query attends to a key iff both are of the same pair, the key is not later in
-    ``positions``, and the key is of the prompt or of the query's own answer. Padding
-    is known from lengths, never from token ids.
-
-    Attributes:
-        tokens: Token ids; 0 on padding.
-        positions: RoPE positions; both answers continue from the prompt's end.
-        pair: Pair slot of each token in its row, ``NO_PAIR`` on padding.
-        branch: ``PROMPT``, ``CHOSEN``, ``REJECTED`` or ``PADDING``.
-        score_from: Index in the row of the hidden state that predicts.
-        score_token: The token predicted there.
-        score_slot: ``2 * pair slot + side``, side 0 for chosen and 1 for rejected.
-        score_mask: False where a scored position is padding.
-        prompt_end: Index of the last prompt token, where the prior reads.
-        chosen_end: Index of the last chosen token, where the posterior reads.
-        rejected_end: Index of the last rejected token, likewise.
-        pair_mask: False where a pair slot is unused.
-        pair_id: The pair's index in its data set; seeds its Gumbel draw, so that the
-            draw depends neither on packing nor on devices.
-        lengths: Scored tokens of the chosen and the rejected answer; 1 on padding.
-        reference_logp: Summed log-probabilities under the reference, or None for a
-            loss that has no reference.
-        hidden: The decoder's last hidden states, where it is frozen and they were read
-            before; of each prompt a row then holds the last token alone.
+    ``positions``, and the key is of the prompt or of the query's own answer. Padding is
+    known from lengths, never from token ids.
     """
 
-    tokens: Int[HostOrDevice, "R T"]
-    positions: Int[HostOrDevice, "R T"]
-    pair: Int[HostOrDevice, "R T"]
-    branch: Int[HostOrDevice, "R T"]
-    score_from: Int[HostOrDevice, "R S"]
-    score_token: Int[HostOrDevice, "R S"]
-    score_slot: Int[HostOrDevice, "R S"]
-    score_mask: Bool[HostOrDevice, "R S"]
-    prompt_end: Int[HostOrDevice, "R P"]
-    chosen_end: Int[HostOrDevice, "R P"]
-    rejected_end: Int[HostOrDevice, "R P"]
-    pair_mask: Bool[HostOrDevice, "R P"]
+    tokens: Int[HostOrDevice, "R T"]  # 0 on padding
+    positions: Int[HostOrDevice, "R T"]  # for RoPE; both answers continue the prompt's
+    pair: Int[HostOrDevice, "R T"]  # pair slot in the row, NO_PAIR on padding
+    branch: Int[HostOrDevice, "R T"]  # PROMPT, CHOSEN, REJECTED or PADDING
+    score_from: Int[HostOrDevice, "R S"]  # index of the hidden state that predicts
+    score_token: Int[HostOrDevice, "R S"]  # the token predicted there
+    score_slot: Int[HostOrDevice, "R S"]  # 2 * pair slot + side: 0 chosen, 1 rejected
+    score_mask: Bool[HostOrDevice, "R S"]  # False on padding
+    prompt_end: Int[HostOrDevice, "R P"]  # the last prompt token, where the prior reads
+    chosen_end: Int[HostOrDevice, "R P"]  # the last chosen token, for the posterior
+    rejected_end: Int[HostOrDevice, "R P"]  # likewise
+    pair_mask: Bool[HostOrDevice, "R P"]  # False where a slot is unused
+    # The index in the data set; seeds a Gumbel draw, whatever packing and devices.
     pair_id: Int[HostOrDevice, "R P"]
-    lengths: Int[HostOrDevice, "R P 2"]
-    reference_logp: Float[HostOrDevice, "R P 2"] | None
+    lengths: Int[HostOrDevice, "R P 2"]  # scored tokens of each answer; 1 on padding
+    reference_logp: Float[HostOrDevice, "R P 2"] | None  # summed, if the loss reads it
+    # Of a frozen decoder, read before; each prompt is then its last token alone.
     hidden: Float[HostOrDevice, "R T D"] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Companions:
-    """What the posterior reads of all pairs of a step, for one that pools over users.
+    """What a posterior that pools over users reads of all pairs of a step."""
 
-    Attributes:
-        judged: As ``models.latent.judged``; no gradient flows into it.
-        user: Who judged, numbered.
-        pair_id: As in ``Batch``; -1 where there is no pair.
-    """
-
-    judged: Float[HostOrDevice, "B inputs"]
-    user: Int[HostOrDevice, "B"]
-    pair_id: Int[HostOrDevice, "B"]
+    judged: Float[HostOrDevice, "B inputs"]  # ``models.latent.judged``; no gradient
+    user: Int[HostOrDevice, "B"]  # who judged, numbered
+    pair_id: Int[HostOrDevice, "B"]  # as in Batch; -1 where there is no pair
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LatentCodes:
-    """A belief over codes and the vector drawn from it, of prior or posterior alike.
+    """A belief over codes, of prior or posterior, and the vector drawn from it."""
 
-    Attributes:
-        logits: Unnormalised log-weights.
-        weights: The draw (or the mean): a point on the simplex.
-        vector: ``weights @ codebook``, added to hidden states before the head.
-    """
-
-    logits: Float[Array, "*pairs C"]
-    weights: Float[Array, "*pairs C"]
-    vector: Float[Array, "*pairs D"]
+    logits: Float[Array, "*pairs C"]  # unnormalised
+    weights: Float[Array, "*pairs C"]  # the draw or the mean, on the simplex
+    vector: Float[Array, "*pairs D"]  # weights @ codebook
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes.
+    """What training carries from step to step."""
 
-    Attributes:
-        step: Updates done so far, an int32 scalar.
-        params: Nested dict of the policy's parameters, fp32 masters.
-        opt_state: What optax keeps.
-        key: The run's PRNG key; a step's randomness is folded from it and ``step``.
-    """
-
-    step: Int[Array, ""]
-    params: dict[str, Any]
-    opt_state: Any
-    key: Array
+    step: Int[Array, ""]  # updates done, int32
+    params: dict[str, Any]  # the policy's, nested; fp32 masters
+    opt_state: Any  # optax's
+    key: Array  # the run's; each step folds in its number

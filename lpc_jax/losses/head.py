@@ -1,10 +1,9 @@
 """The LM head in tiles: logits, their normalisers and gradients, on one device or many.
 
 A chunk of positions meets a tile of the head's rows at a time, with a running
-log-sum-exp, and the backward pass computes each of these products again (or, where all
-hidden states of an answer share their gradient, none). On a mesh every device scores
-its own rows against its own part of the vocabulary; a tile of the head is gathered over
-``fsdp`` when its turn comes, and its gradient summed and scattered then.
+log-sum-exp, and the backward pass computes these products again. On a mesh every device
+scores its own rows against its part of the vocabulary; a tile is gathered over ``fsdp``
+in its turn, and its gradient summed and scattered.
 """
 
 from __future__ import annotations
@@ -38,25 +37,22 @@ def _scores_and_normalisers(hidden, head, tokens, mask):
 
 
 def _score_part(hidden, head, tokens, mask, *, split):
-    """Scores and normalisers of one device's rows."""
     picked, _, normaliser = _meet_head(hidden, head, tokens, mask, split)
     return picked - normaliser, normaliser
 
 
 def rank_part(hidden, head, tokens, mask, *, split):
-    """Scores of one device's rows, and which are of the largest logit."""
+    """Scores of one device's rows, and whether each has the largest logit."""
     picked, largest, normaliser = _meet_head(hidden, head, tokens, mask, split)
     return picked - normaliser, picked >= largest
 
 
 def _meet_head(hidden, head, tokens, mask, split):
-    """Tokens' logits, the largest ones, and normalisers of one device's rows.
-
-    Tiles are the outer loop, so that each is gathered once for all chunks.
-    """
+    """Tokens' logits, the largest ones, and normalisers of one device's rows."""
     tokens = tokens - split.first_token(head.shape[0])
     chunks = tiles.chunks_to_score(mask)
 
+    # The outer loop is over tiles: each is gathered once for all chunks.
     def meet_tile(i, carry):
         tile = Tile.of(head, i, hidden.dtype, split)
 
@@ -111,7 +107,6 @@ def _score_backward(residuals, gradient):
 def _differentiate_part(
     hidden, head, tokens, mask, normalisers, gradient, *, split, head_wanted
 ):
-    """Gradients of one device's rows and of its part of the head."""
     tokens = tokens - split.first_token(head.shape[0])
     chunks = tiles.chunks_to_score(mask)
 
@@ -163,12 +158,10 @@ score.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
 
 
 def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
-    """Scores of one device's rows, and each answer's gradient in what is added to it.
-
-    The gradient is the sum of w[token_t] - sum_v p_t(v) w[v] over an answer's positions
-    t: probabilities are summed over these first, and meet the head's rows w once.
-    """
+    """Scores of one device's rows, and each answer's gradient in a vector added."""
     tokens = tokens - split.first_token(head.shape[0])
+    # The gradient is the sum of w[token_t] - sum_v p_t(v) w[v] over positions t:
+    # probabilities are summed over these first, and meet the head's rows w once.
     count, size = tiles.count_and_size(head.shape[0])
     rows, positions = tokens.shape[1:]
 
@@ -199,6 +192,7 @@ def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
         def sum_tile(i, said):
             # exp(logit - largest) exp(largest - normaliser) is the probability.
             share = of_answer * jnp.exp(shift[i] - normaliser)[..., None]
+            # HIGHEST: by default a TPU rounds fp32 operands to bf16.
             of_tile = jnp.einsum(
                 "RQA,RQV->RAV", share, exps[i], precision=jax.lax.Precision.HIGHEST
             )
@@ -211,7 +205,7 @@ def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
         said = jax.lax.fori_loop(0, count, sum_tile, said)
         return scores.at[j].set(picked - normaliser), said
 
-    # What an answer's positions say: probabilities of each token, summed.
+    # Probabilities of each token, summed over an answer's positions.
     said = jnp.zeros((rows, answers, head.shape[0]), jnp.float32)
     scores = jnp.zeros(tokens.shape, jnp.float32)
     chunks = tiles.most_chunks(mask, split)
@@ -236,7 +230,7 @@ def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
 
 
 def under_part(hidden, head, tokens, mask, moved, *, split):
-    """Scores of one device's rows under each of some changes of the logits."""
+    """Scores of one device's rows under each change of the logits, ``moved``."""
     tokens = tokens - split.first_token(head.shape[0])
     count, size = tiles.count_and_size(head.shape[0])
     vectors = len(moved)

@@ -1,7 +1,4 @@
-"""Divergence between two beliefs over codes, and measures of how codes are used.
-
-Knows nothing of codebooks or networks; a belief is a row of logits.
-"""
+"""Divergence and entropy of beliefs over codes, and how codes are used."""
 
 from __future__ import annotations
 
@@ -13,15 +10,7 @@ from jaxtyping import Array, Float
 def categorical_kl(
     q_logits: Float[Array, "B C"], p_logits: Float[Array, "B C"]
 ) -> Float[Array, "B"]:
-    """KL(q || p) between two categoricals in closed form, in nats (LPC eq. 7).
-
-    Args:
-        q_logits: The posterior's, unnormalised.
-        p_logits: The prior's. Gradient flows into both.
-
-    Returns:
-        ``sum_k q_k (log q_k - log p_k)`` for each pair, at least 0 to rounding.
-    """
+    """KL(q || p) = sum_k q_k (log q_k - log p_k), in nats (LPC eq. 7)."""
     q_logp = jax.nn.log_softmax(q_logits, axis=-1)
     p_logp = jax.nn.log_softmax(p_logits, axis=-1)
     return jnp.sum(jnp.exp(q_logp) * (q_logp - p_logp), axis=-1)
@@ -34,15 +23,9 @@ def entropy(logits: Float[Array, "*B C"]) -> Float[Array, "*B"]:
 
 
 def usage_perplexity(usage: Float[Array, "C"]) -> Float[Array, ""]:
-    """How many codes are in use: exp of the entropy of the mean belief.
-
-    Args:
-        usage: Probabilities summed over pairs; need not be normalised.
-
-    Returns:
-        From 1 (one code takes all) to C (uniform).
-    """
+    """Codes in use, from 1 to C: exp of the entropy of the summed beliefs."""
     share = usage / jnp.sum(usage)
+    # xlogy: 0 log 0 is 0, for codes that are never used.
     return jnp.exp(-jnp.sum(jax.scipy.special.xlogy(share, share)))
 
 
@@ -52,6 +35,6 @@ def largest_share(usage: Float[Array, "C"]) -> Float[Array, ""]:
 
 
 def dead_codes(usage: Float[Array, "C"], *, share: float) -> Float[Array, ""]:
-    """How many codes have less than ``share`` of a uniform code's usage."""
+    """Codes with less than ``share`` of a uniform code's usage."""
     num_codes = usage.shape[-1]
     return jnp.sum(usage / jnp.sum(usage) < share / num_codes).astype(jnp.float32)

@@ -1,7 +1,4 @@
-"""Preference losses: log-probabilities of a pair in, one number per pair out.
-
-Knows nothing of models, latents or configs. Losses never reduce over pairs.
-"""
+"""Preference losses: log-probabilities of a pair in, one number per pair out."""
 
 from __future__ import annotations
 
@@ -30,20 +27,10 @@ def dpo(
 ) -> Float[Array, "B"]:
     """Direct Preference Optimization: -log sigmoid(beta (r_w - r_l)).
 
-    With ``r = log pi(y|x) - log pi_ref(y|x)``, summed over answer tokens (Rafailov
-    et al. 2023, eq. 7). With ``label_smoothing`` e it is conservative DPO,
-    ``-(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D)`` (Mitchell 2023, cDPO).
-
-    Args:
-        chosen_logp: Summed log-probability of the chosen answer, in nats.
-        rejected_logp: The same of the rejected answer.
-        ref_chosen_logp: Under the reference; receives no gradient.
-        ref_rejected_logp: Likewise.
-        beta: Above 0.
-        label_smoothing: In [0, 0.5), the assumed rate of flipped labels.
-
-    Returns:
-        The loss of each pair; ln 2 where policy and reference agree.
+    With ``r = log pi(y|x) - log pi_ref(y|x)`` in nats, summed over answer tokens
+    (Rafailov et al. 2023, eq. 7); no gradient flows into the reference. Labels flipped
+    at a rate e in [0, 0.5), ``label_smoothing``, give conservative DPO (Mitchell 2023):
+    ``-(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D)``, D = r_w - r_l.
     """
     arguments = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     chex.assert_rank(arguments, 1)
@@ -65,23 +52,11 @@ def ipo(
 ) -> Float[Array, "B"]:
     """Identity Preference Optimization: (r_w - r_l - 1 / (2 beta))^2.
 
-    Azar et al. 2023, eq. 17; LPC eq. 13. With lengths, each ``r`` is the mean over
-    the answer's tokens (TRL); without, the sum (OpenRLHF).
-
-    Args:
-        chosen_logp: Summed log-probability of the chosen answer, in nats.
-        rejected_logp: The same of the rejected answer.
-        ref_chosen_logp: Under the reference; receives no gradient.
-        ref_rejected_logp: Likewise.
-        beta: Above 0; tau in the paper.
-        chosen_length: Scored tokens of the chosen answer, at least 1.
-        rejected_length: Of the rejected answer; both or neither.
-
-    Returns:
-        The loss of each pair; 1 / (4 beta^2) where policy and reference agree.
+    Azar et al. 2023, eq. 17, where beta is tau; LPC eq. 13. ``r`` is as in ``dpo``: its
+    mean over the answer's tokens with lengths (TRL), its sum without (OpenRLHF).
 
     Raises:
-        ValueError: One length given without the other.
+        ValueError: One length is given without the other.
     """
     arguments = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     chex.assert_rank(arguments, 1)
@@ -108,22 +83,11 @@ def simpo(
     gamma: float,
     label_smoothing: float = 0.0,
 ) -> Float[Array, "B"]:
-    """Simple Preference Optimization, without a reference.
+    """Simple Preference Optimization, without a reference or a likelihood term.
 
-    ``-log sigmoid(beta (log pi(y_w|x)/|y_w| - log pi(y_l|x)/|y_l|) - gamma)``
-    (Meng et al. 2024, eq. 6; LPC eq. 12). No likelihood term is added.
-
-    Args:
-        chosen_logp: Summed log-probability of the chosen answer, in nats.
-        rejected_logp: The same of the rejected answer.
-        chosen_length: Scored tokens of the chosen answer, at least 1.
-        rejected_length: Of the rejected answer.
-        beta: Above 0.
-        gamma: The target margin itself, not its ratio to beta.
-        label_smoothing: In [0, 0.5), the assumed rate of flipped labels.
-
-    Returns:
-        The loss of each pair.
+    ``-log sigmoid(beta (log pi(y_w|x)/|y_w| - log pi(y_l|x)/|y_l|) - gamma)`` (Meng et
+    al. 2024, eq. 6; LPC eq. 12), smoothed as ``dpo``. Lengths count scored tokens;
+    gamma is the target margin itself, not its ratio to beta.
     """
     arguments = (chosen_logp, rejected_logp, chosen_length, rejected_length)
     chex.assert_rank(arguments, 1)

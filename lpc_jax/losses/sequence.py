@@ -1,8 +1,4 @@
-"""Hidden states to log-probabilities of tokens, and of whole answers.
-
-Every position meets the LM head in ``head``, a chunk of positions and a tile of the
-vocabulary at a time; no array of all scored positions x vocabulary is ever held.
-"""
+"""Hidden states to log-probabilities of tokens, and of whole answers."""
 
 from __future__ import annotations
 
@@ -29,19 +25,11 @@ def token_logp(
     *,
     chunk: int,
 ) -> Float[Array, "R S"]:
-    """log softmax(head @ hidden)[token] at every scored position, in fp32.
+    """log softmax(head @ hidden)[token] at every scored position, in nats and fp32.
 
-    Args:
-        hidden: Last hidden states (plus z) in the compute dtype; gradient flows.
-        head: The LM head; cast to the dtype of ``hidden`` tile by tile, so that
-            its gradient is summed in its own precision.
-        tokens: The token to score at each position.
-        mask: False where a position is padding. Chunks after the last scored position
-            of a device's longest row are not computed, forward or backward.
-        chunk: Positions of a row scored at a time.
-
-    Returns:
-        Log-probabilities in nats; 0 in chunks that were not computed.
+    Gradient flows into ``hidden`` (plus z) and ``head``, which is cast tile by tile so
+    that its gradient is summed in its own precision. Chunks after the last scored
+    position of a device's longest row hold 0 and are not computed, forward or backward.
     """
     positions = tokens.shape[1]
     hidden, tokens, mask = _in_chunks(chunk, hidden, tokens, mask)
@@ -56,12 +44,7 @@ def token_logp_and_greedy(
     *,
     chunk: int,
 ) -> tuple[Float[Array, "R S"], Bool[Array, "R S"]]:
-    """``token_logp`` without a gradient, and whether no token has a larger logit.
-
-    Returns:
-        Log-probabilities in nats, and True where the token is the likeliest or one of
-        several equals; padding's mean nothing.
-    """
+    """``token_logp`` without a gradient, and whether no token has a larger logit."""
     positions = tokens.shape[1]
     hidden, tokens, mask = _in_chunks(chunk, hidden, tokens, mask)
     split = Split.of(tokens, head)
@@ -80,24 +63,11 @@ def token_logp_and_slope(
     pair_slots: int,
     chunk: int,
 ) -> tuple[Float[Array, "R S"], Float[Array, "R P 2 D"]]:
-    """``token_logp``, and how each answer's sum changes with a vector added to it.
+    """``token_logp``, and each answer's gradient in a vector added to its states.
 
-    One product with the head where ``token_logp`` and its gradient take three: what is
-    the same for all of an answer's hidden states meets the head once, after their
-    probabilities are summed. A chunk's probabilities are held for the whole vocabulary.
-
-    Args:
-        hidden: As in ``token_logp``; no gradient flows into any argument.
-        head: The LM head.
-        tokens: The token to score at each position.
-        slot: ``2 * pair slot + side`` of each position.
-        mask: False where a position is padding.
-        pair_slots: P.
-        chunk: Positions of a row scored at a time, at most ``HELD``.
-
-    Returns:
-        Log-probabilities in nats; and the gradient of each answer's summed one in a
-        vector that is added to all its hidden states, in fp32.
+    One product with the head where ``token_logp`` and its gradient take three: an
+    answer's probabilities are summed before they meet it. No gradient flows. ``slot``
+    is ``2 * pair slot + side``, and ``chunk`` is at most ``HELD``.
     """
     positions = tokens.shape[1]
     columns = _in_chunks(min(chunk, HELD), hidden, tokens, slot, mask)
@@ -120,11 +90,10 @@ def token_logp_under(
     *,
     chunk: int,
 ) -> Float[Array, "M R S"]:
-    """``token_logp`` under each of some vectors added to all hidden states.
+    """``token_logp`` under each vector added to all hidden states; no gradient flows.
 
-    The hidden states meet the head once for all of them, since
-    exp((h + z) w) = exp(h w) exp(z w). No gradient flows. The vectors' logits must lie
-    within 80 nats of each other, beyond which fp32's exp underflows.
+    One product with the head serves all: exp((h + z) w) = exp(h w) exp(z w). The
+    vectors' logits must lie within 80 nats of each other, or fp32's exp underflows.
     """
     positions = tokens.shape[1]
     hidden, tokens, mask = _in_chunks(chunk, hidden, tokens, mask)
@@ -162,17 +131,7 @@ def sum_by_answer(
     *,
     pair_slots: int,
 ) -> Float[Array, "R P 2"]:
-    """Sums a value of scored positions, such as ``token_logp``, over each answer.
-
-    Args:
-        values: One value a scored position; padding's may be anything.
-        slot: ``2 * pair slot + side`` of each position.
-        mask: False where the position is padding.
-        pair_slots: P.
-
-    Returns:
-        Sums for each pair slot and side (0 chosen, 1 rejected); 0 where unused.
-    """
+    """Sums values of scored positions over each answer; padding's may be anything."""
     kept = jnp.where(mask, values, 0.0)
     one_hot = jax.nn.one_hot(slot, 2 * pair_slots, dtype=kept.dtype)
     # One-hot products keep rows apart, so that rows may live on different devices;

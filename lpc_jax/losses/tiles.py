@@ -1,4 +1,4 @@
-"""Tiles of the LM head, and how a mesh splits them; alone, one device has all."""
+"""Tiles of the LM head, and how a mesh splits them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from lpc_jax import axes
 # Rows of the head in a tile: the gradient of so many stays in a CPU's cache while
 # positions are added to it (docs/performance.md).
 TILE = 4096
-# A tile's rows are a multiple of it where the vocabulary is larger: gradients of other
-# sizes, such as Llama 3's 4,008, the TPU's compiler sums whole on every device before
-# each keeps its part (docs/pods.md).
+# Tiles have a multiple of so many rows: gradients of other sizes (Llama 3's 4,008) the
+# TPU's compiler sums whole on every device before each keeps its part (docs/pods.md).
 TILE_UNIT = 32
 
-# Below any logit; finite, so that nothing seen yet has no NaN.
-UNSEEN = -1e30
+UNSEEN = -1e30  # below any logit; finite, since -inf less -inf is NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Split:
 
     @classmethod
     def of(cls, tokens: Array, head: Array) -> Split:
-        """Of the mesh that is set, for tokens [chunks R chunk]."""
+        """The split of tokens [chunks R chunk] and head on the mesh that is set."""
         return cls(
             axes.split_over("R", tokens.shape[1]),
             axes.split_over("V", head.shape[0]),
@@ -52,10 +50,7 @@ class Split:
         *columns: Array,
         moved: Array | None = None,
     ) -> Any:
-        """What a part makes of a device's rows and vocabulary; alone, of all.
-
-        Columns, as hidden, are [chunks R ...]; ``moved``, the last if any, is [M V].
-        """
+        """Runs a part on each device's [chunks R ...], head and ``moved`` [M V]."""
         arrays = [hidden, head, *columns]
         specs = [self.chunks, self.head, *(self.chunks for _ in columns)]
         if moved is not None:
@@ -70,12 +65,12 @@ class Split:
 
     @property
     def head(self) -> P:
-        """Of the head."""
+        """The head's sharding."""
         return P(self.vocabulary, self.width)
 
     @property
     def chunks(self) -> P:
-        """Of arrays [chunks R ...]."""
+        """The sharding of arrays [chunks R ...]."""
         return P(None, self.rows)
 
     def over_vocabulary(self, sum_or_max: Callable[..., Array], x: Array) -> Array:
@@ -95,7 +90,7 @@ class Split:
         return jax.lax.all_gather(tile, self.width, axis=1, tiled=True)
 
     def scatter_sum(self, tile: Float[Array, "tile D"]) -> Float[Array, "tile part"]:
-        """A tile's gradient summed over all rows, of which each keeps its part."""
+        """A tile's gradient summed over all rows; each device keeps its part."""
         others = tuple(a for a in self.rows or () if a not in (self.width or ()))
         if others:
             tile = jax.lax.psum(tile, others)
@@ -111,31 +106,25 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Some rows of the head, and where they are.
-
-    Attributes:
-        weight: The rows.
-        start: The first one's place in the device's part of the head.
-        repeated: How many of the first were in the tile before already; only the last
-            tile of a vocabulary that is no multiple of its size has any.
-    """
+    """Rows of the head, and where they are."""
 
     weight: Float[Array, "tile D"]
-    start: Int[Array, ""]
-    repeated: Int[Array, ""] | None
+    start: Int[Array, ""]  # of ``weight`` in the device's part of the head
+    repeated: Int[Array, ""] | None  # first rows that the tile before has too
 
     @classmethod
     def of(cls, head: Array, i: Array, dtype: Any, split: Split) -> Tile:
         """The i-th tile of a device's part of the head."""
         vocabulary = head.shape[0]
         _, size = count_and_size(vocabulary)
+        # The last tile ends with the vocabulary, and so may repeat rows.
         start = jnp.minimum(i * size, vocabulary - size)
         weight = jax.lax.dynamic_slice_in_dim(head, start, size).astype(dtype)
         repeated = i * size - start if vocabulary % size else None
         return cls(split.gather(weight), start, repeated)
 
     def logits(self, hidden: Float[Array, "R chunk D"]) -> Float[Array, "R chunk tile"]:
-        """In fp32; far below any for repeated rows."""
+        """In fp32; ``UNSEEN`` for repeated rows."""
         logits = jnp.einsum(
             "RQD,VD->RQV", hidden, self.weight, preferred_element_type=jnp.float32
         )
@@ -144,20 +133,20 @@ class Tile:
         return jnp.where(jnp.arange(logits.shape[-1]) < self.repeated, UNSEEN, logits)
 
     def exponentials(self, hidden: Array) -> tuple[Array, Array, Array]:
-        """Logits, the largest of each position, and exp of what is below it."""
+        """Logits, the largest of each position, and exp(logits - largest)."""
         logits = self.logits(hidden)
         largest = logits.max(axis=-1)
         return logits, largest, jnp.exp(logits - largest[..., None])
 
     def places(self, tokens: Int[Array, "R chunk"]) -> Int[Array, "R chunk"]:
-        """Of tokens among the tile's rows; -1 for one that is not in it."""
+        """The tokens' rows in the tile; -1 for one that is not in it."""
         place = tokens - self.start
         first = 0 if self.repeated is None else self.repeated
         within = (place >= first) & (place < self.weight.shape[0])
         return jnp.where(within, place, -1)
 
     def pick(self, logits: Array, tokens: Array) -> tuple[Array, Array]:
-        """Tokens' places, and their logits where they have one."""
+        """The tokens' rows, and their logits where they have one."""
         place = self.places(tokens)
         return place, jnp.take_along_axis(logits, place[..., None], axis=-1)[..., 0]
 
@@ -176,7 +165,7 @@ def chunks_to_score(mask: Bool[Array, "chunks R chunk"]) -> Int[Array, ""]:
 
 
 def most_chunks(mask: Bool[Array, "chunks R chunk"], split: Split) -> Int[Array, ""]:
-    """Of any device: where each chunk meets all tiles, they gather these together."""
+    """The most of any device: where each chunk meets all tiles, all gather together."""
     chunks = chunks_to_score(mask)
     return chunks if split.rows is None else jax.lax.pmax(chunks, split.rows)
 

@@ -1,1 +1,1 @@
-"""Models: the only room that speaks Flax."""
+"""Models: the decoder, its adapters and latent, their parameters and files."""

@@ -16,10 +16,7 @@ from lpc_jax.models.projection import project
 
 
 class LowRank(nnx.Module):
-    """What is added to x @ W: (alpha / r) x @ a @ b, exactly zero at the start.
-
-    Hu et al. 2021, eq. 3, where a is A transposed and b is B transposed.
-    """
+    """(alpha / r) x @ a @ b, which is added to x @ W (Hu et al. 2021, eq. 3)."""
 
     a: nnx.Param
     b: nnx.Param
@@ -56,14 +53,7 @@ def adapted(
     target: str,
     adapters: PartAdapters | None,
 ) -> Float[Array, "R T *out"]:
-    """x @ W, and what the target's adapter and its bias add if it has them.
-
-    Args:
-        x: What the module's weight of that name is met by, its axes as one.
-        module: Holds the weight, and ``<target>_bias`` or none.
-        target: One of ``leaves.TARGETS``.
-        adapters: Of the module's part of the block.
-    """
+    """x @ W, with the target's adapter and bias if it has them; input axes as one."""
     weight = getattr(module, target)[...]
     outputs = weight.shape[leaves.TARGETS[target].inputs :]
     product = project(x, weight.reshape(x.shape[-1], *outputs))
@@ -75,7 +65,7 @@ def adapted(
 
 
 class BlockAdapters(nnx.Module):
-    """Adapters of one block: of some ``leaves.TARGETS``, scaled by alpha / rank."""
+    """Adapters of one block's ``targets``, scaled by alpha / rank."""
 
     def __init__(
         self,
@@ -100,16 +90,7 @@ class BlockAdapters(nnx.Module):
 def merge(
     decoder: dict[str, Any], adapters: dict[str, Any], *, scale: float
 ) -> dict[str, Any]:
-    """The decoder's parameters with every adapter added to its weight, in fp32.
-
-    Args:
-        decoder: Parameters of a ``Decoder``, blocks stacked on L.
-        adapters: Parameters of a policy's adapters, stacked on L.
-        scale: alpha / r.
-
-    Returns:
-        A tree like ``decoder``; weights without an adapter are the same arrays.
-    """
+    """A decoder's parameters with adapters added, in fp32; both are stacked on L."""
     blocks = dict(decoder["blocks"])
     for part, targets in adapters.items():
         merged = dict(blocks[part])
@@ -120,7 +101,7 @@ def merge(
                 "LXr,LrY->LXY",
                 a.reshape(a.shape[0], -1, a.shape[-1]),
                 b.reshape(*b.shape[:2], -1),
-                precision=jax.lax.Precision.HIGHEST,
+                precision=jax.lax.Precision.HIGHEST,  # merged weights are kept
             )
             merged[target] = weight + scale * product.reshape(weight.shape)
         blocks[part] = merged

@@ -1,8 +1,4 @@
-"""Decoder architectures as data, and what of a file's numbers is believed.
-
-A family that differs by a switch is a field here with a default, a row or more in
-``leaves.py`` and ``hf_config.py``, and a golden test.
-"""
+"""Decoder architectures as data, and bounds of what files may state."""
 
 from __future__ import annotations
 
@@ -24,70 +20,37 @@ _LARGEST_NUMBER = 1e12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for long contexts.
+    """How rotary frequencies are stretched for long contexts (Llama 3.1's code)."""
 
-    ``linear`` divides every frequency by ``factor``. ``llama3`` divides the low
-    ones, keeps the high ones and blends between (Llama 3.1 model card and code).
-
-    Attributes:
-        kind: ``linear`` or ``llama3``.
-        factor: The stretch.
-        low_freq_factor: Wavelengths above ``original_length / this`` are stretched.
-        high_freq_factor: Wavelengths below ``original_length / this`` are kept.
-        original_length: Context length before stretching, in tokens.
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_length: int = 0
+    kind: str  # linear divides all; llama3 the low ones, keeps the high, blends between
+    factor: float  # the stretch
+    low_freq_factor: float = 1.0  # wavelengths above original_length / it grow
+    high_freq_factor: float = 1.0  # those below original_length / it stay
+    original_length: int = 0  # context before stretching, in tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What the decoder needs to know of a Llama-like model.
+    """A Llama-like model, as the decoder computes it."""
 
-    Attributes:
-        family: ``llama`` or ``mistral``, as ``config.json`` names it.
-        vocabulary: V, tokens in the vocabulary.
-        width: D, width of the residual stream.
-        layers: L, decoder blocks.
-        query_heads: N.
-        kv_heads: K; N is a multiple of it.
-        head_width: H.
-        mlp_width: F.
-        norm_epsilon: Added to the mean square in RMS norm.
-        rope_theta: Base of the rotary wavelengths.
-        context_length: Positions the model was made for.
-        rope_scaling: None where frequencies are plain.
-        sliding_window: A query sees keys at most ``sliding_window - 1`` positions
-            back; None sees all.
-        tied: Whether the LM head is the embedding.
-    """
-
-    family: str
-    vocabulary: int
-    width: int
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_width: int
-    mlp_width: int
-    norm_epsilon: float
-    rope_theta: float
-    context_length: int
+    family: str  # llama or mistral
+    vocabulary: int  # V
+    width: int  # D
+    layers: int  # L
+    query_heads: int  # N, a multiple of K
+    kv_heads: int  # K
+    head_width: int  # H
+    mlp_width: int  # F
+    norm_epsilon: float  # added to the mean square
+    rope_theta: float  # base of the rotary wavelengths
+    context_length: int  # positions it was made for
     rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None
-    tied: bool = False
+    sliding_window: int | None = None  # keys that a query sees, its own included
+    tied: bool = False  # the LM head is the embedding
 
 
 def size(value: Any, name: str, origin: str, *, most: int = LARGEST_SIZE) -> int:
-    """A file's value, which must be a number of things that there is at least one of.
-
-    Raises:
-        UserError: It is none, or above ``most``; with the field's name and the file's.
-    """
+    """A file's whole number from 1 to ``most``, or a UserError with field and file."""
     if type(value) is not int or not 1 <= value <= most:
         raise UserError(
             f"{origin}: {name} must be a whole number from 1 to {most:,}, got"
@@ -97,11 +60,7 @@ def size(value: Any, name: str, origin: str, *, most: int = LARGEST_SIZE) -> int
 
 
 def positive(value: Any, name: str, origin: str) -> float:
-    """A file's value, which must be a number above 0 that float32 can hold.
-
-    Raises:
-        UserError: It is none; with the field's name and the file's.
-    """
+    """A file's number above 0 that float32 holds, or a UserError, likewise."""
     if type(value) not in (int, float) or not 0 < value <= _LARGEST_NUMBER:
         raise UserError(
             f"{origin}: {name} must be a number above 0 and at most"
@@ -111,11 +70,7 @@ def positive(value: Any, name: str, origin: str) -> float:
 
 
 def head_width(given: Any, *, width: int, heads: int, name: str, origin: str) -> int:
-    """H: as given, or the width shared out; RoPE turns its elements in pairs.
-
-    Raises:
-        UserError: No even number above 0.
-    """
+    """H, given or width / heads; a UserError if odd: RoPE turns elements in pairs."""
     h = size(width // heads if given is None else given, name, origin)
     if h % 2:
         raise UserError(

@@ -1,7 +1,6 @@
 """The decoder with a cache of keys and values: a few new tokens of each row at a time.
 
-Rows are padded on the left, so that all of them grow at one place. Knows nothing of
-latents, sampling or text.
+Rows are padded on the left, so that all of them grow at one place.
 """
 
 from __future__ import annotations
@@ -22,29 +21,22 @@ from lpc_jax.models.decoder import Block, Decoder, rope_frequencies
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens so far, by layer, each in a slot of its row.
-
-    Attributes:
-        keys: Rotated.
-        values: Likewise.
-    """
+    """Rotated keys, and values, of the tokens so far: one array a layer."""
 
     keys: tuple[Float[Array, "R T K H"], ...]
     values: tuple[Float[Array, "R T K H"], ...]
 
 
 class CachedDecoder(nnx.Module):
-    """A ``Decoder`` whose layers lie apart, and whose other parameters it shares.
-
-    Of layers that are stacked a loop copies each before it is used, which on a CPU
-    takes longer than one token's products with it.
-    """
+    """A ``Decoder`` with its layers apart; it shares the other parameters."""
 
     def __init__(self, decoder: Decoder):
         self.architecture: Architecture = decoder.architecture
         self.compute_dtype = decoder.compute_dtype
         self.embedding = decoder.embedding
         graph, stacked = nnx.split(decoder.blocks)
+        # A loop over stacked layers copies each before it is used, which on a CPU takes
+        # longer than one token's products with it.
         self.blocks = nnx.List(
             nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
             for i in range(self.architecture.layers)
@@ -73,17 +65,10 @@ class CachedDecoder(nnx.Module):
         tokens: Int[Array, "R T"],
         cache: Cache,
         *,
-        start: Int[Array, ""],
-        first: Int[Array, "R"],
+        start: Int[Array, ""],  # slot of the first new token, in all rows
+        first: Int[Array, "R"],  # slot of each row's first token, after padding
     ) -> tuple[Float[Array, "R T D"], Cache]:
-        """Hidden states of new tokens, and the cache with them.
-
-        Args:
-            tokens: The same number for each row.
-            cache: Of the tokens before.
-            start: The slot of the first new token, in all rows.
-            first: The slot of each row's first token; those before it are padding.
-        """
+        """Hidden states of new tokens, and the cache with them."""
         slots = start + jnp.arange(tokens.shape[1])
         positions = slots - first[:, None]
         angles = positions[..., None] * rope_frequencies(self.architecture)
@@ -118,7 +103,6 @@ def _visible(
     *,
     sliding_window: int | None,
 ) -> Bool[Array, "R T S"]:
-    """Which slots each new token may attend to: its own row's tokens, not later."""
     seen = (keys >= first[:, None, None]) & (keys <= slots[:, None])
     if sliding_window is not None:
         seen &= keys > slots[:, None] - sliding_window

@@ -21,11 +21,10 @@ from lpc_jax.models.attention.blocks import KEPT
 Module = TypeVar("Module", bound=nnx.Module)
 Heads = tuple[Float[Array, "R T N H"], Float[Array, "R T K H"], Float[Array, "R T K H"]]
 
-# What the backward pass needs of a block beside its input: results of matrix products
-# but for attention's scores.
+# Results of a block's matrix products, but for attention's scores.
 _KEPT = (projection.PRODUCT, KEPT)
-# What it finds kept of a block: its input alone, or these too, on the device or, as
-# they are needed much later, in the host's memory.
+# What the backward pass finds of a block: its input alone, or ``_KEPT`` too, on the
+# device or, being needed much later, in the host's memory.
 REMAT_POLICIES = {
     "block": None,
     "dots": jax.checkpoint_policies.save_only_these_names(*_KEPT),
@@ -39,13 +38,7 @@ REMAT_POLICIES = {
 
 
 def rope_frequencies(architecture: Architecture) -> np.ndarray:
-    """Radians per position of each of the H/2 rotary planes, float32.
-
-    Su et al. 2021; with Llama 3.1's stretch, wavelengths above
-    ``original_length / low_freq_factor`` grow by ``factor``, those below
-    ``original_length / high_freq_factor`` stay, and between the two the stretch is
-    interpolated linearly in ``original_length / wavelength``.
-    """
+    """Radians per position of the H/2 rotary planes (Su et al. 2021), in float32."""
     exponents = np.arange(0, architecture.head_width, 2) / architecture.head_width
     frequencies = 1.0 / architecture.rope_theta**exponents
     scaling = architecture.rope_scaling
@@ -54,6 +47,8 @@ def rope_frequencies(architecture: Architecture) -> np.ndarray:
     if scaling.kind == "linear":
         return (frequencies / scaling.factor).astype(np.float32)
     turns = scaling.original_length * frequencies / (2 * math.pi)
+    # Llama 3.1: below low_freq_factor turns in the original context a frequency is
+    # divided, above high_freq_factor kept, and between the two interpolated.
     kept = (turns - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
@@ -120,7 +115,7 @@ class Attention(nnx.Module):
     def project(
         self, mixed: Float[Array, "R T N H"], adapters: PartAdapters | None
     ) -> Float[Array, "R T D"]:
-        """What attention adds to the stream, from what each head has mixed."""
+        """What attention adds to the stream."""
         mixed = axes.constrain(mixed, "R T N H")
         return adapted(mixed.reshape(*mixed.shape[:2], -1), self, "output", adapters)
 
@@ -157,7 +152,7 @@ class Block(nnx.Module):
         layout: attention.Layout,
         adapters: BlockAdapters | None,
     ) -> Float[Array, "R T D"]:
-        """The stream after this block, whose adapters may be None."""
+        """The stream after this block."""
         query, key, value = self.heads(x, angles, adapters)
         return self.add(x, attention.attend(query, key, value, layout), adapters)
 
@@ -177,7 +172,7 @@ class Block(nnx.Module):
         mixed: Float[Array, "R T N H"],
         adapters: BlockAdapters | None,
     ) -> Float[Array, "R T D"]:
-        """The stream after this block, given what its heads have mixed."""
+        """The stream after this block, given its heads' outputs."""
         of_attention = None if adapters is None else adapters.attention
         of_mlp = None if adapters is None else adapters.mlp
         x = x + self.attention.project(mixed, of_attention)
@@ -195,11 +190,7 @@ def stacked(make: Callable[[nnx.Rngs], Module], *, layers: int, key: Array) -> M
 
 
 class Decoder(nnx.Module):
-    """Tokens to last hidden states, after the final norm.
-
-    Blocks are stacked on a leading L axis and run by one scan, so that one block is
-    compiled whatever the depth.
-    """
+    """Tokens to last hidden states, after the final norm."""
 
     embedding: nnx.Param
     head: nnx.Param
@@ -220,6 +211,7 @@ class Decoder(nnx.Module):
         rows, sizes = leaves.decoder(architecture), leaves.sizes(architecture)
         # Drawn in this order: the embedding, the blocks, the head if there is one.
         leaves.fill(self, "decoder", rows[:1], sizes, rngs)
+        # One scan runs the stack: one block is compiled whatever the depth.
         self.blocks = stacked(
             lambda rngs: Block(architecture, rngs=rngs),
             layers=architecture.layers,
@@ -241,10 +233,7 @@ class Decoder(nnx.Module):
         branch: Int[Array, "R T"],
         adapters: BlockAdapters | None = None,
     ) -> Float[Array, "R T D"]:
-        """Hidden states h of LPC's equations, in the compute dtype.
-
-        Tokens as in ``Batch``; ``adapters``, stacked, add to the blocks' products.
-        """
+        """Hidden states h of LPC's equations, of tokens as in ``Batch``."""
         layout = attention.layout(
             positions,
             pair,
@@ -256,7 +245,7 @@ class Decoder(nnx.Module):
         # Cast after: the table's gradient is summed in its own precision.
         x = embedding.look_up(self.embedding[...], tokens).astype(self.compute_dtype)
         x = axes.constrain(x, "R T D")
-        # None, as a module without parameters, has an empty state.
+        # Adapters that are None have an empty state.
         graph, stacked = nnx.split((self.blocks, adapters))
 
         def run_block(x: Array, layer: nnx.State) -> tuple[Array, None]:

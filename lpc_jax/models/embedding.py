@@ -15,17 +15,7 @@ from lpc_jax import axes
 def look_up(
     table: Float[Array, "V D"], tokens: Int[Array, "R T"]
 ) -> Float[Array, "R T D"]:
-    """``table[tokens]``; on a mesh each device reads its own part of the table.
-
-    A device reads the columns that it holds for all rows that share the table with
-    its own, and rows change places with columns (all-to-all): what moves are
-    embeddings of one batch, there and, as gradients, back. Over ``fsdp`` alone the
-    compiler finds the same; over three axes it would hold all rows on every device.
-
-    Args:
-        table: Split over ``tensor`` by V and over ``fsdp`` by D, where they divide.
-        tokens: Split by rows.
-    """
+    """``table[tokens]``; on a mesh each device reads its own part of the table."""
     rows = axes.split_over("R", tokens.shape[0])
     vocabulary = axes.split_over("V", table.shape[0])
     width = axes.split_over("D", table.shape[1])
@@ -33,6 +23,9 @@ def look_up(
         return table[tokens]
     if rows is None:  # too few rows for the mesh: nothing to change places with
         width = None
+    # A device reads its columns for all rows that share the table, then rows change
+    # places with columns (all-to-all). Over fsdp alone the compiler does the same; over
+    # three axes it would hold all rows on every device.
     return jax.shard_map(
         functools.partial(_look_up_part, vocabulary=vocabulary, width=width),
         in_specs=(P(vocabulary, width), P(rows)),
@@ -48,7 +41,6 @@ def _look_up_part(
     vocabulary: tuple[str, ...] | None,
     width: tuple[str, ...] | None,
 ) -> Float[Array, "part_R T D"]:
-    """What one device does: its columns for many rows become its rows whole."""
     if width is not None:
         tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
     if vocabulary is not None:
@@ -58,6 +50,7 @@ def _look_up_part(
     else:
         found = table[tokens]
     if width is not None:
+        # Its columns of many rows become its rows whole.
         found = jax.lax.all_to_all(
             found, width, split_axis=0, concat_axis=2, tiled=True
         )

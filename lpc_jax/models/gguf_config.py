@@ -31,12 +31,7 @@ _DEFAULT_THETA = 10_000.0
 
 
 def architecture(file: gguf.File) -> Architecture:
-    """The architecture that a file's metadata describes.
-
-    Raises:
-        UserError: Another family than llama, a field missing or broken, or a variant
-            that the decoder does not compute, by name.
-    """
+    """The architecture in a file's metadata, or a UserError that names the field."""
     origin, name = str(file.path), file.metadata.get("general.architecture")
     if name != FAMILY:
         raise UserError(
@@ -108,7 +103,6 @@ def architecture(file: gguf.File) -> Architecture:
 
 
 def _check_variants(fields: dict[str, Any], width_of_head: int, origin: str) -> None:
-    """Fields of variants that the decoder does not compute have the plain value."""
     for key, expected in {
         "expert_count": 0,
         "rope.dimension_count": width_of_head,
@@ -123,7 +117,6 @@ def _check_variants(fields: dict[str, Any], width_of_head: int, origin: str) -> 
 
 
 def _llama3_scaling(plain: Architecture, file: gguf.File) -> RopeScaling:
-    """The Llama 3.1 stretch whose factors a file carries."""
     frequencies, stored = rope_frequencies(plain), file.tensors[ROPE_FACTORS]
     if stored.shape != frequencies.shape:
         raise UserError(

@@ -1,7 +1,6 @@
 """Architectures from and to a Hugging Face ``config.json``.
 
-Every field of the file must be understood: one that would change the forward pass in a
-way that the decoder does not compute is an error.
+A field that would change the forward pass as the decoder does not compute is an error.
 """
 
 from __future__ import annotations
@@ -77,11 +76,7 @@ _ROPE: dict[str, dict[str, str]] = {
 
 
 def open_folder(path: Path) -> tuple[dict[str, Any], Path]:
-    """The fields of a folder's ``config.json``, and the file.
-
-    Raises:
-        UserError: There is none, or it is no JSON object.
-    """
+    """The fields of a folder's ``config.json``, and the file, or a UserError."""
     config = untrusted.own_file(path, NAME)
     if config is None:
         raise UserError(
@@ -92,16 +87,7 @@ def open_folder(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def read(config: Mapping[str, Any], origin: str) -> Architecture:
-    """The architecture that a ``config.json`` describes.
-
-    Args:
-        config: The parsed file.
-        origin: Its path, for messages.
-
-    Raises:
-        UserError: An unknown architecture, a field with a value that the decoder
-            does not compute, or a field missing, by name.
-    """
+    """The architecture of a parsed ``config.json``, or a UserError naming the field."""
     family = _family(config, origin)
     missing = [_NAMES[ours] for ours in _REQUIRED if config.get(_NAMES[ours]) is None]
     if missing:
@@ -151,7 +137,6 @@ def read(config: Mapping[str, Any], origin: str) -> Architecture:
 
 
 def _family(config: Mapping[str, Any], origin: str) -> str:
-    """The family, of a variant that the decoder computes."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     families = FAMILIES | LPC_FAMILIES
@@ -175,11 +160,7 @@ def _family(config: Mapping[str, Any], origin: str) -> str:
 
 
 def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling from either of Hugging Face's two spellings.
-
-    transformers 4 writes ``rope_theta`` and ``rope_scaling``; transformers 5 one
-    ``rope_parameters``.
-    """
+    """Theta and scaling, from transformers 4's fields or 5's ``rope_parameters``."""
     parameters: dict[str, Any] = {}
     for field in ("rope_parameters", "rope_scaling"):
         given = config.get(field) or {}
@@ -213,11 +194,7 @@ def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | 
 
 
 def fields(architecture: Architecture) -> dict[str, Any]:
-    """The ``config.json`` that describes an architecture, in transformers 4's spelling.
-
-    Special tokens are left unset: they are the tokenizer's to know. ``read`` of it is
-    the architecture again.
-    """
+    """An architecture's ``config.json``, in transformers 4's spelling."""
     family, scaling = architecture.family, architecture.rope_scaling
     (name,) = (name for name, its in FAMILIES.items() if its == family)
     written = {theirs: getattr(architecture, ours) for ours, theirs in _NAMES.items()}
@@ -233,6 +210,7 @@ def fields(architecture: Architecture) -> dict[str, Any]:
         "model_type": family,
         "hidden_act": _FIXED["hidden_act"],
         **written,
+        # The tokenizer's to know.
         "bos_token_id": None,
         "eos_token_id": None,
         **switches,

@@ -1,7 +1,6 @@
-"""The latent of LPC: a codebook, beliefs over codes, and draws from them.
+"""The latent of LPC: a codebook, beliefs over codes, and draws from them, in fp32.
 
-Gong et al. 2025 (arXiv 2505.04993), eqs. 8, 9 and 11. Knows nothing of decoders,
-schedules or losses. Everything here is fp32.
+Gong et al. 2025 (arXiv 2505.04993), eqs. 8, 9 and 11.
 """
 
 from __future__ import annotations
@@ -18,22 +17,16 @@ from jaxtyping import Array, Float
 from lpc_jax.models import leaves
 from lpc_jax.types import LatentCodes
 
-# What is kept of a limit for products in another order or precision.
-_ROUNDING = 1e-3
-
+_ROUNDING = 1e-3  # room below a limit for products in another order or precision
 PosteriorInput = Literal["concat", "difference", "mean_difference", "both", "all"]
 
 
 class CodeMlp(nnx.Module):
     """Two layers with SiLU, from hidden states to logits over codes.
 
-    Each input coordinate is standardised by the mean and standard deviation that
-    ``standardization`` found before the first update; these stay fixed. The last hidden
-    states of a chat model's prompts are nearly one vector (cosine 0.85 to 0.90 on
-    SmolLM2), and from raw or merely normed ones every prompt learned the same mix of
-    codes. Each kernel, of unit variance, is divided by the square root of its inputs in
-    the forward pass (Jacot et al. 2018, section 2), so that under Adam a learning rate
-    moves logits alike whatever the model's width.
+    Inputs are standardised by a mean and deviation that ``standardization`` sets before
+    the first update: the ends of a chat model's prompts are nearly one vector (cosine
+    0.85 to 0.90 on SmolLM2), and raw or merely normed gave every prompt the same mix.
 
     Paper: only "MLP" is stated; depth, width, activation and scaling are our choice.
     """
@@ -66,7 +59,9 @@ class CodeMlp(nnx.Module):
     def hidden(
         self, standard: Float[Array, "*pairs inputs"]
     ) -> Float[Array, "*pairs W"]:
-        """What the output layer reads, its scaling included."""
+        """The output layer's inputs, scaled."""
+        # Kernels of unit variance over sqrt(inputs) (Jacot et al. 2018, section 2):
+        # under Adam a learning rate moves logits alike at every width.
         inputs, hidden_width = self.hidden_kernel.shape
         hidden = standard @ self.hidden_kernel[...] / math.sqrt(inputs)
         return jax.nn.silu(hidden + self.hidden_bias[...]) / math.sqrt(hidden_width)
@@ -75,17 +70,11 @@ class CodeMlp(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PairStates:
-    """Last hidden states of a pair, those of answers by side.
+    """Last hidden states of a pair, those of answers by side."""
 
-    Attributes:
-        prompt: At the prompt's end.
-        end: At each answer's last token.
-        mean: The mean over each answer's tokens.
-    """
-
-    prompt: Float[Array, "*pairs D"]
-    end: Float[Array, "*pairs 2 D"]
-    mean: Float[Array, "*pairs 2 D"]
+    prompt: Float[Array, "*pairs D"]  # at the prompt's end
+    end: Float[Array, "*pairs 2 D"]  # at each answer's last token
+    mean: Float[Array, "*pairs 2 D"]  # over each answer's tokens
 
 
 def judged_width(posterior_input: PosteriorInput, width: int) -> int:
@@ -97,17 +86,10 @@ def judged_width(posterior_input: PosteriorInput, width: int) -> int:
 def judged(
     states: PairStates, posterior_input: PosteriorInput
 ) -> Float[Array, "*pairs inputs"]:
-    """What the posterior reads of a judged pair, in fp32.
-
-    Args:
-        states: Of the chosen (0) and the rejected (1) answer.
-        posterior_input: ``concat``: both ends side by side (LPC eq. 8);
-            ``difference``: chosen minus rejected of the ends, ``mean_difference`` of
-            the means, ``both`` of each, ``all`` the prompt's state beside these. A
-            network over the concatenation has to learn the subtraction first, and does
-            not where no prompt tells the factor (docs/results.md).
-    """
+    """What the posterior reads of a judged pair, in fp32; ``concat`` is LPC eq. 8."""
     end, mean = states.end.astype(jnp.float32), states.mean.astype(jnp.float32)
+    # A network over the concatenation has to learn the subtraction first, and does not
+    # where no prompt tells the factor (docs/results.md).
     of_end, of_mean = (x[..., 0, :] - x[..., 1, :] for x in (end, mean))
     match posterior_input:
         case "concat":
@@ -127,12 +109,9 @@ def judged(
 
 @jax.jit
 def codebook_unit(head: Float[Array, "V D"]) -> Float[Array, ""]:
-    """Standard deviation of a random code that moves logits by 1 nat r.m.s.
-
-    What a code e does is the spread of head @ e over the vocabulary: a constant changes
-    nothing under the softmax. For e of independent coordinates of deviation s its mean
-    square is s^2 times the trace of the covariance of the head's rows.
-    """
+    """Standard deviation of a random code that moves logits by 1 nat r.m.s."""
+    # Only the spread of head @ e counts: softmax ignores a constant. For independent
+    # coordinates of deviation s its mean square is s^2 tr cov(rows of the head).
     rows = head.astype(jnp.float32)
     return 1 / jnp.sqrt(jnp.sum(jnp.var(rows, axis=0)))
 
@@ -140,12 +119,9 @@ def codebook_unit(head: Float[Array, "V D"]) -> Float[Array, ""]:
 def limit_codes(
     codebook: Float[Array, "C D"], head: Float[Array, "V D"], limit: float
 ) -> Float[Array, "C D"]:
-    """Codes scaled down to where no mix changes a token's distribution by more nats.
-
-    For logits moved by b, KL(pi(. | z) || pi(. | 0)) is at most (max b - min b)^2 / 8
-    (the variance in Hoeffding's lemma), and the range of a convex mix is at most its
-    codes' largest.
-    """
+    """Codes scaled until no mix moves a token's distribution by over ``limit`` nats."""
+    # KL(pi(. | z) || pi(. | 0)) <= (max b - min b)^2 / 8 for logits moved by b (the
+    # variance in Hoeffding's lemma); no convex mix has a wider range than its codes.
     moved = jnp.einsum("CD,VD->CV", codebook, head.astype(jnp.float32))
     spread = jnp.max(moved, axis=-1) - jnp.min(moved, axis=-1)
     allowed = math.sqrt(8 * limit) * (1 - _ROUNDING)
@@ -153,11 +129,7 @@ def limit_codes(
 
 
 class LatentHead(nnx.Module):
-    """Codebook, prior and posterior.
-
-    A code has the width of hidden states, D. ``codebook_scale`` is the codebook's
-    standard deviation; 0 starts as the plain policy, exactly.
-    """
+    """Codebook, prior and posterior; ``codebook_scale`` 0 starts as a plain policy."""
 
     codebook: nnx.Param
 
@@ -193,38 +165,23 @@ class LatentHead(nnx.Module):
     def codes(
         self, logits: Float[Array, "*pairs C"], weights: Float[Array, "*pairs C"]
     ) -> LatentCodes:
-        """The mix of codes that given weights make."""
+        """The mix of codes with given weights."""
         return LatentCodes(logits, weights, weights @ self.codebook[...])
 
 
 @dataclasses.dataclass(frozen=True)
 class Steering:
-    """How the weights of codes come from a belief: the one place where z is chosen.
+    """How the weights of codes come from a belief: the one place where z is chosen."""
 
-    Attributes:
-        how: ``mean``: the belief's probabilities (the default of LPC at inference);
-            ``sample``: a Gumbel-softmax draw from it; ``argmax``: its largest code;
-            ``mix``: the same given weights for every belief.
-        mix: Of ``mix``: the weight of each code that has one.
-        temperature: tau of ``sample``.
-        one_code: Of ``sample``: the draw's largest code alone, with the draw's gradient
-            (Bengio et al. 2013).
-    """
-
-    how: Literal["mean", "sample", "argmax", "mix"]
-    mix: tuple[tuple[int, float], ...] = ()
-    temperature: float = 1.0
-    one_code: bool = False
+    how: Literal["mean", "sample", "argmax", "mix"]  # mean is LPC's at inference
+    mix: tuple[tuple[int, float], ...] = ()  # of "mix": (code, weight)
+    temperature: float = 1.0  # tau of "sample"
+    one_code: bool = False  # of "sample": one code, straight through
 
     def weights(
         self, logits: Float[Array, "*pairs C"], key: Array
     ) -> Float[Array, "*pairs C"]:
-        """Each belief's weights of the codes, on the simplex.
-
-        Args:
-            logits: The beliefs, as a rule the prior's.
-            key: Seeds the noise of ``sample``; the others don't read it.
-        """
+        """Each belief's weights, on the simplex; ``key`` seeds ``sample``'s noise."""
         if self.how == "mix":
             given = jnp.zeros(logits.shape[-1])
             for code, weight in self.mix:
@@ -240,7 +197,7 @@ class Steering:
         return jax.nn.softmax(logits, axis=-1)
 
     def said(self) -> str:
-        """In words, for a person."""
+        """In words, for messages."""
         if self.how == "mix":
             return "codes " + ", ".join(
                 f"{code}: {weight:g}" for code, weight in self.mix
@@ -271,11 +228,8 @@ def gumbel_softmax(
     *,
     temperature: float | Float[Array, ""],
 ) -> Float[Array, "*pairs C"]:
-    """A relaxed draw on the simplex: softmax((logits + gumbel) / tau), tau above 0.
-
-    Jang et al. 2017, eq. 2. As tau falls to 0 it becomes one code, drawn with the
-    belief's probabilities; logits may be unnormalised, and gradient flows into them.
-    """
+    """A relaxed draw: softmax((logits + gumbel) / tau) (Jang et al. 2017, eq. 2)."""
+    # As tau falls to 0 it becomes one code, drawn with the belief's probabilities.
     return jax.nn.softmax((logits + gumbel) / temperature, axis=-1)
 
 

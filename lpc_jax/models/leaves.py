@@ -1,8 +1,4 @@
-"""Every parameter, once: its path, axes and kind, and where files keep it.
-
-Modules make their parameters from these rows, drawing in this order. Shardings, weight
-decay, precision, counts, adapters' targets, and reading and writing files follow too.
-"""
+"""Every parameter, once, in the order drawn: path, axes, kind and names in files."""
 
 from __future__ import annotations
 
@@ -23,11 +19,10 @@ from lpc_jax import axes as mesh_axes
 from lpc_jax import sharding
 from lpc_jax.models.architectures import Architecture
 
-# Standard deviation of random weights, as Llama's and Mistral's configs have it.
-INITIAL_SCALE = 0.02
+INITIAL_SCALE = 0.02  # of random weights, as in Llama's and Mistral's configs
 
-# matrix: of the decoder. kernel, mean, spread: of the latent's networks, whose inputs'
-# mean and spread no update changes. lora_a, lora_b: of an adapter.
+# matrix: of the decoder. kernel, mean, spread: of the latent's networks; no update
+# changes mean and spread. lora_a, lora_b: of an adapter.
 Kind = Literal[
     "matrix", "norm", "bias", "kernel", "mean", "spread", "codebook", "lora_a", "lora_b"
 ]
@@ -36,30 +31,17 @@ Format = Literal["hf", "gguf"]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter; where its axes begin with L, those of all layers.
+    """One parameter; axes that begin with L stack all layers'."""
 
-    Attributes:
-        path: In a policy's parameters.
-        axes: A letter each, as in ``types.py``. Of the latent's networks W is the
-            hidden width and X what the posterior reads; r is an adapter's rank.
-        hf: Name in safetensors, with ``{layer}`` for each layer's.
-        gguf: Name in GGUF files, likewise.
-        stored: A layer's axes in files, as einops writes them; "" where they are ours.
-        kind: What its start, weight decay, learning rate and precision follow from.
-        inputs: How many of a layer's axes a product with it contracts.
-        rotary: Whether RoPE turns what it makes.
-        when: Whether the decoder of an architecture has it.
-    """
-
-    path: str
-    axes: str
-    hf: str = ""
-    gguf: str = ""
-    stored: str = ""
-    kind: Kind = "matrix"
-    inputs: int = 1
-    rotary: bool = False
-    when: Callable[[Architecture], bool] = lambda _: True
+    path: str  # in a policy's parameters
+    axes: str  # of types.py; W hidden width, X posterior inputs, r adapter rank
+    hf: str = ""  # name in safetensors, with {layer}
+    gguf: str = ""  # name in GGUF files, likewise
+    stored: str = ""  # a layer's axes in files, as einops writes them; "": ours
+    kind: Kind = "matrix"  # sets start, decay, learning rate and precision
+    inputs: int = 1  # axes of a layer that a product contracts
+    rotary: bool = False  # RoPE turns its product
+    when: Callable[[Architecture], bool] = lambda _: True  # a decoder has it
 
     @property
     def within(self) -> str:
@@ -89,7 +71,7 @@ class Leaf:
         return "codebook" if self.kind == "codebook" else self.path.partition("/")[0]
 
     def frozen_dtype(self, compute: jnp.dtype) -> jnp.dtype:
-        """In what it is kept untrained: norms and biases are small, so fp32."""
+        """Its dtype untrained: norms and biases are small, so fp32."""
         return compute if self.kind == "matrix" else jnp.dtype("float32")
 
     def axes_in(self, form: Format) -> tuple[str, str]:
@@ -158,7 +140,7 @@ DECODER: tuple[Leaf, ...] = (
     _layer("mlp/up", "D F", "mlp.up_proj", "ffn_up", "F D"),
     _layer("mlp/down", "F D", "mlp.down_proj", "ffn_down", "D F"),
 )
-# Which of them can have an adapter, by name.
+# Those that can have an adapter, by name.
 TARGETS = {
     leaf.path.rpartition("/")[2]: leaf
     for leaf in DECODER
@@ -172,7 +154,7 @@ def decoder(architecture: Architecture) -> tuple[Leaf, ...]:
 
 
 def adapters(targets: Sequence[str]) -> tuple[Leaf, ...]:
-    """The rows of adapters: two factors for each of some ``TARGETS``."""
+    """The rows of adapters: two factors for each of ``targets``."""
     rows = []
     for leaf in (leaf for target, leaf in TARGETS.items() if target in targets):
         path, axes = leaf.path.replace("decoder/blocks", "adapters"), leaf.axes.split()
@@ -206,7 +188,7 @@ LATENT: tuple[Leaf, ...] = (
 
 
 def sizes(architecture: Architecture, **others: int) -> dict[str, int]:
-    """The size of each axis letter of a decoder, and of others that are given."""
+    """The size of each axis letter of a decoder, and of others."""
     a = architecture
     heads = {"N": a.query_heads, "K": a.kv_heads, "H": a.head_width}
     halves = {"two": 2, "half": a.head_width // 2}
@@ -256,11 +238,7 @@ def at(path: str) -> Leaf:
 
 
 def known(tree: Any) -> Any:
-    """The row of each parameter, as a tree like the one that is given.
-
-    Raises:
-        ValueError: Some parameter has no row or several.
-    """
+    """A tree of the parameters' rows; a ValueError unless each has exactly one."""
     rows = _rows()
     paths = sorted(sharding.by_path(tree))
     unclaimed = [path for path in paths if path not in rows]
@@ -276,11 +254,7 @@ def known(tree: Any) -> Any:
 
 
 def shardings(shapes: Any, mesh: Mesh) -> Any:
-    """Where each parameter lies: vectors are whole, the rest as ``axes.spec`` says.
-
-    Raises:
-        ValueError: Some parameter has no row or several.
-    """
+    """Where each parameter lies: vectors are whole, the rest by ``axes.spec``."""
 
     def place(leaf: Leaf, x: Any) -> NamedSharding:
         vector = " " not in leaf.layer_axes

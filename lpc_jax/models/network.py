@@ -1,4 +1,4 @@
-"""A policy as one module: a decoder, and adapters and a latent or neither."""
+"""A policy's network: a decoder, with or without adapters and a latent."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from lpc_jax.models.decoder import Decoder, stacked
 from lpc_jax.models.latent import LatentHead, PairStates, judged
 from lpc_jax.types import CHOSEN, REJECTED, Batch
 
-# Folded into a policy's key to seed its adapters.
-_ADAPTERS = 1
+_ADAPTERS = 1  # folded into a policy's key to seed its adapters
 
 
 class Network(nnx.Module):
@@ -42,7 +41,7 @@ class Network(nnx.Module):
         )
 
     def states(self, batch: Batch) -> States:
-        """One decoder pass, and what is read of it."""
+        """One decoder pass, and the states that are read of it."""
         hidden = self.hidden(batch)
         scored = read_at(hidden, batch.score_from)
         if self.latent is None:
@@ -54,17 +53,11 @@ class Network(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class States:
-    """Last hidden states of a micro-batch where something reads them.
+    """Last hidden states of a micro-batch where something reads them."""
 
-    Attributes:
-        scored: Those that predict an answer's token.
-        prompt: At each prompt's end, where the prior reads; None without a latent.
-        judged: What the posterior reads of each pair, likewise.
-    """
-
-    scored: Float[Array, "R S D"]
-    prompt: Float[Array, "R P D"] | None
-    judged: Float[Array, "R P inputs"] | None
+    scored: Float[Array, "R S D"]  # those that predict an answer's token
+    prompt: Float[Array, "R P D"] | None  # for the prior; None without a latent
+    judged: Float[Array, "R P inputs"] | None  # for the posterior, likewise
 
 
 def pair_states(hidden: Float[Array, "R T D"], batch: Batch) -> PairStates:
@@ -104,15 +97,8 @@ def build(
 ) -> Network:
     """A network with random weights; under ``nnx.eval_shape`` only its shapes.
 
-    Args:
-        architecture: The decoder's.
-        compute_dtype: Of matrix products.
-        attention_backend: From ``attention.table.choose``.
-        remat: One of ``decoder.REMAT_POLICIES``, or ``none``.
-        adapters: ``targets``, ``rank`` and ``alpha`` of the adapters, or None.
-        latent: ``num_codes``, ``hidden_width`` (None is D), ``codebook_scale`` and
-            ``posterior_input`` of the latent head, or None.
-        key: Seeds the weights; none of the three parts' depend on another's.
+    ``adapters`` and ``latent`` set ``BlockAdapters`` and ``LatentHead``
+    (``hidden_width`` None is D). No part's weights depend on another's.
     """
     decoder_key, latent_key = jax.random.split(key)
     decoder = Decoder(

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-# The name under which remat policies know results of ``project``.
-PRODUCT = "product"
+PRODUCT = "product"  # results of ``project``, for remat policies
 
 
 def project(

@@ -1,8 +1,4 @@
-"""A policy's weights: Hugging Face safetensors and GGUF in, safetensors out.
-
-``leaves.py`` says where each parameter is in each format. They are made one at a time,
-under the sharding that the caller asks for.
-"""
+"""A policy's weights: Hugging Face safetensors and GGUF in, safetensors out."""
 
 from __future__ import annotations
 
@@ -31,20 +27,20 @@ from lpc_jax.models import gguf_config, hf_config, leaves
 from lpc_jax.models.architectures import LPC_FAMILIES, Architecture
 from lpc_jax.models.leaves import Format, Leaf
 
-# Of a hub repository: pickles and Mistral's second copy (consolidated.*) are left.
+# Of a hub repository, without pickles and Mistral's second copy (consolidated.*).
 _HUB_PATTERNS = ("*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt")
 _GGUF = ".gguf"
 _SHOWN = 10
 _READ_BYTES = 1 << 20
 
-# Tensors that hold nothing a decoder does not know, and that may be there or not.
+# Tensors that may be absent or present, since a decoder knows what they hold.
 _HARMLESS = ("*rotary_emb.inv_freq", gguf_config.ROPE_FACTORS)
 _HARMLESS_WHEN_TIED = ("lm_head.weight",)
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentSizes:
-    """C, the networks' hidden width W, and X, how many numbers the posterior reads."""
+    """Sizes of a latent; the posterior reads ``posterior_inputs`` numbers of a pair."""
 
     num_codes: int
     hidden_width: int
@@ -63,12 +59,7 @@ def find(path: str, *, setting: str, revision: str | None) -> Path:
 
 
 def read_architecture(path: Path) -> Architecture:
-    """The architecture of a Hugging Face folder or a GGUF file.
-
-    Raises:
-        UserError: Neither of the two, a broken file, or a model that the decoder
-            does not compute.
-    """
+    """The architecture of a Hugging Face folder or a GGUF file."""
     if _is_gguf(path):
         return gguf_config.architecture(gguf.read(path))
     fields, config = hf_config.open_folder(path)
@@ -76,11 +67,7 @@ def read_architecture(path: Path) -> Architecture:
 
 
 def read_latent_section(path: Path) -> dict[str, Any] | None:
-    """An exported folder's settings of the latent, unread; None for a plain model.
-
-    Raises:
-        UserError: There are none where there must be.
-    """
+    """An exported folder's latent settings, or a UserError; None for a plain model."""
     if _is_gguf(path):
         return None
     fields, config = hf_config.open_folder(path)
@@ -142,7 +129,7 @@ def _require_same(
     origin: str,
     remedy: str,
 ) -> None:
-    """Every expected name is there with its shape, and no other."""
+    """One UserError for all names missing, unexpected or of another shape."""
     missing = [name for name in expected if name not in got]
     unexpected = [
         name
@@ -216,18 +203,9 @@ def load(
 ) -> dict[str, Any]:
     """The decoder's parameters as a nested dict, each part read onto its device.
 
-    All names and shapes are checked before anything is read.
-
-    Args:
-        path: From ``find``.
-        architecture: From ``read_architecture``.
-        dtype_of: From a path such as ``blocks/attention/query``, whatever the file's.
-        sharding_of: From such a path.
-        latent: Of an exported LPC folder, whose latent ``load_latent`` reads.
-
-    Raises:
-        UserError: A cut or broken file, or tensors missing, unexpected or of another
-            shape; all three lists are in the message.
+    All names and shapes are checked before anything is read. ``dtype_of`` and
+    ``sharding_of`` take a path such as ``blocks/attention/query``; ``latent`` is of an
+    exported LPC folder, whose latent ``load_latent`` reads.
     """
     stored = _open(path, architecture, latent)
     return _read(leaves.decoder(architecture), stored, dtype_of, sharding_of)
@@ -268,7 +246,6 @@ def _read(
 def _parts(
     leaf: Leaf, stored: _Stored
 ) -> Iterator[tuple[int | None, Shaped[np.ndarray, "..."]]]:
-    """Each layer's parameter, read once it is asked for, or the only one."""
     names = tensors((leaf,), stored.form, stored.sizes)
     for name, (_, layer) in names.items():
         there, ours = leaf.axes_in(stored.form)
@@ -289,11 +266,7 @@ def digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write, which takes the name when all is written.
-
-    Raises:
-        UserError: There is such a folder, and it holds something.
-    """
+    """A temporary folder, renamed once written; a UserError if the name holds files."""
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} must be new or empty. Choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -314,14 +287,7 @@ def save(
     dtype: DTypeLike,
     shard_bytes: int,
 ) -> None:
-    """Writes a Hugging Face folder of a decoder: safetensors and ``config.json``.
-
-    Tensor by tensor, all or nothing. ``load`` of the result in the same dtype gives
-    the same bits. Arguments as those of ``write``.
-
-    Raises:
-        UserError: What ``new_folder`` and ``write`` refuse.
-    """
+    """Writes a decoder's Hugging Face folder, all or nothing; see ``write``."""
     options: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes}
     with new_folder(folder) as partial:
         write(partial, params, None, architecture, config={}, **options)
@@ -337,20 +303,12 @@ def write(
     dtype: DTypeLike,
     shard_bytes: int,
 ) -> None:
-    """Writes safetensors and ``config.json`` into a folder, tensor by tensor.
+    """Writes safetensors and ``config.json`` into a ``new_folder``, tensor by tensor.
 
-    Args:
-        folder: From ``new_folder``.
-        decoder: As ``load`` returns it; every leaf within reach of this process.
-        latent: As ``load_latent`` returns it, or None; always stored in fp32.
-        architecture: Of the decoder.
-        config: More fields of ``config.json``, which replace those of one name.
-        dtype: Of the decoder's stored elements: float32, float16 or bfloat16.
-        shard_bytes: Above this the weights are spread over several files.
-
-    Raises:
-        UserError: The parameters are not those of the architecture, another dtype, or
-            elements too large for it.
+    ``decoder`` and ``latent`` are as ``load`` and ``load_latent`` return them;
+    ``dtype`` is the decoder's (float32, float16 or bfloat16), the latent's is fp32.
+    ``config`` adds or replaces fields; above ``shard_bytes`` weights take several
+    files.
     """
     rows = leaves.decoder(architecture)
     params = sharding.by_path({"decoder": decoder})

@@ -44,8 +44,7 @@ def attend(
 ) -> Float[Array, "R T N H"]:
     """Softmax attention with scores scaled by 1 / sqrt(H) and summed in fp32.
 
-    Query head n reads key head ``n // (N / K)``. A query that sees no key gets a
-    finite, unused output.
+    Query head n reads key head ``n // (N / K)``. Without a key its output is unused.
     """
     backend = BACKENDS[layout.backend]
     rows = axes.split_over("R", query.shape[0])

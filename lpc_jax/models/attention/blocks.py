@@ -1,9 +1,8 @@
-"""Attention a block of keys at a time, skipping blocks that no query may see.
+"""The CPU's attention: a block of keys at a time, skipping blocks no query may see.
 
-The CPU's backend. Scores of a whole row are never held: each block of queries walks
-the blocks of keys that it sees any of, with a running softmax (Milakov & Gimelshein
-2018; Dao et al. 2022), and the backward pass computes each block again. Other pairs of
-a row, and the chosen answer under a rejected one's queries, thus cost nothing.
+Each block of queries walks the blocks of keys that it sees with a running softmax
+(Milakov & Gimelshein 2018; Dao et al. 2022), and the backward pass computes each block
+again. Other pairs of a row, and the other answer of a pair, thus cost nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +27,8 @@ BLOCK = 64
 # What remat policies may keep, so that the backward pass does not repeat the walk.
 KEPT = "attention"
 
-# Below any score; finite, so that a query that sees no key has no NaN.
-_UNSEEN = -1e30
-
-# What fills up a block.
-_FILL = (0, NO_PAIR, PROMPT)  # as Tokens
+_UNSEEN = -1e30  # below any score; finite, so that a query without a key has no NaN
+_FILL = (0, NO_PAIR, PROMPT)  # Tokens that fill up a block
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +36,7 @@ _FILL = (0, NO_PAIR, PROMPT)  # as Tokens
 class Walks:
     """For each block of queries those of keys: first the ``count`` that it sees."""
 
-    # Arrays, but for when JAX rebuilds the tree with leaves that are none.
+    # Any: JAX may rebuild the tree with leaves that are no arrays.
     tokens: Tokens
     index: Any  # Int[Array, "*R blocks blocks"]
     count: Any  # Int[Array, "*R blocks"]
@@ -48,7 +44,7 @@ class Walks:
 
 
 def prepare(tokens: Tokens, sliding_window: int | None) -> Walks:
-    """A micro-batch's walks by the mask's rule, made once for all layers."""
+    """A micro-batch's walks, made once for all layers."""
     padded = Tokens(*map(_padded, tokens, _FILL))
     rows = len(padded.pair)
     queries = jax.tree.map(lambda x: x.reshape(rows, -1, BLOCK).swapaxes(0, 1), padded)
@@ -63,7 +59,6 @@ def prepare(tokens: Tokens, sliding_window: int | None) -> Walks:
 
 
 def _padded(x: Int[Array, "*R T"], fill: int) -> Int[Array, "*R padded_T"]:
-    """To whole blocks."""
     padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)]
     return jnp.pad(x, padding, constant_values=fill)
 
@@ -89,15 +84,12 @@ def _cut(x: Float[Array, "T N H"], kv_heads: int) -> Float[Array, "blocks K quer
 
 
 def _join(x: Float[Array, "blocks K queries H"], length: int) -> Float[Array, "T N H"]:
-    """What ``_cut`` had cut."""
     blocks, kv_heads, _, width = x.shape
     x = x.reshape(blocks, kv_heads, -1, BLOCK, width).transpose(0, 3, 1, 2, 4)
     return x.reshape(blocks * BLOCK, -1, width)[:length]
 
 
 class _Row:
-    """One row in blocks: its scores and what may be seen, a block pair at a time."""
-
     def __init__(self, query, key, value, walks: Walks):
         kv_heads, width = key.shape[1:]
         self.group = query.shape[1] // kv_heads
@@ -139,6 +131,7 @@ def _forward_row(query, key, value, walks: Walks):
             scores = jnp.where(seen, scores, _UNSEEN)
             new_largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
             weights = jnp.exp(scores - new_largest)
+            # What was summed under a smaller maximum is rescaled.
             shrink = jnp.exp(largest - new_largest)
             total = total * shrink + weights.sum(axis=-1, keepdims=True)
             mixed = mixed * shrink + jnp.einsum("KQT,KTH->KQH", weights, row.value[j])
@@ -170,7 +163,7 @@ def _forward(query, key, value, walks: Walks):
 def _backward_row(query, key, value, walks: Walks, mixed, normaliser, gradient):
     row = _Row(query, key, value, walks)
     d_mixed, mixed = (_cut(x, key.shape[1]) for x in (gradient, mixed))
-    # sum_k weight_k d_weight_k of each query: softmax's own term.
+    # softmax's own term: sum_k weight_k d_weight_k = d_mixed . mixed of each query.
     inner = jnp.sum(d_mixed * mixed, axis=-1, keepdims=True)
 
     def walk(carry: tuple[Array, Array], i: Array):

@@ -1,8 +1,4 @@
-"""The mask's meaning: which tokens of a row a token may attend to.
-
-Stated twice: as a rule on pairs, branches and positions, and for rows in storage order
-as one integer a key.
-"""
+"""Which tokens of a row a token may attend to: a rule, and one integer a key."""
 
 from __future__ import annotations
 
@@ -26,11 +22,10 @@ class Tokens(NamedTuple):
 def visible(
     queries: Tokens, keys: Tokens, *, sliding_window: int | None
 ) -> Bool[Array, "*R queries T"]:
-    """Which key (last axis) each query may attend to.
+    """Which key (last axis) each query may attend to; padding sees and is seen by none.
 
-    A key is seen iff it is of the query's pair, not later in position, and of the
-    prompt or of the query's own answer; under a sliding window also less than
-    ``sliding_window`` positions back. Padding sees nothing and is seen by nothing.
+    A key is of the query's pair, not later in position, and of the prompt or the
+    query's own answer; under a window less than ``sliding_window`` positions back.
     """
     distance = queries.positions[..., :, None] - keys.positions[..., None, :]
     same_pair = queries.pair[..., :, None] == keys.pair[..., None, :]
@@ -45,11 +40,7 @@ def visible(
 
 
 def ends(tokens: Tokens) -> Int[Array, "R T"]:
-    """The rule, without a window, as one integer a key: q sees k iff k <= q < end[k].
-
-    For a prompt token that is where its pair ends in the row, for an answer's where
-    the answer does, for padding 0. Takes whole rows as ``packing`` stores them.
-    """
+    """The rule, without a window, for rows in storage order: k <= q < end[k]."""
     length = tokens.pair.shape[-1]
 
     def end_of_run(x: Int[Array, "R T"]) -> Int[Array, "R T"]:
@@ -57,6 +48,7 @@ def ends(tokens: Tokens) -> Int[Array, "R T"]:
         end = jnp.where(last, jnp.arange(length) + 1, length)
         return jax.lax.cummin(end, axis=1, reverse=True)
 
+    # A prompt token's end is its pair's, an answer token's its answer's.
     of_pair = end_of_run(tokens.pair)
     of_answer = jnp.minimum(of_pair, end_of_run(tokens.branch))
     end = jnp.where(tokens.branch == PROMPT, of_pair, of_answer)

@@ -1,8 +1,4 @@
-"""The TPU's attention: JAX's splash kernel under a mask that the batch decides.
-
-Scores never leave the chip's fast memory, and blocks in which no query sees a key are
-skipped, forward and backward.
-"""
+"""The TPU's attention: JAX's splash kernel, which skips blocks no query may see."""
 
 from __future__ import annotations
 
@@ -18,8 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from lpc_jax.models.attention.blocks import KEPT
 
-# The kernel's smallest block, of which a row is a whole number. The largest block that
-# divides the row is taken.
+# The kernel's smallest block, and unit of rows; the largest that divides is taken.
 UNIT = kernel.NUM_LANES
 _BLOCKS = (512, 384, 256, 128)
 _OF_PASSES = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
@@ -43,15 +38,11 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "R T N H"]:
-    """Softmax attention over rows that are a multiple of ``UNIT`` long.
-
-    A query that sees no key sees itself. ``interpret`` runs the kernel's steps one by
-    one, on any device; for tests.
-    """
+    """Softmax attention; rows are multiples of ``UNIT``, ``interpret`` is for tests."""
     length, scale = query.shape[1], 1 / math.sqrt(query.shape[-1])
     block = next(size for size in _BLOCKS if length % size == 0)
     sizes: dict[str, Any] = {f"block_{name}": block for name in _OF_PASSES}
-    # The kernel would divide by nothing for a query that sees nothing.
+    # A query without a key sees itself, or the kernel would divide by 0.
     mask = mask | (~mask.any(axis=-1, keepdims=True) & jnp.eye(length, dtype=bool))
 
     def of_row(row: tuple[Array, Array, Array, Array]) -> Float[Array, "T N H"]:

@@ -1,7 +1,4 @@
-"""Attention backends: how each runs, where, and what it costs.
-
-A new one is a file of its own and a row of ``BACKENDS``.
-"""
+"""Attention backends, a row of ``BACKENDS`` each: how they run, where, at what cost."""
 
 from __future__ import annotations
 
@@ -21,31 +18,18 @@ from lpc_jax.models.attention.mask import Tokens, visible
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backend:
-    """A way to compute attention.
+    """A way to compute attention."""
 
-    Attributes:
-        prepare: From a micro-batch's tokens and the sliding window (in positions, or
-            None) to what every layer's ``attend`` reads; all of it starts with rows.
-        attend: From query, key, value and what was prepared to the mixed values.
-        refuses: From platform, compute dtype and what row lengths are multiples of:
-            what it needs instead, as the end of a sentence, or None.
-        auto_on: The platform where ``auto`` means it, unless it refuses.
-        whole_rows: Whether all scores of a row are computed, masked or not.
-        holds_scores: Whether these wait in memory for the backward pass, or are
-            computed once more for it, as ``remat`` says.
-        computed_again: Of the two forward products, what the backward pass computes
-            besides its own four.
-        per_device: Whether each device is to run it over its own rows and heads.
-    """
-
+    # From tokens and sliding window to what ``attend`` reads; its axes begin with R.
     prepare: Callable[[Tokens, int | None], Any]
-    attend: Callable[[Array, Array, Array, Any], Array]
+    attend: Callable[[Array, Array, Array, Any], Array]  # query, key, value, prepared
+    # From platform, dtype and row unit to what it needs instead, in words, or None.
     refuses: Callable[[str, jnp.dtype, int], str | None] = lambda *_: None
-    auto_on: str | None = None
-    whole_rows: bool = False
-    holds_scores: bool = False
-    computed_again: float = 0.0
-    per_device: bool = True
+    auto_on: str | None = None  # the platform where ``auto`` means it
+    whole_rows: bool = False  # computes masked scores too
+    holds_scores: bool = False  # for the backward pass, unless ``remat`` repeats them
+    computed_again: float = 0.0  # of 2 forward products, in the backward pass
+    per_device: bool = True  # each device runs it on its own rows and heads
 
 
 def _mask(tokens: Tokens, sliding_window: int | None) -> Bool[Array, "R T T"]:
@@ -101,11 +85,7 @@ BACKENDS = {
 
 
 def choose(name: str, platform: str, *, dtype: jnp.dtype, row_unit: int) -> str:
-    """The backend that ``model.attention`` means on a platform, as JAX names it.
-
-    Raises:
-        UserError: An unknown backend, or one that cannot run there.
-    """
+    """The backend that ``model.attention`` means, or a UserError if it cannot run."""
     if name == "auto":
         meant = [n for n, b in BACKENDS.items() if b.auto_on == platform]
         return next(
