@@ -2,8 +2,4 @@
 
 
 class UserError(ValueError):
-    """Input that the library refuses: what, expected, got, remedy in one message.
-
-    Programs print the message as one line. Every other exception is a fault of the
-    program, so its traceback is shown.
-    """
+    """Refused input: what, expected, got, remedy; shown without a traceback."""

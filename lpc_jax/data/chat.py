@@ -1,8 +1,8 @@
-"""Turns preference pairs into token ids: chat template, tokenizer, common beginning.
+"""Turns preference pairs into token ids: chat template, tokenizer, common prefix.
 
 The assistant's header belongs to the prompt and is not scored, as in TRL; an answer's
-scored tokens end with the token that ends the turn. Padding is never looked at: lengths
-alone say what is scored. Knows nothing of rows or devices.
+scored tokens end with the token that ends the turn. Lengths alone say what is scored,
+so padding may equal EOS.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
 
 PrefixMismatch = Literal["cut", "error"]
-
 CONTROL_TEXT = "text spells the BOS or EOS token"
-
 # Examples tokenized at a time: bounds the memory of token lists in Python.
 _CHUNK = 1024
 
@@ -47,14 +45,13 @@ class TokenizedPair:
     cut_chosen: bool  # at its end
     cut_rejected: bool
     user: str = ""  # who judged, where known
-    # A frozen decoder's, of the prompt's last token and of both answers' tokens, one
-    # after the other; None where it has to read the pair.
+    # A frozen decoder's, of the prompt's last token and of both answers' tokens.
     states: Float[np.ndarray, "_ D"] | None = dataclasses.field(
         default=None, compare=False, repr=False
     )
 
     def key(self) -> bytes:
-        """Digest of the three token strings and where they end (20 bytes)."""
+        """SHA-1 digest of the three token strings and their lengths."""
         content = hashlib.sha1(usedforsecurity=False)
         for ids in (self.prompt, self.chosen, self.rejected):
             content.update(len(ids).to_bytes(8, "little"))
@@ -95,11 +92,7 @@ class _Encoder:
         return token in self._special or not text.strip()
 
     def text(self, messages: list[Message], *, header: bool = False) -> str:
-        """A conversation in the template's words; ``header`` opens the next answer.
-
-        Raises:
-            Dropped: The template refuses it, or a prompt spells BOS or EOS.
-        """
+        """The templated conversation; ``header`` opens the next answer."""
         if header and any(self._spells_control(m["content"]) for m in messages):
             raise Dropped(CONTROL_TEXT)
         try:
@@ -118,7 +111,7 @@ class _Encoder:
             raise Dropped(reason) from e
 
     def texts(self, example: PreferenceExample) -> list[str]:
-        """Of the prompt with the assistant's header, and of both conversations."""
+        """The templated prompt with the assistant's header, and both conversations."""
         eos = str(self._tokenizer.eos_token)
         # An answer's text may end in EOS, as some data sets write it.
         answers = [
@@ -138,7 +131,7 @@ class _Encoder:
         return any(token in text for token in self._spelled)
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
-        """Of texts that the template wrote, each with exactly one BOS or none."""
+        """Token ids of templated texts, each with exactly one BOS or none."""
         lists = self._tokenizer(
             list(texts),
             add_special_tokens=False,  # the template writes BOS itself
@@ -158,18 +151,15 @@ class _Encoder:
         return np.concatenate([np.asarray([self.bos], np.int32), ids[start:]])
 
     def split(self, prompt: Ids, *answers: Ids) -> tuple[Ids, Ids, Ids]:
-        """Prompt and answers, parted where the tokens that all three start with end."""
+        """Prompt and answers, parted where the tokens that all three share end."""
         shared = min(_common_prefix(prompt, answer) for answer in answers)
         # Copies: a view would keep each answer's copy of the prompt in memory.
         chosen, rejected = (self.until_end(a[shared:].copy()) for a in answers)
         return prompt[:shared], chosen, rejected
 
     def until_end(self, answer: Ids) -> Ids:
-        """Up to its EOS, else its template's end of turn, else with EOS added.
-
-        Only special tokens and white space at the very end are searched. ChatML writes
-        a line feed after its EOS: that is removed.
-        """
+        """Up to its EOS, else its template's end of turn, else with EOS added."""
+        # Only the closing tokens: ChatML writes a line feed after its EOS.
         tail = len(answer)
         while tail > 0 and self._closes(int(answer[tail - 1])):
             tail -= 1
@@ -192,11 +182,9 @@ def tokenize(
     truncation: Truncation,
     prefix_mismatch: PrefixMismatch,
 ) -> tuple[list[TokenizedPair], Report]:
-    """Pairs as token ids in order, and what became of all.
+    """Tokenizes pairs in order; the report counts those dropped and cut.
 
     Args:
-        examples: Pairs as text.
-        tokenizer: With a chat template.
         drops: Rows that reading left out, for the report.
         max_length: Most tokens of prompt plus one answer.
         max_prompt_length: Most prompt tokens once truncation touches a pair.
@@ -208,8 +196,7 @@ def tokenize(
             ``cut`` it to the prefix common to both answers, or ``error``.
 
     Raises:
-        UserError: The tokenizer has no chat template or no EOS, a prompt is no
-            prefix under ``error``, or no pair is left.
+        UserError: A prompt is no prefix under ``error``, or no pair is left.
     """
     encoder = _Encoder(tokenizer)
     fit = functools.partial(
@@ -251,11 +238,7 @@ def tokenize(
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> Ids:
-    """A conversation and the assistant's header as the ids of a pair's prompt.
-
-    Raises:
-        UserError: The template refuses it, or a text spells the BOS or EOS token.
-    """
+    """A conversation as a prompt's ids; ``UserError`` if the template refuses it."""
     encoder = _Encoder(tokenizer)
     try:
         text = encoder.text([dict(message) for message in messages], header=True)
@@ -266,11 +249,7 @@ def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> Ids:
 
 
 def end_of_answer(tokenizer: Tokenizer) -> int:
-    """The token that an answer's scored tokens end with.
-
-    Raises:
-        UserError: The tokenizer has no chat template or no EOS token.
-    """
+    """The token that an answer's scored tokens end with."""
     encoder = _Encoder(tokenizer)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:

@@ -1,8 +1,4 @@
-"""Turns rows into preference pairs and prompts: one parser per form of a row.
-
-A row of no known form is an error that names its file and line; one that is understood
-but holds no preference is a counted drop. Knows nothing of tokens.
-"""
+"""Parses rows into pairs and prompts: one without a preference is a counted drop."""
 
 from __future__ import annotations
 
@@ -17,11 +13,8 @@ from lpc_jax.files import untrusted
 
 Message = dict[str, str]
 _Parts = tuple[list[Message], Message, Message]  # prompt, chosen, rejected
-
 NO_SOURCE = "unknown"
-# Field of a row that says who judged.
-USER = "user"
-
+USER = "user"  # the field of a row that says who judged
 # Rules that drop a pair in more than one place.
 EMPTY = "empty answer"
 EQUAL = "chosen equals rejected"
@@ -52,17 +45,7 @@ def read(
     limit: int | None,
     user: str = USER,
 ) -> tuple[list[PreferenceExample], Drops]:
-    """Pairs of a file or a hub data set in order, and the rows that hold none.
-
-    Args:
-        path: With ``setting`` and ``split``, as ``rows.read`` takes them.
-        limit: Read only this many rows, from the first; None: all.
-        user: Field of a row that says who judged.
-
-    Raises:
-        UserError: The data cannot be had, a row is broken or of no known form, or
-            no pair is left.
-    """
+    """Pairs of the first ``limit`` rows and drops; ``UserError`` if no pair is left."""
     examples, events = [], []
     first = itertools.islice(rows.read(path, setting=setting, split=split), limit)
     for index, (origin, row) in enumerate(first):
@@ -81,11 +64,7 @@ def read(
 
 
 def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceExample:
-    """One row of any known form as a pair, with the fields ``PreferenceExample`` has.
-
-    Raises:
-        UserError: The row is of no known form.
-    """
+    """One row as a pair; ``UserError`` where its form is not known."""
     if not isinstance(row, dict):
         raise UserError(
             f"{origin}: expected an object with prompt, chosen and rejected, got"
@@ -185,7 +164,7 @@ def _wrong(origin: str, expected: str, value: Any) -> UserError:
 
 
 def _require_characters(origin: str, *texts: str) -> None:
-    """JSON can spell half of a surrogate pair, which is no character."""
+    """Refuses half a surrogate pair, which JSON can spell but is no character."""
     for text in texts:
         try:
             text.encode()
@@ -212,14 +191,7 @@ def _require_preference(
 
 
 def parse_prompt(row: Any, *, origin: str) -> list[Message]:
-    """The conversation, ending with the user's turn, of a row that asks for an answer.
-
-    The row has ``prompt`` as a text or a list of messages, ``messages``, or
-    ``instruction`` as AlpacaEval has it.
-
-    Raises:
-        UserError: A row of no such form.
-    """
+    """The messages of a row with ``prompt``, ``messages`` or ``instruction``."""
     names = ("prompt", "messages", "instruction")
     name = next((n for n in names if isinstance(row, dict) and n in row), None)
     if name is None:

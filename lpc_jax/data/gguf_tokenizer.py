@@ -1,7 +1,4 @@
-"""Builds a tokenizer from a GGUF file's metadata, as llama.cpp reads it.
-
-Needs no torch. Knows nothing of files.
-"""
+"""Builds a tokenizer from a GGUF file's metadata, as llama.cpp reads it."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ from lpc_jax.files import untrusted
 
 Metadata = dict[str, Any]
 Tokenizer = transformers.PreTrainedTokenizerBase
-
 _TOKENS = "tokenizer.ggml.tokens"
 _NAMED_TOKENS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -29,22 +25,16 @@ _NAMED_TOKENS = {
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
 _KINDS = {"tokens": str, "merges": str, "token_type": int, "scores": (int, float)}
-
 # The split of Llama 3's tokenizer.json.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
 _USE_FOLDER = "Set model.tokenizer to the model's folder with tokenizer.json."
 
 
 def from_metadata(metadata: Metadata, *, file: str) -> Tokenizer:
-    """A tokenizer from the ``tokenizer.*`` fields of a GGUF file, by full name.
-
-    Raises:
-        UserError: A field is missing, or says a kind that is not supported.
-    """
+    """A tokenizer from GGUF metadata; ``UserError`` if a field is missing or wrong."""
     for name in ("tokenizer.ggml.model", _TOKENS):
         if name not in metadata:
             raise UserError(
@@ -68,11 +58,7 @@ def from_metadata(metadata: Metadata, *, file: str) -> Tokenizer:
 
 @contextlib.contextmanager
 def broken(message: str) -> Iterator[None]:
-    """What goes wrong in the tokenizer libraries is the file's fault, and is said so.
-
-    Raises:
-        UserError: The message, the library's own in place of ``{reason}``.
-    """
+    """Raises library errors as ``UserError``, their first line as ``{reason}``."""
     try:
         yield
     except MemoryError:
@@ -85,7 +71,7 @@ def broken(message: str) -> Iterator[None]:
 
 
 def _check_lists(metadata: Metadata, file: str) -> None:
-    """Lists are of what they must be, and ids are of tokens that there are."""
+    """Checks the element types of lists, and that ids are of existing tokens."""
     count = 0
     for name, kind in _KINDS.items():
         field = f"tokenizer.ggml.{name}"
@@ -135,7 +121,6 @@ def _no_tokenizer(file: str) -> str:
 
 
 def _options(metadata: Metadata, *, adds_bos: bool) -> dict[str, Any]:
-    """Named tokens, and which of them the tokenizer adds by itself."""
     tokens = metadata[_TOKENS]
     return {
         **{n: tokens[metadata[f]] for n, f in _NAMED_TOKENS.items() if f in metadata},
@@ -204,5 +189,4 @@ _PRE_TOKENIZERS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
     "smollm": (_smollm, False, False),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_llama3, True, True)),
 }
-
 _MODELS = {"gpt2": _byte_level, "llama": _sentence_piece}

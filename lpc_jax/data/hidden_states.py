@@ -1,9 +1,8 @@
-"""A frozen decoder's hidden states of pairs, read once and kept by content.
+"""Caches a frozen decoder's hidden states of pairs on disk, mapped into memory.
 
-Of a pair they are those of the prompt's last token and of both answers' tokens: all
-that prior, posterior and head read. They are keyed by its token ids after truncation,
-the weights and the compute dtype, and by nothing else, as the reference's
-log-probabilities are; and they stay on disk, mapped into memory.
+They are those of the prompt's last token and of both answers' tokens: all that prior,
+posterior and head read. Their key is the token ids after truncation, the weights and
+the compute dtype, as for the reference's log-probabilities.
 """
 
 from __future__ import annotations
@@ -21,33 +20,18 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted, whole
 
-# Kept pairs that are read again, and how far their states may be off, as a share of
-# their root mean square: bfloat16 under another packing stays well below it, other
-# weights don't.
+# Cached pairs that are read again, and the error allowed, as a share of the root mean
+# square: bfloat16 under another packing stays well below it, other weights don't.
 CHECKED_PAIRS = 4
 CHECK_TOLERANCE = 0.1
-
-# Pairs read, and kept in a file, together: what a killed run loses at most.
-_GROUP = 256
-
-# What is left free on the disk.
-_SPARE_BYTES = 2**28
-
+_GROUP = 256  # pairs read, and kept in a file, together: the most a killed run loses
+_SPARE_BYTES = 2**28  # left free on the disk
 ReadStates = Callable[[Sequence[TokenizedPair]], Sequence[Float[np.ndarray, "_ D"]]]
-
-
-# Rows of a file, mapped into memory; their checksum; the file.
-_Kept = tuple[np.ndarray, int, Path]
+_Kept = tuple[np.ndarray, int, Path]  # rows mapped into memory, their CRC-32, the file
 
 
 class HiddenStates:
-    """Hidden states on disk, D wide, for one set of weights and one compute dtype.
-
-    Each such set has a folder in ``folder``, created when first written.
-
-    Raises:
-        UserError: A file there is damaged.
-    """
+    """Hidden states of one set of weights in one compute dtype, in their own folder."""
 
     def __init__(
         self, folder: Path, *, weights_digest: str, dtype: np.dtype, width: int
@@ -92,15 +76,7 @@ class HiddenStates:
         read: ReadStates,
         say: Callable[[str], None],
     ) -> list[TokenizedPair]:
-        """The pairs with their hidden states, of which ``read`` gives those missing.
-
-        Of those kept from before, a few are read again as a check. The size is said
-        before anything is read.
-
-        Raises:
-            UserError: Kept states are damaged or not what the decoder gives now, the
-                disk is too small, or the decoder gives something that is not finite.
-        """
+        """Adds hidden states to pairs; a few cached ones are read again as a check."""
         by_key = {pair.key(): pair for pair in pairs}
         kept = {key: pair for key, pair in by_key.items() if key in self._known}
         missing = {key: pair for key, pair in by_key.items() if key not in kept}
@@ -152,7 +128,7 @@ class HiddenStates:
         live = np.concatenate(_states(pairs, read))
         kept, live = kept.astype(np.float32), live.astype(np.float32)
         off = float(np.sqrt(np.mean((live - kept) ** 2) / np.mean(kept**2)))
-        if not off <= CHECK_TOLERANCE:
+        if not off <= CHECK_TOLERANCE:  # so written that NaN fails too
             raise UserError(
                 f"hidden states in {self.path} must be the decoder's to"
                 f" {CHECK_TOLERANCE:g} of their size, got {off:.3g} on {len(pairs)}"
@@ -182,14 +158,13 @@ class HiddenStates:
 
 
 def positions(pair: TokenizedPair) -> int:
-    """Hidden states that are kept of a pair."""
+    """How many hidden states are kept of a pair."""
     return 1 + len(pair.chosen) + len(pair.rejected)
 
 
 def _states(
     pairs: list[TokenizedPair], read: ReadStates
 ) -> list[Float[np.ndarray, "_ D"]]:
-    """What is kept of each pair, all of it finite."""
     states = list(read(pairs))
     bad = sum(not np.isfinite(rows.astype(np.float32)).all() for rows in states)
     if bad:

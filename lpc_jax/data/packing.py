@@ -1,8 +1,4 @@
-"""Pairs to rows: the plan of a step's micro-batches, and their arrays.
-
-Everything is a function of lengths and a seed, so that every host computes the same
-plan and a run resumes from its step number alone. Knows nothing of devices or text.
-"""
+"""Packs pairs into rows by lengths and a seed alone, so alike on every host."""
 
 from __future__ import annotations
 
@@ -19,12 +15,8 @@ from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED, Batch
 # Room for scored positions beyond the data's average share of a row: enough not to keep
 # pairs out of a row. Chunks that stay empty cost no pass through the LM head.
 _SCORED_SLACK = 1.3
-
-# Pairs of one user that come together, at least, where a user has so many.
-_TOGETHER = 4
-
-# Row lengths that are tried: a finer choice saves less than a thirtieth of a row.
-_CANDIDATES = 32
+_TOGETHER = 4  # pairs of one user that come together, at least, where there are so many
+_CANDIDATES = 32  # row lengths tried: a finer choice saves under a thirtieth of a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +29,18 @@ class RowShape:
     scored: int  # S of the greatest length; no row has more of them than tokens
 
     def holding(self, tokens: int) -> int:
-        """The smallest row length that holds so many tokens."""
+        """The smallest row length of at least ``tokens``."""
         return next(length for length in self.row_lengths if length >= tokens)
 
 
 def pair_lengths(pairs: Sequence[TokenizedPair]) -> Int[np.ndarray, "B 3"]:
-    """Tokens of prompt, chosen and rejected that each pair takes of a row."""
+    """Tokens of prompt, chosen and rejected that each pair takes in a row."""
     lengths = [(len(_prompt(p)), len(p.chosen), len(p.rejected)) for p in pairs]
     return np.asarray(lengths, np.int32).reshape(-1, 3)
 
 
 def _prompt(pair: TokenizedPair) -> Ids:
-    """What of the prompt a row holds: where its states are known, its last token."""
+    """The prompt's tokens in a row; only the last where hidden states are known."""
     return pair.prompt if pair.states is None else pair.prompt[-1:]
 
 
@@ -60,15 +52,7 @@ def row_shape(
     pairs_per_row: int,
     score_chunk: int,
 ) -> RowShape:
-    """The smallest shape, of one row length, that packs all pairs of a run well.
-
-    A row has room for more scored positions than the data's own share of scored tokens
-    asks for, and for no fewer than the longest pair needs, rounded up to a multiple of
-    ``score_chunk``.
-
-    Raises:
-        UserError: A pair is longer than a row.
-    """
+    """The smallest shape of one row length; ``UserError`` if a pair is longer."""
     totals = lengths.sum(axis=1)
     longest = int(np.argmax(totals))
     if totals[longest] > row_length:
@@ -93,16 +77,15 @@ def choose_row_lengths(
     choices: int,
     unit: int,
 ) -> RowShape:
-    """The shape with more row lengths, ``choices`` at most, multiples of ``unit``.
+    """The shape with up to ``choices`` row lengths, the shorter multiples of ``unit``.
 
-    To the one that there is, in which every pair fits, others are added one by one,
-    each time that with which the steps (indices of pairs) take the fewest tokens; those
-    that no step takes go again.
+    Greedy: each added length is the one with which the steps (indices of pairs) take
+    the fewest tokens; lengths that no step takes are removed again.
     """
     (row_length,) = shape.row_lengths
     stride = unit * -(-row_length // (unit * _CANDIDATES))
     shorter = range(stride, row_length, stride)
-    # What micro-batches need, by the length that their rows are filled up to.
+    # Tokens of micro-batches, by the length that their rows are filled up to.
     needs = {
         most: [_needs(lengths[step], shape, most) for step in steps]
         for most in (*shorter, row_length)
@@ -136,22 +119,21 @@ def choose_row_lengths(
 def _needs(
     lengths: Int[np.ndarray, "B 3"], shape: RowShape, row_length: int
 ) -> Int[np.ndarray, "micro_batches"] | None:
-    """Tokens of each micro-batch's fullest row, or None if some pair is longer."""
+    """Tokens of each micro-batch's fullest row; None if a pair is longer."""
     totals = lengths.sum(axis=1)
     if totals.max(initial=0) > row_length:
         return None
     filled = [totals[row].sum() for row in _fill_rows(lengths, shape, row_length)]
-    return np.sort(filled)[::-1][:: shape.rows]
+    return np.sort(filled)[::-1][:: shape.rows]  # the first of each R is the fullest
 
 
 def plan_micro_batches(
     lengths: Int[np.ndarray, "B 3"], shape: RowShape
 ) -> list[tuple[int, list[list[int]]]]:
-    """A row length and at most R rows for each micro-batch of these pairs.
+    """A row length and at most R rows for each micro-batch; every pair is in one row.
 
-    A row is a list of indices into ``lengths``, every pair exactly once. Rows are
-    filled up to each length in turn, those that fit a shorter one are then cut to it,
-    and the plan with the fewest tokens is taken.
+    Rows, lists of indices into ``lengths``, are filled up to each length in turn and
+    cut to a shorter one that they fit; the plan with the fewest tokens is taken.
     """
     totals = lengths.sum(axis=1)
     longest = int(totals.max(initial=0))
@@ -194,10 +176,7 @@ def empty_batch(
     with_reference: bool,
     states: Float[np.ndarray, "_ D"] | None = None,
 ) -> Batch:
-    """A micro-batch of padding alone, its rows of ``length`` tokens.
-
-    It holds hidden states where ``states``, some pair's, are given.
-    """
+    """A micro-batch of padding; it has hidden states of the width of ``states``."""
 
     def zeros(*axes: int) -> np.ndarray:
         return np.zeros((shape.rows, *axes), np.int32)
@@ -217,7 +196,7 @@ def empty_batch(
         rejected_end=zeros(slots),
         pair_mask=zeros(slots).astype(bool),
         pair_id=zeros(slots),
-        lengths=zeros(slots, 2) + 1,
+        lengths=zeros(slots, 2) + 1,  # losses divide by them, in empty slots too
         reference_logp=zeros(slots, 2).astype(np.float32) if with_reference else None,
         hidden=None
         if states is None
@@ -266,10 +245,7 @@ def micro_batches(
     *,
     reference_logp: Float[np.ndarray, "B 2"] | None,
 ) -> list[Batch]:
-    """All pairs once, packed into as many micro-batches as they need, of NumPy arrays.
-
-    ``reference_logp`` is each pair's chosen and rejected log-prob under the reference.
-    """
+    """All pairs once, packed into as many micro-batches as they need."""
     batches = []
     for length, rows in plan_micro_batches(pair_lengths(pairs), shape):
         batch = empty_batch(
@@ -292,7 +268,7 @@ def micro_batches(
 
 
 def steps_per_epoch(count: int, *, pairs_per_step: int) -> int:
-    """Steps that an epoch over ``count`` pairs takes; the last may be smaller."""
+    """Steps of an epoch over ``count`` pairs; the last may be smaller."""
     return -(-count // pairs_per_step)
 
 
@@ -304,15 +280,10 @@ def step_indices(
     seed: int,
     users: Int[np.ndarray, "_"] | None = None,
 ) -> Int[np.ndarray, "B"]:
-    """Which pairs a step reads: a function of its number alone.
+    """The pairs that a step of the run reads: a function of its number alone.
 
-    Args:
-        count: Pairs in the training set.
-        step: 0 for the first update of the run.
-        pairs_per_step: B; the last step of an epoch has what is left.
-        seed: With the epoch's number it seeds the order of that epoch.
-        users: Who judged each pair, numbered; pairs of one user then come a few
-            together, as ``latent.pool = "user"`` needs them.
+    The last step of an epoch has what is left. With ``users``, who judged each pair,
+    pairs of one user come a few together, as ``latent.pool = "user"`` needs them.
     """
     epoch, within = divmod(step, steps_per_epoch(count, pairs_per_step=pairs_per_step))
     rng = np.random.default_rng([seed, epoch])

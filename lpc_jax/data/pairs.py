@@ -1,4 +1,4 @@
-"""Preference pairs as text and as tokens: read, known again by content, tokenized."""
+"""Preference pairs as text and as tokens: reading, tokenizing, digests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops, Report
 from lpc_jax.data.tokenizer import Tokenizer
 
-# The settings by which text becomes tokens.
 RULES = ("max_length", "max_prompt_length", "truncation", "prefix_mismatch")
 
 
@@ -28,11 +27,7 @@ def read(
     limit: int | None,
     user: str = examples.USER,
 ) -> tuple[list[PreferenceExample], Drops]:
-    """The pairs of some files or hub data sets, one after the other.
-
-    ``index`` is their place in the list. The arguments are those of ``examples.read``,
-    and so is what is raised; ``limit`` is of each file.
-    """
+    """The pairs of several files or hub data sets, renumbered; ``limit`` is of each."""
     pairs: list[PreferenceExample] = []
     drops = Drops.count([])
     for path in paths:
@@ -45,7 +40,7 @@ def read(
 
 
 def rules(settings: object) -> dict[str, Any]:
-    """Those fields of a run's data settings that ``tokenize`` takes."""
+    """The fields of a run's data settings that ``tokenize`` takes."""
     return {name: getattr(settings, name) for name in RULES}
 
 
@@ -58,16 +53,13 @@ def tokenize(
     row_length: int | None = None,
     **rules: Any,
 ) -> tuple[list[TokenizedPair], Report]:
-    """``chat.tokenize`` by ``rules`` of a run's settings.
-
-    ``row_length`` None is for rows that are made as long as the longest pair.
-    """
+    """``chat.tokenize`` by a run's rules; without ``row_length`` all pairs fit."""
     return chat.tokenize(
         texts,
         tokenizer,
         drops=drops,
         max_length=max_length,
-        # The prompt is there once.
+        # Both answers share one prompt, so this holds any pair.
         row_length=row_length or 2 * max_length,
         **rules,
     )
@@ -75,16 +67,11 @@ def tokenize(
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Pairs as token ids.
-
-    Attributes:
-        tokens: Of each pair.
-        report: What was read, cut and dropped.
-        prompts: The last turn before the answers, by pair id.
-    """
+    """Pairs as token ids."""
 
     tokens: list[TokenizedPair]
     report: Report | None = None
+    # The last turn before the answers, by pair id.
     prompts: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -108,20 +95,7 @@ def load(
     user: str,
     **rules: Any,
 ) -> Pairs:
-    """The pairs of one file or hub data set, as tokens.
-
-    Args:
-        path: As ``examples.read`` takes it, as are the next four.
-        tokenizer: Of the policy.
-        setting: What named the path, for messages.
-        split: Of a hub data set.
-        limit: Read only so many rows, from the first; None: all.
-        user: Field of a row that says who judged.
-        **rules: As ``tokenize`` takes them.
-
-    Raises:
-        UserError: Data that cannot be had, read or tokenized, by file and line.
-    """
+    """Reads and tokenizes the pairs of one file or hub data set."""
     texts, drops = examples.read(
         path, setting=setting, split=split, limit=limit, user=user
     )
@@ -131,7 +105,7 @@ def load(
 
 
 def prompt_key(text: PreferenceExample) -> str:
-    """The same for pairs of one conversation, whatever file they are of."""
+    """A digest of the conversation, the same in every file."""
     messages = json.dumps([sorted(message.items()) for message in text.prompt])
     return hashlib.sha256(messages.encode()).hexdigest()[:16]
 

@@ -1,7 +1,4 @@
-"""What became of a data set's pairs: dropped, cut, duplicated, how long.
-
-Knows nothing of how pairs are read or tokenized; it holds counts and prints them.
-"""
+"""Counts of a data set's pairs: read, dropped, cut, duplicated, how long."""
 
 from __future__ import annotations
 
@@ -20,14 +17,14 @@ QUANTILES = {"least": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Drops:
-    """Rows left out, by the rule that left them out, in the order of their first."""
+    """Dropped rows by rule, in the order of first occurrence."""
 
     counts: Mapping[str, int]
     origins: Mapping[str, tuple[str, ...]]  # the first few, as file:line
 
     @classmethod
     def count(cls, events: Iterable[tuple[str, str]]) -> Drops:
-        """The drops among ``(rule, origin)`` events, one a dropped row."""
+        """The drops among ``(rule, origin)`` events, one for each dropped row."""
         by_rule: dict[str, list[str]] = {}
         for rule, origin in events:
             by_rule.setdefault(rule, []).append(origin)
@@ -121,7 +118,6 @@ class Report:
 
 
 def _table(title: str, *columns: str, numbers: int) -> Table:
-    """A table whose columns after the first are numbers, so many of them."""
     table = Table(*columns, title=title)
     for column in table.columns[1 : 1 + numbers]:
         column.justify = "right"

@@ -1,8 +1,4 @@
-"""Reads rows from a file or a hub data set, with the place that each comes from.
-
-A row that cannot be decoded is an error that names its file and line. Knows nothing of
-what a row holds.
-"""
+"""Reads rows of a file or a hub data set; a broken one is told by file and line."""
 
 from __future__ import annotations
 
@@ -23,28 +19,19 @@ from lpc_jax.errors import UserError
 from lpc_jax.files import sources, untrusted
 
 Rows = Iterator[tuple[str, Any]]
-
-# What is read at a time, in bytes. A line is one pair: of English, a million tokens are
-# about 4 MB. A .json file is parsed whole, and then takes several times its size.
+# Bytes read at a time. A line is one pair: a million tokens of English are about 4 MB.
+# A .json file is parsed whole, and then takes several times its size.
 LONGEST_LINE = 64 << 20
 LARGEST_JSON = 1 << 30
 # Text unpacks to some twenty times its packed size at most, and made-up text to a
 # thousand times. Small files may repeat themselves as they like.
 MOST_UNPACKED, UNPACKED_FREELY = 200, 16 << 20
-# A few large texts can stand for any number of rows of a parquet file, so that rows are
-# unpacked by so few.
+# Rows unpacked at a time: a parquet file can repeat a large text in any number of them.
 _PARQUET_ROWS = 256
 
 
 def read(path: str, *, setting: str, split: str | None) -> Rows:
-    """Each row with its origin, as ``file:line``.
-
-    ``path`` is a .jsonl, .jsonl.gz, .json or .parquet file, or the ``owner/name`` of a
-    hub data set, which alone has a split; messages call it ``setting``.
-
-    Raises:
-        UserError: The data cannot be had, or a row is broken.
-    """
+    """Each row of a file, or of a hub data set's split, with its ``file:line``."""
     if not sources.exists(path):
         if path.endswith(tuple(_READERS)) or not sources.is_hub_id(path):
             raise UserError(_missing_file(path, setting))

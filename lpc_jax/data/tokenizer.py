@@ -1,7 +1,4 @@
-"""Loads a tokenizer with its chat template, from a Hugging Face folder or a GGUF file.
-
-Runs no code that comes with it. Knows nothing of pairs.
-"""
+"""Loads a tokenizer with its chat template, and runs no code that comes with it."""
 
 from __future__ import annotations
 
@@ -21,27 +18,16 @@ from lpc_jax.files import gguf as gguf_files
 from lpc_jax.files import untrusted
 
 Tokenizer = transformers.PreTrainedTokenizerBase
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _LARGEST_JSON = 1 << 29  # the largest known tokenizer.json has some 35 MB
 _READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 TEMPLATE_REMEDY = "Set model.chat_template to a file with a Jinja chat template."
-
-# Of a token's text, for a person.
 _LONGEST_TOKEN = 40
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
 def load(path: Path, *, chat_template: str | None) -> Tokenizer:
-    """The tokenizer of a model.
-
-    Args:
-        path: A Hugging Face folder, or a GGUF file whose metadata holds a tokenizer.
-        chat_template: A file with a Jinja template that replaces the tokenizer's own.
-
-    Raises:
-        UserError: Naming what is missing, broken or not supported.
-    """
+    """The tokenizer of a folder or GGUF file; a Jinja file may replace its template."""
     if path.is_dir():
         loaded = _from_folder(path)
     elif path.suffix == ".gguf":
@@ -76,12 +62,7 @@ def _read_template(path: str) -> str:
 
 
 def token_text(loaded: Tokenizer, token: int) -> str:
-    """One token as a person can read it.
-
-    A space is ``␣``, a line feed ``↵``, a tab ``⇥``; bytes that are no whole character
-    are in hex, such as ``⟨E2 80⟩``; what else cannot be printed is escaped. Special
-    tokens are as they are spelled.
-    """
+    """One token, printable: white space as ``␣ ↵ ⇥``, lone bytes as ``⟨E2 80⟩``."""
     # After another token, since some tokenizers take a first one's space away.
     before = loaded("a", add_special_tokens=False)["input_ids"]
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
@@ -105,7 +86,7 @@ def _lone_bytes(spelled: str) -> str:
 
 
 def _check_template(template: Any, path: Path) -> None:
-    """A text, or several by name, of which conversations take the default."""
+    """Takes a text, or several by name, of which conversations use the default."""
     named = template if isinstance(template, dict) else {"default": template}
     if template is not None and (
         "default" not in named or not all(isinstance(t, str) for t in named.values())
@@ -120,7 +101,7 @@ def _check_template(template: Any, path: Path) -> None:
 def digest(tokenizer: Tokenizer) -> str:
     """SHA-256, in hex, over all that decides which tokens a conversation becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # One in Python alone is known by its vocabulary.
+    # A tokenizer written in Python alone is known by its vocabulary.
     rules = sorted(tokenizer.get_vocab()) if backend is None else backend.to_str()
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = [rules, tokenizer.chat_template, sorted(named.items())]

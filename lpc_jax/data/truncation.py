@@ -1,7 +1,4 @@
-"""What of a pair that is too long is cut, and which pairs are dropped for their tokens.
-
-Knows ids and lengths, and no text.
-"""
+"""Cuts pairs that are too long, and drops those that cannot be trained on."""
 
 from __future__ import annotations
 
@@ -32,13 +29,7 @@ def fit(
     truncation: Truncation,
     starts_with_bos: bool,
 ) -> tuple[Ids, Ids, Ids]:
-    """Prompt, chosen and rejected within all lengths, as ``chat.tokenize`` says.
-
-    A cut prompt loses its start, but for BOS; a cut answer its end.
-
-    Raises:
-        Dropped: They do not fit, or hold no preference.
-    """
+    """The pair cut to ``chat.tokenize``'s lengths; ``Dropped`` if it cannot be."""
     if not len(prompt):
         raise Dropped("prompt and answers share no tokens")
     # One token is the end of turn alone.
@@ -47,7 +38,7 @@ def fit(
     longest = max(len(chosen), len(rejected))
     if len(prompt) + longest > max_length:
         if truncation != "drop" and len(prompt) > max_prompt_length:
-            kept = max_prompt_length - starts_with_bos
+            kept = max_prompt_length - starts_with_bos  # the end, after BOS
             prompt = np.concatenate(
                 [prompt[:starts_with_bos], prompt[len(prompt) - kept :]]
             )

@@ -1,7 +1,4 @@
-"""GGUF files: metadata, and named tensors that are dequantised when they are read.
-
-The header and the block formats are the gguf package's.
-"""
+"""GGUF files: metadata, and named tensors that are dequantised when read."""
 
 from __future__ import annotations
 
@@ -21,28 +18,16 @@ from lpc_jax.files import untrusted
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies on disk, and how it is quantised.
-
-    Attributes:
-        path: The file.
-        kind: Its block format.
-        shape: In NumPy's order, the reverse of the file's.
-        offset: Its first byte in the file.
-        bytes: Its size on disk.
-    """
+    """Where a tensor lies on disk, and how it is quantised."""
 
     path: Path
-    kind: GGMLQuantizationType
-    shape: tuple[int, ...]
-    offset: int
-    bytes: int
+    kind: GGMLQuantizationType  # block format
+    shape: tuple[int, ...]  # in NumPy's order, the reverse of the file's
+    offset: int  # of its first byte in the file
+    bytes: int  # on disk
 
     def read(self) -> Float32[np.ndarray, "..."]:
-        """Its values.
-
-        Raises:
-            UserError: A block format that the gguf package cannot read.
-        """
+        """The values; ``UserError`` where the gguf package cannot read the format."""
         raw = np.memmap(self.path, np.uint8, "r", self.offset, (self.bytes,))
         rows = np.asarray(raw).reshape(*self.shape[:-1], -1)
         try:
@@ -68,8 +53,7 @@ class _BoundedReader(gguf.GGUFReader):
     """Refuses values beyond the file's end, which the package takes to be empty."""
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, *order: Any, **more: Any):
-        # Each slice of a memmap runs Python code: a tokenizer's would take three times
-        # as long.
+        # Each slice of a memmap runs Python code: three times as slow for a tokenizer.
         self.data = np.asarray(self.data)
         values = super()._get(offset, dtype, count, *order, **more)
         if len(values) < count:
@@ -78,19 +62,12 @@ class _BoundedReader(gguf.GGUFReader):
 
 
 def read(path: Path) -> File:
-    """Metadata and tensors of a file; no tensor's data is read.
-
-    The last file read is kept, because parsing a tokenizer's arrays takes seconds.
-
-    Raises:
-        UserError: Not a GGUF file that the gguf package reads, cut, of another byte
-            order, or one of several splits.
-    """
+    """Metadata of a file and where its tensors lie; no tensor's data is read."""
     status = path.stat()
     return _read(path, status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # parsing a tokenizer's arrays takes seconds
 def _read(path: Path, size: int, changed: int) -> File:
     """Size and time of the last change tell one content of a path from the next."""
     try:

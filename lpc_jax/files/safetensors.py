@@ -1,8 +1,4 @@
-"""Named tensors of a Hugging Face folder, read one at a time, and their writer.
-
-The safetensors library reads. It would write only a whole file at once, with all its
-tensors in memory: the writer here holds one.
-"""
+"""Reads and writes named tensors of a Hugging Face folder, one in memory at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +22,6 @@ from lpc_jax.files import untrusted
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
 _NAMES = {
     np.dtype(np.float32): "F32",
     np.dtype(np.float16): "F16",
@@ -83,11 +78,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, by name; no data is read.
-
-    Raises:
-        UserError: The file is broken, or an element type is not one of plain weights.
-    """
+    """The tensors of one file; no data is read. ``UserError`` if one is quantised."""
     tensors = {}
     with _opened(path) as file:
         for name in file.keys():  # noqa: SIM118 -- not a dict
@@ -104,11 +95,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def files(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder, sorted.
-
-    Raises:
-        UserError: There are none, or the index names one that is not there.
-    """
+    """The weight files of a Hugging Face folder; ``UserError`` if one is missing."""
     single = untrusted.own_file(folder, SINGLE)
     if single is not None:
         return [single]
@@ -141,11 +128,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder, by name; no data is read.
-
-    Raises:
-        UserError: Files are missing or broken, or one tensor is in two shards.
-    """
+    """The tensors of a Hugging Face folder; ``UserError`` if one is in two shards."""
     tensors: dict[str, Tensor] = {}
     for file in files(folder):
         for name, tensor in read_header(file).items():
@@ -166,18 +149,11 @@ def write_folder(
     dtype_of: Callable[[str], np.dtype],
     shard_bytes: int,
 ) -> None:
-    """Writes tensors in Hugging Face's layout, one tensor in memory at a time.
+    """Writes tensors in Hugging Face's layout, one in memory at a time.
 
-    Args:
-        folder: Where to; exists.
-        shapes: Every tensor's name and shape, in the order to write.
-        read: The tensor of a name, of that shape.
-        dtype_of: Of the stored elements of a name: float32, float16 or bfloat16.
-        shard_bytes: Above this, tensors are spread over shards with an index.
-
-    Raises:
-        UserError: A dtype that is not one of the three, or a tensor with elements
-            too large for it.
+    The safetensors library would hold a whole file. Tensors are written in the order of
+    ``shapes``, as float32, float16 or bfloat16 (else ``UserError``). Above
+    ``shard_bytes`` they are spread over shards with an index.
     """
     dtypes = {name: dtype_of(name) for name in shapes}
     for dtype in dtypes.values():

@@ -1,7 +1,4 @@
-"""Where a model or a data set is: a local path, an installed package, or a hub id.
-
-A download that fails for good says in one line why, and how to get the files by hand.
-"""
+"""Where a model or a data set is: a local path, an installed package, or a hub id."""
 
 from __future__ import annotations
 
@@ -23,14 +20,12 @@ MODEL, DATA_SET = "model", "dataset"
 # httpx's, whose package has another name from one huggingface_hub to the next.
 _HTTP_ERROR: type[Exception] = hub_errors.HfHubHTTPError.__bases__[0]
 FAILURES = (_HTTP_ERROR, OSError)
-
 # huggingface_hub goes on with files that were cut and waits out most failures itself,
 # but asks for a repository once (HfApi.repo_info): these seconds are between whole
 # tries. It counts requests in windows of five minutes, so a longer wait is of no use.
 _PAUSES, _LONGEST_PAUSE = (2.0, 4.0, 8.0), 300.0
 _TIMEOUT, _RATE_LIMITED, _SERVER_ERROR = 408, 429, 500
 _LOG = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 
@@ -61,21 +56,18 @@ _FINAL = {
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path that does not exist locally reads as ``owner/name``.
-
-    In the hub's own letters, so that no part of it can be ``..`` or leave a folder.
-    """
+    """Whether a path that does not exist locally reads as ``owner/name``."""
     if path.count("/") != 1 or exists(path):
         return False
     try:
-        validate_repo_id(path)
+        validate_repo_id(path)  # no part can be .. or leave a folder
     except hub_errors.HFValidationError:
         return False
     return True
 
 
 def exists(path: str) -> bool:
-    """Whether a file or folder has this name; one that no name can be has none."""
+    """Whether a file or folder has this name."""
     try:
         return Path(path).expanduser().exists()
     except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, ~nobody
@@ -85,17 +77,7 @@ def exists(path: str) -> bool:
 def resolve(
     path: str, *, setting: str, revision: str | None, patterns: tuple[str, ...]
 ) -> Path:
-    """The local file or folder that a setting names, downloaded if need be.
-
-    Args:
-        path: A local path, ``package:NAME/FILE`` or a hub model id ``owner/name``.
-        setting: The setting's name in the user's words, for messages.
-        revision: Branch, tag or commit of a hub id.
-        patterns: Globs of the files wanted from the hub.
-
-    Raises:
-        UserError: In one line, what is missing and how to get it.
-    """
+    """The local file or folder of a path, package or hub id, downloaded if need be."""
     if path.startswith(PACKAGE_SCHEME):
         return _inside_package(path, setting)
     if exists(path):
@@ -146,17 +128,10 @@ def download(
     kind: str,
     failures: tuple[type[Exception], ...],
 ) -> T:
-    """What ``fetch`` returns, tried again where a failure may pass.
+    """What ``fetch`` returns, tried again after ``failures`` that may pass.
 
-    Args:
-        fetch: Downloads; what it has got whole is kept from one call to the next.
-        path: The hub id.
-        setting: The setting's name in the user's words, for messages.
-        kind: ``MODEL`` or ``DATA_SET``.
-        failures: What ``fetch`` raises when it fails.
-
-    Raises:
-        UserError: In one line, why it failed and what can be done.
+    ``fetch`` keeps complete files from one call to the next. ``kind`` is ``MODEL`` or
+    ``DATA_SET``. ``UserError`` says why it failed and what can be done.
     """
     for pause in (*_PAUSES, None):
         try:
@@ -185,7 +160,7 @@ def _refusal(path: str, setting: str, kind: str, cause: _Cause) -> str:
 
 
 def _cause(error: BaseException) -> _Cause:
-    """What the first telling error of a chain says, the last raised first."""
+    """The cause by the first telling error of a chain, the last raised first."""
     chain = list(_chain(error))
     for kind, words in _FINAL.items():
         if any(isinstance(link, kind) for link in chain):
@@ -233,6 +208,5 @@ def _answered(status: int, retry_after: str) -> _Cause:
 
 
 def _said(error: BaseException) -> str:
-    """An error's kind and the first line of its words."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -1,8 +1,4 @@
-"""Files that others wrote, read within bounds: JSON, and files of a model's folder.
-
-Nothing here runs what a file holds, follows where it leads, or believes what it says of
-its own size.
-"""
+"""Reads files that others wrote, within bounds: nothing in them is run or followed."""
 
 from __future__ import annotations
 
@@ -28,28 +24,17 @@ _BLOBS, _DIGEST = "blobs", re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def shown(said: object, *, most: int = _LONGEST_SHOWN) -> str:
-    """What a file says, fit for a line of a message: printable, and cut where long.
-
-    A terminal obeys control characters, and cannot write half a surrogate pair.
-    """
+    """A file's text, fit for a line of a message: printable, and cut where long."""
     text = str(said)
     short = text if len(text) <= most else text[:most] + "..."
+    # A terminal obeys control characters, and cannot write half a surrogate pair.
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in short
     )
 
 
 def parse_json(text: bytes, *, repeats: bool = False) -> Any:
-    """The value of a JSON text in UTF-8.
-
-    Args:
-        text: The text.
-        repeats: Whether an object may have a key twice, of which the last counts.
-
-    Raises:
-        UserError: A key twice, or nested too deep.
-        ValueError: json's own, where it is json that refuses.
-    """
+    """The value of a UTF-8 JSON text; with ``repeats`` the last equal key counts."""
     too_deep = f"nested deeper than {DEEPEST}"
     try:
         value = json.loads(text, object_pairs_hook=None if repeats else _unique)
@@ -83,11 +68,7 @@ def _nests_deeper(value: Any) -> bool:
 
 
 def read_json(file: Path, *, most: int, repeats: bool = False) -> Any:
-    """The value of a JSON file of at most so many bytes.
-
-    Raises:
-        ValueError: From ``parse_json``, or the file is larger, which is a UserError.
-    """
+    """The value of a JSON file of at most ``most`` bytes; else ``UserError``."""
     size = file.stat().st_size
     if size > most:
         raise UserError(f"{size:,} bytes, expected at most {most:,}")
@@ -95,11 +76,7 @@ def read_json(file: Path, *, most: int, repeats: bool = False) -> Any:
 
 
 def read_object(file: Path, *, most: int) -> dict[str, Any]:
-    """The fields of a JSON file that must hold one object, in at most so many bytes.
-
-    Raises:
-        UserError: It is broken, larger, or holds something else.
-    """
+    """The fields of a JSON file that holds one object; else ``UserError``."""
     try:
         fields = read_json(file, most=most)
     except ValueError as e:
@@ -110,12 +87,7 @@ def read_object(file: Path, *, most: int) -> dict[str, Any]:
 
 
 def read_arrays(file: Path, wanted: dict[str, str]) -> dict[str, np.ndarray] | None:
-    """Arrays of an .npz file, or None where it is not whole or holds others.
-
-    Args:
-        file: The file.
-        wanted: The type of each array's items, as NumPy's ``dtype.str`` has it.
-    """
+    """Arrays of an .npz file in the wanted dtypes, by name; None where it is broken."""
     try:
         # Arrays of objects are pickles, which can run code: NumPy refuses them.
         with np.load(file, allow_pickle=False) as stored:
@@ -132,12 +104,9 @@ def read_arrays(file: Path, wanted: dict[str, str]) -> dict[str, np.ndarray] | N
 def own_file(folder: Path, name: str) -> Path | None:
     """A file that lies in a folder, or None where there is none of that name.
 
-    A link that leads out of the folder is refused: a folder from elsewhere could name
-    any file of this machine as its own. A hub cache's folders are all links, to blobs
-    under their digests, and those are its own files.
-
-    Raises:
-        UserError: The name or its link leads out of the folder.
+    A name or link out of the folder is a ``UserError``: a folder from elsewhere could
+    name any file of this machine as its own. A hub cache's folders are all links, to
+    blobs under their digests, and those are its own files.
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise UserError(

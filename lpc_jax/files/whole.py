@@ -11,11 +11,7 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the path's name and place when the block ends.
-
-    Nothing is left where the block fails. A process that is killed may leave a file
-    whose name starts with a dot and ends in ``.partial``.
-    """
+    """A file that takes the path's place when the block ends, and never in part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -28,6 +24,6 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes a text, in UTF-8, or bytes, as ``writing`` does."""
+    """Writes a text, in UTF-8, or bytes, as a whole."""
     with writing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)

@@ -1,10 +1,8 @@
-"""Keeps the best and the latest state of a run on disk, through Orbax.
+"""Saves the best and the latest states of a run through Orbax.
 
-A checkpoint is a flat dict from a leaf's path to its array, with a JSON record beside
-it, so that it outlives the classes it was saved from and can be compared with what a
-run expects before any array is read. The record holds a checksum of every array: what
-was damaged on disk is told, named and passed over. Knows nothing of what the arrays
-mean.
+A checkpoint is a flat dict from each leaf's path to its array, beside a JSON record: it
+outlives the classes it was saved from, and is compared with the expected state before
+any array is read. A checksum of every array reveals damage on disk.
 """
 
 from __future__ import annotations
@@ -23,13 +21,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from lpc_jax.errors import UserError
 from lpc_jax.runtime import damage, processes, record
 
-# Beyond the arrays: their metadata, and room for whoever else writes to the disk.
+# Room for metadata, and for whoever else writes to the disk.
 _MARGIN_SHARE = 0.05
 _MARGIN_BYTES = 16 * 2**20
-
-# The latest, and one to go back to should it be damaged.
-_KEPT = 2
-
+_KEPT = 2  # the latest, and one to go back to should it be damaged
 # Where Orbax moves what is no longer kept, at once and whole, for us to delete: a kill
 # amid the deletion leaves no half of a checkpoint behind.
 _REMOVED = "removed"
@@ -38,15 +33,12 @@ _REMOVED = "removed"
 class Checkpoints:
     """The checkpoints in one folder: the best and the two latest are kept.
 
-    All processes of a run make it together and call its methods alike; they share the
-    folder. Saving copies the arrays to the host and returns; writing goes on in the
-    background, so the caller may donate them at once. An unfinished checkpoint is never
-    visible, and no older one is deleted before a newer one is complete.
+    All processes of a run construct it and call its methods together. An unfinished
+    checkpoint is never visible, and none is deleted before a newer one is complete.
 
     Args:
-        folder: Where they are, or will be.
-        best_metric: Name of the metric whose highest value, or of a loss whose lowest,
-            is the best (the later step of equals); None keeps only the latest.
+        best_metric: Its highest value is the best, a ``loss/`` metric's lowest; the
+            later step of equals. None keeps only the latest.
         say: Told, in a sentence, of every damaged checkpoint.
     """
 
@@ -90,12 +82,11 @@ class Checkpoints:
         return -math.inf if math.isnan(value) else value
 
     def _tracked(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
-        """What Orbax ranks a checkpoint by; NaN, the lowest, where nothing is known."""
+        """The metric that Orbax ranks by, higher is better; NaN where there is none."""
         name = self._best_metric
         if name is None:
             return None
         value = (metrics or {}).get(name, math.nan)
-        # Kept so that more is better, whatever reads it.
         return {name: -value if name.startswith("loss/") else value}
 
     def save(
@@ -106,18 +97,10 @@ class Checkpoints:
         meta: dict[str, Any],
         metrics: dict[str, float] | None,
     ) -> None:
-        """Starts saving a state; returns once its arrays may be changed.
+        """Starts saving a state; once it returns, its arrays may be donated.
 
-        Args:
-            step: Updates done so far; names the checkpoint.
-            state: A pytree of ``jax.Array``, typed PRNG keys included.
-            meta: What JSON can hold, given back by ``meta``.
-            metrics: Of this very state; None: never the best.
-
-        Raises:
-            OSError: An earlier save failed in the background.
-            UserError: Too little free disk space, or no ``best_metric`` in
-                ``metrics``. Nothing was written.
+        ``meta`` must be JSON. ``metrics`` are of this very state; None: never the best.
+        ``UserError`` where they lack ``best_metric``; nothing is written then.
         """
         self.wait()
         if metrics is not None and self._best_metric not in (None, *metrics):
@@ -155,11 +138,7 @@ class Checkpoints:
         )
 
     def require_space(self, state: PyTree) -> None:
-        """Refuses a state that the disk has no room for; ``save`` does so itself.
-
-        Raises:
-            UserError: Too little free disk space.
-        """
+        """Raises ``UserError`` where the disk has no room for a state."""
         arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed = arrays + int(arrays * _MARGIN_SHARE) + _MARGIN_BYTES
         free = processes.from_main(lambda: shutil.disk_usage(self._folder).free)
@@ -178,12 +157,12 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def latest(self) -> int | None:
-        """Step of the latest checkpoint, or None where there is none."""
+        """Step of the latest checkpoint; None where there is none."""
         self.wait()
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Step of the checkpoint with the highest metric; None where it is unknown."""
+        """Step of the best checkpoint; None where no metric is known."""
         self.wait()
         step = None if self._best_metric is None else self._manager.best_step()
         if step is None or self._rank(self._manager.metrics(step)) == -math.inf:
@@ -191,7 +170,7 @@ class Checkpoints:
         return step
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What ``save`` was given as ``meta``."""
+        """The ``meta`` given to ``save``."""
         return self._record(step)["meta"]
 
     def _record(self, step: int) -> dict[str, Any]:
@@ -214,21 +193,14 @@ class Checkpoints:
     def restore_latest(
         self, abstract_state: PyTree, *, accept: Callable[[dict[str, Any]], None]
     ) -> tuple[int, PyTree] | None:
-        """The latest whole checkpoint's step and state; None where there is none.
+        """Step and state of the latest whole checkpoint; None where there is none.
 
-        A damaged one is named, moved out of the way to ``checkpoints.damaged`` and
-        passed over for the one before.
-
-        Args:
-            abstract_state: As ``restore`` takes it.
-            accept: Given the checkpoint's ``meta``; raises where the run cannot go on
-                from it.
+        A damaged one is moved to ``checkpoints.damaged`` and the one before is tried.
+        ``accept`` is given the ``meta`` and raises where the run cannot go on from it.
 
         Raises:
-            UserError: As ``accept`` and ``restore`` do.
             OSError: All were damaged.
-            DamagedError: With several processes, which can't read another before they
-                meet again: the latest was. It is moved all the same.
+            DamagedError: The latest was, in a run of several processes.
         """
         found = False
         while (step := self.latest()) is not None:
@@ -257,17 +229,10 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, abstract_state: PyTree) -> PyTree:
-        """The state of a step, bit by bit, laid out as asked for.
+        """The state of a step, bit by bit, in the layout of ``abstract_state``.
 
-        Args:
-            step: One of the checkpoints'.
-            abstract_state: A pytree of ``jax.ShapeDtypeStruct`` with shardings, on any
-                mesh; of the structure that was saved.
-
-        Raises:
-            UserError: The checkpoint holds other leaves; all differences are listed
-                and no array was read.
-            DamagedError: It cannot be read, or says something else than was saved.
+        ``abstract_state`` has shapes with shardings on any mesh. Other leaves than the
+        saved ones are a ``UserError``, unreadable or changed arrays a ``DamagedError``.
         """
         described: dict[str, dict[str, Any]] = self._record(step)["leaves"]
         expected = record.by_path(abstract_state)
@@ -299,11 +264,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
 
     def wait(self) -> None:
-        """Returns when nothing is being written.
-
-        Raises:
-            OSError: A save failed in the background; older checkpoints are intact.
-        """
+        """Returns when nothing is being written; ``OSError`` if a save has failed."""
         try:
             self._manager.wait_until_finished()
             self._delete_removed()
@@ -321,11 +282,7 @@ class Checkpoints:
             shutil.rmtree(self._folder / _REMOVED, ignore_errors=True)
 
     def close(self) -> None:
-        """Waits and lets go of the folder.
-
-        Raises:
-            OSError: As ``wait`` does.
-        """
+        """Waits, then closes the folder."""
         try:
             self.wait()
         finally:

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from lpc_jax import config as cfg
 from lpc_jax.models.attention import table
 
-# Row lengths are multiples of the blocks that attention walks: 64 on CPU, 128 in
-# kernels.
+# Row lengths are multiples of attention's blocks: 64 on CPU, 128 in kernels.
 _CPU_ROW_UNIT, _ROW_UNIT = 64, 128
 # Scored positions of a row that meet the LM head at a time.
 _CPU_SCORE_CHUNK, _SCORE_CHUNK = 128, 512
@@ -23,32 +22,18 @@ _CPU_SCORE_CHUNK, _SCORE_CHUNK = 128, 512
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """What ``model.*`` and ``packing.row_length`` come to on one platform.
+    """How a policy computes on one platform, resolved from its settings."""
 
-    Attributes:
-        platform: As JAX names it: ``cpu``, ``gpu``, ``tpu``.
-        dtype: Of matrix products.
-        attention: The backend's name.
-        remat: As ``model.remat``.
-        score_chunk: Scored positions of a row that meet the LM head at a time.
-        row_unit: What every row length is a multiple of, so that attention's blocks
-            are full.
-    """
-
-    platform: str
-    dtype: jnp.dtype
-    attention: str
+    platform: str  # as JAX names it: cpu, gpu, tpu
+    dtype: jnp.dtype  # of matrix products
+    attention: str  # the backend
     remat: str
-    score_chunk: int
-    row_unit: int
+    score_chunk: int  # scored positions of a row that meet the LM head at a time
+    row_unit: int  # divides all row lengths, so that attention's blocks are full
 
 
 def resolve(model: cfg.Model, *, row_length: int, platform: str) -> Compute:
-    """How a model computes on a platform, in rows of at most so many tokens.
-
-    Raises:
-        UserError: An attention backend that cannot run there or in this precision.
-    """
+    """How a model computes on a platform, in rows of at most ``row_length`` tokens."""
     cpu = platform == "cpu"
     dtype = model.compute_dtype
     if dtype == "auto":  # bfloat16 where the device is made for it
@@ -62,16 +47,13 @@ def resolve(model: cfg.Model, *, row_length: int, platform: str) -> Compute:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Has JAX keep compiled programs in a folder, for the next start to find."""
+    """Has JAX cache compiled programs in a folder, for the next start."""
+    # JAX's own keys leave out what the CPU can execute; machines may share a folder.
     cache = folder.resolve() / _instruction_set()
     jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def _instruction_set() -> str:
-    """A name for what this machine's CPU can execute.
-
-    JAX's own keys leave it out, and machines that share a folder may differ in it.
-    """
     flags = machine.processor()
     cpu = Path("/proc/cpuinfo")
     if cpu.exists():

@@ -1,4 +1,4 @@
-"""Checkpoints that are not what was saved: told, and moved out of the way."""
+"""Damaged checkpoints: recognised by their files, and moved out of the way."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from lpc_jax.errors import UserError
 
 # Parts of a checkpoint as Orbax lays them out.
 STATE, RECORD, METRICS = "state", "record", "metrics/metrics"
-
 # What Orbax writes into a checkpoint once it is whole, and into each part of it.
 _COMMITTED = "commit_success.txt"
-# Of a checkpoint's files those without which nothing of it can be read.
+# Files without which nothing of a checkpoint can be read.
 _NEEDED = ("_CHECKPOINT_METADATA", f"{RECORD}/metadata", f"{STATE}/manifest.ocdbt")
-
-# How damage shows when Orbax reads a checkpoint's record.
+# What Orbax raises where a checkpoint's record is damaged.
 DAMAGE = (OSError, ValueError, KeyError, RuntimeError)
 
 
@@ -24,7 +22,7 @@ class DamagedError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library says, at a readable length."""
+    """The first line of a library's error, at a readable length."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -34,7 +32,7 @@ def damaged(folder: Path) -> Path:
 
 
 def move(checkpoint: Path) -> Path:
-    """Moves a damaged checkpoint beside the folder of checkpoints; gives where to."""
+    """Moves a damaged checkpoint beside its folder; returns the new path."""
     folder = damaged(checkpoint.parent)
     folder.mkdir(exist_ok=True)
     to, number = folder / checkpoint.name, 1
@@ -51,7 +49,6 @@ def move(checkpoint: Path) -> Path:
 
 
 def _last_moved(folder: Path, name: str) -> Path:
-    """The newest of a step's damaged checkpoints."""
     found, number = folder / name, 2
     while (following := folder / f"{name}-{number}").exists():
         found, number = following, number + 1
@@ -59,16 +56,12 @@ def _last_moved(folder: Path, name: str) -> Path:
 
 
 def move_broken(folder: Path) -> list[str]:
-    """Moves checkpoints away that can be told to be broken by their files' names.
-
-    Those whose saving was killed are none of them: Orbax gives a checkpoint its name
-    once it is whole, and clears away what it had begun.
-    """
+    """Moves checkpoints whose files show damage; returns a sentence for each."""
     if not folder.is_dir():
         return []
     said = []
     for checkpoint in sorted(folder.iterdir()):
-        if not checkpoint.name.isdigit():
+        if not checkpoint.name.isdigit():  # Orbax clears killed saves
             continue
         needed = [name for name in _NEEDED if not (checkpoint / name).is_file()]
         if (checkpoint / RECORD / _COMMITTED).exists():  # this Orbax writes them
@@ -84,7 +77,7 @@ def move_broken(folder: Path) -> list[str]:
 
 
 def are_metrics(file: Path) -> bool:
-    """Whether a file holds what Orbax ranks a checkpoint by, if it is there."""
+    """Whether a metrics file is absent, or holds numbers by name."""
     if not file.exists():
         return True
     try:

@@ -1,4 +1,4 @@
-"""z of prompts without a judged pair: every draw at inference comes from here."""
+"""Draws z at inference, for prompts without a judged pair."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lpc_jax.types import LatentCodes
 
 
 def seeds(prompts: Sequence[Int32[np.ndarray, "_"]]) -> UInt32[np.ndarray, "R"]:
-    """What seeds each prompt's draw: the CRC-32 of its token ids, and nothing else."""
+    """The seed of each prompt's draw: the CRC-32 of its token ids alone."""
     return np.asarray([zlib.crc32(ids.tobytes()) for ids in prompts], np.uint32)
 
 
@@ -26,15 +26,8 @@ def codes(
     key: Array,
     seeds: UInt32[Array, "R"],
 ) -> LatentCodes:
-    """The codes of prompts (Gong et al. 2025, eq. 9), the same in whatever batch.
-
-    Args:
-        latent: The codebook and the prior.
-        hidden: At each prompt's last token.
-        steering: How z is chosen.
-        key: Of all draws.
-        seeds: From the function of that name.
-    """
+    """Codes of prompts by their last token's ``hidden`` (Gong et al. 2025, eq. 9)."""
     prior = latent.prior(hidden)
+    # A key of each prompt's own: its draw depends on no other row of the batch.
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(seeds)
     return latent.codes(prior, jax.vmap(steering.weights)(prior, keys))

@@ -17,15 +17,7 @@ _LARGEST_CONFIG = 1 << 20
 def end_tokens(
     tokenizer: Tokenizer, model: Path, *, vocabulary: int, name: str
 ) -> tuple[int, ...]:
-    """The tokens that end an answer, in order, of those below ``vocabulary``.
-
-    The tokenizer's end of sequence, those that the generation config in the model's
-    folder names, and with a chat template, what an answer's scored tokens end with in
-    training.
-
-    Raises:
-        UserError: There is none, or a generation config that is broken.
-    """
+    """Ids of EOS, the generation config's ends and the template's end of an answer."""
     named = [tokenizer.eos_token_id, *_of_config(model)]
     if tokenizer.chat_template:
         named.append(chat.end_of_answer(tokenizer))
@@ -39,7 +31,6 @@ def end_tokens(
 
 
 def _of_config(model: Path) -> list[Any]:
-    """What the model's generation config calls its ends, unchecked."""
     file = untrusted.own_file(model, GENERATION_CONFIG) if model.is_dir() else None
     if file is None:
         return []

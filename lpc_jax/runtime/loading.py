@@ -1,8 +1,4 @@
-"""Loads a policy: a model as it is, a run's checkpoint, an exported folder.
-
-What it will be is found first, before any of its arrays is read, so that mistakes cost
-nothing.
-"""
+"""Loads a policy: a model as it is, a run's checkpoint or an exported folder."""
 
 from __future__ import annotations
 
@@ -30,30 +26,19 @@ from lpc_jax.runtime import compute, policy, reader
 from lpc_jax.runtime.policy import Params, Policy
 
 CHECKPOINTS = "checkpoints"
-
-# Where a run's checkpoint has what was trained.
-_TRAINED = "params/"
+_TRAINED = "params/"  # in a run's checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a policy will be, known before any of its arrays is read.
+    """What a policy will be, known before any of its arrays is read."""
 
-    Attributes:
-        name: What it is, for a person.
-        architecture: The decoder's.
-        path: Folder or file of the start weights, or of the model itself.
-        model: How it is read and computes.
-        latent: Settings of its codes, or None.
-        checkpoint: Where a run's arrays are; None for a model.
-    """
-
-    name: str
+    name: str  # for messages
     architecture: Architecture
-    path: Path
+    path: Path  # of the start weights, or of the model itself
     model: cfg.Model
     latent: cfg.Latent | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None  # None for a model
 
     @property
     def run(self) -> cfg.Config | None:
@@ -61,11 +46,7 @@ class Found:
         return None if self.checkpoint is None else self.checkpoint.config
 
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer, with its chat template.
-
-        Raises:
-            UserError: There is none that can be read.
-        """
+        """The tokenizer, with its chat template."""
         path = self.path
         if self.model.tokenizer is not None:
             path = weights.find(
@@ -74,7 +55,7 @@ class Found:
         return tokenizers.load(path, chat_template=self.model.chat_template)
 
     def compute(self, mesh: Mesh, row_length: int) -> compute.Compute:
-        """How it computes on a mesh, in rows of at most so many tokens."""
+        """How it computes on a mesh, in rows of at most ``row_length`` tokens."""
         return compute.resolve(
             self.model, row_length=row_length, platform=sharding.platform(mesh)
         )
@@ -82,7 +63,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A step of a run, its settings with what replaces them."""
+    """A step of a run; its config has the model settings that replace the run's own."""
 
     run: Path
     reader: reader.Reader
@@ -94,18 +75,14 @@ class Checkpoint:
 def find(
     path: str, *, step: str = "latest", model: Mapping[str, Any] | None = None
 ) -> Found:
-    """What ``load`` of the same would load.
+    """What ``load`` would load.
 
     Args:
         path: A run folder; or, as ``model.path``, a Hugging Face folder, a GGUF file,
             ``package:NAME/FILE`` or a hub id.
-        step: Of a run: ``latest``, ``best`` or a checkpoint's step.
-        model: Fields of ``cfg.Model``, but for its ``path``, that replace a run's own
-            or, for a model, the defaults.
-
-    Raises:
-        UserError: No such model or run.
-        damage.DamagedError: The checkpoint is not what was saved.
+        step: ``latest``, ``best`` or a checkpoint's step; ``UserError`` for a model.
+        model: Fields of ``cfg.Model``, except ``path``, that replace a run's or the
+            defaults.
     """
     run = Path(path).expanduser()
     if (run / CHECKPOINTS).is_dir():
@@ -119,15 +96,7 @@ def find(
 
 
 def find_model(model: cfg.Model, setting: str = "model.path") -> Found:
-    """A model, or an exported folder with its codes.
-
-    Args:
-        model: Its path and how it is read.
-        setting: What named it, for messages.
-
-    Raises:
-        UserError: No such model.
-    """
+    """A model, or an exported folder with its codes; ``setting`` is for messages."""
     path = weights.find(model.path, setting=setting, revision=model.revision)
     architecture = weights.read_architecture(path)
     section = weights.read_latent_section(path)
@@ -158,11 +127,7 @@ def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Found:
 
 
 def _latent_of(section: dict[str, Any], path: Path) -> cfg.Latent:
-    """Settings of an exported latent.
-
-    Raises:
-        UserError: They are none.
-    """
+    """Settings of an exported latent; ``UserError`` where they are broken."""
     settings = section.get("settings")
     try:
         if not isinstance(settings, dict):
@@ -170,7 +135,7 @@ def _latent_of(section: dict[str, Any], path: Path) -> cfg.Latent:
         latent = cfg.Latent(**settings)
         sizes = {"num_codes": latent.num_codes, "hidden_width": latent.hidden_width}
         for name, value in sizes.items():
-            # A width that is left to the model is written down in the section alone.
+            # A width left to the model is in the section alone.
             if value is not None and section.get(name) != value:
                 raise UserError(
                     f"lpc.{name} and lpc.settings.{name} must be equal, got"
@@ -192,20 +157,7 @@ def load(
     model: Mapping[str, Any] | None = None,
     dtype: jnp.dtype | None = None,
 ) -> Policy:
-    """A run's checkpoint, an exported folder, or a model as it is, to be asked.
-
-    Args:
-        path: As ``find``.
-        mesh: Where to; see ``sharding.make_mesh``.
-        step: As ``find``.
-        model: As ``find``.
-        dtype: Of the decoder's matrices; None: what they are multiplied in, with which
-            all results are the same.
-
-    Raises:
-        UserError: No such model or run, or one that cannot be read.
-        damage.DamagedError: The checkpoint is not what was saved.
-    """
+    """Loads what ``find`` finds, for inference; ``dtype`` None is the compute dtype."""
     return load_found(find(path, step=step, model=model), mesh=mesh, dtype=dtype)
 
 
@@ -218,19 +170,7 @@ def outline(
     train_decoder: bool = True,
     row_length: int = cfg.Packing.row_length,
 ) -> Policy:
-    """What was found as an abstract policy, to be started or to be planned.
-
-    Args:
-        found: From ``find``.
-        mesh: Of devices that may be elsewhere.
-        latent: Settings of the codes, or None.
-        adapters: Settings of the adapters, or None.
-        train_decoder: Whether updates change the decoder.
-        row_length: Most tokens of a row.
-
-    Raises:
-        UserError: No tokenizer, or kernels that cannot run there.
-    """
+    """The abstract policy of what was found; the mesh's devices may be elsewhere."""
     return policy.abstract(
         found.architecture,
         found.compute(mesh, row_length),
@@ -245,7 +185,7 @@ def outline(
 
 
 def load_found(found: Found, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> Policy:
-    """The policy that was found; arguments and errors as ``load``."""
+    """Loads what ``find`` found; ``dtype`` as in ``load``."""
     saved = found.checkpoint
     if saved is None:
         of_model = outline(found, mesh=mesh, latent=found.latent, train_decoder=False)
@@ -298,7 +238,7 @@ def _load_model(abstract: Policy, dtype: jnp.dtype | None) -> Params:
 def _decoder(
     abstract: Policy, wanted: Params, latent: weights.LatentSizes | None = None
 ) -> Params:
-    """A decoder from its files, leaf by leaf, straight onto the mesh."""
+    """Reads a decoder leaf by leaf, straight onto the mesh."""
     weights.check(abstract.source.path, abstract.architecture, latent)
     leaves = sharding.by_path(wanted)
     return weights.load(
@@ -319,7 +259,6 @@ def _require_weights(path: Path, saved: Checkpoint) -> None:
 
 
 def _read(saved: Checkpoint, wanted: Params) -> Params:
-    """The trained parameters, as a tree again."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
     paths = [_TRAINED + sharding.path_name(path) for path, _ in leaves]
     arrays = saved.reader.read(
@@ -329,15 +268,7 @@ def _read(saved: Checkpoint, wanted: Params) -> Params:
 
 
 def start(abstract: Policy, *, seed: int) -> Policy:
-    """An abstract policy with its arrays: the decoder's from its files, others seeded.
-
-    Args:
-        abstract: From ``outline``.
-        seed: Of adapters and codes.
-
-    Raises:
-        UserError: Weights that cannot be read.
-    """
+    """Gives an abstract policy its arrays: the decoder from files, the rest seeded."""
     # Before codes take their sizes.
     weights.check(abstract.source.path, abstract.architecture)
     wanted = {
@@ -366,6 +297,7 @@ def start(abstract: Policy, *, seed: int) -> Policy:
     if abstract.latent is not None:
         head = nnx.merge(abstract.graph, decoder | params).decoder.head_weight
         unit = float(latent_models.codebook_unit(head))
+        # A code's first effect on the logits is `effect` nats, whatever the head.
         codebook = params["latent"]["codebook"] * (abstract.latent.effect * unit)
         params |= {"latent": params["latent"] | {"codebook": codebook}}
     return dataclasses.replace(
@@ -378,7 +310,7 @@ def start(abstract: Policy, *, seed: int) -> Policy:
 
 
 def _require_no_addition(adapters: Params) -> None:
-    """Before the first update adapters must add exactly zero to the frozen decoder."""
+    """Raises unless new adapters add exactly zero to the frozen decoder."""
     factors = [
         leaf for path, leaf in sharding.by_path(adapters).items() if path.endswith("/b")
     ]

@@ -1,8 +1,4 @@
-"""The policy: a network with its parameters on a mesh, and what it takes to use it.
-
-Training, evaluation, generation, export and planning all take one. A planner's is
-abstract: its parameters are shapes with shardings.
-"""
+"""The policy: a network with its parameters on a mesh (in a plan, their shapes)."""
 
 from __future__ import annotations
 
@@ -45,41 +41,23 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A decoder, with adapters and codes or without, on a mesh.
+    """A decoder, with adapters and codes or without, on a mesh."""
 
-    Attributes:
-        name: What it is, for a person.
-        architecture: The decoder's.
-        own_tokenizer: With its chat template; None in a plan.
-        graph: The network without its parameters.
-        params: What an update changes, in fp32; of a policy that is only asked, all.
-        frozen: The decoder where it is not trained, its matrices in the compute dtype;
-            else empty.
-        latent: Settings of the codes, or None without codes.
-        adapters: Settings of the adapters, or None without any.
-        compute: Precision, kernels and tiles.
-        mesh: Where the parameters are.
-        source: Of the decoder's start weights.
-        run: Config of the run that trained it; None of a model as it is.
-        codebook_unit: Length of a code that changes logits by one nat (root mean
-            square over the vocabulary), of the start's head.
-        is_seeded: Whether adapters and codes are fresh from a seed.
-    """
-
-    name: str
+    name: str  # for messages
     architecture: Architecture
-    own_tokenizer: Tokenizer | None
-    graph: nnx.GraphDef[Network]
-    params: Params
-    frozen: Params
+    own_tokenizer: Tokenizer | None  # None in a plan
+    graph: nnx.GraphDef[Network]  # the network without its parameters
+    params: Params  # what an update changes, in fp32; for inference all
+    frozen: Params  # an untrained decoder, matrices in the compute dtype; else empty
     latent: cfg.Latent | None
     adapters: cfg.Adapters | None
     compute: Compute
     mesh: Mesh
     source: Source
-    run: cfg.Config | None = None
+    run: cfg.Config | None = None  # of the run that trained it
+    # Length of a code that changes the start's logits by one nat (root mean square).
     codebook_unit: float = 1.0
-    is_seeded: bool = False
+    is_seeded: bool = False  # adapters and codes are fresh from a seed
 
     @property
     def whole(self) -> Params:
@@ -93,13 +71,13 @@ class Policy:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer, with its chat template."""
+        """The tokenizer, with its chat template."""
         assert self.own_tokenizer is not None, "a plan asks for no token"
         return self.own_tokenizer
 
     @property
     def config(self) -> cfg.Config:
-        """Settings of its run; of a model as it is, the defaults."""
+        """Settings of its run; defaults for a model."""
         return self.run or cfg.Config(
             name="start",
             model=cfg.Model(path=str(self.source.path)),
@@ -109,15 +87,15 @@ class Policy:
         )
 
     def with_params(self, params: Params) -> Policy:
-        """The same with other values of what is trained."""
+        """The policy with other values of ``params``."""
         return dataclasses.replace(self, params=params)
 
     def abstracted(self) -> Policy:
-        """The same without the arrays of what is trained: shapes with shardings."""
+        """The policy with ``params`` as shapes with shardings."""
         return self.with_params(jax.tree.map(_abstract, self.params))
 
     def plain(self) -> Policy:
-        """The decoder alone, as it was loaded: what a reference is."""
+        """The decoder alone, as loaded: the reference."""
         graph, _ = shapes(self.architecture, self.compute, latent=None, adapters=None)
         return dataclasses.replace(
             self,
@@ -129,12 +107,7 @@ class Policy:
         )
 
     def merged(self, dtype: jnp.dtype | None = None) -> Policy:
-        """The policy to ask: adapters added to the matrices they were trained beside.
-
-        Args:
-            dtype: Of the decoder's matrices; None: what they are multiplied in, with
-                which all results are the same.
-        """
+        """For inference, adapters merged; ``dtype`` None means the compute dtype."""
         graph, _ = shapes(
             self.architecture, self.compute, latent=self.latent, adapters=None
         )
@@ -151,7 +124,7 @@ class Policy:
         )
 
     def digest(self) -> str:
-        """SHA-256 over all parameters as they are, whatever their layout."""
+        """SHA-256 over all parameters, whatever their layout."""
         content = hashlib.sha256()
         for path, leaf in jax.tree_util.tree_flatten_with_path(self.whole)[0]:
             head = f"{sharding.path_name(path)} {leaf.dtype} {leaf.shape}\n"
@@ -168,15 +141,7 @@ def build(
     adapters: cfg.Adapters | None,
     key: Array,
 ) -> Network:
-    """A network with random weights; its codes are of unit scale.
-
-    Args:
-        architecture: The decoder's.
-        compute: Precision, kernels and tiles.
-        latent: Settings of the codes, or None.
-        adapters: Settings of the adapters, or None.
-        key: Seeds the weights.
-    """
+    """A network with random weights and codes of unit scale."""
     head = None
     if latent is not None:
         head = {
@@ -229,20 +194,7 @@ def abstract(
     name: str = "",
     tokenizer: Tokenizer | None = None,
 ) -> Policy:
-    """A policy as it will be trained, none of it materialised.
-
-    Args:
-        architecture: The decoder's.
-        compute: Precision, kernels and tiles.
-        latent: Settings of the codes, or None.
-        adapters: Settings of the adapters, or None.
-        train_decoder: Whether updates change the decoder: fp32 masters; else its
-            matrices are in the compute dtype.
-        mesh: Of devices that may be elsewhere.
-        path: Of the start weights.
-        name: What it is, for a person.
-        tokenizer: With its chat template.
-    """
+    """A policy of shapes with shardings; the mesh's devices may be elsewhere."""
     graph, of_network = shapes(architecture, compute, latent=latent, adapters=adapters)
     placed = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(

@@ -1,8 +1,4 @@
-"""Several processes as one run: joining them, agreeing, and ending together.
-
-On JAX's multi-controller runtime: every process runs the same program on its own
-devices. Knows nothing of what they compute.
-"""
+"""Several processes as one run: each runs the same program on its own devices."""
 
 from __future__ import annotations
 
@@ -28,11 +24,8 @@ from jax.experimental import multihost_utils
 from lpc_jax.errors import UserError
 
 T = TypeVar("T")
-
-# Seconds that a process which is done waits for the others.
-_LEAVE_TIMEOUT = 60
-
-# Ranks as launchers that JAX has no address from (Open MPI 5 among them) tell them.
+_LEAVE_TIMEOUT = 60  # seconds that a process which is done waits for the others
+# Ranks by launchers that give JAX no address, Open MPI 5 among them.
 _RANKS = (
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("SLURM_NTASKS", "SLURM_PROCID"),
@@ -40,15 +33,10 @@ _RANKS = (
 
 
 def launcher(environment: Mapping[str, str], devices: Path = Path("/dev")) -> str:
-    """What started this process as one of several.
+    """What started this process as one of several; empty where it runs alone.
 
-    Args:
-        environment: As ``os.environ``.
-        devices: Where the system lists devices, among them a TPU's.
-
-    Returns:
-        ``slurm``, ``ompi``, ``tpu``, ``jax`` (JAX_COORDINATOR_ADDRESS), or nothing
-        where it runs alone, as a SLURM or Open MPI job of one process does.
+    Returns ``slurm``, ``ompi``, ``tpu`` or ``jax`` (JAX_COORDINATOR_ADDRESS). A SLURM
+    or Open MPI job of one process runs alone. A TPU is a device file in ``devices``.
     """
     if "JAX_COORDINATOR_ADDRESS" in environment:
         return "jax"
@@ -64,10 +52,7 @@ def launcher(environment: Mapping[str, str], devices: Path = Path("/dev")) -> st
 
 
 def one_process_a_node(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher put a single process on each node.
-
-    It then takes all devices of its node, where JAX would take the first alone.
-    """
+    """Whether the launcher put a single process on each node."""
     if "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
         return environment["OMPI_COMM_WORLD_LOCAL_SIZE"] == "1"
     # Such as 1(x4) or 2(x3),1.
@@ -84,20 +69,15 @@ def join(
     start_timeout: int,
     heartbeat_timeout: int,
 ) -> None:
-    """Joins the run's other processes, if there are any; before JAX looks for devices.
+    """Joins the run's other processes, if any; call it before JAX looks for devices.
 
     Args:
-        environment: As ``os.environ``; says what the other arguments leave open.
-        coordinator: ``host:port`` of process 0, or None.
-        processes: How many there are, or None.
-        process: This one's number from 0, or None.
+        environment: Gives what the next three leave open; ``UserError`` if it cannot.
+        coordinator: ``host:port`` of process 0.
+        process: This one's number, from 0.
         start_timeout: Seconds to wait for the others.
-        heartbeat_timeout: Seconds of silence after which a process counts as dead,
-            and all others end.
-
-    Raises:
-        UserError: Something that is needed is not known.
-        OSError: The coordinator did not answer in time.
+        heartbeat_timeout: Seconds of silence after which a process counts as dead, and
+            all others end.
     """
     if jax.distributed.is_initialized():
         return
@@ -126,7 +106,7 @@ def join(
             coordinator,
             processes,
             process,
-            # An empty list is every device there is.
+            # An empty list is all devices of the node; JAX would take the first alone.
             local_device_ids=[] if one_process_a_node(environment) else None,
             cluster_detection_method="deactivate" if complete else None,
             initialization_timeout=start_timeout,
@@ -143,7 +123,7 @@ def join(
 
 
 def _await_coordinator(address: str, timeout: int) -> None:
-    """Returns once process 0 listens; JAX itself would abort without a word of ours."""
+    """Waits until process 0 listens; JAX itself would abort without our message."""
     host, port = address.rsplit(":", 1)
     end = time.monotonic() + timeout
     while True:
@@ -162,19 +142,16 @@ def _await_coordinator(address: str, timeout: int) -> None:
 
 
 def leave() -> None:
-    """Waits until every process is done; the last call of a run that ended in all."""
+    """Waits until every process is done: the last call of a run that ended in all."""
     jax.distributed.shutdown()
 
 
 def end(status: int) -> None:
-    """Ends this process at once where it is one of several, and so soon all of them.
-
-    As a process ends by itself it would first wait for the others, and they for it.
-    """
+    """Ends this process at once where it is one of several, and so soon all of them."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        os._exit(status)  # sys.exit would wait for the others, and they for it
 
 
 class LostError(Exception):
@@ -183,11 +160,7 @@ class LostError(Exception):
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What fails inside since another process is gone says so.
-
-    Raises:
-        LostError: A computation of several processes failed.
-    """
+    """Turns a failed computation of several processes into ``LostError``."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -201,27 +174,19 @@ def together() -> Iterator[None]:
 
 
 def is_main() -> bool:
-    """Whether this process speaks and writes for all: number 0, or the only one."""
+    """Whether this process prints and writes for all: number 0, or the only one."""
     return jax.process_index() == 0
 
 
 def name() -> str:
-    """``process 3 of 8``, or nothing where there is one."""
+    """``process 3 of 8``; empty where there is one."""
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return ""
     return f"process {jax.process_index()} of {jax.process_count()}"
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What ``make`` gives in the main process, in all of them.
-
-    Args:
-        make: Called in the main process alone; gives what JSON can hold.
-
-    Raises:
-        UserError: The main process's, in all.
-        OSError: Likewise.
-    """
+    """The main process's JSON value of ``make`` in all processes, or its error."""
     if jax.process_count() == 1:
         return make()
     outcome: dict[str, Any] = {}
@@ -243,8 +208,8 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def _broadcast_json(value: Any) -> Any:
-    """The main process's value, everywhere."""
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    # All processes must broadcast one shape: the length goes first.
     length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
     if not is_main():
         text = np.zeros(length, np.uint8)
@@ -259,15 +224,7 @@ def array_from_main(array: np.ndarray) -> np.ndarray:
 
 
 def require_agreement(values: Mapping[str, Any], remedy: str) -> None:
-    """Refuses to go on unless every process has the same values.
-
-    Args:
-        values: What JSON can hold, by name.
-        remedy: What a person can do about a difference.
-
-    Raises:
-        UserError: In every process, naming what differs, in which and how.
-    """
+    """Raises ``UserError`` in every process unless all have the same JSON values."""
     if jax.process_count() == 1:
         return
     mine = json.loads(json.dumps(values))
@@ -287,16 +244,14 @@ def require_agreement(values: Mapping[str, Any], remedy: str) -> None:
 
 
 class Termination:
-    """Whether the run was asked to end: SIGTERM, as schedulers send before they take
-    a machine away. A context manager; all processes are told at the same step.
-    """
+    """Whether SIGTERM has asked the run to end; all processes stop at the same step."""
 
     def __init__(self) -> None:
         self._asked = threading.Event()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Termination]:
-        """While it lasts SIGTERM ends nothing by itself."""
+        """Keeps SIGTERM from ending the process by itself."""
         alone = not jax.distributed.is_initialized()  # else JAX watches for it
         in_main_thread = threading.current_thread() is threading.main_thread()
         if not (alone and in_main_thread):
@@ -309,7 +264,7 @@ class Termination:
             signal.signal(signal.SIGTERM, before)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked after every one, in order."""
+        """Whether to stop after this step; asked after every one, in order."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked.is_set()

@@ -1,9 +1,4 @@
-"""Jitted forward passes over packed pairs, each made once and then found again.
-
-A program takes the network's parameters and a placed micro-batch. It is known by what
-is static, the network's graph, the mesh and a few settings; arrays are only ever its
-arguments, so that no program keeps a policy's parameters alive.
-"""
+"""Jitted forward passes over packed pairs, cached by graph, mesh and settings."""
 
 from __future__ import annotations
 
@@ -22,8 +17,7 @@ from lpc_jax.models.latent import Steering
 from lpc_jax.models.network import Network
 from lpc_jax.types import Batch
 
-# Programs remembered of a kind; one that is forgotten is compiled again when asked for.
-_KEPT = 16
+_KEPT = 16  # programs cached of a kind
 
 
 def _program(forward: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
@@ -33,9 +27,10 @@ def _program(forward: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
     def make(
         graph: nnx.GraphDef[Network], mesh: Mesh, **statics: Any
     ) -> Callable[..., Any]:
-        # Whole on every device, so that every process reads all of it.
+        # Replicated, so that every process reads all of it.
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
         def program(params: dict[str, Any], batch: Batch, *arrays: Array) -> Any:
+            # Parameters are arguments, so that no program keeps a policy's alive.
             return forward(nnx.merge(graph, params), batch, *arrays, **statics)
 
         return program
@@ -52,7 +47,7 @@ def score(
     seed: int = 0,
     chunk: int,
 ) -> Float[Array, "R P 2"]:
-    """Log-probability of each answer, z as it is steered; None: without codes."""
+    """Log-probability of each answer, z by ``steering``; None: without codes."""
     key = jax.random.key(seed)
     return objective.score_inference(
         network, batch, steering=steering, key=key, chunk=chunk
@@ -72,7 +67,7 @@ def score_under(
 def believe(
     network: Network, batch: Batch
 ) -> tuple[Float[Array, "R P C"], Float[Array, "R P C"], Float[Array, "R P D"]]:
-    """Logits of prior and posterior, and z of the prior's mean; the head is not run."""
+    """Logits of prior and posterior, and z of the prior's mean; runs no LM head."""
     states, latent = network.states(batch), network.latent
     assert latent is not None
     assert states.prompt is not None
@@ -86,7 +81,7 @@ def believe(
 def latent_inputs(
     network: Network, batch: Batch
 ) -> tuple[Float[Array, "R P D"], Float[Array, "R P inputs"]]:
-    """What prior and posterior read of each pair."""
+    """The inputs of prior and posterior for each pair."""
     states = network.states(batch)
     assert states.prompt is not None
     assert states.judged is not None

@@ -1,4 +1,4 @@
-"""Reads the checkpoints of a run that may be going on: nothing in it is changed."""
+"""Reads a run's checkpoints while it may still be training; changes nothing."""
 
 from __future__ import annotations
 
@@ -16,14 +16,7 @@ from lpc_jax.runtime import damage, record
 
 
 class Reader:
-    """The checkpoints of a run, which may be going on: nothing in it is changed.
-
-    Args:
-        folder: Where they are, as ``Checkpoints`` left them.
-
-    Raises:
-        UserError: There is no checkpoint.
-    """
+    """The checkpoints in a folder, read only; ``UserError`` where there are none."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -37,15 +30,7 @@ class Reader:
             )
 
     def step(self, which: str) -> int:
-        """The step that ``latest``, ``best`` or a number names.
-
-        Args:
-            which: ``best`` is the highest metric that the run ranked its checkpoints
-                by, the later step of equals.
-
-        Raises:
-            UserError: No such checkpoint.
-        """
+        """The step of ``latest``, ``best`` (the later of equals) or a number."""
         if which == "latest":
             return self.steps[-1]
         if which == "best":
@@ -68,11 +53,7 @@ class Reader:
         return next((float(value) for value in values if not math.isnan(value)), None)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What ``Checkpoints.save`` was given as ``meta``.
-
-        Raises:
-            DamagedError: It cannot be read, or says something else than was saved.
-        """
+        """The ``meta`` given to ``Checkpoints.save``."""
         return self._record(step)["meta"]
 
     def _record(self, step: int) -> dict[str, Any]:
@@ -90,17 +71,7 @@ class Reader:
     def read(
         self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]
     ) -> dict[str, jax.Array]:
-        """Some of a checkpoint's arrays, laid out as asked for; the rest is not read.
-
-        Args:
-            step: From ``step``.
-            wanted: Shape, dtype and sharding by path, such as
-                ``params/latent/codebook``.
-
-        Raises:
-            UserError: The checkpoint has other arrays under these paths, or none.
-            DamagedError: It cannot be read, or says something else than was saved.
-        """
+        """The wanted arrays alone, by path, such as ``params/latent/codebook``."""
         described = self._record(step)["leaves"]
         saved = {path: described[path] for path in wanted if path in described}
         record.require_same_leaves(self._folder, step, saved, wanted)

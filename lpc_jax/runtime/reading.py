@@ -1,7 +1,4 @@
-"""Reads pairs with a policy: packs them, runs a program, gives results in their order.
-
-The rows are those of training, so that a run's numbers are those that it logged.
-"""
+"""Reads pairs with a policy, in rows as in training, and returns results in order."""
 
 from __future__ import annotations
 
@@ -28,10 +25,8 @@ from lpc_jax.types import Batch
 Pairs = Sequence[TokenizedPair]
 Program = Callable[..., Any]
 Progress = Callable[[int], None]  # told how many pairs are done
-
-# Rows of each device: one keeps a CPU busy and wastes least, a few an accelerator.
+# Rows of each device: one keeps a CPU busy and pads least, a few an accelerator.
 _CPU_ROWS, _ROWS = 1, 4
-
 # Pairs packed together: enough to fill rows, few enough to plan fast.
 GROUP = 512
 
@@ -45,18 +40,15 @@ def each(
     at_once: int | None = None,
     take: Callable[[Any, Batch, int, int], Any] | None = None,
 ) -> list[Any]:
-    """What a program says of each pair, in the order of the pairs; ids may repeat.
+    """A program's result for each pair, in the order of the pairs; ids may repeat.
 
     Args:
-        pairs: In the policy's tokens.
-        shape: Of a micro-batch.
-        run: From a micro-batch to arrays, by pair slot unless ``take`` knows better.
-        on_progress: Told how many pairs are done after each micro-batch.
-        at_once: Pairs that are packed together; None: ``GROUP``.
-        take: A pair's part of the arrays of a batch, by its row and slot.
+        run: From a micro-batch to arrays.
+        at_once: Pairs packed together; None: ``GROUP``.
+        take: A pair's part of the arrays, by its row and slot; None: indexed by both.
     """
     ids = np.asarray([pair.id for pair in pairs], np.int32)
-    # An id is of one data set; pairs of several may meet, so their place stands in.
+    # Ids may repeat across data sets: while packed, pairs are known by their place.
     placed = [dataclasses.replace(pair, id=i) for i, pair in enumerate(pairs)]
     results: list[Any] = [None] * len(pairs)
     done, size = 0, at_once or GROUP
@@ -81,7 +73,7 @@ def _of_slot(arrays: Any, _: Batch, row: int, slot: int) -> Any:
 def on_mesh(
     program: Program, params: Any, mesh: Mesh, *arrays: Any
 ) -> Callable[[Batch], Any]:
-    """A program with its parameters, for micro-batches that are not placed yet."""
+    """Binds a program to its parameters; it then takes micro-batches not yet placed."""
 
     def run(batch: Batch) -> Any:
         with jax.set_mesh(mesh):
@@ -98,7 +90,7 @@ def _read(
 
 
 def row_shape(policy: Policy, pairs: Pairs) -> packing.RowShape:
-    """Rows as the run has them, or as long as the longest pair; no longer than all."""
+    """The run's rows, or as long as the longest pair; no longer than all pairs."""
     packed, compute = policy.config.packing, policy.compute
     lengths = packing.pair_lengths(pairs)
     totals = lengths.sum(axis=1)
@@ -122,14 +114,7 @@ def score(
     seed: int = 0,
     on_progress: Progress = lambda _: None,
 ) -> Float[np.ndarray, "B 2"]:
-    """Summed log-probabilities of every pair's chosen and rejected answer.
-
-    ``steering`` is None iff the policy has no codes; of ``sample`` each pair folds its
-    id into the seed.
-
-    Raises:
-        UserError: The policy gives an answer no finite log-probability.
-    """
+    """Summed log-probabilities of both answers; ``steering`` is None without codes."""
     assert (steering is None) == (policy.latent is None)
     program = programs.score(
         policy.graph,
@@ -146,10 +131,7 @@ def score(
 def score_under(
     policy: Policy, pairs: Pairs, mixes: Float[np.ndarray, "M C"]
 ) -> Float[np.ndarray, "M B 2"]:
-    """The same under each of some mixes of the codes, where weights of 0 are no z.
-
-    Decoder and head meet every pair once.
-    """
+    """Summed log-probabilities under each mix of the codes; weights of 0 mean no z."""
     program = programs.score_under(
         policy.graph, policy.mesh, chunk=policy.compute.score_chunk
     )
@@ -158,7 +140,7 @@ def score_under(
 
 
 class Beliefs(NamedTuple):
-    """What a policy believes of pairs: logits, and z of the prior's mean."""
+    """Logits of prior and posterior, and z of the prior's mean."""
 
     prior: Float[np.ndarray, "B C"]
     posterior: Float[np.ndarray, "B C"]
@@ -168,7 +150,7 @@ class Beliefs(NamedTuple):
 def believe(
     policy: Policy, pairs: Pairs, *, on_progress: Progress = lambda _: None
 ) -> Beliefs:
-    """Prior, posterior and z of pairs; ``UserError`` where one is not finite."""
+    """Prior, posterior and z of pairs, all finite."""
     program = programs.believe(policy.graph, policy.mesh)
     by_pair = _read(policy, pairs, program, on_progress=on_progress)
     beliefs = Beliefs(*(np.asarray(x, np.float32) for x in zip(*by_pair, strict=True)))
@@ -191,7 +173,7 @@ def _require_finite(
 def states_reader(
     graph: Any, params: Any, mesh: Mesh, shape: packing.RowShape
 ) -> Callable[[Pairs], list[np.ndarray]]:
-    """A function from pairs to those of a decoder's hidden states that are kept."""
+    """A function from pairs to the hidden states that a run keeps of them."""
     run = on_mesh(programs.hidden(graph, mesh), params, mesh)
     return lambda pairs: each(pairs, shape, run, take=kept_states)
 
@@ -199,16 +181,12 @@ def states_reader(
 def kept_states(
     hidden: Float[np.ndarray, "R T D"], batch: Batch, row: int, slot: int
 ) -> Float[np.ndarray, "_ D"]:
-    """Of a pair's hidden states those from its prompt's last token on."""
+    """A pair's hidden states from its prompt's last token on."""
     return hidden[row, batch.prompt_end[row, slot] : batch.rejected_end[row, slot] + 1]
 
 
 def with_states(policy: Policy, pairs: Pairs) -> Pairs:
-    """Pairs with the hidden states that a run keeps of a frozen decoder, else as given.
-
-    Raises:
-        UserError: As ``HiddenStates``.
-    """
+    """Pairs with the cached hidden states of a frozen decoder, else unchanged."""
     if policy.config.decoder != "frozen":
         return pairs
     kept = HiddenStates(

@@ -1,7 +1,4 @@
-"""What a checkpoint says of itself: leaves, checksums, a digest of its record.
-
-Compared before and after arrays are read, so that damage and other configs are told.
-"""
+"""A checkpoint's record: its leaves, their checksums, a digest of the record."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ from jaxtyping import PyTree
 from lpc_jax.errors import UserError
 from lpc_jax.runtime.damage import DamagedError
 
-# How many differing leaves a message lists before it only counts.
-_LISTED = 20
+_LISTED = 20  # differing leaves in a message
 
 
 def require_same_leaves(
@@ -28,7 +24,7 @@ def require_same_leaves(
     saved: Mapping[str, Mapping[str, Any]],
     expected: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
-    """Refuses a checkpoint whose leaves are not those that are expected."""
+    """Raises ``UserError`` unless a checkpoint has the expected leaves."""
     now = {path: _text(describe(leaf)) for path, leaf in expected.items()}
     then = {path: _text(leaf) for path, leaf in saved.items()}
     differences = {
@@ -56,7 +52,7 @@ def require_same_leaves(
 
 
 def require_whole(record: Any) -> dict[str, Any]:
-    """The record; ``DamagedError`` where its digest says that it was altered."""
+    """The record; ``DamagedError`` where its digest does not match."""
     whole = isinstance(record, dict) and (
         record.get("digest") == record_digest(record.get("meta"), record.get("leaves"))
     )
@@ -83,18 +79,14 @@ def require_checksums(
 
 
 def record_digest(meta: Any, leaves: Any) -> str:
-    """SHA-256, in hex, of what a record says."""
+    """SHA-256 of a record, in hex."""
     text = json.dumps([meta, leaves], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @jax.jit
 def checksums(data: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A number for each array that any changed, lost or moved element changes.
-
-    The sum, modulo 2^32, of its elements' bits, each times an odd number that depends
-    on its place: the same on every mesh, whatever the order of summation.
-    """
+    """A checksum of each array, the same on every mesh and in any summation order."""
 
     def checksum(x: jax.Array) -> jax.Array:
         words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
@@ -102,6 +94,7 @@ def checksums(data: dict[str, jax.Array]) -> dict[str, jax.Array]:
             bits = x.astype(jnp.uint32)
         else:
             bits = jax.lax.bitcast_convert_type(x, words).astype(jnp.uint32)
+        # Odd factors are invertible modulo 2^32: one changed element changes the sum.
         for axis in range(x.ndim):
             bits *= 2 * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + 1
         return jnp.sum(bits, dtype=jnp.uint32)
@@ -121,12 +114,12 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether it is a PRNG key."""
+    """Whether a leaf is a PRNG key."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> dict[str, Any]:
-    """Shape and dtype of a leaf, and how a key was made."""
+    """Shape and dtype of a leaf, and a key's implementation."""
     described: dict[str, Any] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
     if is_key(leaf) and isinstance(leaf, jax.Array):
         described["impl"] = str(jax.random.key_impl(leaf))

@@ -1,4 +1,4 @@
-"""How z is chosen when there is no judged pair: from the prior, or by hand."""
+"""How z is chosen without a judged pair: from the prior, or by hand."""
 
 from __future__ import annotations
 
@@ -11,32 +11,24 @@ from lpc_jax import objective
 from lpc_jax.errors import UserError
 from lpc_jax.models.latent import Steering
 
-# A mix given by hand must sum to 1 within this.
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-3  # of a mix's sum
 
 
 def of_settings(
     latent: cfg.Latent, how: Literal["mean", "sample", "argmax"] | None = None
 ) -> Steering:
-    """As a run evaluates, or another way from its prior.
-
-    ``sample`` draws at the temperature of the run's last step.
-    """
+    """z as the run evaluates, or by ``how``, at the temperature of its last step."""
     settings = objective.inference(latent)
     return dataclasses.replace(settings, how=how or settings.how)
 
 
 def code(text: str, num_codes: int) -> Steering:
-    """All weight on one code, as ``--code 7`` asks for; ``UserError`` if it is none."""
+    """All weight on one code, as ``--code 7`` asks for."""
     return Steering("mix", ((_code(text, num_codes, f"--code {text}"), 1.0),))
 
 
 def mix(text: str, num_codes: int) -> Steering:
-    """Weights of some codes, as ``--mix 3:0.7,12:0.3`` asks for.
-
-    Raises:
-        UserError: No code, no weight, a code twice, or weights that don't sum to 1.
-    """
+    """Weights of codes as in ``--mix 3:0.7,12:0.3``; ``UserError`` if not a mix."""
     flag = f"--mix {text}"
     weights: dict[int, float] = {}
     for part in text.split(","):
@@ -72,7 +64,7 @@ def _code(text: str, num_codes: int, flag: str) -> int:
 
 
 def require_codes(num_codes: int | None, asked: str, name: str) -> int:
-    """The number of codes, or ``UserError`` where a flag needs them and none are."""
+    """The number of codes; ``UserError`` where a flag needs them and there are none."""
     if num_codes is None:
         raise UserError(
             f"{asked} needs codes, got {name}, which has none (latent=None or a plain"
@@ -88,14 +80,7 @@ def choose(
     latent: cfg.Latent | None,
     name: str,
 ) -> Steering | None:
-    """How a system's z is chosen by ``--z``, ``--code`` and ``--mix``.
-
-    Returns:
-        None without codes, if none are asked for.
-
-    Raises:
-        UserError: Codes of a system without any, an unknown one, a mix that is none.
-    """
+    """z by ``--z``, ``--code`` or ``--mix``; None where the policy has no codes."""
     flags = {"z": how, "code": one, "mix": several}
     given = [f"--{flag} {value}" for flag, value in flags.items() if value is not None]
     if latent is None:
