@@ -7,7 +7,7 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "lpc_jax"
 MOST_LINES = 400
 # Not to grow; 15,000 is where it is to go.
-MOST_OF_ALL = 20_600
+MOST_OF_ALL = 18_650
 
 # Forward passes over pairs are in runtime/programs. The others: the answers' loop, an
 # update, parameters from a seed, what is read of a start, and sums over arrays.

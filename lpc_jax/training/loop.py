@@ -60,6 +60,10 @@ class Trainable(Protocol):
         """Pairs to evaluate on."""
         ...
 
+    def prepare(self) -> None:
+        """Packs the next step's pairs."""
+        ...
+
     def update(self) -> Update:
         """Makes one update."""
         ...
@@ -119,6 +123,8 @@ class Loop:
             self.before = self._evaluate(0)
         self._restart()
         profiled = self._profiled(first)
+        if first < total:
+            run.prepare()
         for done in range(first + 1, total + 1):
             if profiled and done - 1 == profiled.start:
                 jax.profiler.start_trace(str(self.trace))

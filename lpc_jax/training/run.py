@@ -166,10 +166,16 @@ class Run:
             self.policy, params=self.state.params, run=self.config, is_seeded=False
         )
 
+    def prepare(self) -> None:
+        """Packs the next step's pairs; the host waits for the updates so far."""
+        done = self.done
+        self._prepared = done, self.step_batches(done)
+
     def update(self) -> Update:
         """Makes one update over a step's pairs."""
         if self._prepared is None:
-            self._prepared = self.done, self.step_batches(self.done)
+            self.prepare()
+        assert self._prepared is not None
         number, (batches, pairs, tokens) = self._prepared
         gradients, sums = self.programs.summed_gradients(
             self.state, self.policy.frozen, batches, self._companions(batches)
