@@ -64,6 +64,9 @@ class Policy(policy.Policy):
             code: Puts all weight on this code.
             mix: Weights by code, summing to 1.
             like: Judged pairs of one reader, whose posterior mix is used.
+
+        Raises:
+            UserError: No such code, a mix that is none, or numbers that are not finite.
         """
         asked = self.merged()
         how = _steering(asked, z, code, mix, like)
@@ -99,6 +102,9 @@ class Policy(policy.Policy):
             prompts: User messages, or whole conversations.
             temperature: 0 takes the likeliest token.
             stop: An answer ends before the first of these.
+
+        Raises:
+            UserError: As ``score``, or a prompt that leaves no room for an answer.
         """
         asked = self.merged()
         how = _steering(asked, z, code, mix, like) or Steering("mean")

@@ -73,7 +73,8 @@ def load(
         **model: Fields of ``Model``, such as ``compute_dtype`` or ``tokenizer``.
 
     Raises:
-        UserError: New codes or adapters over a policy that has its own.
+        UserError: No such model or run, one that cannot be read, or new codes or
+            adapters over a policy that has its own.
     """
     found = loading.find(path, step=step, model=model)
     here = _mesh(mesh)
@@ -111,6 +112,9 @@ def read_pairs(
         split: Of a hub data set.
         limit: Reads only this many rows, from the first.
         **data: Fields of ``Data``, such as ``max_length``, ``truncation`` or ``user``.
+
+    Raises:
+        UserError: Data that cannot be read, by file and line, or no pair left.
     """
     settings = cfg.Data(train=str(source), **data)
     return pair_data.load(
@@ -187,6 +191,10 @@ def train(
         callback: Called with the metrics of each step.
         say: Called with each message; None: silent.
         **sections: Sections of ``Config``: ``packing``, ``optimizer``, ``training``.
+
+    Raises:
+        UserError: Settings or pairs that the run cannot use, before any compute.
+        StoppedError: Gradients stay non-finite for ``training.max_skipped`` steps.
     """
     run = start(
         policy,
