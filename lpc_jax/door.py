@@ -175,37 +175,20 @@ def train(
     pairs: Pairs,
     loss: cfg.Loss,
     *,
-    steps: int | None = None,
-    held_out: Pairs | None = None,
-    reference: policy.Policy | None = None,
     callback: Callback | None = None,
-    say: Callable[[str], None] | None = None,
-    **sections: Any,
+    **options: Any,
 ) -> Run:
     """Trains a copy of a policy and returns the run at its last step.
 
     Args:
-        steps: Updates; None: ``Training.epochs`` of the pairs.
-        held_out: Pairs evaluated before and after training.
-        reference: For losses that need one; None: the policy's decoder as it is now.
         callback: Called with the metrics of each step.
-        say: Called with each message; None: silent.
-        **sections: Sections of ``Config``: ``packing``, ``optimizer``, ``training``.
+        **options: As ``start`` takes them: ``steps``, ``held_out``, ``optimizer``, ...
 
     Raises:
-        UserError: Settings or pairs that the run cannot use, before any compute.
+        UserError: As ``start``.
         StoppedError: Gradients stay non-finite for ``training.max_skipped`` steps.
     """
-    run = start(
-        policy,
-        pairs,
-        loss,
-        steps=steps,
-        held_out=held_out,
-        reference=reference,
-        say=say,
-        **sections,
-    )
+    run = start(policy, pairs, loss, **options)
     for metrics in run:
         if callback is not None:
             callback(metrics)
@@ -225,8 +208,15 @@ def start(
 ) -> Run:
     """The run of ``train`` before its first update; iterating it makes the updates.
 
+    Args:
+        steps: Updates; None: ``Training.epochs`` of the pairs.
+        held_out: Pairs evaluated before and after training.
+        reference: For losses that need one; None: the policy's decoder as it is now.
+        say: Called with each message; None: silent.
+        **sections: Sections of ``Config``: ``packing``, ``optimizer``, ``training``.
+
     Raises:
-        UserError: A ``packing.row_length`` that the attention kernel cannot tile.
+        UserError: Settings or pairs that the run cannot use, before any compute.
     """
     told = sections.pop("training", cfg.Training(log_every=1, samples=0))
     config = cfg.Config(

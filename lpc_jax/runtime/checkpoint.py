@@ -179,15 +179,11 @@ class Checkpoints:
                 f"step must be one of the checkpoints in {self._folder}, got {step}."
                 f" There: {', '.join(map(str, self.steps())) or 'none'}."
             )
-        try:
+        with damage.reading_record():
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(**{damage.RECORD: ocp.args.JsonRestore()})
             )
             saved = restored[damage.RECORD]
-        except damage.DAMAGE as error:
-            raise damage.DamagedError(
-                f"its record cannot be read: {damage.first_line(error)}"
-            ) from error
         return record.require_whole(saved)
 
     def restore_latest(
@@ -241,19 +237,13 @@ class Checkpoints:
             path: record.key_data_shape(leaf) if record.is_key(leaf) else leaf
             for path, leaf in expected.items()
         }
-        try:
+        with damage.reading_arrays():
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     **{damage.STATE: ocp.args.StandardRestore(wanted)}
                 ),
             )[damage.STATE]
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:  # so plain is what Orbax raises for cut files
-            raise damage.DamagedError(
-                f"its arrays cannot be read: {damage.first_line(error)}"
-            ) from error
         record.require_checksums(restored, described)
         leaves = [
             jax.random.wrap_key_data(restored[path], impl=described[path]["impl"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+
+import jax
 
 from lpc_jax.errors import UserError
 
@@ -14,15 +18,38 @@ _COMMITTED = "commit_success.txt"
 # Files without which nothing of a checkpoint can be read.
 _NEEDED = ("_CHECKPOINT_METADATA", f"{RECORD}/metadata", f"{STATE}/manifest.ocdbt")
 # What Orbax raises where a checkpoint's record is damaged.
-DAMAGE = (OSError, ValueError, KeyError, RuntimeError)
+_DAMAGE = (OSError, ValueError, KeyError, RuntimeError)
 
 
 class DamagedError(UserError):
     """A checkpoint that is not what was saved."""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error, at a readable length."""
+@contextlib.contextmanager
+def reading_record() -> Iterator[None]:
+    """Raises ``DamagedError`` where Orbax cannot read a checkpoint's record."""
+    try:
+        yield
+    except _DAMAGE as error:
+        raise DamagedError(
+            f"its record cannot be read: {_first_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def reading_arrays() -> Iterator[None]:
+    """Raises ``DamagedError`` where Orbax cannot read a checkpoint's arrays."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # so plain is what Orbax raises for cut files
+        raise DamagedError(
+            f"its arrays cannot be read: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 

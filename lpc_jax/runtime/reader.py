@@ -57,15 +57,13 @@ class Reader:
         return self._record(step)["meta"]
 
     def _record(self, step: int) -> dict[str, Any]:
-        try:
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-                saved = reader.restore(
-                    (self._folder / str(step) / damage.RECORD).absolute()
-                )
-        except damage.DAMAGE as error:
-            raise damage.DamagedError(
-                f"its record cannot be read: {damage.first_line(error)}"
-            ) from error
+        with (
+            damage.reading_record(),
+            ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader,
+        ):
+            saved = reader.restore(
+                (self._folder / str(step) / damage.RECORD).absolute()
+            )
         return record.require_whole(saved)
 
     def read(
@@ -76,21 +74,17 @@ class Reader:
         saved = {path: described[path] for path in wanted if path in described}
         record.require_same_leaves(self._folder, step, saved, wanted)
         items = dict(wanted)
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                restored = reader.restore(
-                    (self._folder / str(step) / damage.STATE).absolute(),
-                    args=ocp.args.PyTreeRestore(
-                        items,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(items),
-                        partial_restore=True,
-                    ),
-                )
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:  # so plain is what Orbax raises for cut files
-            raise damage.DamagedError(
-                f"its arrays cannot be read: {damage.first_line(error)}"
-            ) from error
+        with (
+            damage.reading_arrays(),
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader,
+        ):
+            restored = reader.restore(
+                (self._folder / str(step) / damage.STATE).absolute(),
+                args=ocp.args.PyTreeRestore(
+                    items,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(items),
+                    partial_restore=True,
+                ),
+            )
         record.require_checksums(restored, described)
         return restored
