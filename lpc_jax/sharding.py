@@ -85,7 +85,7 @@ def require_rows_divide(rows: int, mesh: Mesh) -> None:
 
 def path_name(path: tuple[Any, ...]) -> str:
     """``decoder/blocks/mlp/up`` from a tree path."""
-    return "/".join(str(getattr(key, "key", key)) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def by_path(tree: Any) -> dict[str, Any]:

@@ -109,6 +109,22 @@ def test_a_saved_policy_says_the_same(run, pairs, tmp_path):
         load(tmp_path / "out", latent=lpc.Latent())
 
 
+def test_rewards_over_a_reference_are_those_of_the_run(pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the reference is kept
+    base = load(latent=lpc.Latent(num_codes=4))
+    options = {"steps": 1, "held_out": pairs, "packing": PACKING}
+    run = lpc.train(base, pairs, lpc.Dpo(beta=0.1), **options)
+    scores = run.policy.score(pairs, reference=base)
+    # Rafailov et al. 2023, after eq. 5: beta times the log-ratio to the start's decoder.
+    ratio = scores.logp.astype(np.float64) - load().score(pairs).logp
+    np.testing.assert_allclose(scores.rewards, 0.1 * ratio, atol=1e-6)
+    margin = scores.rewards[:, 0] - scores.rewards[:, 1]
+    assert margin.mean() == pytest.approx(run.after["reward/margin"], abs=1e-5)
+    assert scores.accuracy == pytest.approx(run.after["reward/accuracy"])
+    alone = run.policy.score(pairs).rewards
+    np.testing.assert_allclose(alone, 0.1 * scores.logp, rtol=1e-6)
+
+
 @pytest.mark.parametrize("how", [{"adapters": lpc.Adapters(rank=2)}, {"frozen": True}])
 def test_what_is_not_trained_stays(how, pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where reference and states are kept
