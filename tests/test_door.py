@@ -115,7 +115,7 @@ def test_rewards_over_a_reference_are_those_of_the_run(pairs, tmp_path, monkeypa
     options = {"steps": 1, "held_out": pairs, "packing": PACKING}
     run = lpc.train(base, pairs, lpc.Dpo(beta=0.1), **options)
     scores = run.policy.score(pairs, reference=base)
-    # Rafailov et al. 2023, after eq. 5: beta times the log-ratio to the start's decoder.
+    # Rafailov et al. 2023, after eq. 5: beta times the log-ratio to the start.
     ratio = scores.logp.astype(np.float64) - load().score(pairs).logp
     np.testing.assert_allclose(scores.rewards, 0.1 * ratio, atol=1e-6)
     margin = scores.rewards[:, 0] - scores.rewards[:, 1]
