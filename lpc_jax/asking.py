@@ -25,7 +25,6 @@ from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import policy as policies
 from lpc_jax.runtime import reading, steering
 
-Message = Mapping[str, str]
 Z = Literal["mean", "sample", "argmax"]
 
 
@@ -74,28 +73,21 @@ class Policy(policies.Policy):
         policy = self.merged()
         chosen = _steering(policy, z, code, mix, like)
         logp = reading.score(policy, pairs.tokens, steering=chosen, seed=seed)
-        reward, reference_logp = (
-            loss_table.reward(None, self.run and self.run.loss),
-            None,
-        )
-        if reference is None:
-            reward = dataclasses.replace(reward, over_reference=False)
-        elif reward.over_reference:
-            start = reference.plain()
-            reference_logp = reading.score(start, pairs.tokens, steering=None)
-        rewards = reward.of(logp, pair_data.lengths(pairs.tokens), reference_logp)
+        reward = loss_table.reward(None, self.run and self.run.loss)
+        start_logp = None
+        if reference is not None and reward.over_reference:
+            start_logp = reading.score(reference.plain(), pairs.tokens, steering=None)
+        reward = dataclasses.replace(reward, over_reference=start_logp is not None)
+        rewards = reward.of(logp, pair_data.lengths(pairs.tokens), start_logp)
         if policy.latent is None:
             return Scores(logp, rewards, None, None)
         beliefs = reading.believe(policy, pairs.tokens)
-        prior, posterior = (
-            np.asarray(jax.nn.softmax(logits, axis=-1))
-            for logits in (beliefs.prior, beliefs.posterior)
-        )
-        return Scores(logp, rewards, prior, posterior)
+        both = np.stack([beliefs.prior, beliefs.posterior])
+        return Scores(logp, rewards, *np.asarray(jax.nn.softmax(both, axis=-1)))
 
     def generate(
         self,
-        prompts: str | Sequence[str | Sequence[Message]],
+        prompts: str | Sequence[str | Sequence[Mapping[str, str]]],
         *,
         z: Z | None = None,
         code: int | None = None,
@@ -173,5 +165,4 @@ def _steering(
 
 def to_ask(policy: policies.Policy) -> Policy:
     """The same policy with its verbs."""
-    names = [field.name for field in dataclasses.fields(policy)]
-    return Policy(**{name: getattr(policy, name) for name in names})
+    return Policy(**vars(policy))

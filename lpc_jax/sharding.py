@@ -139,12 +139,11 @@ def place_parts(
     Each part has its index on the first axis, or None: it is the whole array. The host
     holds no more than this process's devices do.
     """
-    bounds = {
-        device: _bounds(index, shape)
-        for device, index in where.addressable_devices_indices_map(shape).items()
-    }
+    indices = where.addressable_devices_indices_map(shape)
+    bounds = {device: _bounds(index, shape) for device, index in indices.items()}
     shards = {
-        its: _pages([b - a for a, b in its], dtype) for its in set(bounds.values())
+        its: _pages([end - first for first, end in its], dtype)
+        for its in set(bounds.values())
     }
     for at, part in parts:
         for ((first, end), *rest), shard in shards.items():
@@ -156,7 +155,7 @@ def place_parts(
     for its in list(shards):
         # Freed before the next: where devices are host memory, it would be there twice.
         shard = shards.pop(its)
-        for device in (device for device, held in bounds.items() if held == its):
+        for device in (device for device in bounds if bounds[device] == its):
             there = SingleDeviceSharding(device, memory_kind=where.memory_kind)
             placed.append(jax.device_put(shard, there).block_until_ready())
     return jax.make_array_from_single_device_arrays(shape, where, placed)
@@ -165,10 +164,8 @@ def place_parts(
 def _bounds(
     index: tuple[slice, ...] | None, shape: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    parts = index or (slice(None),) * len(shape)
-    return tuple(
-        part.indices(size)[:2] for part, size in zip(parts, shape, strict=True)
-    )
+    parts = zip(index or (), shape, strict=True)
+    return tuple(part.indices(size)[:2] for part, size in parts)
 
 
 def _slices(bounds: Sequence[tuple[int, int]]) -> tuple[slice, ...]:

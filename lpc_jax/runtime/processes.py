@@ -79,11 +79,9 @@ def join(
         heartbeat_timeout: Seconds of silence after which a process counts as dead, and
             all others end.
     """
-    if jax.distributed.is_initialized():
-        return
-    given = {"coordinator": coordinator, "processes": processes, "process": process}
-    explicit = any(value is not None for value in given.values())
-    if not explicit and not launcher(environment):
+    settings = {"coordinator": coordinator, "processes": processes, "process": process}
+    explicit = any(value is not None for value in settings.values())
+    if jax.distributed.is_initialized() or not (explicit or launcher(environment)):
         return
     if coordinator is not None:
         for size, rank in _RANKS:
@@ -92,7 +90,7 @@ def join(
                 process = int(environment[rank]) if process is None else process
     complete = None not in (coordinator, processes, process)
     if not complete and not launcher(environment):
-        got = ", ".join(f"{name} {value}" for name, value in given.items())
+        got = ", ".join(f"{name} {value}" for name, value in settings.items())
         raise UserError(
             "several processes without a launcher that is known must be told the"
             f" coordinator, how many they are and which this is, got {got}. Give all:"
@@ -189,22 +187,20 @@ def from_main(make: Callable[[], T]) -> T:
     """The main process's JSON value of ``make`` in all processes, or its error."""
     if jax.process_count() == 1:
         return make()
-    outcome: dict[str, Any] = {}
-    own_error: UserError | OSError | None = None
+    value, error = None, None
     if is_main():
         try:
-            outcome = {"value": make()}
-        except (UserError, OSError) as error:
-            own_error = error
-            kind = "UserError" if isinstance(error, UserError) else "OSError"
-            outcome = {kind: str(error)}
-    outcome = _broadcast_json(outcome)
-    if own_error is not None:
-        raise own_error
-    for kind in (UserError, OSError):
-        if kind.__name__ in outcome:
-            raise kind(outcome[kind.__name__])
-    return outcome["value"]
+            value = make()
+        except (UserError, OSError) as raised:
+            error = raised
+    # The others raise the same words, as of the user or of the system.
+    told = {"value": value, "error": None if error is None else str(error)}
+    told = _broadcast_json(told | {"of_user": isinstance(error, UserError)})
+    if error is None and told["error"] is not None:
+        error = (UserError if told["of_user"] else OSError)(told["error"])
+    if error is not None:
+        raise error
+    return told["value"]
 
 
 def _broadcast_json(value: Any) -> Any:
@@ -247,7 +243,7 @@ class Termination:
     """Whether SIGTERM has asked the run to end; all processes stop at the same step."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._signalled = threading.Event()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Termination]:
@@ -257,7 +253,7 @@ class Termination:
         if not (alone and in_main_thread):
             yield self
             return
-        before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+        before = signal.signal(signal.SIGTERM, lambda *_: self._signalled.set())
         try:
             yield self
         finally:
@@ -267,4 +263,4 @@ class Termination:
         """Whether to stop after this step; asked after every one, in order."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked.is_set()
+        return self._signalled.is_set()
