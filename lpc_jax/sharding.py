@@ -76,10 +76,10 @@ def require_rows_divide(rows: int, mesh: Mesh) -> None:
     """A UserError unless ``rows`` is a multiple of data x fsdp."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
+        sizes = f"{mesh.shape['data']} x {mesh.shape['fsdp']} = {ways}"
         raise UserError(
-            f"packing.rows must be a multiple of mesh.data x mesh.fsdp ="
-            f" {mesh.shape['data']} x {mesh.shape['fsdp']} = {ways}, got {rows}. Use"
-            f" packing.rows {rows + -rows % ways} or another mesh."
+            f"packing.rows must be a multiple of mesh.data x mesh.fsdp = {sizes}, got"
+            f" {rows}. Use packing.rows {rows + -rows % ways} or another mesh."
         )
 
 
@@ -109,13 +109,10 @@ def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(find, tree)
 
 
-def _batch_rows(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P(axes.SPLIT_OVER["R"]))
-
-
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     """The micro-batch on the mesh, by rows; every process gives the whole of it."""
-    return jax.tree.map(lambda x: place(x, _batch_rows(mesh)), batch)
+    rows = NamedSharding(mesh, P(axes.SPLIT_OVER["R"]))
+    return jax.tree.map(lambda x: place(x, rows), batch)
 
 
 def place(
@@ -184,7 +181,7 @@ def _pages(shape: list[int], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
 
 def abstract_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Shapes and shardings of ``place_batch``'s result, to compile programs with."""
+    rows = NamedSharding(mesh, P(axes.SPLIT_OVER["R"]))
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_batch_rows(mesh)),
-        batch,
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
     )

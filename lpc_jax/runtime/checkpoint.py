@@ -80,15 +80,8 @@ class Checkpoints:
         """Starts saving a state; once it returns, its arrays may be donated.
 
         ``meta`` must be JSON. ``metrics`` are of this very state; None: never the best.
-        ``UserError`` where they lack ``best_metric``; nothing is written then.
         """
         self.wait()
-        if metrics is not None and self._best_metric not in (None, *metrics):
-            raise UserError(
-                f"metrics of the checkpoint at step {step} must hold"
-                f" {self._best_metric!r}, got {sorted(metrics)}. Pass None where"
-                " there was no evaluation."
-            )
         leaves = sharding.by_path(state)
         self.require_space(state)
         data = {

@@ -112,13 +112,12 @@ class Policy:
             self.architecture, self.compute, latent=self.latent, adapters=None
         )
         params = dict(self.whole)
+        decoder = params["decoder"]
         if self.adapters is not None:
-            params["decoder"] = adapter_models.merge(
-                params["decoder"],
-                params.pop("adapters"),
-                scale=self.adapters.alpha / self.adapters.rank,
-            )
-        params["decoder"] = _cast(params["decoder"], dtype or self.compute.dtype)
+            scale = self.adapters.alpha / self.adapters.rank
+            factors = params.pop("adapters")
+            decoder = adapter_models.merge(decoder, factors, scale=scale)
+        params["decoder"] = _cast(decoder, dtype or self.compute.dtype)
         return dataclasses.replace(
             self, graph=graph, params=params, frozen={}, adapters=None
         )

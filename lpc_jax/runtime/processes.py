@@ -187,29 +187,23 @@ def from_main(make: Callable[[], T]) -> T:
     """The main process's JSON value of ``make`` in all processes, or its error."""
     if jax.process_count() == 1:
         return make()
-    value, error = None, None
+    error, kind, value = None, "", None
     if is_main():
         try:
             value = make()
         except (UserError, OSError) as raised:
-            error = raised
-    # The others raise the same words, as of the user or of the system.
-    told = {"value": value, "error": None if error is None else str(error)}
-    told = _broadcast_json(told | {"of_user": isinstance(error, UserError)})
-    if error is None and told["error"] is not None:
-        error = (UserError if told["of_user"] else OSError)(told["error"])
+            error, value = raised, str(raised)
+            kind = "UserError" if isinstance(raised, UserError) else "OSError"
+    text = np.frombuffer(json.dumps([kind, value]).encode(), np.uint8)
+    # All processes must broadcast one shape: the length goes first.
+    length = int(array_from_main(np.asarray(len(text), np.int32)))
+    text = array_from_main(text if is_main() else np.zeros(length, np.uint8))
+    kind, value = json.loads(text.tobytes())
     if error is not None:
         raise error
-    return told["value"]
-
-
-def _broadcast_json(value: Any) -> Any:
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    # All processes must broadcast one shape: the length goes first.
-    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
-    if not is_main():
-        text = np.zeros(length, np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+    if kind:
+        raise {"UserError": UserError, "OSError": OSError}[kind](value)
+    return value
 
 
 def array_from_main(array: np.ndarray) -> np.ndarray:
@@ -224,7 +218,7 @@ def require_agreement(values: Mapping[str, Any], remedy: str) -> None:
     if jax.process_count() == 1:
         return
     mine = json.loads(json.dumps(values))
-    of_main = _broadcast_json(mine)
+    of_main = from_main(lambda: mine)
     differing = [n for n in {**of_main, **mine} if of_main.get(n) != mine.get(n)]
     counts = multihost_utils.process_allgather(np.asarray(len(differing), np.int32))
     wrong = np.flatnonzero(np.asarray(counts).reshape(-1)).tolist()
@@ -250,14 +244,11 @@ class Termination:
         """Keeps SIGTERM from ending the process by itself."""
         alone = not jax.distributed.is_initialized()  # else JAX watches for it
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if not (alone and in_main_thread):
+        with contextlib.ExitStack() as restored:
+            if alone and in_main_thread:
+                before = signal.signal(signal.SIGTERM, lambda *_: self._signalled.set())
+                restored.callback(signal.signal, signal.SIGTERM, before)
             yield self
-            return
-        before = signal.signal(signal.SIGTERM, lambda *_: self._signalled.set())
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step; asked after every one, in order."""

@@ -95,14 +95,13 @@ def row_shape(policy: Policy, pairs: Pairs) -> packing.RowShape:
     lengths = packing.pair_lengths(pairs)
     totals = lengths.sum(axis=1)
     row_length = min(max(packed.row_length, int(totals.max())), int(totals.sum()))
-    row_length += -row_length % compute.row_unit
     ways = policy.mesh.shape["data"] * policy.mesh.shape["fsdp"]
     return packing.row_shape(
         lengths,
         rows=ways * (_CPU_ROWS if compute.platform == "cpu" else _ROWS),
-        row_length=row_length,
+        row_length=row_length + -row_length % compute.row_unit,
         pairs_per_row=packed.pairs_per_row,
-        score_chunk=policy.compute.score_chunk,
+        score_chunk=compute.score_chunk,
     )
 
 
@@ -116,12 +115,9 @@ def score(
 ) -> Float[np.ndarray, "B 2"]:
     """Summed log-probabilities of both answers; ``steering`` is None without codes."""
     assert (steering is None) == (policy.latent is None)
+    chunk = policy.compute.score_chunk
     program = programs.score(
-        policy.graph,
-        policy.mesh,
-        steering=steering,
-        seed=seed,
-        chunk=policy.compute.score_chunk,
+        policy.graph, policy.mesh, steering=steering, seed=seed, chunk=chunk
     )
     logp = np.asarray(_read(policy, pairs, program, on_progress=on_progress))
     _require_finite(policy, logp, "give every answer a finite log-probability")

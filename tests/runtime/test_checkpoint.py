@@ -216,17 +216,6 @@ def test_nothing_is_best_before_the_first_evaluation(
     assert not caplog.messages
 
 
-def test_metrics_without_the_best_metric_are_refused(
-    kept: checkpoint.Checkpoints,
-) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
-        kept.save(1, state(), meta={}, metrics={"loss/total": 1.0})
-    assert str(error.value) == (
-        "metrics of the checkpoint at step 1 must hold 'reward/accuracy', got"
-        " ['loss/total']. Pass None where there was no evaluation."
-    )
-
-
 def test_a_full_disk_is_refused_before_writing(
     kept: checkpoint.Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
