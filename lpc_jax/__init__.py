@@ -9,21 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lpc_jax.asking import Policy, Scores
-    from lpc_jax.config import (
-        Adapters,
-        Config,
-        Dpo,
-        Ipo,
-        Latent,
-        Optimizer,
-        Packing,
-        Simpo,
-        Training,
-    )
-    from lpc_jax.data.pairs import Pairs
-    from lpc_jax.door import Run, load, read_pairs, start, train
-    from lpc_jax.errors import UserError
+    from lpc_jax.asking import Policy as Policy
+    from lpc_jax.asking import Scores as Scores
+    from lpc_jax.config import Adapters as Adapters
+    from lpc_jax.config import Config as Config
+    from lpc_jax.config import Dpo as Dpo
+    from lpc_jax.config import Ipo as Ipo
+    from lpc_jax.config import Latent as Latent
+    from lpc_jax.config import Optimizer as Optimizer
+    from lpc_jax.config import Packing as Packing
+    from lpc_jax.config import Simpo as Simpo
+    from lpc_jax.config import Training as Training
+    from lpc_jax.data.pairs import Pairs as Pairs
+    from lpc_jax.door import Run as Run
+    from lpc_jax.door import load as load
+    from lpc_jax.door import read_pairs as read_pairs
+    from lpc_jax.door import start as start
+    from lpc_jax.door import train as train
+    from lpc_jax.errors import UserError as UserError
 _HOMES = {
     "lpc_jax.config": "Adapters Config Dpo Ipo Latent Optimizer Packing Simpo Training",
     "lpc_jax.data.pairs": "Pairs",
@@ -32,26 +35,6 @@ _HOMES = {
     "lpc_jax.errors": "UserError",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-__all__ = [
-    "Adapters",
-    "Config",
-    "Dpo",
-    "Ipo",
-    "Latent",
-    "Optimizer",
-    "Packing",
-    "Pairs",
-    "Policy",
-    "Run",
-    "Scores",
-    "Simpo",
-    "Training",
-    "UserError",
-    "load",
-    "read_pairs",
-    "start",
-    "train",
-]
 
 
 def __getattr__(name: str) -> Any:
@@ -61,4 +44,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return list(_HOME_OF)

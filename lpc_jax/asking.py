@@ -22,9 +22,9 @@ from lpc_jax.generation import like as judgements
 from lpc_jax.generation.answering import Generator
 from lpc_jax.generation.sampling import Sampling
 from lpc_jax.models.latent import Steering
-from lpc_jax.runtime import policy, reading, steering
+from lpc_jax.runtime import policy as policies
+from lpc_jax.runtime import reading, steering
 
-Message = Mapping[str, str]
 Z = Literal["mean", "sample", "argmax"]
 
 
@@ -33,7 +33,7 @@ class Scores:
     """Scores of pairs, in their order."""
 
     logp: Float[np.ndarray, "B 2"]  # summed over chosen and rejected tokens, nats
-    # By the run's loss without its reference; of a model that is no run, logp a token.
+    # By the run's loss, over a reference if one was given; of no run, logp a token.
     rewards: Float[np.ndarray, "B 2"]
     prior: Float[np.ndarray, "B C"] | None  # over codes, from the prompt; or None
     posterior: Float[np.ndarray, "B C"] | None  # from the judged pair; or None
@@ -44,13 +44,14 @@ class Scores:
         return float(np.mean(self.rewards[:, 0] > self.rewards[:, 1]))
 
 
-class Policy(policy.Policy):
+class Policy(policies.Policy):
     """``runtime.policy.Policy`` with its verbs."""
 
     def score(
         self,
         pairs: Pairs,
         *,
+        reference: policies.Policy | None = None,
         z: Z | None = None,
         code: int | None = None,
         mix: Mapping[int, float] | None = None,
@@ -60,6 +61,7 @@ class Policy(policy.Policy):
         """Log-probabilities, rewards, and prior and posterior over codes of pairs.
 
         Args:
+            reference: Its decoder is what DPO and IPO compare with, as in ``train``.
             z: How z comes from the prior; None: as in the run's evaluation.
             code: Puts all weight on this code.
             mix: Weights by code, summing to 1.
@@ -68,24 +70,24 @@ class Policy(policy.Policy):
         Raises:
             UserError: No such code, a mix that is none, or numbers that are not finite.
         """
-        asked = self.merged()
-        how = _steering(asked, z, code, mix, like)
-        logp = reading.score(asked, pairs.tokens, steering=how, seed=seed)
-        reward = loss_table.reward(None, None if self.run is None else self.run.loss)
-        alone = dataclasses.replace(reward, over_reference=False)
-        prior = posterior = None
-        if asked.latent is not None:
-            beliefs = reading.believe(asked, pairs.tokens)
-            prior, posterior = (
-                np.asarray(jax.nn.softmax(logits, axis=-1))
-                for logits in (beliefs.prior, beliefs.posterior)
-            )
-        lengths = pair_data.lengths(pairs.tokens)
-        return Scores(logp, alone.of(logp, lengths, None), prior, posterior)
+        policy = self.merged()
+        chosen = _steering(policy, z, code, mix, like)
+        logp = reading.score(policy, pairs.tokens, steering=chosen, seed=seed)
+        reward = loss_table.reward(None, self.run and self.run.loss)
+        start_logp = None
+        if reference is not None and reward.over_reference:
+            start_logp = reading.score(reference.plain(), pairs.tokens, steering=None)
+        reward = dataclasses.replace(reward, over_reference=start_logp is not None)
+        rewards = reward.of(logp, pair_data.lengths(pairs.tokens), start_logp)
+        if policy.latent is None:
+            return Scores(logp, rewards, None, None)
+        beliefs = reading.believe(policy, pairs.tokens)
+        both = np.stack([beliefs.prior, beliefs.posterior])
+        return Scores(logp, rewards, *np.asarray(jax.nn.softmax(both, axis=-1)))
 
     def generate(
         self,
-        prompts: str | Sequence[str | Sequence[Message]],
+        prompts: str | Sequence[str | Sequence[Mapping[str, str]]],
         *,
         z: Z | None = None,
         code: int | None = None,
@@ -106,22 +108,18 @@ class Policy(policy.Policy):
         Raises:
             UserError: As ``score``, or a prompt that leaves no room for an answer.
         """
-        asked = self.merged()
-        how = _steering(asked, z, code, mix, like) or Steering("mean")
-        said = [prompts] if isinstance(prompts, str) else prompts
-        ids = [
-            chat.encode_prompt(
-                [{"role": "user", "content": one}]
-                if isinstance(one, str)
-                else [dict(message) for message in one],
-                asked.tokenizer,
-            )
-            for one in said
-        ]
-        completions = Generator(asked, batch=min(len(ids), 16) or 1).generate(
+        policy = self.merged()
+        chosen = _steering(policy, z, code, mix, like) or Steering("mean")
+        ids = []
+        for prompt in [prompts] if isinstance(prompts, str) else prompts:
+            if isinstance(prompt, str):
+                prompt = [{"role": "user", "content": prompt}]
+            messages = [dict(message) for message in prompt]
+            ids.append(chat.encode_prompt(messages, policy.tokenizer))
+        completions = Generator(policy, batch=min(len(ids), 16) or 1).generate(
             ids,
             sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature),
-            steering=how,
+            steering=chosen,
             stop=stop,
             seed=seed,
         )
@@ -134,40 +132,37 @@ class Policy(policy.Policy):
 
         ``dtype`` is the decoder's: ``float32``, ``bfloat16`` or ``float16``.
         """
-        output = Path(folder)
+        output, shard_bytes = Path(folder), folders.SHARD_BYTES
         folders.require_output(output)
         merged = self.merged(jnp.dtype("float32"))
-        folders.write(
-            merged, output, dtype=dtype, shard_bytes=folders.SHARD_BYTES, plain=plain
-        )
+        folders.write(merged, output, dtype=dtype, shard_bytes=shard_bytes, plain=plain)
         return output
 
 
 def _steering(
-    asked: policy.Policy,
+    policy: policies.Policy,
     z: Z | None,
     code: int | None,
     mix: Mapping[int, float] | None,
     like: Pairs | None,
 ) -> Steering | None:
     """How z is chosen, by at most one of the four; None without codes."""
-    given = {"z": z, "code": code, "mix": mix, "like": like}
-    several = [name for name, value in given.items() if value is not None]
+    ways = {"z": z, "code": code, "mix": mix, "like": like}
+    several = [name for name, value in ways.items() if value is not None]
     if len(several) > 1:
         raise UserError(
             f"z is chosen in one way, got {' and '.join(several)}. Leave out all but"
             " one."
         )
     if like is not None:
-        count = None if asked.latent is None else asked.latent.num_codes
-        steering.require_codes(count, "like", asked.name)
-        return judgements.of_pairs(asked, like.tokens, "posterior")
-    weights = None if mix is None else ",".join(f"{c}:{w}" for c, w in mix.items())
-    one = None if code is None else str(code)
-    return steering.choose(z, one, weights, asked.latent, asked.name)
+        count = policy.latent and policy.latent.num_codes
+        steering.require_codes(count, "like", policy.name)
+        return judgements.of_pairs(policy, like.tokens, "posterior")
+    code_text = None if code is None else str(code)
+    mix_text = None if mix is None else ",".join(f"{c}:{w}" for c, w in mix.items())
+    return steering.choose(z, code_text, mix_text, policy.latent, policy.name)
 
 
-def to_ask(of: policy.Policy) -> Policy:
+def to_ask(policy: policies.Policy) -> Policy:
     """The same policy with its verbs."""
-    names = [field.name for field in dataclasses.fields(of)]
-    return Policy(**{name: getattr(of, name) for name in names})
+    return Policy(**vars(policy))

@@ -80,7 +80,7 @@ def load(
     here = _mesh(mesh)
     fresh = latent is not None or adapters is not None or frozen
     if not fresh and (found.run is not None or found.latent is not None):
-        return to_ask(loading.load_found(found, mesh=here, dtype=jnp.dtype("float32")))
+        return to_ask(loading.load_from(found, mesh=here, dtype=jnp.dtype("float32")))
     if found.run is not None or found.latent is not None:
         raise UserError(
             f"new codes or adapters go over a model, got {path}, which has its own."

@@ -131,9 +131,7 @@ def score_inference(
         return PairScores(*logp, None, None)
     assert network.latent is not None
     prior_logits, posterior_logits = _beliefs(network, states, stop=False)
-    keys = jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(batch.pair_id)
-    weights = jax.vmap(jax.vmap(steering.weights))(prior_logits, keys)
-    prior = network.latent.codes(prior_logits, weights)
+    prior = steering.codes(network.latent, prior_logits, key, batch.pair_id)
     posterior = network.latent.codes(posterior_logits, jax.nn.softmax(posterior_logits))
     if not with_effect:
         logp = _logp_by_answer(network, states, batch, prior.vector, chunk)

@@ -76,16 +76,16 @@ def require_rows_divide(rows: int, mesh: Mesh) -> None:
     """A UserError unless ``rows`` is a multiple of data x fsdp."""
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % ways:
+        sizes = f"{mesh.shape['data']} x {mesh.shape['fsdp']} = {ways}"
         raise UserError(
-            f"packing.rows must be a multiple of mesh.data x mesh.fsdp ="
-            f" {mesh.shape['data']} x {mesh.shape['fsdp']} = {ways}, got {rows}. Use"
-            f" packing.rows {rows + -rows % ways} or another mesh."
+            f"packing.rows must be a multiple of mesh.data x mesh.fsdp = {sizes}, got"
+            f" {rows}. Use packing.rows {rows + -rows % ways} or another mesh."
         )
 
 
 def path_name(path: tuple[Any, ...]) -> str:
     """``decoder/blocks/mlp/up`` from a tree path."""
-    return "/".join(str(getattr(key, "key", key)) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -109,13 +109,10 @@ def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(find, tree)
 
 
-def _batch_rows(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P(axes.SPLIT_OVER["R"]))
-
-
 def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     """The micro-batch on the mesh, by rows; every process gives the whole of it."""
-    return jax.tree.map(lambda x: place(x, _batch_rows(mesh)), batch)
+    rows = NamedSharding(mesh, P(axes.SPLIT_OVER["R"]))
+    return jax.tree.map(lambda x: place(x, rows), batch)
 
 
 def place(
@@ -139,12 +136,11 @@ def place_parts(
     Each part has its index on the first axis, or None: it is the whole array. The host
     holds no more than this process's devices do.
     """
-    bounds = {
-        device: _bounds(index, shape)
-        for device, index in where.addressable_devices_indices_map(shape).items()
-    }
+    indices = where.addressable_devices_indices_map(shape)
+    bounds = {device: _bounds(index, shape) for device, index in indices.items()}
     shards = {
-        its: _pages([b - a for a, b in its], dtype) for its in set(bounds.values())
+        its: _pages([end - first for first, end in its], dtype)
+        for its in set(bounds.values())
     }
     for at, part in parts:
         for ((first, end), *rest), shard in shards.items():
@@ -156,7 +152,7 @@ def place_parts(
     for its in list(shards):
         # Freed before the next: where devices are host memory, it would be there twice.
         shard = shards.pop(its)
-        for device in (device for device, held in bounds.items() if held == its):
+        for device in (device for device in bounds if bounds[device] == its):
             there = SingleDeviceSharding(device, memory_kind=where.memory_kind)
             placed.append(jax.device_put(shard, there).block_until_ready())
     return jax.make_array_from_single_device_arrays(shape, where, placed)
@@ -165,10 +161,8 @@ def place_parts(
 def _bounds(
     index: tuple[slice, ...] | None, shape: tuple[int, ...]
 ) -> tuple[tuple[int, int], ...]:
-    parts = index or (slice(None),) * len(shape)
-    return tuple(
-        part.indices(size)[:2] for part, size in zip(parts, shape, strict=True)
-    )
+    parts = zip(index or (), shape, strict=True)
+    return tuple(part.indices(size)[:2] for part, size in parts)
 
 
 def _slices(bounds: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
@@ -187,7 +181,7 @@ def _pages(shape: list[int], dtype: np.dtype) -> Shaped[np.ndarray, "..."]:
 
 def abstract_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Shapes and shardings of ``place_batch``'s result, to compile programs with."""
+    rows = NamedSharding(mesh, P(axes.SPLIT_OVER["R"]))
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_batch_rows(mesh)),
-        batch,
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
     )

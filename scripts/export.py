@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from lpc_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lpc_jax.runtime.loading import Found
+    from lpc_jax.runtime.loading import Origin
 
 REFUSED = 2
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -97,7 +97,7 @@ def _export(given: argparse.Namespace) -> None:
     print(folder.summary(system, given.output, plain=given.plain))
 
 
-def _export_bias(given: argparse.Namespace, outline: Found) -> None:
+def _export_bias(given: argparse.Namespace, outline: Origin) -> None:
     import jax.numpy as jnp
 
     from lpc_jax.evaluation import flags

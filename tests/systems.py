@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -45,4 +46,4 @@ def with_codes(
     codebook = policy.params["latent"]["codebook"]
     scale = codebook_scale / (latent.effect * policy.codebook_unit)
     head = policy.params["latent"] | {"codebook": scale * codebook}
-    return policy.with_params(policy.params | {"latent": head})
+    return dataclasses.replace(policy, params=policy.params | {"latent": head})

@@ -18,7 +18,7 @@ from lpc_jax import sharding
 from lpc_jax.errors import UserError
 from lpc_jax.generation import like
 from lpc_jax.runtime import compute, loading, steering
-from lpc_jax.runtime.loading import Found
+from lpc_jax.runtime.loading import Origin
 from lpc_jax.runtime.policy import Policy
 from lpc_jax.runtime.steering import Steering
 
@@ -96,7 +96,7 @@ def make_mesh(given: argparse.Namespace) -> Mesh:
     )
 
 
-def outline_system(given: argparse.Namespace) -> Found:
+def outline_system(given: argparse.Namespace) -> Origin:
     """The policy that the flags name, without reading its arrays."""
     return loading.find(given.system, step=given.step, model=model_of(given))
 

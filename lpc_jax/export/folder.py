@@ -20,7 +20,7 @@ from lpc_jax.errors import UserError
 from lpc_jax.models import architectures, weights
 from lpc_jax.models import latent as latent_models
 from lpc_jax.runtime import compute, ends, policy, steering
-from lpc_jax.runtime.loading import Found
+from lpc_jax.runtime.loading import Origin
 from lpc_jax.runtime.policy import Policy
 
 # Default size of the largest weights file.
@@ -54,7 +54,7 @@ def _above(output: Path) -> Path:
     return next(parent for parent in output.absolute().parents if parent.exists())
 
 
-def require_space(output: Path, outline: Found, *, dtype: str, plain: bool) -> None:
+def require_space(output: Path, outline: Origin, *, dtype: str, plain: bool) -> None:
     """Raises ``UserError`` where the disk has no room for what ``write`` writes."""
     model = cfg.Model(path=str(outline.path))
     _, shapes = policy.shapes(
@@ -128,12 +128,7 @@ def _special_tokens(system: Policy) -> dict[str, Any]:
             f"the tokenizer of {system.name} must have an EOS token to end answers, got"
             " none. Set eos_token in its tokenizer_config.json."
         )
-    answer_ends = ends.end_tokens(
-        tokenizer,
-        system.source.path,
-        vocabulary=system.architecture.vocabulary,
-        name=system.name,
-    )
+    answer_ends = ends.end_tokens(system)
     pad = tokenizer.pad_token_id
     return {
         "bos_token_id": tokenizer.bos_token_id,

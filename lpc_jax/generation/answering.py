@@ -41,12 +41,7 @@ class Generator:
         self.system, self._batch = system, batch
         with jax.set_mesh(system.mesh):
             self._graph, self._params = decode.lay_apart(system.graph, system.params)
-        self.ends = ends.end_tokens(
-            system.tokenizer,
-            system.source.path,
-            vocabulary=system.architecture.vocabulary,
-            name=system.name,
-        )
+        self.ends = ends.end_tokens(system)
 
     def require_room(self, prompts: Sequence[Ids]) -> None:
         """Raises ``UserError`` for a prompt that leaves no room for an answer."""

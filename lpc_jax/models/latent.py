@@ -6,13 +6,14 @@ Gong et al. 2025 (arXiv 2505.04993), eqs. 8, 9 and 11.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Literal, assert_never
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
 from lpc_jax.models import leaves
 from lpc_jax.types import LatentCodes
@@ -195,6 +196,18 @@ class Steering:
                 logits, noise, temperature=self.temperature, one_code=self.one_code
             )
         return jax.nn.softmax(logits, axis=-1)
+
+    def codes(
+        self,
+        latent: LatentHead,
+        logits: Float[Array, "*pairs C"],
+        key: Array,
+        seeds: Integer[Array, "*pairs"],
+    ) -> LatentCodes:
+        """The codes of beliefs; a draw depends on ``key`` and its own seed alone."""
+        keys = jnp.vectorize(functools.partial(jax.random.fold_in, key))(seeds)
+        weights = jnp.vectorize(self.weights, signature="(C),()->(C)")(logits, keys)
+        return latent.codes(logits, weights)
 
     def said(self) -> str:
         """In words, for messages."""

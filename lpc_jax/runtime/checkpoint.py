@@ -7,6 +7,7 @@ any array is read. A checksum of every array reveals damage on disk.
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,8 +19,9 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from lpc_jax import sharding
 from lpc_jax.errors import UserError
-from lpc_jax.runtime import damage, processes, record
+from lpc_jax.runtime import damage, processes, reader, record
 
 # Room for metadata, and for whoever else writes to the disk.
 _MARGIN_SHARE = 0.05
@@ -47,47 +49,25 @@ class Checkpoints:
     ) -> None:
         # Orbax wants an absolute path; messages keep the user's own.
         self._folder, self._best_metric, self._say = folder, best_metric, say
-        for found in processes.from_main(lambda: damage.move_broken(folder)):
-            say(found)
+        for sentence in processes.from_main(lambda: damage.move_broken(folder)):
+            say(sentence)
         self._delete_removed()
-        policies: list[preservation_policy.PreservationPolicy] = [
-            preservation_policy.LatestN(_KEPT)
-        ]
+        rank, kept = None, [preservation_policy.LatestN(_KEPT)]
         if best_metric is not None:
-            policies.append(
-                preservation_policy.BestN(
-                    get_metric_fn=self._rank,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
+            rank = functools.partial(_rank, best_metric)
+            best = preservation_policy.BestN(
+                get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False
             )
+            kept = [*kept, best]
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                best_fn=None if best_metric is None else self._rank,
+                preservation_policy=preservation_policy.AnyPreservationPolicy(kept),
+                best_fn=rank,
                 cleanup_tmp_directories=True,  # what a killed run left half-written
                 todelete_subdir=_REMOVED,
             ),
-            item_handlers={
-                damage.STATE: ocp.StandardCheckpointHandler(),
-                damage.RECORD: ocp.JsonCheckpointHandler(),
-            },
         )
-
-    def _rank(self, metrics: Mapping[str, float] | None) -> float:
-        assert metrics is not None
-        assert self._best_metric is not None
-        value = metrics.get(self._best_metric, math.nan)
-        return -math.inf if math.isnan(value) else value
-
-    def _tracked(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
-        """The metric that Orbax ranks by, higher is better; NaN where there is none."""
-        name = self._best_metric
-        if name is None:
-            return None
-        value = (metrics or {}).get(name, math.nan)
-        return {name: -value if name.startswith("loss/") else value}
 
     def save(
         self,
@@ -100,16 +80,9 @@ class Checkpoints:
         """Starts saving a state; once it returns, its arrays may be donated.
 
         ``meta`` must be JSON. ``metrics`` are of this very state; None: never the best.
-        ``UserError`` where they lack ``best_metric``; nothing is written then.
         """
         self.wait()
-        if metrics is not None and self._best_metric not in (None, *metrics):
-            raise UserError(
-                f"metrics of the checkpoint at step {step} must hold"
-                f" {self._best_metric!r}, got {sorted(metrics)}. Pass None where"
-                " there was no evaluation."
-            )
-        leaves = record.by_path(state)
+        leaves = sharding.by_path(state)
         self.require_space(state)
         data = {
             path: jax.random.key_data(leaf) if record.is_key(leaf) else leaf
@@ -120,21 +93,19 @@ class Checkpoints:
             path: record.describe(leaf) | {"checksum": int(sums[path])}
             for path, leaf in leaves.items()
         }
-        saved = {
-            "meta": meta,
-            "leaves": described,
-            "digest": record.record_digest(meta, described),
-        }
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    damage.STATE: ocp.args.StandardSave(data),
-                    damage.RECORD: ocp.args.JsonSave(saved),
-                }
+        digest = record.digest(meta, described)
+        parts = {
+            damage.STATE: ocp.args.StandardSave(data),
+            damage.RECORD: ocp.args.JsonSave(
+                {"meta": meta, "leaves": described, "digest": digest}
             ),
-            metrics=self._tracked(metrics),
-            force=True,
+        }
+        tracked, name = None, self._best_metric
+        if name is not None:  # the one that ranks, higher is better; NaN without one
+            value = (metrics or {}).get(name, math.nan)
+            tracked = {name: -value if name.startswith("loss/") else value}
+        self._manager.save(
+            step, args=ocp.args.Composite(**parts), metrics=tracked, force=True
         )
 
     def require_space(self, state: PyTree) -> None:
@@ -161,35 +132,10 @@ class Checkpoints:
         self.wait()
         return self._manager.latest_step()
 
-    def best(self) -> int | None:
-        """Step of the best checkpoint; None where no metric is known."""
-        self.wait()
-        step = None if self._best_metric is None else self._manager.best_step()
-        if step is None or self._rank(self._manager.metrics(step)) == -math.inf:
-            return None
-        return step
-
-    def meta(self, step: int) -> dict[str, Any]:
-        """The ``meta`` given to ``save``."""
-        return self._record(step)["meta"]
-
-    def _record(self, step: int) -> dict[str, Any]:
-        if step not in self.steps():
-            raise UserError(
-                f"step must be one of the checkpoints in {self._folder}, got {step}."
-                f" There: {', '.join(map(str, self.steps())) or 'none'}."
-            )
-        with damage.reading_record():
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(**{damage.RECORD: ocp.args.JsonRestore()})
-            )
-            saved = restored[damage.RECORD]
-        return record.require_whole(saved)
-
     def restore_latest(
         self, abstract_state: PyTree, *, accept: Callable[[dict[str, Any]], None]
-    ) -> tuple[int, PyTree] | None:
-        """Step and state of the latest whole checkpoint; None where there is none.
+    ) -> tuple[int, PyTree]:
+        """Step and state of the latest whole checkpoint.
 
         A damaged one is moved to ``checkpoints.damaged`` and the one before is tried.
         ``accept`` is given the ``meta`` and raises where the run cannot go on from it.
@@ -198,60 +144,36 @@ class Checkpoints:
             OSError: All were damaged.
             DamagedError: The latest was, in a run of several processes.
         """
-        found = False
         while (step := self.latest()) is not None:
-            found = True
+            checkpoint = self._folder / str(step)
             try:
-                accept(self.meta(step))
+                accept(record.read(checkpoint)["meta"])
                 return step, self.restore(step, abstract_state)
             except damage.DamagedError as error:
-                said = (
+                message = (
                     f"the checkpoint of step {step} is damaged ({error}): moved to"
-                    f" {damage.move(self._folder / str(step))}."
+                    f" {damage.move(checkpoint)}."
                 )
                 if jax.process_count() > 1:  # the others may be waiting inside Orbax
                     raise damage.DamagedError(
-                        f"{said} Start all processes again with --resume to continue"
+                        f"{message} Start all processes again with --resume to continue"
                         " from the one before it."
                     ) from error
-                self._say(said)
+                self._say(message)
                 self._manager.reload()
-        if found:
-            raise OSError(
-                f"no checkpoint in {self._folder} is whole; what is left of them is in"
-                f" {damage.damaged(self._folder)}. Put a good copy back, or start again"
-                " with --resume from the first step."
-            )
-        return None
+        raise OSError(
+            f"no checkpoint in {self._folder} is whole; what is left of them is in"
+            f" {damage.damaged(self._folder)}. Put a good copy back, or start again"
+            " with --resume from the first step."
+        )
 
     def restore(self, step: int, abstract_state: PyTree) -> PyTree:
-        """The state of a step, bit by bit, in the layout of ``abstract_state``.
-
-        ``abstract_state`` has shapes with shardings on any mesh. Other leaves than the
-        saved ones are a ``UserError``, unreadable or changed arrays a ``DamagedError``.
-        """
-        described: dict[str, dict[str, Any]] = self._record(step)["leaves"]
-        expected = record.by_path(abstract_state)
-        record.require_same_leaves(self._folder, step, described, expected)
-        wanted = {
-            path: record.key_data_shape(leaf) if record.is_key(leaf) else leaf
-            for path, leaf in expected.items()
-        }
-        with damage.reading_arrays():
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    **{damage.STATE: ocp.args.StandardRestore(wanted)}
-                ),
-            )[damage.STATE]
-        record.require_checksums(restored, described)
-        leaves = [
-            jax.random.wrap_key_data(restored[path], impl=described[path]["impl"])
-            if record.is_key(leaf)
-            else restored[path]
-            for path, leaf in expected.items()
-        ]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        """The state of a step; layout and errors as those of ``reader.read``."""
+        self.wait()
+        checkpoint = self._folder / str(step)
+        saved = record.read(checkpoint)["leaves"]
+        arrays = reader.read(checkpoint, saved, sharding.by_path(abstract_state))
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), arrays.values())
 
     def wait(self) -> None:
         """Returns when nothing is being written; ``OSError`` if a save has failed."""
@@ -277,6 +199,11 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+
+def _rank(best_metric: str, metrics: Mapping[str, float]) -> float:
+    value = metrics.get(best_metric, math.nan)
+    return -math.inf if math.isnan(value) else value
 
 
 def _size(count: int) -> str:

@@ -54,11 +54,9 @@ def keep_compiled(folder: Path) -> None:
 
 
 def _instruction_set() -> str:
-    flags = machine.processor()
     cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        lines = cpu.read_text().splitlines()
-        named = [line for line in lines if line.startswith(("flags", "Features"))]
-        flags = named[0] if named else flags
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    named = (line for line in lines if line.startswith(("flags", "Features")))
+    flags = next(named, machine.processor())
     digest = hashlib.sha256(flags.encode()).hexdigest()
     return f"{machine.machine()}-{digest[:8]}"

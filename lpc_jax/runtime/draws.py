@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt32
 
@@ -27,7 +25,4 @@ def codes(
     seeds: UInt32[Array, "R"],
 ) -> LatentCodes:
     """Codes of prompts by their last token's ``hidden`` (Gong et al. 2025, eq. 9)."""
-    prior = latent.prior(hidden)
-    # A key of each prompt's own: its draw depends on no other row of the batch.
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(seeds)
-    return latent.codes(prior, jax.vmap(steering.weights)(prior, keys))
+    return steering.codes(latent, latent.prior(hidden), key, seeds)

@@ -22,7 +22,7 @@ from lpc_jax.files import untrusted
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import weights
 from lpc_jax.models.architectures import Architecture
-from lpc_jax.runtime import compute, policy, reader
+from lpc_jax.runtime import compute, policy, reader, record
 from lpc_jax.runtime.policy import Params, Policy
 
 CHECKPOINTS = "checkpoints"
@@ -30,20 +30,17 @@ _TRAINED = "params/"  # in a run's checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a policy will be, known before any of its arrays is read."""
+class Origin:
+    """Where a policy comes from and what it will be, before any array is read."""
 
     name: str  # for messages
     architecture: Architecture
     path: Path  # of the start weights, or of the model itself
     model: cfg.Model
     latent: cfg.Latent | None = None
-    checkpoint: Checkpoint | None = None  # None for a model
-
-    @property
-    def run(self) -> cfg.Config | None:
-        """Config of the run; None for a model."""
-        return None if self.checkpoint is None else self.checkpoint.config
+    # Of a run, with the model settings that replace its own; None for a model.
+    run: cfg.Config | None = None
+    checkpoint: Path | None = None  # likewise
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, with its chat template."""
@@ -54,27 +51,10 @@ class Found:
             )
         return tokenizers.load(path, chat_template=self.model.chat_template)
 
-    def compute(self, mesh: Mesh, row_length: int) -> compute.Compute:
-        """How it computes on a mesh, in rows of at most ``row_length`` tokens."""
-        return compute.resolve(
-            self.model, row_length=row_length, platform=sharding.platform(mesh)
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A step of a run; its config has the model settings that replace the run's own."""
-
-    run: Path
-    reader: reader.Reader
-    step: int
-    config: cfg.Config
-    weights_digest: str
-
 
 def find(
     path: str, *, step: str = "latest", model: Mapping[str, Any] | None = None
-) -> Found:
+) -> Origin:
     """What ``load`` would load.
 
     Args:
@@ -95,34 +75,30 @@ def find(
     return find_model(cfg.Model(path=path, **(model or {})))
 
 
-def find_model(model: cfg.Model, setting: str = "model.path") -> Found:
+def find_model(model: cfg.Model, setting: str = "model.path") -> Origin:
     """A model, or an exported folder with its codes; ``setting`` is for messages."""
     path = weights.find(model.path, setting=setting, revision=model.revision)
     architecture = weights.read_architecture(path)
     section = weights.read_latent_section(path)
     latent = None if section is None else _latent_of(section, path)
-    return Found(model.path, architecture, path, model, latent)
+    return Origin(model.path, architecture, path, model, latent)
 
 
-def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Found:
-    saved = reader.Reader(run / CHECKPOINTS)
-    number = saved.step(step)
-    meta = saved.meta(number)
-    config = cfg.from_flat(meta["settings"])
+def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Origin:
+    checkpoint = reader.find(run / CHECKPOINTS, step)
+    config = cfg.from_flat(record.read(checkpoint)["meta"]["settings"])
     if "revision" in model:
         raise UserError(
             f"--revision {model['revision']} is of a hub id, got the run {run}, which"
             " has its own. Leave it out."
         )
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, **model)
-    )
-    start = find_model(config.model)
+    settings = dataclasses.replace(config.model, **model)
     return dataclasses.replace(
-        start,
-        name=f"{run} at step {number}",
+        find_model(settings),
+        name=f"{run} at step {checkpoint.name}",
         latent=config.latent,
-        checkpoint=Checkpoint(run, saved, number, config, meta["weights_digest"]),
+        run=dataclasses.replace(config, model=settings),
+        checkpoint=checkpoint,
     )
 
 
@@ -133,8 +109,8 @@ def _latent_of(section: dict[str, Any], path: Path) -> cfg.Latent:
         if not isinstance(settings, dict):
             raise UserError("lpc.settings must be an object.")
         latent = cfg.Latent(**settings)
-        sizes = {"num_codes": latent.num_codes, "hidden_width": latent.hidden_width}
-        for name, value in sizes.items():
+        for name in ("num_codes", "hidden_width"):
+            value = getattr(latent, name)
             # A width left to the model is in the section alone.
             if value is not None and section.get(name) != value:
                 raise UserError(
@@ -158,11 +134,11 @@ def load(
     dtype: jnp.dtype | None = None,
 ) -> Policy:
     """Loads what ``find`` finds, for inference; ``dtype`` None is the compute dtype."""
-    return load_found(find(path, step=step, model=model), mesh=mesh, dtype=dtype)
+    return load_from(find(path, step=step, model=model), mesh=mesh, dtype=dtype)
 
 
 def outline(
-    found: Found,
+    origin: Origin,
     *,
     mesh: Mesh,
     latent: cfg.Latent | None = None,
@@ -170,77 +146,86 @@ def outline(
     train_decoder: bool = True,
     row_length: int = cfg.Packing.row_length,
 ) -> Policy:
-    """The abstract policy of what was found; the mesh's devices may be elsewhere."""
+    """A policy without its arrays; the mesh's devices may be elsewhere."""
     return policy.abstract(
-        found.architecture,
-        found.compute(mesh, row_length),
+        origin.architecture,
+        compute.resolve(
+            origin.model, row_length=row_length, platform=sharding.platform(mesh)
+        ),
         latent=latent,
         adapters=adapters,
         train_decoder=train_decoder,
         mesh=mesh,
-        path=found.path,
-        name=found.name,
-        tokenizer=found.tokenizer(),
+        path=origin.path,
+        name=origin.name,
+        tokenizer=origin.tokenizer(),
     )
 
 
-def load_found(found: Found, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> Policy:
-    """Loads what ``find`` found; ``dtype`` as in ``load``."""
-    saved = found.checkpoint
-    if saved is None:
-        of_model = outline(found, mesh=mesh, latent=found.latent, train_decoder=False)
-        params = _load_model(of_model, dtype)
-        return dataclasses.replace(of_model, params=params, frozen={})
-    if not saved.config.trains_decoder:
-        _require_weights(found.path, saved)
-    of_run = outline(
-        found,
-        mesh=mesh,
-        latent=found.latent,
-        adapters=saved.config.adapters,
-        train_decoder=saved.config.trains_decoder,
-        row_length=saved.config.packing.row_length,
-    )
-    frozen: Params = {}
-    if of_run.frozen:
-        # Adapters are added in fp32 to the matrices that they were trained beside.
-        frozen = {"decoder": _decoder(of_run, of_run.frozen["decoder"])}
-    params = _read(saved, of_run.params)
-    trained = dataclasses.replace(
-        of_run, params=params, frozen=frozen, run=saved.config
-    )
-    return trained.merged(dtype)
-
-
-def _load_model(abstract: Policy, dtype: jnp.dtype | None) -> Params:
+def load_from(origin: Origin, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> Policy:
+    """Loads a policy from its origin; ``dtype`` as in ``load``."""
+    if origin.run is not None:
+        return _load_run(origin, origin.run, mesh).merged(dtype)
+    model = outline(origin, mesh=mesh, latent=origin.latent, train_decoder=False)
+    expected = model.merged(dtype).params
     latent = None
-    if abstract.latent is not None:
+    if model.latent is not None:
+        width = model.architecture.width
         latent = weights.LatentSizes(
-            abstract.latent.num_codes,
-            abstract.latent.hidden_width or abstract.architecture.width,
-            latent_models.judged_width(
-                abstract.latent.posterior_input, abstract.architecture.width
-            ),
+            model.latent.num_codes,
+            model.latent.hidden_width or width,
+            latent_models.judged_width(model.latent.posterior_input, width),
         )
-    wanted = abstract.merged(dtype).params
-    params = {"decoder": _decoder(abstract, wanted["decoder"], latent)}
+    params = {"decoder": _decoder(model, expected["decoder"], latent)}
     if latent is not None:
-        leaves = sharding.by_path(wanted["latent"])
+        leaves = sharding.by_path(expected["latent"])
         params["latent"] = weights.load_latent(
-            abstract.source.path,
-            abstract.architecture,
+            model.source.path,
+            model.architecture,
             latent,
             sharding_of=lambda path: leaves[path].sharding,
         )
-    return params
+    return dataclasses.replace(model, params=params, frozen={})
+
+
+def _load_run(origin: Origin, run: cfg.Config, mesh: Mesh) -> Policy:
+    """The policy that a run has trained, as it was in training."""
+    assert origin.checkpoint is not None
+    saved = record.read(origin.checkpoint)
+    if not run.trains_decoder and (
+        weights.digest(origin.path) != saved["meta"]["weights_digest"]
+    ):
+        raise UserError(
+            f"{origin.path} must hold the weights that {origin.checkpoint.parents[1]}"
+            " was trained over, got others (their digest differs). Put those back."
+        )
+    trained = outline(
+        origin,
+        mesh=mesh,
+        latent=origin.latent,
+        adapters=run.adapters,
+        train_decoder=run.trains_decoder,
+        row_length=run.packing.row_length,
+    )
+    # Adapters are added in fp32 to the matrices that they were trained beside.
+    frozen = {
+        part: _decoder(trained, leaves) for part, leaves in trained.frozen.items()
+    }
+    arrays = reader.read(
+        origin.checkpoint,
+        {p: leaf for p, leaf in saved["leaves"].items() if p.startswith(_TRAINED)},
+        {_TRAINED + p: leaf for p, leaf in sharding.by_path(trained.params).items()},
+    )
+    structure = jax.tree.structure(trained.params)
+    params = jax.tree.unflatten(structure, arrays.values())
+    return dataclasses.replace(trained, params=params, frozen=frozen, run=run)
 
 
 def _decoder(
-    abstract: Policy, wanted: Params, latent: weights.LatentSizes | None = None
+    abstract: Policy, expected: Params, latent: weights.LatentSizes | None = None
 ) -> Params:
     """Reads a decoder leaf by leaf, straight onto the mesh."""
-    weights.check(abstract.source.path, abstract.architecture, latent)
-    leaves = sharding.by_path(wanted)
+    leaves = sharding.by_path(expected)
     return weights.load(
         abstract.source.path,
         abstract.architecture,
@@ -250,30 +235,10 @@ def _decoder(
     )
 
 
-def _require_weights(path: Path, saved: Checkpoint) -> None:
-    if weights.digest(path) != saved.weights_digest:
-        raise UserError(
-            f"{path} must hold the weights that {saved.run} was trained over, got"
-            " others (their digest differs). Put those back."
-        )
-
-
-def _read(saved: Checkpoint, wanted: Params) -> Params:
-    leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
-    paths = [_TRAINED + sharding.path_name(path) for path, _ in leaves]
-    arrays = saved.reader.read(
-        saved.step, {path: leaf for path, (_, leaf) in zip(paths, leaves, strict=True)}
-    )
-    return jax.tree.unflatten(structure, [arrays[path] for path in paths])
-
-
 def start(abstract: Policy, *, seed: int) -> Policy:
     """Gives an abstract policy its arrays: the decoder from files, the rest seeded."""
-    # Before codes take their sizes.
-    weights.check(abstract.source.path, abstract.architecture)
-    wanted = {
-        part: leaves for part, leaves in abstract.params.items() if part != "decoder"
-    }
+    params = {"decoder": _decoder(abstract, abstract.whole["decoder"])}
+    seeded = {name: x for name, x in abstract.params.items() if name != "decoder"}
 
     def make(key: Array) -> Params:
         made = policy.build(
@@ -283,36 +248,23 @@ def start(abstract: Policy, *, seed: int) -> Policy:
             adapters=abstract.adapters,
             key=key,
         )
-        params = nnx.to_pure_dict(nnx.split(made)[1])
-        return {part: params[part] for part in wanted}
+        whole = nnx.to_pure_dict(nnx.split(made)[1])
+        return {part: whole[part] for part in seeded}
 
-    params: Params = {}
-    if wanted:
-        placed = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-        params = jax.jit(make, out_shardings=placed)(jax.random.key(seed))
-    decoder = {"decoder": _decoder(abstract, abstract.whole["decoder"])}
-    if "adapters" in params:
-        _require_no_addition(params["adapters"])
+    if seeded:
+        placed = jax.tree.map(lambda leaf: leaf.sharding, seeded)
+        params |= jax.jit(make, out_shardings=placed)(jax.random.key(seed))
     unit = 1.0
     if abstract.latent is not None:
-        head = nnx.merge(abstract.graph, decoder | params).decoder.head_weight
+        head = nnx.merge(abstract.graph, params).decoder.head_weight
         unit = float(latent_models.codebook_unit(head))
         # A code's first effect on the logits is `effect` nats, whatever the head.
         codebook = params["latent"]["codebook"] * (abstract.latent.effect * unit)
-        params |= {"latent": params["latent"] | {"codebook": codebook}}
+        params["latent"] = params["latent"] | {"codebook": codebook}
     return dataclasses.replace(
         abstract,
-        params=params if abstract.frozen else decoder | params,
-        frozen=decoder if abstract.frozen else {},
+        params={part: params[part] for part in abstract.params},
+        frozen={part: params[part] for part in abstract.frozen},
         codebook_unit=unit,
         is_seeded=True,
     )
-
-
-def _require_no_addition(adapters: Params) -> None:
-    """Raises unless new adapters add exactly zero to the frozen decoder."""
-    factors = [
-        leaf for path, leaf in sharding.by_path(adapters).items() if path.endswith("/b")
-    ]
-    if not factors or any(bool(jnp.any(leaf != 0)) for leaf in factors):
-        raise RuntimeError("new adapters change the decoder: a fault of lpc_jax")

@@ -86,13 +86,13 @@ class Policy:
             latent=self.latent,
         )
 
-    def with_params(self, params: Params) -> Policy:
-        """The policy with other values of ``params``."""
-        return dataclasses.replace(self, params=params)
-
     def abstracted(self) -> Policy:
         """The policy with ``params`` as shapes with shardings."""
-        return self.with_params(jax.tree.map(_abstract, self.params))
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            self.params,
+        )
+        return dataclasses.replace(self, params=shapes)
 
     def plain(self) -> Policy:
         """The decoder alone, as loaded: the reference."""
@@ -112,13 +112,12 @@ class Policy:
             self.architecture, self.compute, latent=self.latent, adapters=None
         )
         params = dict(self.whole)
+        decoder = params["decoder"]
         if self.adapters is not None:
-            params["decoder"] = adapter_models.merge(
-                params["decoder"],
-                params.pop("adapters"),
-                scale=self.adapters.alpha / self.adapters.rank,
-            )
-        params["decoder"] = _cast(params["decoder"], dtype or self.compute.dtype)
+            scale = self.adapters.alpha / self.adapters.rank
+            factors = params.pop("adapters")
+            decoder = adapter_models.merge(decoder, factors, scale=scale)
+        params["decoder"] = _cast(decoder, dtype or self.compute.dtype)
         return dataclasses.replace(
             self, graph=graph, params=params, frozen={}, adapters=None
         )
@@ -126,9 +125,8 @@ class Policy:
     def digest(self) -> str:
         """SHA-256 over all parameters, whatever their layout."""
         content = hashlib.sha256()
-        for path, leaf in jax.tree_util.tree_flatten_with_path(self.whole)[0]:
-            head = f"{sharding.path_name(path)} {leaf.dtype} {leaf.shape}\n"
-            content.update(head.encode())
+        for path, leaf in sharding.by_path(self.whole).items():
+            content.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
             content.update(np.asarray(jax.device_get(leaf)).tobytes())
         return content.hexdigest()
 
@@ -142,20 +140,18 @@ def build(
     key: Array,
 ) -> Network:
     """A network with random weights and codes of unit scale."""
-    head = None
-    if latent is not None:
-        head = {
-            "num_codes": latent.num_codes,
-            "hidden_width": latent.hidden_width,
-            "codebook_scale": 1.0,  # loading.start knows the head, and scales it
-            "posterior_input": latent.posterior_input,
-        }
+    head = latent and {
+        "num_codes": latent.num_codes,
+        "hidden_width": latent.hidden_width,
+        "codebook_scale": 1.0,  # loading.start knows the head, and scales it
+        "posterior_input": latent.posterior_input,
+    }
     return network.build(
         architecture,
         compute_dtype=compute.dtype,
         attention_backend=compute.attention,
         remat=compute.remat,
-        adapters=None if adapters is None else dataclasses.asdict(adapters),
+        adapters=adapters and dataclasses.asdict(adapters),
         latent=head,
         key=key,
     )
@@ -169,16 +165,12 @@ def shapes(
     adapters: cfg.Adapters | None,
 ) -> tuple[nnx.GraphDef[Network], Params]:
     """A network's graph and the shapes of its fp32 parameters."""
-    made = nnx.eval_shape(
-        lambda: build(
-            architecture,
-            compute,
-            latent=latent,
-            adapters=adapters,
-            key=jax.random.key(0),
-        )
-    )
-    graph, state = nnx.split(made)
+
+    def make() -> Network:
+        key = jax.random.key(0)
+        return build(architecture, compute, latent=latent, adapters=adapters, key=key)
+
+    graph, state = nnx.split(nnx.eval_shape(make))
     return graph, nnx.to_pure_dict(state)
 
 
@@ -197,9 +189,7 @@ def abstract(
     """A policy of shapes with shardings; the mesh's devices may be elsewhere."""
     graph, of_network = shapes(architecture, compute, latent=latent, adapters=adapters)
     placed = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=where
-        ),
+        lambda leaf, where: leaf.update(sharding=where),
         of_network,
         leaves.shardings(of_network, mesh),
     )
@@ -221,17 +211,12 @@ def abstract(
     )
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
 def _cast(decoder: Params, dtype: jnp.dtype) -> Params:
     """The decoder's matrices in a dtype; its norms stay in fp32."""
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        wanted = leaves.at(f"decoder/{sharding.path_name(path)}").frozen_dtype(dtype)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, wanted, sharding=leaf.sharding)
-        return leaf.astype(wanted)
+        to = leaves.at(f"decoder/{sharding.path_name(path)}").frozen_dtype(dtype)
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        return leaf.update(dtype=to) if is_shape else leaf.astype(to)
 
     return jax.tree_util.tree_map_with_path(cast, decoder)

@@ -79,11 +79,9 @@ def join(
         heartbeat_timeout: Seconds of silence after which a process counts as dead, and
             all others end.
     """
-    if jax.distributed.is_initialized():
-        return
-    given = {"coordinator": coordinator, "processes": processes, "process": process}
-    explicit = any(value is not None for value in given.values())
-    if not explicit and not launcher(environment):
+    settings = {"coordinator": coordinator, "processes": processes, "process": process}
+    explicit = any(value is not None for value in settings.values())
+    if jax.distributed.is_initialized() or not (explicit or launcher(environment)):
         return
     if coordinator is not None:
         for size, rank in _RANKS:
@@ -92,7 +90,7 @@ def join(
                 process = int(environment[rank]) if process is None else process
     complete = None not in (coordinator, processes, process)
     if not complete and not launcher(environment):
-        got = ", ".join(f"{name} {value}" for name, value in given.items())
+        got = ", ".join(f"{name} {value}" for name, value in settings.items())
         raise UserError(
             "several processes without a launcher that is known must be told the"
             f" coordinator, how many they are and which this is, got {got}. Give all:"
@@ -189,31 +187,23 @@ def from_main(make: Callable[[], T]) -> T:
     """The main process's JSON value of ``make`` in all processes, or its error."""
     if jax.process_count() == 1:
         return make()
-    outcome: dict[str, Any] = {}
-    own_error: UserError | OSError | None = None
+    error, kind, value = None, "", None
     if is_main():
         try:
-            outcome = {"value": make()}
-        except (UserError, OSError) as error:
-            own_error = error
-            kind = "UserError" if isinstance(error, UserError) else "OSError"
-            outcome = {kind: str(error)}
-    outcome = _broadcast_json(outcome)
-    if own_error is not None:
-        raise own_error
-    for kind in (UserError, OSError):
-        if kind.__name__ in outcome:
-            raise kind(outcome[kind.__name__])
-    return outcome["value"]
-
-
-def _broadcast_json(value: Any) -> Any:
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+            value = make()
+        except (UserError, OSError) as raised:
+            error, value = raised, str(raised)
+            kind = "UserError" if isinstance(raised, UserError) else "OSError"
+    text = np.frombuffer(json.dumps([kind, value]).encode(), np.uint8)
     # All processes must broadcast one shape: the length goes first.
-    length = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
-    if not is_main():
-        text = np.zeros(length, np.uint8)
-    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
+    length = int(array_from_main(np.asarray(len(text), np.int32)))
+    text = array_from_main(text if is_main() else np.zeros(length, np.uint8))
+    kind, value = json.loads(text.tobytes())
+    if error is not None:
+        raise error
+    if kind:
+        raise {"UserError": UserError, "OSError": OSError}[kind](value)
+    return value
 
 
 def array_from_main(array: np.ndarray) -> np.ndarray:
@@ -228,7 +218,7 @@ def require_agreement(values: Mapping[str, Any], remedy: str) -> None:
     if jax.process_count() == 1:
         return
     mine = json.loads(json.dumps(values))
-    of_main = _broadcast_json(mine)
+    of_main = from_main(lambda: mine)
     differing = [n for n in {**of_main, **mine} if of_main.get(n) != mine.get(n)]
     counts = multihost_utils.process_allgather(np.asarray(len(differing), np.int32))
     wrong = np.flatnonzero(np.asarray(counts).reshape(-1)).tolist()
@@ -247,24 +237,21 @@ class Termination:
     """Whether SIGTERM has asked the run to end; all processes stop at the same step."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._signalled = threading.Event()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Termination]:
         """Keeps SIGTERM from ending the process by itself."""
         alone = not jax.distributed.is_initialized()  # else JAX watches for it
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if not (alone and in_main_thread):
+        with contextlib.ExitStack() as restored:
+            if alone and in_main_thread:
+                before = signal.signal(signal.SIGTERM, lambda *_: self._signalled.set())
+                restored.callback(signal.signal, signal.SIGTERM, before)
             yield self
-            return
-        before = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def reached(self, step: int) -> bool:
         """Whether to stop after this step; asked after every one, in order."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked.is_set()
+        return self._signalled.is_set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,43 +32,42 @@ _CPU_ROWS, _ROWS = 1, 4
 GROUP = 512
 
 
+def _of_slot(arrays: Any, _: Batch, row: int, slot: int) -> Any:
+    return jax.tree.map(lambda array: np.array(array[row, slot]), arrays)
+
+
 def each(
     pairs: Pairs,
     shape: packing.RowShape,
     run: Callable[[Batch], Any],
     *,
     on_progress: Progress = lambda _: None,
-    at_once: int | None = None,
-    take: Callable[[Any, Batch, int, int], Any] | None = None,
+    at_once: int = GROUP,
+    take: Callable[[Any, Batch, int, int], Any] = _of_slot,
 ) -> list[Any]:
     """A program's result for each pair, in the order of the pairs; ids may repeat.
 
     Args:
         run: From a micro-batch to arrays.
-        at_once: Pairs packed together; None: ``GROUP``.
-        take: A pair's part of the arrays, by its row and slot; None: indexed by both.
+        at_once: Pairs packed together.
+        take: A pair's part of the arrays, by its row and slot.
     """
     ids = np.asarray([pair.id for pair in pairs], np.int32)
     # Ids may repeat across data sets: while packed, pairs are known by their place.
     placed = [dataclasses.replace(pair, id=i) for i, pair in enumerate(pairs)]
     results: list[Any] = [None] * len(pairs)
-    done, size = 0, at_once or GROUP
-    for first in range(0, len(pairs), size):
-        group = placed[first : first + size]
+    done = 0
+    for first in range(0, len(pairs), at_once):
+        group = placed[first : first + at_once]
         for batch in packing.micro_batches(group, shape, reference_logp=None):
             places, used = batch.pair_id, batch.pair_mask
             batch = dataclasses.replace(batch, pair_id=np.where(used, ids[places], 0))
             arrays = jax.device_get(run(batch))
             for row, slot in np.argwhere(used).tolist():
-                part = (take or _of_slot)(arrays, batch, row, slot)
-                results[places[row, slot]] = part
+                results[places[row, slot]] = take(arrays, batch, row, slot)
             done += int(np.sum(used))
             on_progress(done)
     return results
-
-
-def _of_slot(arrays: Any, _: Batch, row: int, slot: int) -> Any:
-    return jax.tree.map(lambda array: np.array(array[row, slot]), arrays)
 
 
 def on_mesh(
@@ -95,14 +95,13 @@ def row_shape(policy: Policy, pairs: Pairs) -> packing.RowShape:
     lengths = packing.pair_lengths(pairs)
     totals = lengths.sum(axis=1)
     row_length = min(max(packed.row_length, int(totals.max())), int(totals.sum()))
-    row_length += -row_length % compute.row_unit
     ways = policy.mesh.shape["data"] * policy.mesh.shape["fsdp"]
     return packing.row_shape(
         lengths,
         rows=ways * (_CPU_ROWS if compute.platform == "cpu" else _ROWS),
-        row_length=row_length,
+        row_length=row_length + -row_length % compute.row_unit,
         pairs_per_row=packed.pairs_per_row,
-        score_chunk=policy.compute.score_chunk,
+        score_chunk=compute.score_chunk,
     )
 
 
@@ -116,12 +115,9 @@ def score(
 ) -> Float[np.ndarray, "B 2"]:
     """Summed log-probabilities of both answers; ``steering`` is None without codes."""
     assert (steering is None) == (policy.latent is None)
+    chunk = policy.compute.score_chunk
     program = programs.score(
-        policy.graph,
-        policy.mesh,
-        steering=steering,
-        seed=seed,
-        chunk=policy.compute.score_chunk,
+        policy.graph, policy.mesh, steering=steering, seed=seed, chunk=chunk
     )
     logp = np.asarray(_read(policy, pairs, program, on_progress=on_progress))
     _require_finite(policy, logp, "give every answer a finite log-probability")
@@ -170,14 +166,6 @@ def _require_finite(
         )
 
 
-def states_reader(
-    graph: Any, params: Any, mesh: Mesh, shape: packing.RowShape
-) -> Callable[[Pairs], list[np.ndarray]]:
-    """A function from pairs to the hidden states that a run keeps of them."""
-    run = on_mesh(programs.hidden(graph, mesh), params, mesh)
-    return lambda pairs: each(pairs, shape, run, take=kept_states)
-
-
 def kept_states(
     hidden: Float[np.ndarray, "R T D"], batch: Batch, row: int, slot: int
 ) -> Float[np.ndarray, "_ D"]:
@@ -189,12 +177,26 @@ def with_states(policy: Policy, pairs: Pairs) -> Pairs:
     """Pairs with the cached hidden states of a frozen decoder, else unchanged."""
     if policy.config.decoder != "frozen":
         return pairs
-    kept = HiddenStates(
-        Path(policy.config.model.states_cache),
+    cache, shape = policy.config.model.states_cache, row_shape(policy, pairs)
+    return attach_states(policy, pairs, shape, cache=cache, say=lambda _: None)
+
+
+def attach_states(
+    policy: Policy,
+    pairs: Pairs,
+    shape: packing.RowShape,
+    *,
+    cache: str,
+    say: Callable[[str], None],
+) -> list[TokenizedPair]:
+    """Pairs with the hidden states of a frozen decoder, read where not yet cached."""
+    states = HiddenStates(
+        Path(cache),
         weights_digest=policy.source.digest,
         dtype=policy.compute.dtype,
         width=policy.architecture.width,
     )
-    shape = row_shape(policy, pairs)
-    read = states_reader(policy.graph, policy.whole, policy.mesh, shape)
-    return kept.attach(pairs, read, lambda _: None)
+    program = programs.hidden(policy.graph, policy.mesh)
+    run = on_mesh(program, policy.whole, policy.mesh)
+    read = functools.partial(each, shape=shape, run=run, take=kept_states)
+    return states.attach(pairs, read, say)

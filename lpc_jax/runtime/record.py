@@ -10,17 +10,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from lpc_jax.errors import UserError
-from lpc_jax.runtime.damage import DamagedError
+from lpc_jax.runtime import damage
 
 _LISTED = 20  # differing leaves in a message
 
 
+def read(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's ``meta`` and ``leaves``; ``DamagedError`` where not as saved."""
+    try:
+        record = json.loads((checkpoint / damage.RECORD / "metadata").read_bytes())
+    except (OSError, ValueError) as error:
+        raise damage.unreadable("record", error) from error
+    if not isinstance(record, dict) or (
+        record.get("digest") != digest(record.get("meta"), record.get("leaves"))
+    ):
+        raise damage.DamagedError("its record is not what was saved")
+    return record
+
+
+def digest(meta: Any, leaves: Any) -> str:
+    """SHA-256 of a record, in hex."""
+    text = json.dumps([meta, leaves], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def require_same_leaves(
-    folder: Path,
-    step: int,
+    checkpoint: Path,
     saved: Mapping[str, Mapping[str, Any]],
     expected: Mapping[str, jax.ShapeDtypeStruct],
 ) -> None:
@@ -36,52 +53,17 @@ def require_same_leaves(
             if p in then and now[p] != then[p]
         ],
     }
-    if any(differences.values()):
-        listed = [
-            f"  {kind}: {line}"
-            for kind, lines in differences.items()
-            for line in _shortened(lines)
-        ]
+    listed = ""
+    for kind, lines in differences.items():
+        more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+        listed += "".join(f"  {kind}: {line}\n" for line in lines[:_LISTED] + more)
+    if listed:
         raise UserError(
-            f"the checkpoint of step {step} in {folder} must hold the state"
-            " that this config describes, got one of another config:\n"
-            + "\n".join(listed)
-            + "\nContinue with the config.py in its run folder, or start a new"
+            f"the checkpoint of step {checkpoint.name} in {checkpoint.parent} must hold"
+            f" the state that this config describes, got one of another config:\n"
+            f"{listed}Continue with the config.py in its run folder, or start a new"
             " run with another --name."
         )
-
-
-def require_whole(record: Any) -> dict[str, Any]:
-    """The record; ``DamagedError`` where its digest does not match."""
-    whole = isinstance(record, dict) and (
-        record.get("digest") == record_digest(record.get("meta"), record.get("leaves"))
-    )
-    if not whole:
-        raise DamagedError("its record is not what was saved")
-    return record
-
-
-def require_checksums(
-    restored: dict[str, jax.Array], described: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Raises ``DamagedError`` where arrays are not those that were saved."""
-    found = jax.device_get(checksums(restored))
-    changed = [
-        path
-        for path, leaf in described.items()
-        if path in found and int(found[path]) != leaf["checksum"]
-    ]
-    if changed:
-        raise DamagedError(
-            f"its arrays are not those that were saved: {', '.join(changed[:3])}"
-            f"{' and more' if len(changed) > 3 else ''}"
-        )
-
-
-def record_digest(meta: Any, leaves: Any) -> str:
-    """SHA-256 of a record, in hex."""
-    text = json.dumps([meta, leaves], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @jax.jit
@@ -102,17 +84,6 @@ def checksums(data: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: checksum(leaf) for path, leaf in data.items()}
 
 
-def by_path(tree: PyTree) -> dict[str, Any]:
-    """Leaves by their path, in the tree's order."""
-    leaves = jax.tree.leaves_with_path(tree)
-    named = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-    }
-    assert len(named) == len(leaves), "two leaves of one path"
-    return named
-
-
 def is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether a leaf is a PRNG key."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -128,15 +99,3 @@ def describe(leaf: jax.Array | jax.ShapeDtypeStruct) -> dict[str, Any]:
 
 def _text(described: Mapping[str, Any]) -> str:
     return f"{described['dtype']}[{','.join(map(str, described['shape']))}]"
-
-
-def key_data_shape(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The shape of a key's data, which is what is saved."""
-    data = jax.eval_shape(jax.random.key_data, leaf)
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
-
-
-def _shortened(lines: list[str]) -> list[str]:
-    if len(lines) <= _LISTED:
-        return lines
-    return [*lines[:_LISTED], f"and {len(lines) - _LISTED} more"]

@@ -18,8 +18,8 @@ def of_settings(
     latent: cfg.Latent, how: Literal["mean", "sample", "argmax"] | None = None
 ) -> Steering:
     """z as the run evaluates, or by ``how``, at the temperature of its last step."""
-    settings = objective.inference(latent)
-    return dataclasses.replace(settings, how=how or settings.how)
+    evaluated = objective.inference(latent)
+    return dataclasses.replace(evaluated, how=how or evaluated.how)
 
 
 def code(text: str, num_codes: int) -> Steering:
@@ -63,32 +63,31 @@ def _code(text: str, num_codes: int, flag: str) -> int:
     return int(text)
 
 
-def require_codes(num_codes: int | None, asked: str, name: str) -> int:
+def require_codes(num_codes: int | None, flag: str, name: str) -> int:
     """The number of codes; ``UserError`` where a flag needs them and there are none."""
     if num_codes is None:
         raise UserError(
-            f"{asked} needs codes, got {name}, which has none (latent=None or a plain"
+            f"{flag} needs codes, got {name}, which has none (latent=None or a plain"
             " model). Leave it out, or name an LPC run."
         )
     return num_codes
 
 
 def choose(
-    how: Literal["mean", "sample", "argmax"] | None,
-    one: str | None,
-    several: str | None,
+    z: Literal["mean", "sample", "argmax"] | None,
+    code_text: str | None,
+    mix_text: str | None,
     latent: cfg.Latent | None,
     name: str,
 ) -> Steering | None:
     """z by ``--z``, ``--code`` or ``--mix``; None where the policy has no codes."""
-    flags = {"z": how, "code": one, "mix": several}
-    given = [f"--{flag} {value}" for flag, value in flags.items() if value is not None]
     if latent is None:
-        if given:
-            require_codes(None, given[0], name)
+        for flag, value in {"z": z, "code": code_text, "mix": mix_text}.items():
+            if value is not None:
+                require_codes(None, f"--{flag} {value}", name)
         return None
-    if one is not None:
-        return code(one, latent.num_codes)
-    if several is not None:
-        return mix(several, latent.num_codes)
-    return of_settings(latent, how)
+    if code_text is not None:
+        return code(code_text, latent.num_codes)
+    if mix_text is not None:
+        return mix(mix_text, latent.num_codes)
+    return of_settings(latent, z)

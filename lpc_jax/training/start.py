@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.models import latent as latent_models
 from lpc_jax.runtime import processes, programs, reading
 from lpc_jax.runtime.policy import Params, Policy
@@ -153,11 +151,5 @@ def with_states(
     say: Callable[[str], None],
 ) -> list[TokenizedPair]:
     """The pairs with the frozen decoder's hidden states, from cache where kept."""
-    kept = HiddenStates(
-        Path(config.model.states_cache),
-        weights_digest=policy.source.digest,
-        dtype=policy.compute.dtype,
-        width=policy.architecture.width,
-    )
-    read = reading.states_reader(policy.graph, policy.whole, policy.mesh, shape)
-    return kept.attach(pairs, read, say)
+    cache = config.model.states_cache
+    return reading.attach_states(policy, pairs, shape, cache=cache, say=say)

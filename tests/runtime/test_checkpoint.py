@@ -19,7 +19,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lpc_jax.runtime import checkpoint, damage, record
+from lpc_jax.errors import UserError
+from lpc_jax.runtime import checkpoint, damage, reader, record
 from lpc_jax.training import program
 
 METRIC = "reward/accuracy"
@@ -111,6 +112,13 @@ def save(
     kept.save(step, state(step, width=width), meta={"step": step}, metrics=metrics)
 
 
+def best(folder: Path) -> int | None:
+    try:
+        return int(reader.find(folder, "best").name)
+    except UserError:
+        return None
+
+
 @pytest.mark.parametrize(("saved_on", "restored_on"), [(1, 1), (4, 4), (4, 8), (8, 2)])
 def test_every_bit_comes_back_on_any_mesh(
     kept: checkpoint.Checkpoints, saved_on: int, restored_on: int
@@ -157,14 +165,15 @@ def test_a_state_may_be_donated_right_after_saving(
     np.testing.assert_array_equal(kept.restore(1, wanted)["w"], before)
 
 
-def test_meta_comes_back_as_json(kept: checkpoint.Checkpoints) -> None:
+def test_meta_comes_back_as_json(kept: checkpoint.Checkpoints, tmp_path: Path) -> None:
     meta = {
         "settings": {"loss.beta": 0.1, "run.trackers": []},
         "digest": "ab",
         "n": None,
     }
     kept.save(1, state(), meta=meta, metrics=None)
-    assert kept.meta(1) == meta
+    kept.wait()
+    assert record.read(tmp_path / "checkpoints" / "1")["meta"] == meta
 
 
 def test_the_best_and_the_two_latest_are_kept_also_after_reopening(
@@ -172,16 +181,16 @@ def test_the_best_and_the_two_latest_are_kept_also_after_reopening(
 ) -> None:
     folder = tmp_path / "checkpoints"
     kept = checkpoint.Checkpoints(folder, best_metric=METRIC, say=lambda _: None)
-    assert (kept.latest(), kept.best(), kept.steps()) == (None, None, [])
+    assert (kept.latest(), best(folder), kept.steps()) == (None, None, [])
     for step, accuracy in [(1, 0.5), (2, 0.9), (3, 0.7), (4, None), (5, float("nan"))]:
         save(kept, step, accuracy)
-    assert (kept.latest(), kept.best(), kept.steps()) == (5, 2, [2, 4, 5])
+    assert (kept.latest(), best(folder), kept.steps()) == (5, 2, [2, 4, 5])
     kept.close()
 
     kept = checkpoint.Checkpoints(folder, best_metric=METRIC, say=lambda _: None)
-    assert (kept.latest(), kept.best(), kept.steps()) == (5, 2, [2, 4, 5])
+    assert (kept.latest(), best(folder), kept.steps()) == (5, 2, [2, 4, 5])
     save(kept, 6, 0.95)
-    assert (kept.latest(), kept.best(), kept.steps()) == (6, 6, [5, 6])
+    assert (kept.latest(), best(folder), kept.steps()) == (6, 6, [5, 6])
     kept.close()
     assert sorted(path.name for path in folder.iterdir()) == ["5", "6"]
 
@@ -190,40 +199,21 @@ def test_without_a_metric_the_two_latest_are_kept(tmp_path: Path) -> None:
     kept = checkpoint.Checkpoints(tmp_path, best_metric=None, say=lambda _: None)
     for step in (1, 2, 3):
         save(kept, step)
-    assert (kept.latest(), kept.best(), kept.steps()) == (3, None, [2, 3])
+    assert (kept.latest(), best(tmp_path), kept.steps()) == (3, None, [2, 3])
     kept.close()
 
 
 def test_nothing_is_best_before_the_first_evaluation(
-    kept: checkpoint.Checkpoints, caplog: pytest.LogCaptureFixture
+    kept: checkpoint.Checkpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step, accuracy in [(1, None), (2, None), (3, float("nan"))]:
         save(kept, step, accuracy)
-    assert (kept.latest(), kept.best(), kept.steps()) == (3, None, [2, 3])
+    assert (kept.latest(), best(tmp_path / "checkpoints"), kept.steps()) == (
+        3,
+        None,
+        [2, 3],
+    )
     assert not caplog.messages
-
-
-def test_metrics_without_the_best_metric_are_refused(
-    kept: checkpoint.Checkpoints,
-) -> None:
-    with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
-        kept.save(1, state(), meta={}, metrics={"loss/total": 1.0})
-    assert str(error.value) == (
-        "metrics of the checkpoint at step 1 must hold 'reward/accuracy', got"
-        " ['loss/total']. Pass None where there was no evaluation."
-    )
-
-
-def test_an_unknown_step_is_refused(
-    kept: checkpoint.Checkpoints, tmp_path: Path
-) -> None:
-    save(kept, 2)
-    with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
-        kept.restore(3, abstract(state()))
-    assert str(error.value) == (
-        f"step must be one of the checkpoints in {tmp_path / 'checkpoints'}, got 3."
-        " There: 2."
-    )
 
 
 def test_a_full_disk_is_refused_before_writing(
@@ -281,7 +271,7 @@ def test_a_failed_save_surfaces_at_the_next_call(tmp_path: Path, then: str) -> N
         "Older checkpoints are intact: mend the cause and continue with --resume."
     )
     if then != "close":
-        assert (kept.latest(), kept.best(), kept.steps()) == (2, 1, [1, 2])
+        assert (kept.latest(), best(tmp_path), kept.steps()) == (2, 1, [1, 2])
         save(kept, 5, 0.8)
         assert kept.steps() == [2, 5]
         kept.close()
@@ -422,7 +412,6 @@ def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_used(
     accepted: list[dict[str, Any]] = []
     wanted = abstract(state(width=WIDE))
     found = kept.restore_latest(wanted, accept=accepted.append)
-    assert found is not None
     assert found[0] == 1
     assert bits(found[1]) == bits(state(1, width=WIDE))
     assert accepted[-1] == {"step": 1}
@@ -433,7 +422,7 @@ def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_used(
     assert aside.is_dir()
     # The run goes on, and its own step 2 is saved where the damaged one was.
     save(kept, 2, 0.7, WIDE)
-    assert (kept.latest(), kept.best(), kept.steps()) == (2, 2, [1, 2])
+    assert (kept.latest(), best(folder), kept.steps()) == (2, 2, [1, 2])
     assert bits(kept.restore(2, wanted)) == bits(state(2, width=WIDE))
     kept.close()
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.export import folder as export
-from lpc_jax.runtime import damage, loading, reader
+from lpc_jax.runtime import damage, loading, reader, record
 from tests import runs
 
 
@@ -63,10 +63,10 @@ def test_a_run_is_read_onto_several_devices(trained):
 
 
 def test_a_step_of_a_run_is_named_by_number_or_as_the_best(trained):
-    saved = reader.Reader(trained.folder / "checkpoints")
+    best_found = reader.find(trained.folder / "checkpoints", "best")
     loss = {r["step"]: r["loss/preference"] for r in trained.lines("eval")}
     best = min((s for s in loss if s), key=lambda s: (loss[s], -s))
-    assert saved.step("best") == best
+    assert best_found.name == str(best)
     earlier = loading.load(str(trained.folder), mesh=mesh(), step="3")
     changed = earlier.params["latent"]["codebook"]
     assert np.any(changed != trained.result.run.state.params["latent"]["codebook"])
@@ -132,9 +132,9 @@ def test_a_run_with_adapters_comes_back_from_an_exported_folder(adapted, tmp_pat
 
 
 def test_adapters_over_other_weights_are_refused(adapted, monkeypatch):
-    meta = reader.Reader(adapted.folder / "checkpoints").meta(2)
-    other = meta | {"weights_digest": "0"}
-    monkeypatch.setattr(reader.Reader, "meta", lambda *_: other)
+    saved = record.read(adapted.folder / "checkpoints" / "2")
+    other = saved["meta"] | {"weights_digest": "0"}
+    monkeypatch.setattr(record, "read", lambda _: saved | {"meta": other})
     with pytest.raises(
         ValueError, match=r"must hold the weights that .* was trained over"
     ):

@@ -12,7 +12,7 @@ from tests import tiny
 SHAPE = packing.RowShape(rows=2, row_lengths=(48,), pair_slots=4, scored=32)
 
 
-@pytest.mark.parametrize("at_once", [None, 4, 1])
+@pytest.mark.parametrize("at_once", [reading.GROUP, 4, 1])
 def test_each_pair_has_its_own_result_where_ids_repeat(at_once):
     pairs = [*tiny.pairs(9), *tiny.pairs(7, seed=1)]
     told: list[int] = []
@@ -22,9 +22,9 @@ def test_each_pair_has_its_own_result_where_ids_repeat(at_once):
         ids = np.where(batch.pair_mask, batch.pair_id, -1)
         return {"id": ids, "lengths": batch.lengths}
 
-    found = reading.each(pairs, SHAPE, run, on_progress=told.append, at_once=at_once)
-    assert [int(one["id"]) for one in found] == [pair.id for pair in pairs]
+    results = reading.each(pairs, SHAPE, run, on_progress=told.append, at_once=at_once)
+    assert [int(one["id"]) for one in results] == [pair.id for pair in pairs]
     lengths = [(len(pair.chosen), len(pair.rejected)) for pair in pairs]
-    assert [tuple(one["lengths"].tolist()) for one in found] == lengths
+    assert [tuple(one["lengths"].tolist()) for one in results] == lengths
     assert told[-1] == 16
     assert told == sorted(set(told))

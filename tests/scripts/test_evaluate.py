@@ -14,7 +14,7 @@ from rich.console import Console
 from lpc_jax import config as cfg
 from lpc_jax import loss_table
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.runtime import compute, loading, reader, reading
+from lpc_jax.runtime import compute, loading, reader, reading, record
 from scripts import evaluate
 from tests import runs
 
@@ -68,17 +68,9 @@ def lpc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A folder that says it is an LPC run of 8 codes, and has nothing more."""
     settings = cfg.flat(runs.config(tmp_path / "made"))
 
-    class Said(reader.Reader):
-        def __init__(self, folder: Path) -> None:
-            pass
-
-        def step(self, which: str) -> int:
-            return 3
-
-        def meta(self, step: int) -> dict[str, Any]:
-            return {"settings": settings, "weights_digest": ""}
-
-    monkeypatch.setattr(reader, "Reader", Said)
+    saved = {"meta": {"settings": settings, "weights_digest": ""}}
+    monkeypatch.setattr(reader, "find", lambda folder, which: folder / "3")
+    monkeypatch.setattr(record, "read", lambda checkpoint: saved)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     return str(tmp_path / "run")
 

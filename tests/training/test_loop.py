@@ -94,7 +94,7 @@ def test_the_best_checkpoint_is_by_the_metric_that_is_named(folder, best):
             training={"best": best, "eval_every": 1, "checkpoint_every": 1},
         )
     )
-    found = reader.Reader(run.folder / "checkpoints").step("best")
+    found = int(reader.find(run.folder / "checkpoints", "best").name)
     values = {line["step"]: line[best] for line in run.lines("eval") if line["step"]}
     wanted = (min if best.startswith("loss/") else max)(values.values())
     assert found == max(step for step, value in values.items() if value == wanted)
