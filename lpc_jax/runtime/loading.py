@@ -171,7 +171,7 @@ def outline(
     row_length: int = cfg.Packing.row_length,
 ) -> Policy:
     """The abstract policy of what was found; the mesh's devices may be elsewhere."""
-    return policy.abstract(
+    abstract = policy.abstract(
         found.architecture,
         found.compute(mesh, row_length),
         latent=latent,
@@ -182,6 +182,7 @@ def outline(
         name=found.name,
         tokenizer=found.tokenizer(),
     )
+    return dataclasses.replace(abstract, model=found.model)
 
 
 def load_found(found: Found, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> Policy:

@@ -64,10 +64,10 @@ class RunLog:
         self._console = console if console is not None else Console(quiet=True)
         self._pace: tuple[int, float] | None = None  # step and time of the first line
         self._progress: Progress | None = None
-        self._first: dict[str, dict[str, Any]] = {}
+        self._first: dict[str, dict[str, Any]] = {}  # record of each split
         require_trackers(trackers)
         folder.mkdir(parents=True, exist_ok=True)
-        _rewind(folder / METRICS_FILE, resume_from)
+        self._rewind(resume_from)
         samples.rewind(folder / samples.FILE, resume_from)
         about = {"name": name, "project": project, "settings": settings}
         self._trackers: list[Tracker] = []
@@ -79,6 +79,16 @@ class RunLog:
                 on_error.callback(started.close)
                 self._trackers.append(started)
             self._closing = on_error.pop_all()
+
+    def _rewind(self, resume_from: int | None) -> None:
+        """Removes the lines of steps after ``resume_from``, all or none of them."""
+        path, kept = self._folder / METRICS_FILE, ""
+        if resume_from is not None and path.exists():
+            for line, record in _lines(path):
+                if record[_STEP] <= resume_from:
+                    kept += f"{line}\n"
+                    self._first.setdefault(record[_SPLIT], record)
+        whole.write(path, kept)
 
     def __enter__(self) -> RunLog:
         if self._console.is_terminal and not self._console.quiet:
@@ -101,34 +111,29 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints a plain line, above the bar if there is one."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, text)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records metrics of training after ``step`` updates."""
         self._record(step, TRAIN, metrics)
-        remaining = self._remaining(step)
-        status = [] if remaining is None else [f"eta {remaining}"]
+        status = self._remaining(step)
         if self._progress is not None:
             # What a narrow terminal cuts off comes last.
-            status += _brief(metrics, *_ON_THE_BAR)
-            self._progress.update(
-                self._task, completed=step, status="  ".join(status), refresh=True
-            )
+            text = "  ".join([*status, *_brief(metrics, *_ON_THE_BAR)])
+            self._progress.update(self._task, completed=step, status=text, refresh=True)
         else:
-            status = [*_brief(metrics, *_WATCHED), *status]
-            width = len(str(self._total))
-            self.say("  ".join([f"step {step:{width}}/{self._total}", *status]))
+            place = f"step {step:{len(str(self._total))}}/{self._total}"
+            self.say("  ".join([place, *_brief(metrics, *_WATCHED), *status]))
 
-    def _remaining(self, step: int) -> datetime.timedelta | None:
+    def _remaining(self, step: int) -> list[str]:
         """Time left, paced from the first line, which includes compilation."""
         now = time.monotonic()
         if self._pace is None:
             self._pace = (step, now)
+            return []
         first_step, first_time = self._pace
-        if step == first_step:
-            return None
         seconds = (now - first_time) / (step - first_step) * (self._total - step)
-        return datetime.timedelta(seconds=round(seconds))
+        return [f"eta {datetime.timedelta(seconds=round(seconds))}"]
 
     def evaluation(
         self,
@@ -152,26 +157,25 @@ class RunLog:
 
     def first(self, split: str) -> dict[str, Any]:
         """The first record of a split, empty if there is none."""
-        if split not in self._first:
-            records = reversed(read(self._folder))
-            self._first |= {record[_SPLIT]: record for record in records}
         return self._first.get(split, {})
 
     def _record(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
+        self._first.setdefault(split, values)
         self._file.write(_line(step, split, time.time(), values) + "\n")
         self._file.flush()
         named = {f"{split}/{name}": value for name, value in values.items()}
         for tracker in self._trackers:
             tracker.log(step, named)
 
-    def finish(self, *, before: Evaluation | None, after: Evaluation | None) -> None:
-        """Prints the held-out tables (``before`` None: read back); draws the plot."""
+    def finish(self, after: Evaluation | None) -> None:
+        """Prints the held-out tables, first against ``after``; draws the plot."""
         if self._progress is not None:
             self._progress.stop()
         if after is not None:
-            first = self.first(EVALUATION) if before is None else _all_metrics(before)
-            self._console.print(tables.summary(first, _all_metrics(after)))
+            by_source = _named_by_source(after.accuracy_by_source)
+            now = after.metrics | by_source
+            self._console.print(tables.summary(self.first(EVALUATION), now))
             if after.usage_by_source:
                 self._console.print(tables.usage(after.usage_by_source))
             answers = samples.read(self._folder / samples.FILE)
@@ -186,12 +190,13 @@ class RunLog:
         self.say(f"plot: {path}")
 
 
+def say(console: Console, text: str) -> None:
+    """Prints a plain line."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _named_by_source(accuracies: Mapping[str, float]) -> dict[str, float]:
     return {f"{tables.SOURCE_ACCURACY}{n}": value for n, value in accuracies.items()}
-
-
-def _all_metrics(evaluation: Evaluation) -> dict[str, float]:
-    return evaluation.metrics | _named_by_source(evaluation.accuracy_by_source)
 
 
 def _brief(metrics: Mapping[str, float], *names: str) -> list[str]:
@@ -228,11 +233,3 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         record |= {name: float(value) for name, value in nonfinite.items()}
         lines.append((line, record))
     return lines
-
-
-def _rewind(path: Path, resume_from: int | None) -> None:
-    """Removes the lines of steps after ``resume_from``, all or none of them."""
-    kept: list[str] = []
-    if resume_from is not None and path.exists():
-        kept = [line for line, record in _lines(path) if record[_STEP] <= resume_from]
-    whole.write(path, "".join(f"{line}\n" for line in kept))

@@ -19,6 +19,8 @@ from lpc_jax.training import memory
 if TYPE_CHECKING:
     from lpc_jax.training.run import Run
 
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
 
 def require_one_run(config: cfg.Config, digests: dict[str, str]) -> None:
     """Refuses processes with another config, data or JAX before any waits for them."""
@@ -42,9 +44,6 @@ def digests(
 
 def manifest(run: Run, reference_digest: str) -> dict[str, Any]:
     """A checkpoint's record of its run: settings, digests, versions."""
-    packages = (
-        *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"),
-    )
     return {
         "settings": cfg.flat(run.config.of_all_processes()),
         "weights_digest": run.policy.source.digest,
@@ -54,7 +53,7 @@ def manifest(run: Run, reference_digest: str) -> dict[str, Any]:
         "held_out_pairs": len(run.held_out),
         "devices": [device.device_kind for device in jax.devices()],
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
 
@@ -84,33 +83,25 @@ def describe(run: Run) -> None:
 def compile_ahead(run: Run) -> int:
     """Compiles the run's programs, reports their memory; returns the peak in bytes."""
     config, shape, mesh = run.config, run.shape, run.policy.mesh
-    state = run.abstract_state()
-    frozen = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding
-        ),
-        run.policy.frozen,
-    )
+    state, frozen, programs = run.state, run.policy.frozen, run.programs
     compiled: dict[str, Any] = {}
     for length in shape.row_lengths:
-        batch = sharding.abstract_batch(
-            packing.empty_batch(
-                shape,
-                length,
-                with_reference=run.reference is not None,
-                states=run.train.tokens[0].states,
-            ),
-            mesh,
+        batch = packing.empty_batch(
+            shape,
+            length,
+            with_reference=run.reference is not None,
+            states=run.train.tokens[0].states,
         )
-        compiled[f"gradients {length}"] = run.programs.gradients.lower(
-            state.params, frozen, batch, state.key, state.step
+        arguments = (state.params, frozen, sharding.abstract_batch(batch, mesh))
+        compiled[f"gradients {length}"] = programs.gradients.lower(
+            *arguments, state.key, state.step
         ).compile()
         if len(run.held_out):
-            compiled[f"evaluate {length}"] = run.programs.evaluate.lower(
-                state.params, frozen, batch, state.key
+            compiled[f"evaluate {length}"] = programs.evaluate.lower(
+                *arguments, state.key
             ).compile()
     pairs = np.int32(config.packing.pairs_per_step)
-    compiled["update"] = run.programs.update.lower(
+    compiled["update"] = programs.update.lower(
         state, state.params, pairs, frozen
     ).compile()
     tokens = float(packing.pair_lengths(run.train.tokens).sum(axis=1).mean())
@@ -129,18 +120,16 @@ def compile_ahead(run: Run) -> int:
 
 
 def _remedies(config: cfg.Config, mesh: Any) -> list[str]:
-    remedies = []
-    if config.model.remat != "block":
-        remedies.append("Set model.remat to block.")
     ways = mesh["data"] * mesh["fsdp"]
-    if config.packing.rows > ways:
-        remedies.append(
-            f"Lower packing.rows to {ways} (the result does not depend on it)."
-        )
-    if mesh["data"] > 1:
-        remedies.append(
-            "Give mesh.data's devices to mesh.fsdp, which splits parameters."
-        )
-    if config.trains_decoder:
-        remedies.append("Train adapters=Adapters() over a frozen decoder.")
-    return [*remedies, "Use more devices, or lower packing.row_length."]
+    remedies = {
+        "Set model.remat to block.": config.model.remat != "block",
+        f"Lower packing.rows to {ways} (the result does not depend on it).": (
+            config.packing.rows > ways
+        ),
+        "Give mesh.data's devices to mesh.fsdp, which splits parameters.": (
+            mesh["data"] > 1
+        ),
+        "Train adapters=Adapters() over a frozen decoder.": config.trains_decoder,
+        "Use more devices, or lower packing.row_length.": True,
+    }
+    return [text for text, applies in remedies.items() if applies]

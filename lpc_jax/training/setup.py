@@ -22,17 +22,15 @@ _PLANNED_PAIRS = 2048
 def read_pairs(config: cfg.Config, tokenizer: Tokenizer) -> tuple[Pairs, Pairs | None]:
     """Training pairs, and held-out pairs or None."""
     data = config.data
+    rules = {
+        **pairs.rules(data),
+        "user": data.user,
+        "row_length": config.packing.row_length,
+    }
 
     def read(path: str, setting: str, split: str, limit: int | None) -> Pairs:
         return pairs.load(
-            path,
-            tokenizer,
-            setting=setting,
-            split=split,
-            limit=limit,
-            user=data.user,
-            row_length=config.packing.row_length,
-            **pairs.rules(data),
+            path, tokenizer, setting=setting, split=split, limit=limit, **rules
         )
 
     train = read(data.train, "data.train", data.train_split, data.limit)
@@ -63,21 +61,24 @@ def shape(
         return longest
     planned = -(-_PLANNED_PAIRS // packed.pairs_per_step)
     steps = [
-        packing.step_indices(
-            len(train),
-            step=number,
-            pairs_per_step=packed.pairs_per_step,
-            seed=config.training.seed,
-            users=users,
-        )
+        step_indices(config, len(train), number, users)
         for number in range(min(planned, total_steps(config, len(train))))
     ]
     return packing.choose_row_lengths(
-        longest,
-        lengths,
-        steps,
-        choices=packed.length_choices,
-        unit=compute.row_unit,
+        longest, lengths, steps, choices=packed.length_choices, unit=compute.row_unit
+    )
+
+
+def step_indices(
+    config: cfg.Config, pairs: int, number: int, users: Int[np.ndarray, "_"] | None
+) -> Int[np.ndarray, "B"]:
+    """Which of so many training pairs a step takes; ``number`` counts from 0."""
+    return packing.step_indices(
+        pairs,
+        step=number,
+        pairs_per_step=config.packing.pairs_per_step,
+        seed=config.training.seed,
+        users=users,
     )
 
 
@@ -114,7 +115,6 @@ def users(
 
 def total_steps(config: cfg.Config, pairs: int) -> int:
     """Updates of a run over this many training pairs."""
-    return config.training.steps or (
-        config.training.epochs
-        * packing.steps_per_epoch(pairs, pairs_per_step=config.packing.pairs_per_step)
-    )
+    size = config.packing.pairs_per_step
+    epoch = packing.steps_per_epoch(pairs, pairs_per_step=size)
+    return config.training.steps or config.training.epochs * epoch
