@@ -37,13 +37,6 @@ from lpc_jax.training import run as training
 from lpc_jax.training.loop import Loop
 
 
-def _mesh() -> Mesh:
-    mesh = jax.sharding.get_mesh()
-    if not mesh.empty:
-        return mesh
-    return sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
-
-
 def load(
     path: str,
     *,
@@ -73,7 +66,8 @@ def load(
         UserError: No such model or run, one that cannot be read, or new codes or
             adapters over a policy that has its own.
     """
-    mesh = mesh or _mesh()
+    if mesh is None and (mesh := jax.sharding.get_mesh()).empty:
+        mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
     source = loading.find(path, step=step, model=model)
     fresh = latent is not None or adapters is not None or frozen
     if source.run is not None or source.latent is not None:
@@ -254,17 +248,16 @@ def start(
         params=jax.tree.map(jnp.copy, policy.params),
         compute=dataclasses.replace(policy.compute, row_unit=unit),
     )
-    with contextlib.ExitStack() as closing:
-        if folder is not None:  # refused now, not when the reference is scored
-            closing.enter_context(run_folder.locked(config))
-        closing.enter_context(jax.set_mesh(policy.mesh))
+    # A folder in use is refused now, not when the reference is scored.
+    lock = run_folder.locked(config) if folder else contextlib.nullcontext()
+    with lock, jax.set_mesh(policy.mesh):
         work = training.Run(
             config,
             copied,
             pairs,
             held_out,
             reference_policy=None if reference is None else reference.plain(),
-            folder=None if folder is None else place,
+            folder=place if folder else None,
             say=say or (lambda _: None),
         )
     return Run(work)

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,12 +45,13 @@ _ON_THE_BAR = ("loss/total", "reward/accuracy", _SPEED)
 class RunLog:
     """The log of one run; a context manager, closed on errors too.
 
-    Lines beyond ``resume_from`` updates are removed; None, a new run, removes all.
+    Without a folder nothing is left of it. Lines beyond ``resume_from`` updates are
+    removed; None, a new run, removes all.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         name: str,
         project: str,
@@ -59,19 +61,21 @@ class RunLog:
         resume_from: int | None,
         console: Console | None,
     ) -> None:
-        self._folder, self._name = folder, name
-        self._total, self._start = total_steps, resume_from or 0
-        self._console = console if console is not None else Console(quiet=True)
+        self._name, self._total, self._start = name, total_steps, resume_from or 0
+        self._console = console or Console(quiet=True)
         self._pace: tuple[int, float] | None = None  # step and time of the first line
         self._progress: Progress | None = None
         self._first: dict[str, dict[str, Any]] = {}  # record of each split
-        require_trackers(trackers)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._rewind(resume_from)
-        samples.rewind(folder / samples.FILE, resume_from)
-        about = {"name": name, "project": project, "settings": settings}
         self._trackers: list[Tracker] = []
+        require_trackers(trackers)
+        about = {"name": name, "project": project, "settings": settings}
         with contextlib.ExitStack() as on_error:
+            if folder is None:
+                folder = Path(on_error.enter_context(tempfile.TemporaryDirectory()))
+            self._folder = folder
+            folder.mkdir(parents=True, exist_ok=True)
+            self._rewind(resume_from)
+            samples.rewind(folder / samples.FILE, resume_from)
             file = (folder / METRICS_FILE).open("a", encoding="utf-8")
             self._file = on_error.enter_context(file)
             for tracker in trackers:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lpc_jax.errors import UserError
 from lpc_jax.runtime import compute, loading, processes
 from lpc_jax.runtime.checkpoint import Checkpoints
 from lpc_jax.training import log as logs
-from lpc_jax.training import memory, nonfinite, outset, reference, run_folder, setup
+from lpc_jax.training import memory, nonfinite, reference, run_folder, setup
 from lpc_jax.training.loop import Loop
 from lpc_jax.training.run import Run
 from lpc_jax.training.trackers import require_trackers
@@ -122,8 +121,8 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
         row_length=config.packing.row_length,
     )
     train, held_out = setup.read_pairs(config, outline.tokenizer)
-    outset.require_one_run(
-        config, outset.digests(outline.tokenizer, train, held_out or Pairs([]))
+    setup.require_one_run(
+        config, setup.digests(outline.tokenizer, train, held_out or Pairs([]))
     )
     if train.report is not None:
         for line in train.report.lines():
@@ -169,7 +168,7 @@ def looping(
         resume_from = _resume(run, checkpoints) if config.run.resume else None
         if resume_from is None:
             run.begin()
-        predicted = outset.compile_ahead(run)
+        predicted = setup.compile_ahead(run)
         checkpoints.require_space(run.state)  # now, not when the first hours are done
         if processes.is_main():
             (folder / "config.py").write_text(cfg.source(config.of_all_processes()))
@@ -207,23 +206,16 @@ def _resume(run: Run, checkpoints: Checkpoints) -> int | None:
     return step
 
 
-@contextlib.contextmanager
-def _log(run: Run, resume_from: int | None, console: Console) -> Iterator[logs.RunLog]:
+def _log(run: Run, resume_from: int | None, console: Console) -> logs.RunLog:
     """The log in the run's folder; of no folder, or another process: unread."""
-    with contextlib.ExitStack() as closing:
-        folder, trackers = run.folder, run.config.run.trackers
-        if folder is None or not processes.is_main():
-            unread = tempfile.TemporaryDirectory()
-            folder, trackers = Path(closing.enter_context(unread)), ()
-        yield closing.enter_context(
-            logs.RunLog(
-                folder,
-                name=run.config.name,
-                project=run.config.run.project,
-                trackers=trackers,
-                settings=run.manifest["settings"],
-                total_steps=run.total_steps,
-                resume_from=resume_from,
-                console=console,
-            )
-        )
+    read = run.folder is not None and processes.is_main()
+    return logs.RunLog(
+        run.folder if read else None,
+        name=run.config.name,
+        project=run.config.run.project,
+        trackers=run.config.run.trackers if read else (),
+        settings=run.manifest["settings"],
+        total_steps=run.total_steps,
+        resume_from=resume_from,
+        console=console,
+    )

@@ -24,7 +24,7 @@ from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import processes, reading
 from lpc_jax.runtime.policy import Policy
 from lpc_jax.training import optimizer as optimizers
-from lpc_jax.training import outset, reference, setup, start, step
+from lpc_jax.training import reference, setup, start, step
 from lpc_jax.types import Batch, Companions
 
 # Prompts answered if ``training.samples`` is None, and prompts answered together.
@@ -66,7 +66,7 @@ class Run:
         self.users = setup.users(config, train.tokens)
         self.shape = self._row_shape()
         self.total_steps = setup.total_steps(config, len(train))
-        outset.describe(self)
+        setup.describe(self)
         processes.require_agreement(
             {"weights": policy.source.digest},
             "Give every process the same model files.",
@@ -82,7 +82,7 @@ class Run:
             self.reference, held_out_reference, reference_digest = reference.columns(
                 config, reference_policy or policy.plain(), *scored, say
             )
-        self.manifest = outset.manifest(self, reference_digest)
+        self.manifest = setup.manifest(self, reference_digest)
         self._held_out_batches = packing.micro_batches(
             self.held_out.tokens, self.shape, reference_logp=held_out_reference
         )
@@ -105,6 +105,7 @@ class Run:
             self.total_steps,
             chunk=policy.compute.score_chunk,
         )
+        self.add = self.programs.add  # of two updates' metric sums
         self.state: Any = None
         self._prepared: tuple[int, tuple[list[Batch], int, int]] | None = None
 
@@ -186,16 +187,12 @@ class Run:
             self._prepared = following, self.step_batches(following)
         return Update(sums, norm, finite, batches, pairs, tokens)
 
-    def add(self, sums: metrics.Sums, more: metrics.Sums) -> metrics.Sums:
-        """The sum of two updates' metric sums; the first are donated."""
-        return self.programs.add(sums, more)
-
     def step_batches(self, number: int) -> tuple[list[Batch], int, int]:
         """A step's micro-batches on the mesh, its pairs and its tokens."""
-        rows, mesh = self.step_rows(number), self.policy.mesh
-        pairs = [self.train.tokens[i] for i in self._step_indices(number)]
-        batches = [sharding.place_batch(batch, mesh) for batch in rows]
-        return batches, len(pairs), int(packing.pair_lengths(pairs).sum())
+        indices, mesh = self._step_indices(number), self.policy.mesh
+        batches = [sharding.place_batch(rows, mesh) for rows in self.pack(indices)]
+        lengths = packing.pair_lengths([self.train.tokens[i] for i in indices])
+        return batches, len(indices), int(lengths.sum())
 
     def step_rows(self, number: int) -> list[Batch]:
         """A step's micro-batches on the host."""
