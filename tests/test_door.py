@@ -121,8 +121,8 @@ def test_a_run_with_a_folder_is_loaded_and_resumed(policy, pairs, metrics, tmp_p
     with pytest.raises(lpc.UserError, match="must be of no other live run"):
         lpc.start(policy, pairs, loss, folder=folder, resume=True, **asked)
     steps.close()  # as a notebook that is interrupted
+    other = lpc.Simpo(beta=9.0, gamma=1.0)
     with pytest.raises(lpc.UserError, match=r"loss.beta: checkpoint 2.0, now 9.0"):
-        other = lpc.Simpo(beta=9.0, gamma=1.0)
         lpc.train(policy, pairs, other, folder=folder, resume=True, **asked)
     said = []
     run = lpc.train(

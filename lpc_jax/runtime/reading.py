@@ -185,7 +185,9 @@ def kept_states(
     return hidden[row, batch.prompt_end[row, slot] : batch.rejected_end[row, slot] + 1]
 
 
-def with_states(policy: Policy, pairs: Pairs) -> Pairs:
+def with_states(
+    policy: Policy, pairs: Pairs, *, say: Callable[[str], None] = lambda _: None
+) -> Pairs:
     """Pairs with the cached hidden states of a frozen decoder, else unchanged."""
     if policy.config.decoder != "frozen":
         return pairs
@@ -197,4 +199,4 @@ def with_states(policy: Policy, pairs: Pairs) -> Pairs:
     )
     shape = row_shape(policy, pairs)
     read = states_reader(policy.graph, policy.whole, policy.mesh, shape)
-    return kept.attach(pairs, read, lambda _: None)
+    return kept.attach(pairs, read, say)

@@ -44,6 +44,7 @@ class Trainable(Protocol):
 
     config: cfg.Config
     total_steps: int
+    state: Any  # what a checkpoint keeps
     prepare: Callable[[], None]  # packs the next step's pairs
     update: Callable[[], Update]
     add: Callable[[Sums, Sums], Sums]  # two updates' metric sums
@@ -54,11 +55,6 @@ class Trainable(Protocol):
     @property
     def done(self) -> int:
         """Updates done."""
-        ...
-
-    @property
-    def state(self) -> Any:
-        """The state that a checkpoint keeps."""
         ...
 
     @property

@@ -121,8 +121,11 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
         row_length=config.packing.row_length,
     )
     train, held_out = setup.read_pairs(config, outline.tokenizer)
-    setup.require_one_run(
-        config, setup.digests(outline.tokenizer, train, held_out or Pairs([]))
+    # Another config, data or JAX is refused before any process waits for the others.
+    digests = setup.digests(outline.tokenizer, train, held_out or Pairs([]))
+    processes.require_agreement(
+        cfg.flat(config.of_all_processes()) | digests | {"jax": jax.__version__},
+        "Start every process with the same command, code and data.",
     )
     if train.report is not None:
         for line in train.report.lines():

@@ -15,7 +15,6 @@ from jaxtyping import Int
 from lpc_jax import config as cfg
 from lpc_jax import metrics, objective, sharding
 from lpc_jax.data import packing
-from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.evaluation import preference
 from lpc_jax.generation import samples
@@ -115,17 +114,9 @@ class Run:
 
     def _read_states(self) -> None:
         """Adds the frozen decoder's hidden states to the pairs; rows get shorter."""
-        policy = self.policy
-        cache = HiddenStates(
-            Path(self.config.model.states_cache),
-            weights_digest=policy.source.digest,
-            dtype=policy.compute.dtype,
-            width=policy.architecture.width,
-        )
-        read = reading.states_reader(
-            policy.graph, policy.whole, policy.mesh, self.shape
-        )
-        pairs = cache.attach([*self.train, *self.held_out], read, self.say)
+        policy = dataclasses.replace(self.policy, run=self.config)
+        read = [*self.train, *self.held_out]
+        pairs = list(reading.with_states(policy, read, say=self.say))
         count = len(self.train)
         self.train = dataclasses.replace(self.train, tokens=pairs[:count])
         self.held_out = dataclasses.replace(self.held_out, tokens=pairs[count:])

@@ -18,7 +18,6 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.runtime import processes
 from lpc_jax.runtime.compute import Compute
 from lpc_jax.training import memory
 
@@ -131,15 +130,6 @@ def total_steps(config: cfg.Config, pairs: int) -> int:
     size = config.packing.pairs_per_step
     epoch = packing.steps_per_epoch(pairs, pairs_per_step=size)
     return config.training.steps or config.training.epochs * epoch
-
-
-def require_one_run(config: cfg.Config, digests: dict[str, str]) -> None:
-    """Refuses processes with another config, data or JAX before any waits for them."""
-    settings = cfg.flat(config.of_all_processes())
-    processes.require_agreement(
-        settings | digests | {"jax": jax.__version__},
-        "Start every process with the same command, code and data.",
-    )
 
 
 def digests(of_tokenizer: Tokenizer, train: Pairs, held_out: Pairs) -> dict[str, str]:
