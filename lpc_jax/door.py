@@ -1,14 +1,4 @@
-"""The front door: load a policy, read pairs, train, score, generate, save.
-
-```python
-import lpc_jax as lpc
-
-policy = lpc.load("model", latent=lpc.Latent(num_codes=16))
-pairs = lpc.read_pairs("train.jsonl", policy)
-run = lpc.train(policy, pairs, lpc.Simpo(beta=2.0, gamma=1.0), steps=100)
-run.policy.generate("Why is the sky blue?", code=7)
-```
-"""
+"""The front door: load a policy, read pairs, train, score, generate, save."""
 
 from __future__ import annotations
 
@@ -30,7 +20,6 @@ from lpc_jax.asking import Policy, to_ask
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation.preference import Evaluation
 from lpc_jax.runtime import loading, policy
 from lpc_jax.training import program, run_folder
 from lpc_jax.training import run as training
@@ -154,16 +143,12 @@ class Run:
     @property
     def before(self) -> dict[str, float] | None:
         """Metrics of the held-out pairs before the first update."""
-        return _metrics(self.loop and self.loop.before)
+        return self.loop and self.loop.before and self.loop.before.metrics
 
     @property
     def after(self) -> dict[str, float] | None:
         """Metrics of the held-out pairs after the last update."""
-        return _metrics(self.loop and self.loop.after)
-
-
-def _metrics(evaluation: Evaluation | None) -> dict[str, float] | None:
-    return None if evaluation is None else evaluation.metrics
+        return self.loop and self.loop.after and self.loop.after.metrics
 
 
 def train(

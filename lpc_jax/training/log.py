@@ -29,8 +29,6 @@ from lpc_jax.training.trackers import Tracker, require_trackers, start_tracker
 
 METRICS_FILE, PLOT_FILE = "metrics.jsonl", "plot.png"
 TRAIN, EVALUATION = "train", "eval"
-# Fields of a line of metrics.jsonl that are no metrics.
-_STEP, _SPLIT, _TIME, _NONFINITE = "step", "split", "time", "nonfinite"
 # Metrics printed of a log line, with their formats; the bar has less room.
 _SPEED = "speed/tokens_per_second"
 _WATCHED = {
@@ -89,9 +87,9 @@ class RunLog:
         path, kept = self._folder / METRICS_FILE, ""
         if resume_from is not None and path.exists():
             for line, record in _lines(path):
-                if record[_STEP] <= resume_from:
+                if record["step"] <= resume_from:
                     kept += f"{line}\n"
-                    self._first.setdefault(record[_SPLIT], record)
+                    self._first.setdefault(record["split"], record)
         whole.write(path, kept)
 
     def __enter__(self) -> RunLog:
@@ -187,7 +185,7 @@ class RunLog:
                 self.say(line)
         records, path = read(self._folder), self._folder / PLOT_FILE
         train, held_out = (
-            [record for record in records if record[_SPLIT] == split]
+            [record for record in records if record["split"] == split]
             for split in (TRAIN, EVALUATION)
         )
         tables.plot(path, self._folder.resolve().name, train, held_out)
@@ -210,10 +208,10 @@ def _brief(metrics: Mapping[str, float], *names: str) -> list[str]:
 def _line(step: int, split: str, when: float, metrics: Mapping[str, float]) -> str:
     """One JSON object; non-finite values are null and named under ``nonfinite``."""
     nonfinite = {n: str(v) for n, v in metrics.items() if not math.isfinite(v)}
-    record: dict[str, Any] = {_STEP: step, _SPLIT: split, _TIME: when}
+    record: dict[str, Any] = {"step": step, "split": split, "time": when}
     record |= {n: None if n in nonfinite else v for n, v in metrics.items()}
     if nonfinite:
-        record[_NONFINITE] = nonfinite
+        record["nonfinite"] = nonfinite
     return json.dumps(record, allow_nan=False)
 
 
@@ -233,7 +231,7 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 f"{path}, line {number}: must be a JSON object, got {line[:60]!r}."
                 " Mend or remove the line."
             ) from error
-        nonfinite = record.pop(_NONFINITE, {})
+        nonfinite = record.pop("nonfinite", {})
         record |= {name: float(value) for name, value in nonfinite.items()}
         lines.append((line, record))
     return lines

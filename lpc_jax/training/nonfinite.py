@@ -26,7 +26,11 @@ def report(run: Run, update: Update, number: int, in_a_row: int) -> str:
     scored alone, and the names of non-finite parameters and gradients. ``step-N.npz``
     has the micro-batches as packed. ``number`` counts from 0, N from 1.
     """
-    rows, frozen, state = run.step_rows(number), run.policy.frozen, run.state
+    rows, frozen, state = (
+        run.pack(run.step_indices(number)),
+        run.policy.frozen,
+        run.state,
+    )
     gradients: set[str] = set()
     suspects: list[int] = []
     for packed, batch in zip(rows, update.batches, strict=True):

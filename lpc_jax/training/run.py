@@ -63,8 +63,8 @@ class Run:
         self.config, self.policy, self.folder, self.say = config, policy, folder, say
         self.train, self.held_out = train, held_out or Pairs([])
         self.users = setup.users(config, train.tokens)
-        self.shape = self._row_shape()
         self.total_steps = setup.total_steps(config, len(train))
+        self.shape = setup.row_shape(self)
         setup.describe(self)
         processes.require_agreement(
             {"weights": policy.source.digest},
@@ -108,10 +108,6 @@ class Run:
         self.state: Any = None
         self._prepared: tuple[int, tuple[list[Batch], int, int]] | None = None
 
-    def _row_shape(self) -> packing.RowShape:
-        pairs = self.train.tokens, self.held_out.tokens
-        return setup.shape(self.config, *pairs, self.users, self.policy.compute)
-
     def _read_states(self) -> None:
         """Adds the frozen decoder's hidden states to the pairs; rows get shorter."""
         policy = dataclasses.replace(self.policy, run=self.config)
@@ -120,7 +116,7 @@ class Run:
         count = len(self.train)
         self.train = dataclasses.replace(self.train, tokens=pairs[:count])
         self.held_out = dataclasses.replace(self.held_out, tokens=pairs[count:])
-        self.shape = self._row_shape()
+        self.shape = setup.row_shape(self)
 
     def begin(self) -> None:
         """Makes the state before the first update out of the policy's arrays."""
@@ -180,17 +176,20 @@ class Run:
 
     def step_batches(self, number: int) -> tuple[list[Batch], int, int]:
         """A step's micro-batches on the mesh, its pairs and its tokens."""
-        indices, mesh = self._step_indices(number), self.policy.mesh
+        indices, mesh = self.step_indices(number), self.policy.mesh
         batches = [sharding.place_batch(rows, mesh) for rows in self.pack(indices)]
         lengths = packing.pair_lengths([self.train.tokens[i] for i in indices])
         return batches, len(indices), int(lengths.sum())
 
-    def step_rows(self, number: int) -> list[Batch]:
-        """A step's micro-batches on the host."""
-        return self.pack(self._step_indices(number))
-
-    def _step_indices(self, number: int) -> Int[np.ndarray, "B"]:
-        return setup.step_indices(self.config, len(self.train), number, self.users)
+    def step_indices(self, number: int) -> Int[np.ndarray, "B"]:
+        """Which training pairs a step takes."""
+        return packing.step_indices(
+            len(self.train),
+            step=number,
+            pairs_per_step=self.config.packing.pairs_per_step,
+            seed=self.config.training.seed,
+            users=self.users,
+        )
 
     def pack(self, indices: Int[np.ndarray, "B"]) -> list[Batch]:
         """Micro-batches of the training pairs at these indices, on the host."""

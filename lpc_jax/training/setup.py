@@ -18,7 +18,6 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.runtime.compute import Compute
 from lpc_jax.training import memory
 
 if TYPE_CHECKING:
@@ -52,16 +51,10 @@ def read_pairs(
     return train, read(data.eval, "data.eval", data.eval_split, data.eval_limit)
 
 
-def shape(
-    config: cfg.Config,
-    train: Sequence[TokenizedPair],
-    held_out: Sequence[TokenizedPair],
-    users: Int[np.ndarray, "_"] | None,
-    compute: Compute,
-) -> packing.RowShape:
-    """The shape of a micro-batch that all pairs fit."""
-    packed = config.packing
-    lengths = packing.pair_lengths([*train, *held_out])
+def row_shape(run: Run) -> packing.RowShape:
+    """The shape of a micro-batch that all pairs of a run fit."""
+    packed, compute = run.config.packing, run.policy.compute
+    lengths = packing.pair_lengths([*run.train, *run.held_out])
     longest = packing.row_shape(
         lengths,
         rows=packed.rows,
@@ -72,25 +65,9 @@ def shape(
     if packed.length_choices == 1:
         return longest
     planned = -(-_PLANNED_PAIRS // packed.pairs_per_step)
-    steps = [
-        step_indices(config, len(train), number, users)
-        for number in range(min(planned, total_steps(config, len(train))))
-    ]
+    steps = [run.step_indices(i) for i in range(min(planned, run.total_steps))]
     return packing.choose_row_lengths(
         longest, lengths, steps, choices=packed.length_choices, unit=compute.row_unit
-    )
-
-
-def step_indices(
-    config: cfg.Config, pairs: int, number: int, users: Int[np.ndarray, "_"] | None
-) -> Int[np.ndarray, "B"]:
-    """Which of so many training pairs a step takes; ``number`` counts from 0."""
-    return packing.step_indices(
-        pairs,
-        step=number,
-        pairs_per_step=config.packing.pairs_per_step,
-        seed=config.training.seed,
-        users=users,
     )
 
 
