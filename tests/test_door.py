@@ -130,6 +130,7 @@ def test_a_run_with_a_folder_is_loaded_and_resumed(policy, pairs, metrics, tmp_p
     )
     (last,) = run.history  # as in the run that nothing interrupted
     assert (last["step"], last["loss/total"]) == (3, metrics[2]["loss/total"])
+    assert "resumed after step 2" in said
     assert any(text.startswith("memory: predicted peak") for text in said)
     files = {"config.py", "manifest.json", "metrics.jsonl", "plot.png", "checkpoints"}
     assert {path.name for path in folder.iterdir()} == files

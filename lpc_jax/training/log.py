@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,12 @@ class RunLog:
         total_steps: int,
         resume_from: int | None,
         console: Console | None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self._name, self._total, self._start = name, total_steps, resume_from or 0
         self._console = console or Console(quiet=True)
+        # Prints a line, above the bar if there is one, unless told otherwise.
+        self.say = say or functools.partial(print_plain, self._console)
         self._pace: tuple[int, float] | None = None  # step and time of the first line
         self._progress: Progress | None = None
         self._first: dict[str, dict[str, Any]] = {}  # record of each split
@@ -110,10 +114,6 @@ class RunLog:
 
     def __exit__(self, *exception: object) -> None:
         self._closing.close()
-
-    def say(self, text: str) -> None:
-        """Prints a plain line, above the bar if there is one."""
-        say(self._console, text)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records metrics of training after ``step`` updates."""
@@ -192,8 +192,8 @@ class RunLog:
         self.say(f"plot: {path}")
 
 
-def say(console: Console, text: str) -> None:
-    """Prints a plain line."""
+def print_plain(console: Console, text: str) -> None:
+    """Prints a text as it is."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

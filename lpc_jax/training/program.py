@@ -111,7 +111,7 @@ def train(config: cfg.Config, console: Console) -> Loop:
 
 def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> Run:
     """A run before its first update; cheap checks come first."""
-    say = functools.partial(logs.say, console)
+    say = functools.partial(logs.print_plain, console)
     outline = loading.outline(
         loading.find_model(config.model),
         mesh=mesh,
@@ -221,4 +221,5 @@ def _log(run: Run, resume_from: int | None, console: Console) -> logs.RunLog:
         total_steps=run.total_steps,
         resume_from=resume_from,
         console=console,
+        say=run.say,
     )
