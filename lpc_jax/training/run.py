@@ -119,7 +119,9 @@ class Run:
         self.shape = setup.row_shape(self)
 
     def begin(self) -> None:
-        """Makes the state before the first update out of the policy's arrays."""
+        """Makes the state before the first update, unless there is one."""
+        if self.state is not None:
+            return
         key = jax.random.key(self.config.training.seed)
         params = self.policy.params
         if self.policy.is_seeded and self.config.latent is not None:
