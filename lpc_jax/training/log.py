@@ -88,13 +88,13 @@ class RunLog:
 
     def _rewind(self, resume_from: int | None) -> None:
         """Removes the lines of steps after ``resume_from``, all or none of them."""
-        path, kept = self._folder / METRICS_FILE, ""
+        path, text = self._folder / METRICS_FILE, ""
         if resume_from is not None and path.exists():
             for line, record in _lines(path):
                 if record["step"] <= resume_from:
-                    kept += f"{line}\n"
+                    text += f"{line}\n"
                     self._first.setdefault(record["split"], record)
-        whole.write(path, kept)
+        whole.write(path, text)
 
     def __enter__(self) -> RunLog:
         if self._console.is_terminal and not self._console.quiet:
