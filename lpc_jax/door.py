@@ -1,22 +1,13 @@
-"""The front door: load a policy, read pairs, train, score, generate, save.
-
-```python
-import lpc_jax as lpc
-
-policy = lpc.load("model", latent=lpc.Latent(num_codes=16))
-pairs = lpc.read_pairs("train.jsonl", policy)
-run = lpc.train(policy, pairs, lpc.Simpo(beta=2.0, gamma=1.0), steps=100)
-run.policy.generate("Why is the sky blue?", code=7)
-```
-"""
+"""The front door: load a policy, read pairs, train, score, generate, save."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,22 +20,10 @@ from lpc_jax.asking import Policy, to_ask
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation.preference import Evaluation
 from lpc_jax.runtime import loading, policy
-from lpc_jax.training import program
+from lpc_jax.training import program, run_folder
 from lpc_jax.training import run as training
 from lpc_jax.training.loop import Loop
-
-Callback = Callable[[dict[str, float]], None]
-
-
-def _mesh(given: Mesh | None) -> Mesh:
-    if given is not None:
-        return given
-    here = jax.sharding.get_mesh()
-    if not here.empty:
-        return here
-    return sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
 
 
 def load(
@@ -76,19 +55,21 @@ def load(
         UserError: No such model or run, one that cannot be read, or new codes or
             adapters over a policy that has its own.
     """
-    found = loading.find(path, step=step, model=model)
-    here = _mesh(mesh)
+    if mesh is None and (mesh := jax.sharding.get_mesh()).empty:
+        mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices())
+    origin = loading.find(path, step=step, model=model)
     fresh = latent is not None or adapters is not None or frozen
-    if not fresh and (found.run is not None or found.latent is not None):
-        return to_ask(loading.load_from(found, mesh=here, dtype=jnp.dtype("float32")))
-    if found.run is not None or found.latent is not None:
-        raise UserError(
-            f"new codes or adapters go over a model, got {path}, which has its own."
-            " Leave them out, or save its decoder alone (plain=True) and load that."
-        )
+    if origin.run is not None or origin.latent is not None:
+        if fresh:
+            raise UserError(
+                f"new codes or adapters go over a model, got {path}, which has its own."
+                " Leave them out, or save its decoder alone (plain=True) and load that."
+            )
+        float32 = jnp.dtype("float32")
+        return to_ask(loading.load_from(origin, mesh=mesh, dtype=float32))
     outline = loading.outline(
-        found,
-        mesh=here,
+        origin,
+        mesh=mesh,
         latent=latent,
         adapters=adapters,
         train_decoder=adapters is None and not frozen,
@@ -137,13 +118,17 @@ class Run:
     loop: Loop | None = None
 
     def __iter__(self) -> Iterator[dict[str, float]]:
-        quiet = Console(quiet=True)
-        with program.open_log(self.work, None, resume_from=None, console=quiet) as log:
-            self.loop = Loop(self.work, log, manifest=self.work.manifest)
+        # The mesh is set for each step alone: a notebook's next cell has its own.
+        mesh, console = self.work.policy.mesh, Console(quiet=True)
+        with contextlib.ExitStack() as closing:
+            if self.work.folder is not None:
+                closing.enter_context(run_folder.locked(self.work.config))
+            with jax.set_mesh(mesh):
+                looping = program.looping(self.work, console)
+                self.loop = closing.enter_context(looping)
             updates = iter(self.loop)
             while True:
-                # Set for each step alone: a notebook's next cell has its own mesh.
-                with jax.set_mesh(self.work.policy.mesh):
+                with jax.set_mesh(mesh):
                     metrics = next(updates, None)
                 if metrics is None:
                     return
@@ -158,16 +143,12 @@ class Run:
     @property
     def before(self) -> dict[str, float] | None:
         """Metrics of the held-out pairs before the first update."""
-        return _metrics(self.loop and self.loop.before)
+        return self.loop and self.loop.before and self.loop.before.metrics
 
     @property
     def after(self) -> dict[str, float] | None:
         """Metrics of the held-out pairs after the last update."""
-        return _metrics(self.loop and self.loop.after)
-
-
-def _metrics(evaluation: Evaluation | None) -> dict[str, float] | None:
-    return None if evaluation is None else evaluation.metrics
+        return self.loop and self.loop.after and self.loop.after.metrics
 
 
 def train(
@@ -175,14 +156,14 @@ def train(
     pairs: Pairs,
     loss: cfg.Loss,
     *,
-    callback: Callback | None = None,
+    callback: Callable[[dict[str, float]], None] | None = None,
     **options: Any,
 ) -> Run:
     """Trains a copy of a policy and returns the run at its last step.
 
     Args:
         callback: Called with the metrics of each step.
-        **options: As ``start`` takes them: ``steps``, ``held_out``, ``optimizer``, ...
+        **options: As ``start`` takes them: ``steps``, ``held_out``, ``folder``, ...
 
     Raises:
         UserError: As ``start``.
@@ -203,6 +184,8 @@ def start(
     steps: int | None = None,
     held_out: Pairs | None = None,
     reference: policy.Policy | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
     say: Callable[[str], None] | None = None,
     **sections: Any,
 ) -> Run:
@@ -212,22 +195,28 @@ def start(
         steps: Updates; None: ``Training.epochs`` of the pairs.
         held_out: Pairs evaluated before and after training.
         reference: For losses that need one; None: the policy's decoder as it is now.
+        folder: Run folder, with all that ``scripts/train.py`` leaves in one; None: the
+            run leaves nothing.
+        resume: Goes on from the folder's latest checkpoint, if it has one.
         say: Called with each message; None: silent.
         **sections: Sections of ``Config``: ``packing``, ``optimizer``, ``training``.
 
     Raises:
-        UserError: Settings or pairs that the run cannot use, before any compute.
+        UserError: Settings, pairs or a folder that the run cannot use.
     """
-    told = sections.pop("training", cfg.Training(log_every=1, samples=0))
+    settings = sections.pop("training", cfg.Training(log_every=1, samples=0))
+    place = Path(folder or "run")
+    writing = sections.pop("run", cfg.Run())
     config = cfg.Config(
-        name="run",
-        model=cfg.Model(path=str(policy.source.path)),
+        name=place.name,
+        model=policy.model or cfg.Model(path=str(policy.source.path)),
         loss=loss,
         latent=policy.latent,
         adapters=policy.adapters,
-        decoder=_decoder(policy),
-        data=cfg.Data(train="given"),
-        training=dataclasses.replace(told, steps=steps or told.steps),
+        decoder="frozen" if policy.frozen and not policy.adapters else "trained",
+        data=cfg.Data(train="given", eval=None if held_out is None else "given"),
+        training=dataclasses.replace(settings, steps=steps or settings.steps),
+        run=dataclasses.replace(writing, folder=str(place.parent), resume=resume),
         **sections,
     )
     sharding.require_rows_divide(config.packing.rows, policy.mesh)
@@ -244,19 +233,16 @@ def start(
         params=jax.tree.map(jnp.copy, policy.params),
         compute=dataclasses.replace(policy.compute, row_unit=unit),
     )
-    with jax.set_mesh(policy.mesh):
+    # A folder in use is refused now, not when the reference is scored.
+    lock = run_folder.locked(config) if folder else contextlib.nullcontext()
+    with lock, jax.set_mesh(policy.mesh):
         work = training.Run(
             config,
             copied,
             pairs,
             held_out,
             reference_policy=None if reference is None else reference.plain(),
+            folder=place if folder else None,
             say=say or (lambda _: None),
         )
-        work.begin()
     return Run(work)
-
-
-def _decoder(of: policy.Policy) -> Literal["trained", "frozen"]:
-    frozen = of.adapters is None and "decoder" in of.frozen
-    return "frozen" if frozen else "trained"

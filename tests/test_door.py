@@ -86,7 +86,8 @@ def test_an_iterated_run_is_the_same(policy, pairs, metrics, run):
     by_hand = lpc.start(
         policy, pairs, lpc.Simpo(beta=2.0, gamma=1.0), steps=3, packing=PACKING
     )
-    losses = [one["loss/total"] for one in by_hand]
+    first = next(iter(by_hand))  # a cell that is interrupted: the next goes on
+    losses = [one["loss/total"] for one in (first, *by_hand)]
     assert losses == [one["loss/total"] for one in metrics]
 
 
@@ -123,6 +124,37 @@ def test_rewards_over_a_reference_are_those_of_the_run(pairs, tmp_path, monkeypa
     assert scores.accuracy == pytest.approx(run.after["reward/accuracy"])
     alone = run.policy.score(pairs).rewards
     np.testing.assert_allclose(alone, 0.1 * scores.logp, rtol=1e-6)
+
+
+def test_a_run_with_a_folder_is_loaded_and_resumed(policy, pairs, metrics, tmp_path):
+    folder, asked = tmp_path / "runs" / "mine", {"steps": 3, "packing": PACKING}
+    asked["training"] = lpc.Training(log_every=1, samples=0, checkpoint_every=1)
+    loss = lpc.Simpo(beta=2.0, gamma=1.0)
+    begun = lpc.start(policy, pairs, loss, folder=folder, **asked)
+    steps = iter(begun)
+    assert [next(steps)["step"] for _ in range(2)] == [1, 2]
+    with pytest.raises(lpc.UserError, match="must be new, got one that holds a run"):
+        lpc.start(policy, pairs, loss, folder=folder, **asked)
+    with pytest.raises(lpc.UserError, match="must be of no other live run"):
+        lpc.start(policy, pairs, loss, folder=folder, resume=True, **asked)
+    steps.close()  # as a notebook that is interrupted
+    other = lpc.Simpo(beta=9.0, gamma=1.0)
+    with pytest.raises(lpc.UserError, match=r"loss.beta: checkpoint 2.0, now 9.0"):
+        lpc.train(policy, pairs, other, folder=folder, resume=True, **asked)
+    said = []
+    run = lpc.train(
+        policy, pairs, loss, folder=folder, resume=True, say=said.append, **asked
+    )
+    (last,) = run.history  # as in the run that nothing interrupted
+    assert (last["step"], last["loss/total"]) == (3, metrics[2]["loss/total"])
+    assert "resumed after step 2" in said
+    assert any(text.startswith("memory: predicted peak") for text in said)
+    files = {"config.py", "manifest.json", "metrics.jsonl", "plot.png", "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert not list(folder.parent.glob(".*.lock"))
+    again = load(folder)
+    assert again.digest() == run.policy.digest()
+    assert again.config.loss == loss
 
 
 @pytest.mark.parametrize("how", [{"adapters": lpc.Adapters(rank=2)}, {"frozen": True}])

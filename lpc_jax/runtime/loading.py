@@ -147,7 +147,7 @@ def outline(
     row_length: int = cfg.Packing.row_length,
 ) -> Policy:
     """A policy without its arrays; the mesh's devices may be elsewhere."""
-    return policy.abstract(
+    abstract = policy.abstract(
         origin.architecture,
         compute.resolve(
             origin.model, row_length=row_length, platform=sharding.platform(mesh)
@@ -160,6 +160,7 @@ def outline(
         name=origin.name,
         tokenizer=origin.tokenizer(),
     )
+    return dataclasses.replace(abstract, model=origin.model)
 
 
 def load_from(origin: Origin, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> Policy:

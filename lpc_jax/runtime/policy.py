@@ -55,6 +55,7 @@ class Policy:
     mesh: Mesh
     source: Source
     run: cfg.Config | None = None  # of the run that trained it
+    model: cfg.Model | None = None  # settings that it was loaded by
     # Length of a code that changes the start's logits by one nat (root mean square).
     codebook_unit: float = 1.0
     is_seeded: bool = False  # adapters and codes are fresh from a seed

@@ -173,29 +173,19 @@ def kept_states(
     return hidden[row, batch.prompt_end[row, slot] : batch.rejected_end[row, slot] + 1]
 
 
-def with_states(policy: Policy, pairs: Pairs) -> Pairs:
+def with_states(
+    policy: Policy, pairs: Pairs, *, say: Callable[[str], None] = lambda _: None
+) -> Pairs:
     """Pairs with the cached hidden states of a frozen decoder, else unchanged."""
     if policy.config.decoder != "frozen":
         return pairs
-    cache, shape = policy.config.model.states_cache, row_shape(policy, pairs)
-    return attach_states(policy, pairs, shape, cache=cache, say=lambda _: None)
-
-
-def attach_states(
-    policy: Policy,
-    pairs: Pairs,
-    shape: packing.RowShape,
-    *,
-    cache: str,
-    say: Callable[[str], None],
-) -> list[TokenizedPair]:
-    """Pairs with the hidden states of a frozen decoder, read where not yet cached."""
     states = HiddenStates(
-        Path(cache),
+        Path(policy.config.model.states_cache),
         weights_digest=policy.source.digest,
         dtype=policy.compute.dtype,
         width=policy.architecture.width,
     )
+    shape = row_shape(policy, pairs)
     program = programs.hidden(policy.graph, policy.mesh)
     run = on_mesh(program, policy.whole, policy.mesh)
     read = functools.partial(each, shape=shape, run=run, take=kept_states)

@@ -56,12 +56,13 @@ def standardization(
             parts = [moments(pairs, centred=False)]
         case _:
             assert_never(posterior_input)
+    inputs = {"prior_mlp": [of_prompt], "posterior_mlp": parts}
     return {
         mlp: {
-            name: np.concatenate([part[name] for part in some]).astype(np.float32)
+            name: np.concatenate([part[name] for part in of_mlp]).astype(np.float32)
             for name in ("input_mean", "input_spread")
         }
-        for mlp, some in (("prior_mlp", [of_prompt]), ("posterior_mlp", parts))
+        for mlp, of_mlp in inputs.items()
     }
 
 
@@ -76,10 +77,8 @@ def clusters(
     """
     centred = inputs - inputs.mean(axis=0)
     directions = np.linalg.svd(centred, full_matrices=False)[2][:_COMPONENTS]
-    _, found = scipy.cluster.vq.kmeans2(
-        centred @ directions.T, min(num_codes, len(inputs)), minit="++", rng=0
-    )
-    return found
+    projected, count = centred @ directions.T, min(num_codes, len(inputs))
+    return scipy.cluster.vq.kmeans2(projected, count, minit="++", rng=0)[1]
 
 
 def means_of_others(
@@ -104,21 +103,19 @@ def output_for(
     ``hidden`` are the layer's inputs; ``users`` are given if logits are pooled over a
     user's other pairs.
     """
-    wanted = _CLUSTER_LOGIT * (np.eye(num_codes)[cluster] - 1 / num_codes)
+    target = _CLUSTER_LOGIT * (np.eye(num_codes)[cluster] - 1 / num_codes)
+    mean = target.mean(axis=0)
     features = (hidden - hidden.mean(axis=0)).astype(np.float64)
     # The dual form: one equation a pair, where features may be many more.
     products = features @ features.T
     ridge = _RIDGE * np.trace(products) / min(features.shape) + _LEAST_RIDGE
-    weights = np.linalg.solve(
-        products + ridge * np.eye(len(products)), wanted - wanted.mean(axis=0)
-    )
-    kernel = features.T @ weights
-    found = features @ kernel
-    read = found if users is None else means_of_others(found, users)
+    dual = np.linalg.solve(products + ridge * np.eye(len(products)), target - mean)
+    kernel = features.T @ dual
+    logits = features @ kernel
+    if users is not None:
+        logits = means_of_others(logits, users)
     # The ridge shrinks logits so far that a draw's noise would drown them: scale back.
-    kernel *= wanted.std() / max(read.std(), _LEAST_RIDGE)
-    bias = wanted.mean(axis=0) - hidden.mean(axis=0) @ kernel
-    return {
-        "output_kernel": kernel.astype(np.float32),
-        "output_bias": bias.astype(np.float32),
-    }
+    kernel *= target.std() / max(logits.std(), _LEAST_RIDGE)
+    bias = mean - hidden.mean(axis=0) @ kernel
+    outputs = {"output_kernel": kernel, "output_bias": bias}
+    return {name: value.astype(np.float32) for name, value in outputs.items()}

@@ -8,10 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,6 @@ from lpc_jax.training.trackers import Tracker, require_trackers, start_tracker
 
 METRICS_FILE, PLOT_FILE = "metrics.jsonl", "plot.png"
 TRAIN, EVALUATION = "train", "eval"
-# Fields of a line of metrics.jsonl that are no metrics.
-_STEP, _SPLIT, _TIME, _NONFINITE = "step", "split", "time", "nonfinite"
 # Metrics printed of a log line, with their formats; the bar has less room.
 _SPEED = "speed/tokens_per_second"
 _WATCHED = {
@@ -44,12 +44,13 @@ _ON_THE_BAR = ("loss/total", "reward/accuracy", _SPEED)
 class RunLog:
     """The log of one run; a context manager, closed on errors too.
 
-    Lines beyond ``resume_from`` updates are removed; None, a new run, removes all.
+    Without a folder nothing is left of it. Lines beyond ``resume_from`` updates are
+    removed; None, a new run, removes all.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         *,
         name: str,
         project: str,
@@ -58,20 +59,25 @@ class RunLog:
         total_steps: int,
         resume_from: int | None,
         console: Console | None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        self._folder, self._name = folder, name
-        self._total, self._start = total_steps, resume_from or 0
-        self._console = console if console is not None else Console(quiet=True)
+        self._name, self._total, self._start = name, total_steps, resume_from or 0
+        self._console = console or Console(quiet=True)
+        # Prints a line, above the bar if there is one, unless told otherwise.
+        self.say = say or functools.partial(print_plain, self._console)
         self._pace: tuple[int, float] | None = None  # step and time of the first line
         self._progress: Progress | None = None
-        self._first: dict[str, dict[str, Any]] = {}
-        require_trackers(trackers)
-        folder.mkdir(parents=True, exist_ok=True)
-        _rewind(folder / METRICS_FILE, resume_from)
-        samples.rewind(folder / samples.FILE, resume_from)
-        about = {"name": name, "project": project, "settings": settings}
+        self._first: dict[str, dict[str, Any]] = {}  # record of each split
         self._trackers: list[Tracker] = []
+        require_trackers(trackers)
+        about = {"name": name, "project": project, "settings": settings}
         with contextlib.ExitStack() as on_error:
+            if folder is None:
+                folder = Path(on_error.enter_context(tempfile.TemporaryDirectory()))
+            self._folder = folder
+            folder.mkdir(parents=True, exist_ok=True)
+            self._rewind(resume_from)
+            samples.rewind(folder / samples.FILE, resume_from)
             file = (folder / METRICS_FILE).open("a", encoding="utf-8")
             self._file = on_error.enter_context(file)
             for tracker in trackers:
@@ -79,6 +85,16 @@ class RunLog:
                 on_error.callback(started.close)
                 self._trackers.append(started)
             self._closing = on_error.pop_all()
+
+    def _rewind(self, resume_from: int | None) -> None:
+        """Removes the lines of steps after ``resume_from``, all or none of them."""
+        path, text = self._folder / METRICS_FILE, ""
+        if resume_from is not None and path.exists():
+            for line, record in _lines(path):
+                if record["step"] <= resume_from:
+                    text += f"{line}\n"
+                    self._first.setdefault(record["split"], record)
+        whole.write(path, text)
 
     def __enter__(self) -> RunLog:
         if self._console.is_terminal and not self._console.quiet:
@@ -99,36 +115,27 @@ class RunLog:
     def __exit__(self, *exception: object) -> None:
         self._closing.close()
 
-    def say(self, text: str) -> None:
-        """Prints a plain line, above the bar if there is one."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records metrics of training after ``step`` updates."""
         self._record(step, TRAIN, metrics)
-        remaining = self._remaining(step)
-        status = [] if remaining is None else [f"eta {remaining}"]
+        status = self._remaining(step)
         if self._progress is not None:
             # What a narrow terminal cuts off comes last.
-            status += _brief(metrics, *_ON_THE_BAR)
-            self._progress.update(
-                self._task, completed=step, status="  ".join(status), refresh=True
-            )
+            text = "  ".join([*status, *_brief(metrics, *_ON_THE_BAR)])
+            self._progress.update(self._task, completed=step, status=text, refresh=True)
         else:
-            status = [*_brief(metrics, *_WATCHED), *status]
-            width = len(str(self._total))
-            self.say("  ".join([f"step {step:{width}}/{self._total}", *status]))
+            place = f"step {step:{len(str(self._total))}}/{self._total}"
+            self.say("  ".join([place, *_brief(metrics, *_WATCHED), *status]))
 
-    def _remaining(self, step: int) -> datetime.timedelta | None:
+    def _remaining(self, step: int) -> list[str]:
         """Time left, paced from the first line, which includes compilation."""
         now = time.monotonic()
         if self._pace is None:
             self._pace = (step, now)
+            return []
         first_step, first_time = self._pace
-        if step == first_step:
-            return None
         seconds = (now - first_time) / (step - first_step) * (self._total - step)
-        return datetime.timedelta(seconds=round(seconds))
+        return [f"eta {datetime.timedelta(seconds=round(seconds))}"]
 
     def evaluation(
         self,
@@ -152,26 +159,25 @@ class RunLog:
 
     def first(self, split: str) -> dict[str, Any]:
         """The first record of a split, empty if there is none."""
-        if split not in self._first:
-            records = reversed(read(self._folder))
-            self._first |= {record[_SPLIT]: record for record in records}
         return self._first.get(split, {})
 
     def _record(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
+        self._first.setdefault(split, values)
         self._file.write(_line(step, split, time.time(), values) + "\n")
         self._file.flush()
         named = {f"{split}/{name}": value for name, value in values.items()}
         for tracker in self._trackers:
             tracker.log(step, named)
 
-    def finish(self, *, before: Evaluation | None, after: Evaluation | None) -> None:
-        """Prints the held-out tables (``before`` None: read back); draws the plot."""
+    def finish(self, after: Evaluation | None) -> None:
+        """Prints the held-out tables, first against ``after``; draws the plot."""
         if self._progress is not None:
             self._progress.stop()
         if after is not None:
-            first = self.first(EVALUATION) if before is None else _all_metrics(before)
-            self._console.print(tables.summary(first, _all_metrics(after)))
+            by_source = _named_by_source(after.accuracy_by_source)
+            now = after.metrics | by_source
+            self._console.print(tables.summary(self.first(EVALUATION), now))
             if after.usage_by_source:
                 self._console.print(tables.usage(after.usage_by_source))
             answers = samples.read(self._folder / samples.FILE)
@@ -179,19 +185,20 @@ class RunLog:
                 self.say(line)
         records, path = read(self._folder), self._folder / PLOT_FILE
         train, held_out = (
-            [record for record in records if record[_SPLIT] == split]
+            [record for record in records if record["split"] == split]
             for split in (TRAIN, EVALUATION)
         )
         tables.plot(path, self._folder.resolve().name, train, held_out)
         self.say(f"plot: {path}")
 
 
+def print_plain(console: Console, text: str) -> None:
+    """Prints a text as it is."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def _named_by_source(accuracies: Mapping[str, float]) -> dict[str, float]:
     return {f"{tables.SOURCE_ACCURACY}{n}": value for n, value in accuracies.items()}
-
-
-def _all_metrics(evaluation: Evaluation) -> dict[str, float]:
-    return evaluation.metrics | _named_by_source(evaluation.accuracy_by_source)
 
 
 def _brief(metrics: Mapping[str, float], *names: str) -> list[str]:
@@ -201,10 +208,10 @@ def _brief(metrics: Mapping[str, float], *names: str) -> list[str]:
 def _line(step: int, split: str, when: float, metrics: Mapping[str, float]) -> str:
     """One JSON object; non-finite values are null and named under ``nonfinite``."""
     nonfinite = {n: str(v) for n, v in metrics.items() if not math.isfinite(v)}
-    record: dict[str, Any] = {_STEP: step, _SPLIT: split, _TIME: when}
+    record: dict[str, Any] = {"step": step, "split": split, "time": when}
     record |= {n: None if n in nonfinite else v for n, v in metrics.items()}
     if nonfinite:
-        record[_NONFINITE] = nonfinite
+        record["nonfinite"] = nonfinite
     return json.dumps(record, allow_nan=False)
 
 
@@ -224,15 +231,7 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 f"{path}, line {number}: must be a JSON object, got {line[:60]!r}."
                 " Mend or remove the line."
             ) from error
-        nonfinite = record.pop(_NONFINITE, {})
+        nonfinite = record.pop("nonfinite", {})
         record |= {name: float(value) for name, value in nonfinite.items()}
         lines.append((line, record))
     return lines
-
-
-def _rewind(path: Path, resume_from: int | None) -> None:
-    """Removes the lines of steps after ``resume_from``, all or none of them."""
-    kept: list[str] = []
-    if resume_from is not None and path.exists():
-        kept = [line for line, record in _lines(path) if record[_STEP] <= resume_from]
-    whole.write(path, "".join(f"{line}\n" for line in kept))

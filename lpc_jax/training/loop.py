@@ -44,6 +44,13 @@ class Trainable(Protocol):
 
     config: cfg.Config
     total_steps: int
+    state: Any  # what a checkpoint keeps
+    prepare: Callable[[], None]  # packs the next step's pairs
+    update: Callable[[], Update]
+    add: Callable[[Sums, Sums], Sums]  # two updates' metric sums
+    schedules: Callable[[int], dict[str, float]]  # their values at an update
+    evaluate: Callable[[], preference.Evaluation]  # on all held-out pairs
+    answers: Callable[[], list[samples.Sample]]  # to sampled held-out prompts
 
     @property
     def done(self) -> int:
@@ -51,37 +58,8 @@ class Trainable(Protocol):
         ...
 
     @property
-    def state(self) -> Any:
-        """The state that a checkpoint keeps."""
-        ...
-
-    @property
     def held_out(self) -> Sized:
         """Pairs to evaluate on."""
-        ...
-
-    def prepare(self) -> None:
-        """Packs the next step's pairs."""
-        ...
-
-    def update(self) -> Update:
-        """Makes one update."""
-        ...
-
-    def add(self, sums: Sums, more: Sums) -> Sums:
-        """The sum of two updates' metric sums."""
-        ...
-
-    def schedules(self, number: int) -> dict[str, float]:
-        """Values of the schedules at an update."""
-        ...
-
-    def evaluate(self) -> preference.Evaluation:
-        """Evaluates all held-out pairs."""
-        ...
-
-    def answers(self) -> list[samples.Sample]:
-        """Answers to sampled held-out prompts."""
         ...
 
 
@@ -102,16 +80,17 @@ class Loop:
     after: preference.Evaluation | None = None  # after the last
 
     def __post_init__(self) -> None:
-        latent = self.run.config.latent
-        self._codes = None if latent is None else latent.num_codes
         self._warned: set[str] = set()
         self._skipped_in_a_row = 0
         self._restart()
 
     def _restart(self) -> None:
-        self._since, self._tokens, self._pairs = time.perf_counter(), 0, 0
         self._sums: Sums = {}  # over the steps since the last line
         self._finite: list[jax.Array] = []  # likewise, of each
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._since, self._tokens, self._pairs = time.perf_counter(), 0, 0
 
     def __iter__(self) -> Iterator[dict[str, float]]:
         """Yields the metrics of every log line as updates are made."""
@@ -121,7 +100,7 @@ class Loop:
             self.log.say(f"resumed after step {first}")
         elif len(run.held_out):
             self.before = self._evaluate(0)
-        self._restart()
+        self._restart_clock()
         profiled = self._profiled(first)
         if first < total:
             run.prepare()
@@ -129,21 +108,17 @@ class Loop:
             if profiled and done - 1 == profiled.start:
                 jax.profiler.start_trace(str(self.trace))
             update = run.update()
-            self._finite.append(update.finite)
-            self._sums = run.add(self._sums, update.sums) if self._sums else update.sums
-            self._tokens += update.tokens
-            self._pairs += update.pairs
+            self._count(update)
             if done - 1 in profiled and done in (profiled.stop, total):
                 jax.block_until_ready(run.state)
                 jax.profiler.stop_trace()
                 self.log.say(f"step {done}: trace in {self.trace}")
-            metrics = None
-            if done % training.log_every == 0 or done == total:
+            metrics = evaluation = None
+            if _due(training.log_every, done, total):
                 metrics = self._log(done, update)
-            evaluation = None
             if len(run.held_out) and _due(training.eval_every, done, total):
                 evaluation = self.after = self._evaluate(done)
-                self._since, self._tokens, self._pairs = time.perf_counter(), 0, 0
+                self._restart_clock()
             self._save(done, evaluation)
             if metrics is not None:
                 yield {"step": done} | metrics
@@ -152,23 +127,31 @@ class Loop:
 
     def _profiled(self, first: int) -> range:
         begin = first + _UNPROFILED
-        profiled = range(begin, begin + (self.run.config.run.profile or 0))
-        if profiled and begin >= self.run.total_steps:
+        count = 0 if self.trace is None else self.run.config.run.profile or 0
+        if count and begin >= self.run.total_steps:
             self.log.say(
                 f"run.profile: nothing is traced, since {_UNPROFILED} updates go before"
                 f" a trace and the run has {self.run.total_steps - first} left"
             )
-        return profiled
+        return range(begin, begin + count)
+
+    def _count(self, update: Update) -> None:
+        more = update.sums
+        self._sums = self.run.add(self._sums, more) if self._sums else more
+        self._finite.append(update.finite)
+        self._tokens += update.tokens
+        self._pairs += update.pairs
 
     def _log(self, done: int, update: Update) -> dict[str, float]:
         """Logs the updates since the last line, waiting for them; may end the run."""
         metrics = values(self._sums) | self.run.schedules(done - 1)
         elapsed = time.perf_counter() - self._since
         finite = jax.device_get(self._finite)
-        for one in finite:
-            self._skipped_in_a_row = 0 if one else self._skipped_in_a_row + 1
+        for made in finite:
+            self._skipped_in_a_row = 0 if made else self._skipped_in_a_row + 1
+        skipped = 1.0 - float(np.mean(finite))
         metrics |= {
-            "gradient/skipped": 1.0 - float(np.mean(finite)),
+            "gradient/skipped": skipped,
             "gradient/norm": float(update.norm),
             "speed/tokens_per_second": self._tokens / elapsed,
             "speed/pairs_per_second": self._pairs / elapsed,
@@ -176,25 +159,28 @@ class Loop:
         if not len(self.run.held_out):
             metrics |= health.over_start(metrics, self.log.first(TRAIN) or metrics)
         self.log.train(done, metrics)
-        if metrics["gradient/skipped"]:
-            share = f"{metrics['gradient/skipped']:.0%}"
+        if skipped:
             self.log.say(
-                f"step {done}: {share} of updates skipped: gradient not finite"
+                f"step {done}: {skipped:.0%} of updates skipped: gradient not finite"
             )
         self._warn(done, metrics, {})
         self._restart()
         if self._skipped_in_a_row >= self.run.config.training.max_skipped:
-            if self.checkpoints is not None:
-                self.checkpoints.wait()
-            raise StoppedError(
-                self.report(update, done - 1, self._skipped_in_a_row), NONFINITE
-            )
+            text = self.report(update, done - 1, self._skipped_in_a_row)
+            raise self._stopped(text, NONFINITE)
         return metrics
+
+    def _stopped(self, text: str, status: int) -> StoppedError:
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        return StoppedError(text, status)
 
     def _warn(
         self, done: int, metrics: Mapping[str, float], start: Mapping[str, Any]
     ) -> None:
-        for warning in health.warnings(metrics, start, self._codes):
+        latent = self.run.config.latent
+        num_codes = None if latent is None else latent.num_codes
+        for warning in health.warnings(metrics, start, num_codes):
             if warning not in self._warned:
                 self._warned.add(warning)
                 self.log.say(f"step {done}: warning: {warning}")
@@ -213,19 +199,13 @@ class Loop:
 
     def _save(self, done: int, evaluation: preference.Evaluation | None) -> None:
         """Saves a checkpoint when due; ends the run when it was asked to."""
-        total = self.run.total_steps
+        total, every = self.run.total_steps, self.run.config.training.checkpoint_every
         ended = done < total and self.ends_after(done)
-        kept = self.checkpoints
-        if kept is not None and (
-            ended or _due(self.run.config.training.checkpoint_every, done, total)
-        ):
+        if self.checkpoints is not None and (ended or _due(every, done, total)):
             metrics = None if evaluation is None else evaluation.metrics
-            kept.save(done, self.run.state, meta=self.manifest, metrics=metrics)
-        if ended:
-            if kept is not None:
-                kept.wait()
-            raise StoppedError(
-                f"terminated after step {done} of {total}, which is saved: --resume"
-                " continues from there.",
-                TERMINATED,
+            self.checkpoints.save(
+                done, self.run.state, meta=self.manifest, metrics=metrics
             )
+        if ended:
+            text = f"terminated after step {done} of {total}, which is saved: --resume"
+            raise self._stopped(f"{text} continues from there.", TERMINATED)

@@ -40,16 +40,10 @@ class Prediction:
     @property
     def listed(self) -> str:
         """The non-zero parts in words."""
-        parts = {
-            "parameters": self.parameters,
-            "frozen decoder": self.frozen,
-            "optimizer": self.optimizer,
-            "gradients": self.gradients,
-            "temporary": self.temporary,
-            "process": self.process,
-            "checkpoint": self.checkpoint,
-        }
-        return ", ".join(f"{name} {size(part)}" for name, part in parts.items() if part)
+        parts = dataclasses.asdict(self)
+        del parts["peak"], parts["capacity"]
+        words = {"frozen": "frozen decoder"}
+        return ", ".join(f"{words.get(n, n)} {size(b)}" for n, b in parts.items() if b)
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -78,31 +72,32 @@ def _status(name: str) -> int | None:
     file = Path("/proc/self/status")
     if not file.exists():
         return None
-    lines = file.read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(f"{name}:")]
-    return int(line.split()[1]) * 1024
+    fields = dict(line.split(":", 1) for line in file.read_text().splitlines())
+    return int(fields[name].split()[0]) * 1024
+
+
+def _device_memory(name: str) -> int | None:
+    return (jax.local_devices()[0].memory_stats() or {}).get(name)
 
 
 def _capacity() -> int | None:
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
+    if jax.default_backend() == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (device.memory_stats() or {}).get("bytes_limit")
+    return _device_memory("bytes_limit")
 
 
 def real_peak() -> int | None:
     """Peak bytes so far on the first device; on a CPU of the process."""
     if jax.default_backend() == "cpu":
         return _status("VmHWM")
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return _device_memory("peak_bytes_in_use")
 
 
 def predict(
     compiled: Mapping[str, Any], *, saves_between_updates: bool, **of_run: Any
 ) -> Prediction:
     """``needed`` on this process's devices, with the copy that a checkpoint makes."""
-    of_run |= {"process": _outside_arrays(), "capacity": _capacity()}
-    run = needed(compiled, **of_run)
+    run = needed(compiled, process=_outside_arrays(), capacity=_capacity(), **of_run)
     if not saves_between_updates or jax.default_backend() != "cpu":
         return run
     copied = run.parameters + run.optimizer
@@ -137,16 +132,9 @@ def needed(
             new += gradients - use.alias_size_in_bytes
         temporary = max(temporary, use.temp_size_in_bytes)
         peak = max(peak, use.temp_size_in_bytes + new)
-    held = process + parameters + rest + optimizer
+    peak += process + parameters + rest + optimizer
     return Prediction(
-        parameters,
-        rest,
-        optimizer,
-        gradients,
-        temporary,
-        process,
-        held + peak,
-        capacity,
+        parameters, rest, optimizer, gradients, temporary, process, peak, capacity
     )
 
 
@@ -154,10 +142,10 @@ def lines(prediction: Prediction, remedies: list[str]) -> list[str]:
     """The prediction in words; with ``remedies`` where it hardly fits."""
     p = prediction
     has = "" if p.capacity is None else f" of {size(p.capacity)}"
-    said = [f"memory: predicted peak {size(p.peak)}{has} a device ({p.listed})"]
+    texts = [f"memory: predicted peak {size(p.peak)}{has} a device ({p.listed})"]
     if not p.fits:
-        said.append(f"warning: this will hardly fit. {' '.join(remedies)}")
-    return said
+        texts.append(f"warning: this will hardly fit. {' '.join(remedies)}")
+    return texts
 
 
 def size(count: int) -> str:

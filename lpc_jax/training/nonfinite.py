@@ -19,30 +19,31 @@ from lpc_jax.training.run import Run, Update
 _NAMED = 5
 
 
-def report(
-    run: Run,
-    update: Update,
-    number: int,
-    in_a_row: int,
-) -> str:
+def report(run: Run, update: Update, number: int, in_a_row: int) -> str:
     """Writes ``nonfinite/`` in the run folder and returns a message about it.
 
     ``step-N.json`` has the pairs of every micro-batch with a non-finite gradient, each
     scored alone, and the names of non-finite parameters and gradients. ``step-N.npz``
     has the micro-batches as packed. ``number`` counts from 0, N from 1.
     """
-    places, frozen = run.step_rows(number), run.policy.frozen
+    rows, frozen, state = (
+        run.pack(run.step_indices(number)),
+        run.policy.frozen,
+        run.state,
+    )
     gradients: set[str] = set()
     suspects: list[int] = []
-    for packed, batch in zip(places, update.batches, strict=True):
+    for packed, batch in zip(rows, update.batches, strict=True):
         # Draws are seeded by the step.
-        given = (run.state.params, frozen, batch, run.state.key, run.state.step - 1)
-        if wrong := _not_finite(run.programs.gradients(*given)[0]):
+        gradient, _ = run.programs.gradients(
+            state.params, frozen, batch, state.key, state.step - 1
+        )
+        if wrong := _not_finite(gradient):
             gradients |= set(wrong)
             suspects += packed.pair_id[packed.pair_mask].tolist()
     # In a row together one pair's NaN becomes all others', so each is scored alone.
     pairs = [_scored_alone(run, pair_id) for pair_id in sorted(suspects)]
-    parameters = _not_finite(run.state.params | frozen)
+    parameters = _not_finite(state.params | frozen)
     assert run.folder is not None
     file = run.folder / "nonfinite" / f"step-{number + 1}.json"
     if processes.is_main():
@@ -57,7 +58,7 @@ def report(
         file.write_text(json.dumps(contents, indent=1) + "\n")
         arrays = {
             f"{index}/{name}": value
-            for index, batch in enumerate(places)
+            for index, batch in enumerate(rows)
             for name, value in dataclasses.asdict(batch).items()
             if value is not None
         }
@@ -79,8 +80,8 @@ def _scored_alone(run: Run, pair_id: int) -> dict[str, Any]:
     index = next(i for i, pair in enumerate(train) if pair.id == pair_id)
     (batch,) = run.pack(np.asarray([index]))
     placed = sharding.place_batch(batch, run.policy.mesh)
-    given = (run.state.params, run.policy.frozen, placed, run.state.key)
-    by_pair = jax.device_get(run.programs.evaluate(*given)[1])
+    arguments = (run.state.params, run.policy.frozen, placed, run.state.key)
+    by_pair = jax.device_get(run.programs.evaluate(*arguments)[1])
     loss, *rewards = map(float, (by_pair["loss"][0, 0], *by_pair["rewards"][0, 0]))
     return {
         "pair": pair_id,
@@ -93,8 +94,7 @@ def _scored_alone(run: Run, pair_id: int) -> dict[str, Any]:
 
 def _not_finite(tree: Any) -> list[str]:
     finite = jax.device_get(_all_finite(tree))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(finite)
-    return [sharding.path_name(path) for path, whole in leaves if not whole]
+    return [path for path, whole in sharding.by_path(finite).items() if not whole]
 
 
 @jax.jit

@@ -43,10 +43,6 @@ def schedule(optimizer: cfg.Optimizer, peak: float, total_steps: int) -> optax.S
     )
 
 
-def _decay_mask(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.decays, leaves.known(params))
-
-
 def _named(
     optimizer: cfg.Optimizer, rate: optax.Schedule
 ) -> optax.GradientTransformation:
@@ -65,21 +61,18 @@ def _named(
             f" {', '.join(sorted(accepted))}; got {', '.join(unknown)}. Leave them out."
         )
     if options.get(decay):
-        options[mask] = _decay_mask
+        options[mask] = lambda params: jax.tree.map(
+            lambda leaf: leaf.decays, leaves.known(params)
+        )
     return make(rate, **options)
-
-
-def trained_part(config: cfg.Config) -> str | None:
-    """The part trained beside the latent: decoder, adapters or None."""
-    if config.decoder == "frozen":
-        return None
-    return "decoder" if config.adapters is None else "adapters"
 
 
 def peaks(config: cfg.Config) -> dict[str, float]:
     """Peak learning rate of each group of trained parameters."""
-    part = trained_part(config)
-    rates = {} if part is None else {part: config.optimizer.learning_rate}
+    rates = {}
+    if config.decoder == "trained":
+        part = "decoder" if config.adapters is None else "adapters"
+        rates[part] = config.optimizer.learning_rate
     if config.latent is not None:
         rates["latent"] = config.latent.learning_rate
         rates["codebook"] = config.latent.codebook_rate

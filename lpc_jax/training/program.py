@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
-from lpc_jax.runtime import checkpoint, compute, loading, processes
-from lpc_jax.training import memory, nonfinite, outset, reference, run_folder, setup
-from lpc_jax.training.log import RunLog
+from lpc_jax.runtime import compute, loading, processes
+from lpc_jax.runtime.checkpoint import Checkpoints
+from lpc_jax.training import log as logs
+from lpc_jax.training import memory, nonfinite, reference, run_folder, setup
 from lpc_jax.training.loop import Loop
 from lpc_jax.training.run import Run
 from lpc_jax.training.trackers import require_trackers
@@ -44,11 +45,14 @@ FREE_ON_RESUME = (
 
 def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to resume under other settings; the error lists each with both values."""
-    names = list(dict.fromkeys([*now, *saved]))
+
+    def value(settings: Mapping[str, Any], name: str) -> str:
+        return repr(settings[name]) if name in settings else "absent"
+
     lines = [
-        f"  {name}: checkpoint {_value(saved, name)}, now {_value(now, name)}"
-        for name in names
-        if _value(saved, name) != _value(now, name)
+        f"  {name}: checkpoint {value(saved, name)}, now {value(now, name)}"
+        for name in {**now, **saved}
+        if value(saved, name) != value(now, name)
     ]
     if lines:
         raise UserError(
@@ -59,22 +63,16 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def _value(settings: Mapping[str, Any], name: str) -> str:
-    return repr(settings[name]) if name in settings else "absent"
-
-
-def _require_resumable(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    def fixed(manifest: dict[str, Any]) -> dict[str, Any]:
-        kept = {
-            name: value
-            for name, value in manifest["settings"].items()
-            if not name.startswith(FREE_ON_RESUME)
-        }
-        digests = [name for name in manifest if name.endswith("_digest")]
-        return kept | {name: manifest[name] for name in digests}
-
-    # Through JSON, as the saved one went: tuples are lists on both sides.
-    require_same(fixed(saved), fixed(json.loads(json.dumps(now))))
+def _fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings and digests that stay the same from start to end of a run."""
+    # Through JSON, as a saved one went: tuples are lists on both sides.
+    of_run = json.loads(json.dumps(manifest))
+    settings = {
+        name: value
+        for name, value in of_run["settings"].items()
+        if not name.startswith(FREE_ON_RESUME)
+    }
+    return settings | {n: of_run[n] for n in of_run if n.endswith("_digest")}
 
 
 def train(config: cfg.Config, console: Console) -> Loop:
@@ -92,12 +90,8 @@ def train(config: cfg.Config, console: Console) -> Loop:
             f"decoder='frozen' runs in one process, got {jax.process_count()}. Start"
             " one, with all devices that it can have."
         )
-    mesh = sharding.make_mesh(
-        data=config.mesh.data,
-        fsdp=config.mesh.fsdp,
-        tensor=config.mesh.tensor,
-        devices=jax.devices(),
-    )
+    sizes = dataclasses.asdict(config.mesh)
+    mesh = sharding.make_mesh(**sizes, devices=jax.devices())
     sharding.require_rows_divide(config.packing.rows, mesh)
     require_trackers(config.run.trackers)
     if config.run.compilation_cache is not None:
@@ -105,21 +99,21 @@ def train(config: cfg.Config, console: Console) -> Loop:
     with (
         processes.together(),
         processes.Termination().watched() as termination,
-        run_folder.held(config) as folder,
+        run_folder.locked(config) as folder,
         jax.set_mesh(mesh),
     ):
-        return _train(prepare(config, mesh, folder, console), console, termination)
+        run = prepare(config, mesh, folder, console)
+        with looping(run, console, ends_after=termination.reached) as loop:
+            for _ in loop:
+                pass
+        return loop
 
 
 def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> Run:
     """A run before its first update; cheap checks come first."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    found = loading.find_model(config.model)
+    say = functools.partial(logs.print_plain, console)
     outline = loading.outline(
-        found,
+        loading.find_model(config.model),
         mesh=mesh,
         latent=config.latent,
         adapters=config.adapters,
@@ -127,110 +121,105 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
         row_length=config.packing.row_length,
     )
     train, held_out = setup.read_pairs(config, outline.tokenizer)
-    outset.require_one_run(
-        config, outset.digests(outline.tokenizer, train, held_out or Pairs([]))
+    # Another config, data or JAX is refused before any process waits for the others.
+    digests = setup.digests(outline.tokenizer, train, held_out or Pairs([]))
+    processes.require_agreement(
+        cfg.flat(config.of_all_processes()) | digests | {"jax": jax.__version__},
+        "Start every process with the same command, code and data.",
     )
     if train.report is not None:
         for line in train.report.lines():
             say(line)
         for table in train.report.tables()[1:]:  # lengths and sources
             console.print(table)
-    started = loading.start(outline, seed=config.training.seed)
+    policy = loading.start(outline, seed=config.training.seed)
     return Run(
         config,
-        started,
+        policy,
         train,
         held_out,
-        reference_policy=reference.load(config, started),
+        reference_policy=reference.load(config, policy),
         folder=folder,
         say=say,
     )
 
 
-def _train(run: Run, console: Console, termination: processes.Termination) -> Loop:
-    config, folder = run.config, run.folder
-    assert folder is not None
-    run_folder.make(config, folder)
+@contextlib.contextmanager
+def looping(
+    run: Run,
+    console: Console,
+    *,
+    ends_after: Callable[[int], bool] = lambda done: False,
+) -> Iterator[Loop]:
+    """The loop over a run's updates, from its start or its latest checkpoint.
+
+    A run with a folder leaves everything there: when the loop has ended, the plot too.
+    """
     with contextlib.ExitStack() as closing:
-        kept = checkpoint.Checkpoints(
+        if run.folder is None:
+            run.begin()
+            yield Loop(run, closing.enter_context(_log(run, None, console)))
+            return
+        folder, config = run.folder, run.config
+        run_folder.make(config, folder)
+        checkpoints = Checkpoints(
             folder / loading.CHECKPOINTS,
             best_metric=config.training.best if len(run.held_out) else None,
             say=run.say,
         )
-        closing.callback(kept.close)
-        resume_from = resume(run, kept) if config.run.resume else None
+        closing.callback(checkpoints.close)
+        resume_from = _resume(run, checkpoints) if config.run.resume else None
         if resume_from is None:
             run.begin()
-        predicted = outset.compile_ahead(run)
-        kept.require_space(run.state)  # now, and not when the first hours are done
+        predicted = setup.compile_ahead(run)
+        checkpoints.require_space(run.state)  # now, not when the first hours are done
         if processes.is_main():
             (folder / "config.py").write_text(cfg.source(config.of_all_processes()))
             text = json.dumps(run.manifest, indent=1)
             (folder / "manifest.json").write_text(text)
-        log = closing.enter_context(
-            open_log(
-                run,
-                folder if processes.is_main() else None,
-                resume_from=resume_from,
-                console=console,
-            )
-        )
+        log = closing.enter_context(_log(run, resume_from, console))
         loop = Loop(
             run,
             log,
-            checkpoints=kept,
+            checkpoints=checkpoints,
             manifest=run.manifest,
-            ends_after=termination.reached,
+            ends_after=ends_after,
             report=functools.partial(nonfinite.report, run),
             trace=folder / "profile",
         )
-        for _ in loop:
-            pass
+        yield loop
         peak = memory.real_peak()
         if peak is not None:
-            log.say(
-                f"memory: {memory.size(peak)} at the peak,"
-                f" {memory.size(predicted)} predicted"
-            )
-        log.finish(before=loop.before, after=loop.after)
-    return loop
+            sizes = f"{memory.size(peak)} at the peak, {memory.size(predicted)}"
+            log.say(f"memory: {sizes} predicted")
+        log.finish(loop.after)
 
 
-def resume(run: Run, kept: checkpoint.Checkpoints) -> int | None:
+def _resume(run: Run, checkpoints: Checkpoints) -> int | None:
     """Restores the latest whole checkpoint and returns its step; None without one."""
-    if kept.latest() is None:
+    if checkpoints.latest() is None:
         return None
     run.forget_start()
-    restored = kept.restore_latest(
+    restored = checkpoints.restore_latest(
         run.abstract_state(),
-        accept=lambda saved: _require_resumable(saved, run.manifest),
+        accept=lambda saved: require_same(_fixed(saved), _fixed(run.manifest)),
     )
     assert restored is not None, "there is a latest"
     step, run.state = restored
     return step
 
 
-@contextlib.contextmanager
-def open_log(
-    run: Run, folder: Path | None, *, resume_from: int | None, console: Console
-) -> Iterator[RunLog]:
-    """The run's log in a folder, or unread in a temporary one."""
-    config = run.config
-    with contextlib.ExitStack() as closing:
-        if folder is None:
-            unread = tempfile.TemporaryDirectory()
-            folder, trackers = Path(closing.enter_context(unread)), ()
-        else:
-            trackers = config.run.trackers
-        yield closing.enter_context(
-            RunLog(
-                folder,
-                name=config.name,
-                project=config.run.project,
-                trackers=trackers,
-                settings=run.manifest["settings"],
-                total_steps=run.total_steps,
-                resume_from=resume_from,
-                console=console,
-            )
-        )
+def _log(run: Run, resume_from: int | None, console: Console) -> logs.RunLog:
+    """The log in the run's folder; of no folder, or another process: unread."""
+    read = run.folder is not None and processes.is_main()
+    return logs.RunLog(
+        run.folder if read else None,
+        name=run.config.name,
+        project=run.config.run.project,
+        trackers=run.config.run.trackers if read else (),
+        settings=run.manifest["settings"],
+        total_steps=run.total_steps,
+        resume_from=resume_from,
+        console=console,
+        say=run.say,
+    )

@@ -39,11 +39,11 @@ def score_pairs(
 ) -> Float[np.ndarray, "B 2"]:
     """Summed log-probabilities of every pair's answers, packed as in training."""
 
-    def tell(done: int) -> None:  # a line of the log for each group, not each batch
+    def of_group(done: int) -> None:  # a line of the log for each, not for each batch
         if done % reading.GROUP == 0 or done == len(pairs):
             on_progress(done)
 
-    logp = reading.each(pairs, shape, score, on_progress=tell)
+    logp = reading.each(pairs, shape, score, on_progress=of_group)
     return np.asarray(logp, np.float32)
 
 
@@ -58,19 +58,14 @@ class ReferenceCache:
     def _read(self) -> None:
         if not self.path.exists():
             return
-        found = untrusted.read_arrays(self.path, {"keys": "u1", "logp": "f4"})
-        if found is None:
-            raise self._broken()
-        keys, logp = found["keys"], found["logp"]
-        if keys.ndim != 2 or logp.shape != (len(keys), 2):
-            raise self._broken()
+        arrays = untrusted.read_arrays(self.path, {"keys": "u1", "logp": "f4"}) or {}
+        keys, logp = arrays.get("keys", np.empty(0)), arrays.get("logp")
+        if keys.ndim != 2 or logp is None or logp.shape != (len(keys), 2):
+            raise UserError(
+                f"reference cache {self.path} must be a whole .npz file, got a broken"
+                " or truncated one. Delete the file to score again."
+            )
         self._known = {k.tobytes(): v for k, v in zip(keys, logp, strict=True)}
-
-    def _broken(self) -> UserError:
-        return UserError(
-            f"reference cache {self.path} must be a whole .npz file, got a broken or"
-            " truncated one. Delete the file to score again."
-        )
 
     def _store(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,8 +94,12 @@ class ReferenceCache:
         # One process's file decides what all of them score together.
         column = processes.array_from_main(column)
         missing = np.flatnonzero(np.isnan(column[:, 0])).tolist()
-        kept = np.flatnonzero(~np.isnan(column[:, 0]))[:CHECKED_PAIRS].tolist()
-        self._check(score, [pairs[i] for i in kept], column[kept], shape)
+        cached = np.flatnonzero(~np.isnan(column[:, 0]))[:CHECKED_PAIRS].tolist()
+        if cached:
+            checked = [pairs[i] for i in cached]
+            live = score_pairs(score, checked, shape, lambda _: None)
+            off = np.abs(live - column[cached]) / packing.pair_lengths(checked)[:, 1:]
+            self._require_agreement(float(off.max()), len(checked))
         if missing:
             scored = score_pairs(score, [pairs[i] for i in missing], shape, on_progress)
             _require_finite(scored)
@@ -111,23 +110,12 @@ class ReferenceCache:
             processes.from_main(self._store)
         return column, len(missing)
 
-    def _check(
-        self,
-        score: ScoreBatch,
-        pairs: Sequence[TokenizedPair],
-        kept: Float[np.ndarray, "B 2"],
-        shape: packing.RowShape,
-    ) -> None:
-        if not pairs:
-            return
-        live = score_pairs(score, pairs, shape, lambda _: None)
-        tokens = packing.pair_lengths(pairs)[:, 1:]
-        off = float(np.max(np.abs(live - kept) / tokens))
-        if not off <= CHECK_TOLERANCE:
+    def _require_agreement(self, off: float, count: int) -> None:
+        if not off <= CHECK_TOLERANCE:  # so written that NaN fails too
             raise UserError(
                 f"reference cache {self.path} must agree with the reference to"
                 f" {CHECK_TOLERANCE} nats per token, got {off:.3g} on"
-                f" {len(pairs)} pairs. Delete the file to score again."
+                f" {count} pairs. Delete the file to score again."
             )
 
 
@@ -150,27 +138,27 @@ def columns(
     say: Callable[[str], None],
 ) -> tuple[Float[np.ndarray, "B 2"], Float[np.ndarray, "H 2"], str]:
     """The columns of training and held-out pairs, and the reference's digest."""
-    program = programs.score(
-        policy.graph, policy.mesh, chunk=policy.compute.score_chunk
-    )
+    chunk = policy.compute.score_chunk
+    program = programs.score(policy.graph, policy.mesh, chunk=chunk)
     run = reading.on_mesh(program, policy.params, policy.mesh)
-
-    def score_batch(batch: Batch) -> Float[np.ndarray, "R P 2"]:
-        return np.asarray(jax.device_get(run(batch)))
-
+    # What a run has trained is no longer what its files hold.
+    digest = policy.source.digest if policy.run is None else policy.digest()
     cache = ReferenceCache(
         Path(config.reference.cache),
-        weights_digest=policy.source.digest,
+        weights_digest=digest,
         compute_dtype=policy.compute.dtype.name,
     )
-    every = [*train, *held_out]
+    pairs = [*train, *held_out]
     column, scored = cache.column(
-        score_batch, every, shape, lambda done: say(f"reference: {done} pairs scored")
+        lambda batch: np.asarray(jax.device_get(run(batch))),
+        pairs,
+        shape,
+        lambda done: say(f"reference: {done} pairs scored"),
     )
     say(
-        f"reference: {scored} pairs scored, {len(every) - scored} found in {cache.path}"
+        f"reference: {scored} pairs scored, {len(pairs) - scored} found in {cache.path}"
     )
-    return column[: len(train)], column[len(train) :], policy.source.digest
+    return column[: len(train)], column[len(train) :], digest
 
 
 def load(config: cfg.Config, policy: Policy) -> Policy | None:
@@ -181,22 +169,24 @@ def load(config: cfg.Config, policy: Policy) -> Policy | None:
     """
     if config.reference.path is None:
         return None
-    other = dataclasses.replace(config.model, path=config.reference.path, revision=None)
-    found = loading.find_model(other, setting="reference.path")
+    settings = dataclasses.replace(
+        config.model, path=config.reference.path, revision=None
+    )
+    model = loading.find_model(settings, setting="reference.path")
     vocabulary = policy.architecture.vocabulary
-    if found.architecture.vocabulary != vocabulary:
+    if model.architecture.vocabulary != vocabulary:
         raise UserError(
             f"reference.path must share the policy's tokenizer: vocabulary {vocabulary}"
-            f" expected, got {found.architecture.vocabulary}. Choose a reference of the"
+            f" expected, got {model.architecture.vocabulary}. Choose a reference of the"
             " same family."
         )
     outline = abstract(
-        found.architecture,
+        model.architecture,
         policy.compute,
         latent=None,
         adapters=None,
         train_decoder=config.trains_decoder,
         mesh=policy.mesh,
-        path=found.path,
+        path=model.path,
     )
     return loading.start(outline, seed=0).plain()

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from lpc_jax import config as cfg
 from lpc_jax import metrics, objective, sharding
@@ -18,15 +19,13 @@ from lpc_jax.data.pairs import Pairs
 from lpc_jax.evaluation import preference
 from lpc_jax.generation import samples
 from lpc_jax.generation.answering import Generator
-from lpc_jax.models import latent as latent_models
 from lpc_jax.models.latent import Steering
-from lpc_jax.runtime import processes
+from lpc_jax.runtime import processes, reading
 from lpc_jax.runtime.policy import Policy
 from lpc_jax.training import optimizer as optimizers
-from lpc_jax.training import outset, reference, setup, start, step
+from lpc_jax.training import reference, setup, start, step
 from lpc_jax.types import Batch, Companions
 
-Say = Callable[[str], None]
 # Prompts answered if ``training.samples`` is None, and prompts answered together.
 _SAMPLES, _ANSWERED_AT_A_TIME = 16, 16
 
@@ -59,49 +58,44 @@ class Run:
         *,
         reference_policy: Policy | None = None,
         folder: Path | None = None,
-        say: Say = lambda _: None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.config, self.folder, self.say = config, folder, say
-        self.policy = policy
+        self.config, self.policy, self.folder, self.say = config, policy, folder, say
         self.train, self.held_out = train, held_out or Pairs([])
-        self.users = setup.users(config, self.train.tokens)
-        self.shape = setup.shape(
-            config, self.train.tokens, self.held_out.tokens, self.users, policy.compute
-        )
-        self.total_steps = setup.total_steps(config, len(self.train))
-        outset.describe(self)
+        self.users = setup.users(config, train.tokens)
+        self.total_steps = setup.total_steps(config, len(train))
+        self.shape = setup.row_shape(self)
+        setup.describe(self)
         processes.require_agreement(
             {"weights": policy.source.digest},
             "Give every process the same model files.",
         )
-        as_read = self.train, self.held_out, self.shape
+        scored = self.train, self.held_out, self.shape
         if config.decoder == "frozen":
             self._read_states()
+        if reference_policy is None:  # the policy's decoder, whose states are read
+            scored = self.train, self.held_out, self.shape
         self.reference: np.ndarray | None = None
         held_out_reference, reference_digest = None, ""
         if config.loss.needs_reference:
-            if reference_policy is None:
-                scored = self.train, self.held_out, self.shape
-            else:
-                scored = as_read
             self.reference, held_out_reference, reference_digest = reference.columns(
                 config, reference_policy or policy.plain(), *scored, say
             )
-        self.manifest = outset.manifest(self, reference_digest)
+        self.manifest = setup.manifest(self, reference_digest)
         self._held_out_batches = packing.micro_batches(
             self.held_out.tokens, self.shape, reference_logp=held_out_reference
         )
-        wanted = config.training.samples
+        count = config.training.samples
         self._sampled = samples.choose(
             self.held_out.tokens,
-            _SAMPLES if wanted is None else wanted,
+            _SAMPLES if count is None else count,
             most_tokens=policy.architecture.context_length - 1,
         )
-        outline = policy.abstracted()
+        params = policy.abstracted().params
         self.optimizer = optimizers.build(
-            config, outline.params, self.total_steps, codebook_unit=policy.codebook_unit
+            config, params, self.total_steps, codebook_unit=policy.codebook_unit
         )
-        self.layout = step.state_shardings(outline.params, self.optimizer, policy.mesh)
+        self.layout = step.state_shardings(params, self.optimizer, policy.mesh)
         self.programs = step.build(
             config,
             policy.graph,
@@ -110,34 +104,24 @@ class Run:
             self.total_steps,
             chunk=policy.compute.score_chunk,
         )
+        self.add = self.programs.add  # of two updates' metric sums
         self.state: Any = None
         self._prepared: tuple[int, tuple[list[Batch], int, int]] | None = None
-        self._rates = {
-            group: optimizers.schedule(config.optimizer, peak, self.total_steps)
-            for group, peak in optimizers.peaks(config).items()
-        }
 
     def _read_states(self) -> None:
-        every = start.with_states(
-            self.config,
-            self.policy,
-            [*self.train, *self.held_out],
-            self.shape,
-            self.say,
-        )
+        """Adds the frozen decoder's hidden states to the pairs; rows get shorter."""
+        policy = dataclasses.replace(self.policy, run=self.config)
+        read = [*self.train, *self.held_out]
+        pairs = list(reading.with_states(policy, read, say=self.say))
         count = len(self.train)
-        self.train = dataclasses.replace(self.train, tokens=every[:count])
-        self.held_out = dataclasses.replace(self.held_out, tokens=every[count:])
-        self.shape = setup.shape(
-            self.config,
-            self.train.tokens,
-            self.held_out.tokens,
-            self.users,
-            self.policy.compute,
-        )
+        self.train = dataclasses.replace(self.train, tokens=pairs[:count])
+        self.held_out = dataclasses.replace(self.held_out, tokens=pairs[count:])
+        self.shape = setup.row_shape(self)
 
     def begin(self) -> None:
-        """Makes the state before the first update out of the policy's arrays."""
+        """Makes the state before the first update, unless there is one."""
+        if self.state is not None:
+            return
         key = jax.random.key(self.config.training.seed)
         params = self.policy.params
         if self.policy.is_seeded and self.config.latent is not None:
@@ -162,6 +146,8 @@ class Run:
 
     def trained(self) -> Policy:
         """The policy as it is now; the next update donates its arrays."""
+        if self.state is None:
+            return self.policy
         return dataclasses.replace(
             self.policy, params=self.state.params, run=self.config, is_seeded=False
         )
@@ -190,25 +176,15 @@ class Run:
             self._prepared = following, self.step_batches(following)
         return Update(sums, norm, finite, batches, pairs, tokens)
 
-    def add(self, sums: metrics.Sums, more: metrics.Sums) -> metrics.Sums:
-        """The sum of two updates' metric sums; the first are donated."""
-        return self.programs.add(sums, more)
-
     def step_batches(self, number: int) -> tuple[list[Batch], int, int]:
         """A step's micro-batches on the mesh, its pairs and its tokens."""
-        indices = self._step_indices(number)
-        pairs = [self.train.tokens[i] for i in indices]
-        batches = [
-            sharding.place_batch(batch, self.policy.mesh)
-            for batch in self.pack(indices)
-        ]
-        return batches, len(pairs), int(packing.pair_lengths(pairs).sum())
+        indices, mesh = self.step_indices(number), self.policy.mesh
+        batches = [sharding.place_batch(rows, mesh) for rows in self.pack(indices)]
+        lengths = packing.pair_lengths([self.train.tokens[i] for i in indices])
+        return batches, len(indices), int(lengths.sum())
 
-    def step_rows(self, number: int) -> list[Batch]:
-        """A step's micro-batches on the host."""
-        return self.pack(self._step_indices(number))
-
-    def _step_indices(self, number: int) -> np.ndarray:
+    def step_indices(self, number: int) -> Int[np.ndarray, "B"]:
+        """Which training pairs a step takes."""
         return packing.step_indices(
             len(self.train),
             step=number,
@@ -217,7 +193,7 @@ class Run:
             users=self.users,
         )
 
-    def pack(self, indices: np.ndarray) -> list[Batch]:
+    def pack(self, indices: Int[np.ndarray, "B"]) -> list[Batch]:
         """Micro-batches of the training pairs at these indices, on the host."""
         return packing.micro_batches(
             [self.train.tokens[i] for i in indices],
@@ -227,38 +203,32 @@ class Run:
 
     def _companions(self, batches: list[Batch]) -> Companions | None:
         """The posterior's inputs of all pairs of a step, if it pools over users."""
-        latent = self.config.latent
-        if latent is None or self.users is None:
+        if self.users is None:
             return None
-        size = self.config.packing.pairs_per_step
-        width = latent_models.judged_width(
-            latent.posterior_input, self.policy.architecture.width
+        params, frozen = self.state.params, self.policy.frozen
+        read = [
+            jax.device_get(self.programs.judged(params, frozen, batch))
+            for batch in batches
+        ]
+        judged = np.concatenate([inputs[mask] for inputs, mask, _ in read])
+        ids = np.concatenate([pair_id[mask] for _, mask, pair_id in read])
+        user_of = dict(zip([pair.id for pair in self.train], self.users, strict=True))
+        users = np.asarray([user_of[i] for i in ids.tolist()], np.int32)
+        # An epoch's last step may have fewer pairs; the program has one size.
+        absent = (0, self.config.packing.pairs_per_step - len(ids))
+        return Companions(
+            np.pad(judged, (absent, (0, 0))),
+            np.pad(users, absent, constant_values=-1),
+            np.pad(ids, absent, constant_values=-1),
         )
-        judged = np.zeros((size, width), np.float32)
-        ids = np.full(size, -1, np.int32)
-        done = 0
-        for batch in batches:
-            read, mask, pair_id = jax.device_get(
-                self.programs.judged(self.state.params, self.policy.frozen, batch)
-            )
-            here = slice(done, done + int(mask.sum()))
-            judged[here], ids[here] = read[mask], pair_id[mask]
-            done = here.stop
-        user_of = {
-            pair.id: user for pair, user in zip(self.train, self.users, strict=True)
-        }
-        user = np.asarray([user_of.get(i, -1) for i in ids.tolist()], np.int32)
-        return Companions(judged, user, ids)
 
     def evaluate(self) -> preference.Evaluation:
         """Evaluates all held-out pairs, z from the prior."""
         key = jax.random.fold_in(self.state.key, self.state.step)
+        params, policy = self.state.params, self.policy
         return preference.evaluate(
             lambda batch: self.programs.evaluate(
-                self.state.params,
-                self.policy.frozen,
-                sharding.place_batch(batch, self.policy.mesh),
-                key,
+                params, policy.frozen, sharding.place_batch(batch, policy.mesh), key
             ),
             self._held_out_batches,
             sources={pair.id: pair.source for pair in self.held_out},
@@ -269,6 +239,7 @@ class Run:
         if not self._sampled:
             return []
         latent = self.config.latent
+        steering = Steering("mean") if latent is None else objective.inference(latent)
         # Made anew: it holds the layers unstacked, and their memory is free in between.
         generator = Generator(
             self.trained().merged(), batch=min(len(self._sampled), _ANSWERED_AT_A_TIME)
@@ -278,27 +249,24 @@ class Run:
             self._sampled,
             self.held_out.prompts,
             step=self.done,
-            steering=Steering("mean")
-            if latent is None
-            else objective.inference(latent),
+            steering=steering,
             max_new_tokens=self.config.training.sample_tokens,
         )
 
     def schedules(self, number: int) -> dict[str, float]:
         """Values of the schedules at an update, counted from 0."""
-        values: dict[str, Any] = {}
-        part = optimizers.trained_part(self.config)
-        if part is not None:
-            values["learning_rate"] = self._rates[part](number)
+        names = {"latent": "latent_learning_rate", "codebook": "codebook_rate"}
+        values: dict[str, Any] = {
+            names.get(group, "learning_rate"): optimizers.schedule(
+                self.config.optimizer, peak, self.total_steps
+            )(number)
+            for group, peak in optimizers.peaks(self.config).items()
+        }
         latent = self.config.latent
         if latent is not None:
             progress = jnp.asarray(number / max(self.total_steps - 1, 1))
-            values |= {
-                "latent_learning_rate": self._rates["latent"](number),
-                "codebook_rate": self._rates["codebook"](number),
-                "g": objective.prior_share(latent.prior_share, progress),
-                "temperature": objective.temperature(latent, progress),
-            }
+            values["g"] = objective.prior_share(latent.prior_share, progress)
+            values["temperature"] = objective.temperature(latent, progress)
         return {
             f"schedule/{name}": float(np.asarray(value))
             for name, value in values.items()

@@ -18,7 +18,7 @@ from lpc_jax.runtime import processes
 from lpc_jax.training.log import METRICS_FILE
 
 
-def _holds_run(folder: Path) -> bool:
+def _has_run(folder: Path) -> bool:
     return (folder / METRICS_FILE).exists()
 
 
@@ -26,7 +26,7 @@ def make(config: cfg.Config, folder: Path) -> None:
     """Makes the run's folder; a run to be replaced is removed only here."""
 
     def replace() -> None:
-        if _holds_run(folder) and not config.run.resume:
+        if _has_run(folder) and not config.run.resume:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -34,7 +34,7 @@ def make(config: cfg.Config, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(config: cfg.Config) -> Iterator[Path]:
+def locked(config: cfg.Config) -> Iterator[Path]:
     """The run's folder, locked for this run; the main process holds it for all.
 
     The system's lock ends with the process, however that ends. A folder with an ended
@@ -42,24 +42,24 @@ def held(config: cfg.Config) -> Iterator[Path]:
     """
     folder = Path(config.run.folder) / config.name
     continued = config.run.resume or config.run.overwrite
-    if processes.from_main(lambda: _holds_run(folder)) and not continued:
+    if processes.from_main(lambda: _has_run(folder)) and not continued:
         raise UserError(
             f"run folder {folder} must be new, got one that holds a run. Continue it"
             " with --resume, choose another --name, or replace it with"
             " --run.overwrite."
         )
-    taken: list[int] = []
+    descriptors: list[int] = []
     file = folder.with_name(f".{folder.name}.lock")
-    processes.from_main(lambda: taken.append(_take(file, folder)))
+    processes.from_main(lambda: descriptors.append(_lock(file, folder)))
     try:
         yield folder
     finally:
-        for descriptor in taken:
+        for descriptor in descriptors:
             file.unlink(missing_ok=True)
             os.close(descriptor)
 
 
-def _take(file: Path, folder: Path) -> int:
+def _lock(file: Path, folder: Path) -> int:
     """Locks the file and returns its descriptor; closing that unlocks."""
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:

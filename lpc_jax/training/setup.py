@@ -1,38 +1,47 @@
-"""A run's pairs, and the shape of the rows that they are packed into."""
+"""Before a run's first update: pairs, shape of rows, manifest, programs, memory."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
 from lpc_jax import config as cfg
-from lpc_jax.data import packing, pairs
+from lpc_jax import loss_table, sharding
+from lpc_jax.data import packing, pairs, tokenizer
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.runtime.compute import Compute
+from lpc_jax.training import memory
+
+if TYPE_CHECKING:
+    from lpc_jax.training.run import Run
 
 # Row lengths are chosen on the run's first steps of so many pairs.
 _PLANNED_PAIRS = 2048
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
-def read_pairs(config: cfg.Config, tokenizer: Tokenizer) -> tuple[Pairs, Pairs | None]:
+def read_pairs(
+    config: cfg.Config, of_tokenizer: Tokenizer
+) -> tuple[Pairs, Pairs | None]:
     """Training pairs, and held-out pairs or None."""
     data = config.data
+    rules = {
+        **pairs.rules(data),
+        "user": data.user,
+        "row_length": config.packing.row_length,
+    }
 
     def read(path: str, setting: str, split: str, limit: int | None) -> Pairs:
         return pairs.load(
-            path,
-            tokenizer,
-            setting=setting,
-            split=split,
-            limit=limit,
-            user=data.user,
-            row_length=config.packing.row_length,
-            **pairs.rules(data),
+            path, of_tokenizer, setting=setting, split=split, limit=limit, **rules
         )
 
     train = read(data.train, "data.train", data.train_split, data.limit)
@@ -42,16 +51,10 @@ def read_pairs(config: cfg.Config, tokenizer: Tokenizer) -> tuple[Pairs, Pairs |
     return train, read(data.eval, "data.eval", data.eval_split, data.eval_limit)
 
 
-def shape(
-    config: cfg.Config,
-    train: Sequence[TokenizedPair],
-    held_out: Sequence[TokenizedPair],
-    users: Int[np.ndarray, "_"] | None,
-    compute: Compute,
-) -> packing.RowShape:
-    """The shape of a micro-batch that all pairs fit."""
-    packed = config.packing
-    lengths = packing.pair_lengths([*train, *held_out])
+def row_shape(run: Run) -> packing.RowShape:
+    """The shape of a micro-batch that all pairs of a run fit."""
+    packed, compute = run.config.packing, run.policy.compute
+    lengths = packing.pair_lengths([*run.train, *run.held_out])
     longest = packing.row_shape(
         lengths,
         rows=packed.rows,
@@ -62,22 +65,9 @@ def shape(
     if packed.length_choices == 1:
         return longest
     planned = -(-_PLANNED_PAIRS // packed.pairs_per_step)
-    steps = [
-        packing.step_indices(
-            len(train),
-            step=number,
-            pairs_per_step=packed.pairs_per_step,
-            seed=config.training.seed,
-            users=users,
-        )
-        for number in range(min(planned, total_steps(config, len(train))))
-    ]
+    steps = [run.step_indices(i) for i in range(min(planned, run.total_steps))]
     return packing.choose_row_lengths(
-        longest,
-        lengths,
-        steps,
-        choices=packed.length_choices,
-        unit=compute.row_unit,
+        longest, lengths, steps, choices=packed.length_choices, unit=compute.row_unit
     )
 
 
@@ -114,7 +104,108 @@ def users(
 
 def total_steps(config: cfg.Config, pairs: int) -> int:
     """Updates of a run over this many training pairs."""
-    return config.training.steps or (
-        config.training.epochs
-        * packing.steps_per_epoch(pairs, pairs_per_step=config.packing.pairs_per_step)
+    size = config.packing.pairs_per_step
+    epoch = packing.steps_per_epoch(pairs, pairs_per_step=size)
+    return config.training.steps or config.training.epochs * epoch
+
+
+def digests(of_tokenizer: Tokenizer, train: Pairs, held_out: Pairs) -> dict[str, str]:
+    """SHA-256 digests of the tokenizer and of each set's token ids."""
+    return {
+        "tokenizer_digest": tokenizer.digest(of_tokenizer),
+        "data_digest": train.digest(),
+        "held_out_digest": held_out.digest(),
+    }
+
+
+def manifest(run: Run, reference_digest: str) -> dict[str, Any]:
+    """A checkpoint's record of its run: settings, digests, versions."""
+    return {
+        "settings": cfg.flat(run.config.of_all_processes()),
+        "weights_digest": run.policy.source.digest,
+        "reference_digest": reference_digest,
+        **digests(run.policy.tokenizer, run.train, run.held_out),
+        "train_pairs": len(run.train),
+        "held_out_pairs": len(run.held_out),
+        "devices": [device.device_kind for device in jax.devices()],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def describe(run: Run) -> None:
+    """Says the model, mesh, batch and objective."""
+    config, policy, shape = run.config, run.policy, run.shape
+    count, trained, latent = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (policy.whole, policy.params, policy.whole.get("latent", {}))
     )
+    share = "" if trained == count else f", {trained / 1e6:.2f} M trained"
+    mesh = policy.mesh
+    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    run.say(
+        f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
+        f" ({latent / 1e6:.2f} M latent{share}), compute"
+        f" {policy.compute.dtype.name}\n"
+        f"mesh: {mesh.size} x {mesh.devices.flat[0].device_kind}, {axes};"
+        f" attention: {policy.compute.attention}; remat: {config.model.remat}\n"
+        f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
+        f" {shape.rows} rows x {' or '.join(map(str, shape.row_lengths))} tokens,"
+        f" {shape.scored} scored a row; {run.total_steps} steps\n"
+        f"{loss_table.formula(config.loss, config.latent)}"
+    )
+
+
+def compile_ahead(run: Run) -> int:
+    """Compiles the run's programs, reports their memory; returns the peak in bytes."""
+    config, shape, mesh = run.config, run.shape, run.policy.mesh
+    state, frozen, programs = run.state, run.policy.frozen, run.programs
+    compiled: dict[str, Any] = {}
+    for length in shape.row_lengths:
+        batch = packing.empty_batch(
+            shape,
+            length,
+            with_reference=run.reference is not None,
+            states=run.train.tokens[0].states,
+        )
+        arguments = (state.params, frozen, sharding.abstract_batch(batch, mesh))
+        compiled[f"gradients {length}"] = programs.gradients.lower(
+            *arguments, state.key, state.step
+        ).compile()
+        if len(run.held_out):
+            compiled[f"evaluate {length}"] = programs.evaluate.lower(
+                *arguments, state.key
+            ).compile()
+    pairs = np.int32(config.packing.pairs_per_step)
+    compiled["update"] = programs.update.lower(
+        state, state.params, pairs, frozen
+    ).compile()
+    tokens = float(packing.pair_lengths(run.train.tokens).sum(axis=1).mean())
+    in_a_step = min(config.packing.pairs_per_step, len(run.train)) * tokens
+    prediction = memory.predict(
+        compiled,
+        params=state.params,
+        frozen=frozen,
+        opt_state=state.opt_state,
+        several_micro_batches=in_a_step > shape.rows * max(shape.row_lengths),
+        saves_between_updates=config.training.checkpoint_every is not None,
+    )
+    for line in memory.lines(prediction, _remedies(config, mesh.shape)):
+        run.say(line)
+    return prediction.peak
+
+
+def _remedies(config: cfg.Config, mesh: Any) -> list[str]:
+    ways = mesh["data"] * mesh["fsdp"]
+    remedies = {
+        "Set model.remat to block.": config.model.remat != "block",
+        f"Lower packing.rows to {ways} (the result does not depend on it).": (
+            config.packing.rows > ways
+        ),
+        "Give mesh.data's devices to mesh.fsdp, which splits parameters.": (
+            mesh["data"] > 1
+        ),
+        "Train adapters=Adapters() over a frozen decoder.": config.trains_decoder,
+        "Use more devices, or lower packing.row_length.": True,
+    }
+    return [text for text, applies in remedies.items() if applies]

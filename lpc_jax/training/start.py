@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.models import latent as latent_models
 from lpc_jax.runtime import processes, programs, reading
 from lpc_jax.runtime.policy import Params, Policy
 from lpc_jax.training import clusters
@@ -37,119 +36,84 @@ def prepare_latent(
     shape: packing.RowShape,
 ) -> Params:
     """The trained parameters, with the latent's networks fitted to a sample."""
-    settings, mesh = config.latent, policy.mesh
+    settings = config.latent
     assert settings is not None
     clustered = settings.posterior_start == "clusters"
-    wanted = STANDARDIZATION_PAIRS
+    count = STANDARDIZATION_PAIRS
     if clustered:
-        wanted = max(wanted, _PAIRS_PER_CLUSTER * settings.num_codes)
+        count = max(count, _PAIRS_PER_CLUSTER * settings.num_codes)
         if config.decoder == "frozen":
-            wanted = max(wanted, min(len(train), _MOST_START_PAIRS))
+            count = max(count, min(len(train), _MOST_START_PAIRS))
     indices = packing.step_indices(
-        len(train), step=0, pairs_per_step=wanted, seed=config.training.seed
+        len(train), step=0, pairs_per_step=count, seed=config.training.seed
     )
-    prompt, judged = _states_read(policy, [train[i] for i in indices], shape)
-    new = clusters.standardization(
+    prompt, judged = _inputs(policy, [train[i] for i in indices], shape)
+    inputs = {"posterior_mlp": judged, "prior_mlp": prompt}
+    latent = policy.params["latent"]
+    fitted = clusters.standardization(
         prompt, judged, posterior_input=settings.posterior_input
     )
-    latent = policy.params["latent"]
     if clustered:
-        inputs = {"posterior_mlp": judged, "prior_mlp": prompt}
-        networks = {name: latent[name] | new[name] for name in inputs}
+        networks = {name: latent[name] | fitted[name] for name in inputs}
+        begun = policy.with_params(policy.params | {"latent": latent | networks})
         of_users = None if users is None else users[np.sort(indices)]
-        new |= _cluster_outputs(
-            networks, inputs, new, settings.num_codes, of_users, mesh
-        )
+        outputs = _cluster_outputs(begun, inputs, settings.num_codes, of_users)
+        fitted = {name: fitted[name] | outputs[name] for name in inputs}
     placed = {
-        mlp: {
+        mlp: latent[mlp]
+        | {
             name: sharding.place(value, latent[mlp][name].sharding)
             for name, value in values.items()
         }
-        for mlp, values in new.items()
+        for mlp, values in fitted.items()
     }
-    return policy.params | {
-        "latent": {
-            name: part | placed[name] if name in placed else part
-            for name, part in latent.items()
-        }
-    }
+    return policy.params | {"latent": latent | placed}
 
 
-def _states_read(
+def _inputs(
     policy: Policy, pairs: Sequence[TokenizedPair], shape: packing.RowShape
 ) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B inputs"]]:
     """Inputs of prior and posterior, in the order of the pairs' ids."""
     run = reading.on_mesh(
         programs.latent_inputs(policy.graph, policy.mesh), policy.whole, policy.mesh
     )
-    inputs = reading.each(pairs, shape, run, at_once=len(pairs))
+    by_pair = reading.each(pairs, shape, run, at_once=len(pairs))
     order = np.argsort([pair.id for pair in pairs])
     prompt, judged = (
         np.stack(values).astype(np.float32)[order]
-        for values in zip(*inputs, strict=True)
+        for values in zip(*by_pair, strict=True)
     )
     return prompt, judged
 
 
 def _cluster_outputs(
-    networks: dict[str, Any],
-    read_by: dict[str, Float[np.ndarray, "B inputs"]],
-    new: dict[str, dict[str, np.ndarray]],
+    policy: Policy,
+    inputs: dict[str, Float[np.ndarray, "B inputs"]],
     num_codes: int,
     users: Int[np.ndarray, "_"] | None,
-    mesh: Mesh,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Output layers of both networks for clusters of the posterior's inputs."""
-    found = {
-        name: _hidden_layer(network, read_by[name], num_codes, mesh)
-        for name, network in networks.items()
-    }
-    standard, _ = found["posterior_mlp"]
+
+    # Whole on every device, so that every process reads all of it.
+    @functools.partial(
+        jax.jit, out_shardings=NamedSharding(policy.mesh, PartitionSpec())
+    )
+    def layers(params: Params, inputs: dict[str, Array]) -> tuple[Any, Any]:
+        latent = nnx.merge(policy.graph, params).latent
+        mlps = {name: getattr(latent, name) for name in inputs}
+        standard = {name: mlp.standard(inputs[name]) for name, mlp in mlps.items()}
+        return standard, {name: mlps[name].hidden(x) for name, x in standard.items()}
+
+    standard, hidden = jax.device_get(layers(policy.whole, inputs))
+    judged = np.asarray(standard["posterior_mlp"])
     if users is not None:
-        standard = clusters.means_of_others(standard, users)
+        judged = clusters.means_of_others(judged, users)
     cluster = np.asarray(
-        processes.from_main(lambda: clusters.clusters(standard, num_codes).tolist())
+        processes.from_main(lambda: clusters.clusters(judged, num_codes).tolist())
     )
     # The prior's too: what a prompt tells of its cluster is known from the start.
     pooled = {"posterior_mlp": users, "prior_mlp": None}
     return {
-        name: new[name] | clusters.output_for(hidden, cluster, num_codes, pooled[name])
-        for name, (_, hidden) in found.items()
+        name: clusters.output_for(np.asarray(x), cluster, num_codes, pooled[name])
+        for name, x in hidden.items()
     }
-
-
-def _hidden_layer(
-    network: dict[str, Any],
-    x: Float[np.ndarray, "B inputs"],
-    num_codes: int,
-    mesh: Mesh,
-) -> tuple[np.ndarray, np.ndarray]:
-    """A network's standardised inputs and its output layer's inputs."""
-    inputs, width = network["hidden_kernel"].shape
-    graph = nnx.graphdef(
-        nnx.eval_shape(
-            lambda: latent_models.CodeMlp(inputs, width, num_codes, rngs=nnx.Rngs(0))
-        )
-    )
-
-    # Whole on every device, so that every process reads all of it.
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def read(params: dict[str, Any], x: Array) -> tuple[Array, Array]:
-        made = nnx.merge(graph, params)
-        standard = made.standard(x)
-        return standard, made.hidden(standard)
-
-    standard, hidden = jax.device_get(read(network, x))
-    return np.asarray(standard), np.asarray(hidden)
-
-
-def with_states(
-    config: cfg.Config,
-    policy: Policy,
-    pairs: Sequence[TokenizedPair],
-    shape: packing.RowShape,
-    say: Callable[[str], None],
-) -> list[TokenizedPair]:
-    """The pairs with the frozen decoder's hidden states, from cache where kept."""
-    cache = config.model.states_cache
-    return reading.attach_states(policy, pairs, shape, cache=cache, say=say)

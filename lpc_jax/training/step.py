@@ -51,13 +51,16 @@ class Programs:
         companions: Companions | None = None,
     ) -> tuple[Params, metrics.Sums]:
         """``gradients`` summed over a step's micro-batches, at least one."""
-        total = None
-        for batch in batches:
-            term = self.gradients(
-                state.params, frozen, batch, state.key, state.step, companions
-            )
-            total = term if total is None else self.add(total, term)
-        assert total is not None, "a step has at least one pair"
+
+        def of(batch: Batch) -> tuple[Params, metrics.Sums]:
+            key, step = state.key, state.step
+            return self.gradients(state.params, frozen, batch, key, step, companions)
+
+        first, *others = batches
+        total = of(first)
+        for batch in others:
+            # A term with a name would stay in memory beside the next one.
+            total = self.add(total, of(batch))
         return total
 
 
@@ -87,7 +90,7 @@ def build(
         batch: Batch,
         key: Array,
         step: Int[Array, ""],
-        companions: Companions | None,
+        companions: Companions | None = None,
     ) -> tuple[Float[Array, ""], metrics.Sums]:
         network = nnx.merge(graph, params | frozen)
         scores = objective.score_training(
@@ -102,35 +105,25 @@ def build(
         total, sums, _ = objective.terms(config.loss, latent, scores, batch)
         return total, sums
 
-    @functools.partial(jax.jit, out_shardings=(layout.params, replicated))
-    def gradients(
-        params: Params,
-        frozen: Params,
-        batch: Batch,
-        key: Array,
-        step: Int[Array, ""],
-        companions: Companions | None = None,
-    ) -> tuple[Params, metrics.Sums]:
-        gradient = jax.grad(loss_sum, has_aux=True)
-        return gradient(params, frozen, batch, key, step, companions)
+    gradients = jax.jit(
+        jax.grad(loss_sum, has_aux=True), out_shardings=(layout.params, replicated)
+    )
 
     # Whole on every device, so that every process reads all of it.
     @functools.partial(jax.jit, out_shardings=replicated)
     def judged(
         params: Params, frozen: Params, batch: Batch
     ) -> tuple[Array, Array, Array]:
-        found = nnx.merge(graph, params | frozen).states(batch).judged
-        assert found is not None
-        return found, batch.pair_mask, batch.pair_id
+        inputs = nnx.merge(graph, params | frozen).states(batch).judged
+        assert inputs is not None
+        return inputs, batch.pair_mask, batch.pair_id
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(total: Any, term: Any) -> Any:
         return jax.tree.map(jnp.add, total, term)
 
     @functools.partial(
-        jax.jit,
-        donate_argnums=0,
-        out_shardings=(layout, replicated, replicated),
+        jax.jit, donate_argnums=0, out_shardings=(layout, replicated, replicated)
     )
     def update(
         state: TrainState, gradients: Params, pairs: Int[Array, ""], frozen: Params
@@ -148,17 +141,13 @@ def build(
             params = params | {"latent": params["latent"] | {"codebook": codes}}
 
         # A non-finite update changes nothing but the step number.
-        def keep(new: Array, old: Array) -> Array:
-            return jnp.where(finite, new, old)
-
         params, opt_state = jax.tree.map(
-            keep, (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
         )
-        return (
-            TrainState(state.step + 1, params, opt_state, state.key),
-            norm,
-            finite,
-        )
+        updated = TrainState(state.step + 1, params, opt_state, state.key)
+        return updated, norm, finite
 
     @functools.partial(jax.jit, out_shardings=replicated)
     def evaluate(
@@ -166,12 +155,7 @@ def build(
     ) -> tuple[metrics.Sums, dict[str, Array]]:
         network = nnx.merge(graph, params | frozen)
         scores = objective.score_inference(
-            network,
-            batch,
-            steering=steering,
-            key=key,
-            chunk=chunk,
-            with_effect=True,
+            network, batch, steering=steering, key=key, chunk=chunk, with_effect=True
         )
         _, sums, by_pair = objective.terms(config.loss, latent, scores, batch)
         return sums, by_pair
@@ -194,19 +178,11 @@ def abstract_state(
     params: Params, optimizer: optax.GradientTransformation, layout: TrainState
 ) -> Any:
     """Shapes and shardings of a train state, to compile for or to restore onto."""
-
-    def make() -> TrainState:
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), params)
-        step = jnp.asarray(0, jnp.int32)
-        return TrainState(step, zeros, optimizer.init(zeros), jax.random.key(0))
-
-    return jax.tree.map(
-        lambda shape, placed: jax.ShapeDtypeStruct(
-            shape.shape, shape.dtype, sharding=placed
-        ),
-        jax.eval_shape(make),
-        layout,
+    shapes = jax.eval_shape(
+        lambda p: TrainState(jnp.int32(0), p, optimizer.init(p), jax.random.key(0)),
+        params,
     )
+    return jax.tree.map(lambda leaf, at: leaf.update(sharding=at), shapes, layout)
 
 
 def initial_state(

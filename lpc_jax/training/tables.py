@@ -55,11 +55,11 @@ def summary(before: Mapping[str, Any], after: Mapping[str, float]) -> Table:
             sources = sorted(name for name in after if name.startswith(path))
             names = {name: f"  {name.removeprefix(path)}" for name in sources}
         for name, shown in names.items():
-            old, new = before.get(name), after[name]
-            was, moved = "-", "-"
-            if old is not None:
-                was, moved = f"{old:.4f}", f"{new - old:+.4f}"
-            table.add_row(shown, was, f"{new:.4f}", moved)
+            row = ["-", f"{after[name]:.4f}", "-"]
+            if name in before:
+                old = before[name]
+                row = [f"{old:.4f}", row[1], f"{after[name] - old:+.4f}"]
+            table.add_row(shown, *row)
     return table
 
 
@@ -94,7 +94,15 @@ def plot(
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), _PANELS, strict=True):
-        _draw_training(axes, *_series(train, name))
+        steps, values = _series(train, name)
+        window = max(2, round(len(steps) * _WINDOW_SHARE))
+        colour, label = {"color": _TRAIN_COLOUR}, "training"
+        if len(steps) >= _SMOOTHED_FROM:
+            axes.plot(steps, values, alpha=0.25, linewidth=1, **colour)
+            label = f"training, mean of {window} log lines"
+            axes.plot(steps, _running_mean(values, window), label=label, **colour)
+        elif len(steps):
+            axes.plot(steps, values, ".-", label=label, **colour)
         steps, values = _series(held_out, name)
         if len(steps):
             axes.plot(steps, values, "o-", color=_HELD_OUT_COLOUR, label="held out")
@@ -111,18 +119,6 @@ def plot(
     figure.savefig(path, dpi=120)
 
 
-def _draw_training(
-    axes: Any, steps: Float[np.ndarray, "n"], values: Float[np.ndarray, "n"]
-) -> None:
-    if len(steps) >= _SMOOTHED_FROM:
-        window = max(2, round(len(steps) * _WINDOW_SHARE))
-        mean, label = _running_mean(values, window), f"mean of {window} log lines"
-        axes.plot(steps, values, color=_TRAIN_COLOUR, alpha=0.25, linewidth=1)
-        axes.plot(steps, mean, color=_TRAIN_COLOUR, label=f"training, {label}")
-    elif len(steps):
-        axes.plot(steps, values, ".-", color=_TRAIN_COLOUR, label="training")
-
-
 def _series(
     records: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
@@ -135,10 +131,7 @@ def _running_mean(
     values: Float[np.ndarray, "n"], window: int
 ) -> Float[np.ndarray, "n"]:
     """Mean of each value and up to ``window - 1`` before it, without NaN."""
-    finite = np.isfinite(values)
-    sums = np.cumsum(np.where(finite, values, 0.0))
-    counts = np.cumsum(finite).astype(float)
-    # A window's sum is a difference of cumulative sums; the slices overlap, so copy.
-    for total in (sums, counts):
-        total[window:] -= total[:-window].copy()
-    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+    ends = range(1, len(values) + 1)
+    windows = [values[max(end - window, 0) : end] for end in ends]
+    finite = [part[np.isfinite(part)] for part in windows]
+    return np.array([part.mean() if len(part) else np.nan for part in finite])

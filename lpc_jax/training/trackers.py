@@ -20,15 +20,11 @@ class TensorBoard:
     """Event files in ``tensorboard/`` of the run folder."""
 
     def __init__(
-        self,
-        module: types.ModuleType,
-        folder: Path,
-        settings: Mapping[str, Any],
-        resume_from: int | None,
+        self, folder: Path, settings: Mapping[str, Any], resume_from: int | None
     ) -> None:
         # What an earlier attempt logged from purge_step on is hidden by TensorBoard.
         purge_step = 0 if resume_from is None else resume_from + 1
-        self._writer = module.SummaryWriter(
+        self._writer = _package("tensorboard").SummaryWriter(
             str(folder / "tensorboard"), purge_step=purge_step
         )
         text = json.dumps(settings, indent=1)
@@ -55,8 +51,9 @@ class TensorBoard:
 class Hosted:
     """A run of W&B, or of trackio, which has the same interface."""
 
-    def __init__(self, module: types.ModuleType, **options: Any) -> None:
-        self._module, self._run = module, module.init(**options)
+    def __init__(self, tracker: str, **options: Any) -> None:
+        self._module = _package(tracker)
+        self._run = self._module.init(**options)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs a step; W&B ignores steps that an earlier attempt reached."""
@@ -81,34 +78,32 @@ def start_tracker(
     folder: Path,
     resume_from: int | None,
     *,
-    name: str,
-    project: str,
     settings: Mapping[str, Any],
+    **about: str,
 ) -> Tracker:
-    """A tracker of the run; a resumed run continues under its id or name."""
-    module, resumed = _package(tracker), resume_from is not None
+    """A tracker of the run; a resumed run continues under its id or name.
+
+    ``about`` has ``name`` and ``project``.
+    """
     if tracker == "tensorboard":
-        return TensorBoard(module, folder, settings, resume_from)
-    options: dict[str, Any] = {"resume": "allow" if resumed else "never"}
+        return TensorBoard(folder, settings, resume_from)
+    resumed = resume_from is not None
+    options = {"resume": "allow" if resumed else "never"}
     if tracker == "wandb":
-        kept = folder / "wandb_id"
-        if not resumed or not kept.exists():
-            kept.write_text(uuid.uuid4().hex)
-        options = {"dir": str(folder), "id": kept.read_text(), "resume": "allow"}
-    return Hosted(module, project=project, name=name, config=dict(settings), **options)
+        id_file = folder / "wandb_id"
+        if not resumed or not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        options = {"dir": str(folder), "id": id_file.read_text(), "resume": "allow"}
+    return Hosted(tracker, config=dict(settings), **about, **options)
 
 
 def require_trackers(trackers: Sequence[str]) -> None:
-    """Refuses unknown trackers and missing packages before anything is computed."""
+    """Refuses trackers whose packages are missing before anything is computed."""
     for tracker in trackers:
         _package(tracker)
 
 
 def _package(tracker: str) -> types.ModuleType:
-    if tracker not in PACKAGES:
-        raise UserError(
-            f"run.trackers must be of {', '.join(PACKAGES)}, got {tracker!r}."
-        )
     package = PACKAGES[tracker]
     try:
         return importlib.import_module(package)
