@@ -166,9 +166,13 @@ class Reward:
         return text if self.beta == 1 else f"{self.beta:g} * {text}"
 
 
+def _by_name() -> dict[str, Rule]:
+    return {kind.__name__.lower(): rule for kind, rule in RULES.items()}
+
+
 def reward_names() -> tuple[str, ...]:
     """Every loss's, and two of log-probabilities that need no run."""
-    return (*(kind.__name__.lower() for kind in RULES), "mean_logp", "logp")
+    return (*_by_name(), "mean_logp", "logp")
 
 
 def reward(name: str | None, loss: cfg.Loss | None) -> Reward:
@@ -178,10 +182,9 @@ def reward(name: str | None, loss: cfg.Loss | None) -> Reward:
     """
     if name is None:
         name = "mean_logp" if loss is None else type(loss).__name__.lower()
-    rules = {kind.__name__.lower(): rule for kind, rule in RULES.items()}
-    if name not in rules:
+    rule = _by_name().get(name)
+    if rule is None:
         return Reward(name, 1.0, name == "mean_logp", False)
-    rule = rules[name]
     if not isinstance(loss, type(rule.default)):
         loss = rule.default
     return Reward(name, loss.beta, rule.per_token(loss), loss.needs_reference)

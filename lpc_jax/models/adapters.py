@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,14 +24,15 @@ class LowRank(nnx.Module):
     def __init__(
         self,
         path: str,
-        rows: Sequence[leaves.Leaf],
-        sizes: Mapping[str, int],
+        architecture: Architecture,
         *,
-        scale: float,
+        rank: int,
+        alpha: float,
         rngs: nnx.Rngs,
     ):
-        self.scale = scale
-        leaves.fill(self, path, rows, sizes, rngs)
+        self.scale = alpha / rank
+        sizes = leaves.sizes(architecture, r=rank)
+        leaves.fill(self, path, leaves.adapters(), sizes, rngs)
 
     def __call__(self, x: Float[Array, "R T inputs"]) -> Float[Array, "R T *out"]:
         """The addition; a target of several input axes takes them as one."""
@@ -39,33 +40,8 @@ class LowRank(nnx.Module):
         return project(project(x, a), self.b[...]) * self.scale
 
 
-class PartAdapters(nnx.Module):
-    """Adapters of one part of a block, by target; others are absent."""
-
-    def __init__(self, adapters: Mapping[str, LowRank]):
-        for target, adapter in adapters.items():
-            setattr(self, target, adapter)
-
-
-def adapted(
-    x: Float[Array, "R T inputs"],
-    module: nnx.Module,
-    target: str,
-    adapters: PartAdapters | None,
-) -> Float[Array, "R T *out"]:
-    """x @ W, with the target's adapter and bias if it has them; input axes as one."""
-    weight = getattr(module, target)[...]
-    outputs = weight.shape[leaves.TARGETS[target].inputs :]
-    product = project(x, weight.reshape(x.shape[-1], *outputs))
-    adapter: LowRank | None = getattr(adapters, target, None)
-    if adapter is not None:
-        product = product + adapter(x)
-    bias: nnx.Param | None = getattr(module, f"{target}_bias", None)
-    return product if bias is None else product + bias[...].astype(product.dtype)
-
-
 class BlockAdapters(nnx.Module):
-    """Adapters of one block's ``targets``, scaled by alpha / rank."""
+    """Adapters of one block's ``targets``, by part and target, scaled alpha / rank."""
 
     def __init__(
         self,
@@ -76,15 +52,33 @@ class BlockAdapters(nnx.Module):
         alpha: float,
         rngs: nnx.Rngs,
     ):
-        rows, sizes = leaves.adapters(targets), leaves.sizes(architecture, r=rank)
-        parts: dict[str, dict[str, LowRank]] = {"attention": {}, "mlp": {}}
-        for path in dict.fromkeys(leaf.path.rpartition("/")[0] for leaf in rows):
-            _, part, target = path.split("/")
-            parts[part][target] = LowRank(
-                path, rows, sizes, scale=alpha / rank, rngs=rngs
-            )
-        self.attention = PartAdapters(parts["attention"])
-        self.mlp = PartAdapters(parts["mlp"])
+        self.attention, self.mlp = nnx.Dict(), nnx.Dict()
+        for leaf in leaves.TARGETS.values():
+            *_, part, target = leaf.path.split("/")
+            if target in targets:
+                getattr(self, part)[target] = LowRank(
+                    f"adapters/{part}/{target}",
+                    architecture,
+                    rank=rank,
+                    alpha=alpha,
+                    rngs=rngs,
+                )
+
+
+def adapted(
+    x: Float[Array, "R T inputs"],
+    module: nnx.Module,
+    target: str,
+    adapters: nnx.Dict | None,
+) -> Float[Array, "R T *out"]:
+    """x @ W, with the target's adapter and bias if it has them; input axes as one."""
+    weight = getattr(module, target)[...]
+    outputs = weight.shape[leaves.TARGETS[target].inputs :]
+    product = project(x, weight.reshape(x.shape[-1], *outputs))
+    if adapters is not None and target in adapters:
+        product = product + adapters[target](x)
+    bias: nnx.Param | None = getattr(module, f"{target}_bias", None)
+    return product if bias is None else product + bias[...].astype(product.dtype)
 
 
 def merge(
