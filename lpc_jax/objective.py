@@ -104,13 +104,13 @@ def score_training(
     keys = _keys(key, batch)
     noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, shape)))(keys)
     tau, hard = temperature(latent, progress), latent.draw == "straight_through"
-    posterior, prior = (
-        head.codes(
-            logits,
-            latent_models.draw(logits, noise[:, :, i], temperature=tau, one_code=hard),
-        )
-        for i, logits in enumerate((posterior_logits, prior_logits))
-    )
+
+    def drawn(logits: Array, noise: Array) -> LatentCodes:
+        weights = latent_models.draw(logits, noise, temperature=tau, one_code=hard)
+        return head.codes(logits, weights)
+
+    posterior = drawn(posterior_logits, noise[:, :, 0])
+    prior = drawn(prior_logits, noise[:, :, 1])
     g = prior_share(latent.prior_share, progress)
     vector = (1 - g) * posterior.vector + g * prior.vector
     logp = _logp_by_answer(network, states, batch, vector, chunk)

@@ -107,10 +107,8 @@ def _family(config: Mapping[str, Any], origin: str) -> str:
     name: Any = names[0] if isinstance(names, list) and names else None
     families = FAMILIES | LPC_FAMILIES
     known = isinstance(name, str) and name in families
-    expected, remedy = (
-        f"one of {sorted(FAMILIES)}",
-        "Other families are not implemented.",
-    )
+    expected = f"one of {sorted(FAMILIES)}"
+    remedy = "Other families are not implemented."
     require(known, origin, "architectures[0]", expected, name, remedy)
     for field, value in _FIXED.items():
         got = config.get(field)

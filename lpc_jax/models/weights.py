@@ -117,6 +117,30 @@ def _listed(items: list[str]) -> str:
     return (", ".join(map(untrusted.shown, items[:_SHOWN])) or "none") + more
 
 
+def _differences(
+    expected: Mapping[str, tuple[int, ...]], stored: _Tensors, harmless: tuple[str, ...]
+) -> str:
+    """A line each for names missing, unexpected and misshapen; empty without any."""
+    missing = [name for name in expected if name not in stored]
+    unexpected = [
+        name
+        for name in stored
+        if name not in expected
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in harmless)
+    ]
+    misshapen = [
+        f"{name} (expected {list(shape)}, got {list(stored[name].shape)})"
+        for name, shape in expected.items()
+        if name in stored and tuple(stored[name].shape) != shape
+    ]
+    if not (missing or unexpected or misshapen):
+        return ""
+    return (
+        f"  missing: {_listed(missing)}\n  unexpected: {_listed(unexpected)}\n"
+        f"  of another shape: {_listed(misshapen)}\n"
+    )
+
+
 def check(
     path: Path, architecture: Architecture, latent: LatentSizes | None = None
 ) -> None:
@@ -127,7 +151,6 @@ def check(
 def _open(
     path: Path, architecture: Architecture, latent: LatentSizes | None
 ) -> _Stored:
-    """The tensors of a folder or file; a UserError lists all that are not expected."""
     if _is_gguf(path):
         form, stored = "gguf", gguf.read(path).tensors
     else:
@@ -137,21 +160,9 @@ def _open(
         rows += leaves.LATENT
         sizes |= {"C": latent.num_codes, "W": latent.hidden_width}
         sizes["X"] = latent.posterior_inputs
-    expected = shapes(rows, form, sizes)
     harmless = _HARMLESS + _HARMLESS_WHEN_TIED * architecture.tied
-    missing = [name for name in expected if name not in stored]
-    unexpected = [
-        name
-        for name in stored
-        if name not in expected
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in harmless)
-    ]
-    misshaped = [
-        f"{name} (expected {list(shape)}, got {list(stored[name].shape)})"
-        for name, shape in expected.items()
-        if name in stored and tuple(stored[name].shape) != shape
-    ]
-    if missing or unexpected or misshaped:
+    differences = _differences(shapes(rows, form, sizes), stored, harmless)
+    if differences:
         with_codes = f" and {latent.num_codes} codes" if latent else ""
         remedy = "Check that the weights and the architecture are of one model."
         if latent is None and any(name.startswith("latent.") for name in stored):
@@ -161,10 +172,7 @@ def _open(
             )
         raise UserError(
             f"{path}: the tensors are not those of a {architecture.family} decoder with"
-            f" {architecture.layers} layers{with_codes}.\n"
-            f"  missing: {_listed(missing)}\n"
-            f"  unexpected: {_listed(unexpected)}\n"
-            f"  of another shape: {_listed(misshaped)}\n"
+            f" {architecture.layers} layers{with_codes}.\n{differences}"
             f"Nothing was loaded. {remedy}"
         )
     return form, stored, sizes
