@@ -163,6 +163,7 @@ def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
                 jnp.where(place < 0, picked, logit),
             )
 
+        # All tiles' are held: what to divide them by is known after the last.
         zeros = jnp.zeros((count, rows, positions), jnp.float32)
         exps = jnp.zeros((*zeros.shape, size), jnp.float32)
         exps, shift, total, picked = jax.lax.fori_loop(
@@ -179,6 +180,7 @@ def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
             of_tile = jnp.einsum(
                 "RQA,RQV->RAV", share, exps[i], precision=jax.lax.Precision.HIGHEST
             )
+            # The last tile repeats rows of the one before, as Tile.of: exp is 0 there.
             start = jnp.minimum(i * size, head.shape[0] - size)
             before = jax.lax.dynamic_slice_in_dim(summed, start, size, axis=2)
             return jax.lax.dynamic_update_slice_in_dim(

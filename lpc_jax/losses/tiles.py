@@ -91,7 +91,7 @@ class Split:
     def scatter_sum(self, tile: Float[Array, "tile D"]) -> Float[Array, "tile part"]:
         """A tile's gradient summed over all rows; each device keeps its part."""
         others = tuple(a for a in self.rows or () if a not in (self.width or ()))
-        if others:
+        if others:  # copies of this device's part (data), each of other rows
             tile = jax.lax.psum(tile, others)
         if self.width is None:
             return tile

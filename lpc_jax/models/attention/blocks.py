@@ -147,6 +147,7 @@ def _forward_row(query, key, value, walks: Walks):
         )
         mixed, largest, total = row.walk(i, step, start)
         total = jnp.where(total > 0, total, 1.0)
+        # With the log-normaliser alone the backward pass has the weights by one exp.
         return mixed / total, largest + jnp.log(total)
 
     mixed, normaliser = jax.lax.map(walk, jnp.arange(blocks))
