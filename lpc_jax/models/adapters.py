@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,16 +22,9 @@ class LowRank(nnx.Module):
     b: nnx.Param
 
     def __init__(
-        self,
-        path: str,
-        architecture: Architecture,
-        *,
-        rank: int,
-        alpha: float,
-        rngs: nnx.Rngs,
+        self, path: str, sizes: Mapping[str, int], scale: float, rngs: nnx.Rngs
     ):
-        self.scale = alpha / rank
-        sizes = leaves.sizes(architecture, r=rank)
+        self.scale = scale
         leaves.fill(self, path, leaves.adapters(), sizes, rngs)
 
     def __call__(self, x: Float[Array, "R T inputs"]) -> Float[Array, "R T *out"]:
@@ -52,17 +45,13 @@ class BlockAdapters(nnx.Module):
         alpha: float,
         rngs: nnx.Rngs,
     ):
+        sizes, scale = leaves.sizes(architecture, r=rank), alpha / rank
         self.attention, self.mlp = nnx.Dict(), nnx.Dict()
         for leaf in leaves.TARGETS.values():
             *_, part, target = leaf.path.split("/")
             if target in targets:
-                getattr(self, part)[target] = LowRank(
-                    f"adapters/{part}/{target}",
-                    architecture,
-                    rank=rank,
-                    alpha=alpha,
-                    rngs=rngs,
-                )
+                path = f"adapters/{part}/{target}"
+                getattr(self, part)[target] = LowRank(path, sizes, scale, rngs)
 
 
 def adapted(

@@ -216,20 +216,13 @@ def draw(
     temperature: float | Float[Array, ""],
     one_code: bool,
 ) -> Float[Array, "*pairs C"]:
-    """A relaxed draw, or with ``one_code`` its largest code, straight through."""
-    weights = gumbel_softmax(logits, gumbel, temperature=temperature)
-    return straight_through(weights) if one_code else weights
+    """A relaxed draw: softmax((logits + gumbel) / tau) (Jang et al. 2017, eq. 2).
 
-
-def gumbel_softmax(
-    logits: Float[Array, "*pairs C"],
-    gumbel: Float[Array, "*pairs C"],
-    *,
-    temperature: float | Float[Array, ""],
-) -> Float[Array, "*pairs C"]:
-    """A relaxed draw: softmax((logits + gumbel) / tau) (Jang et al. 2017, eq. 2)."""
+    With ``one_code`` its largest code, straight through.
+    """
     # As tau falls to 0 it becomes one code, drawn with the belief's probabilities.
-    return jax.nn.softmax((logits + gumbel) / temperature, axis=-1)
+    weights = jax.nn.softmax((logits + gumbel) / temperature, axis=-1)
+    return straight_through(weights) if one_code else weights
 
 
 def straight_through(weights: Float[Array, "*pairs C"]) -> Float[Array, "*pairs C"]:
