@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from lpc_jax import config as cfg
 from lpc_jax.losses import preference
 
-Both = Float[Array, "B 2"]
+Both = Float[Array, "B 2"]  # chosen, rejected
+Losses = Float[Array, "B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +24,12 @@ class Rule:
     """A loss, given its settings."""
 
     default: cfg.Loss  # to rank with where a run has no loss of this kind
-    values: Callable[..., Float[Array, "B"]]  # settings, logp, reference, lengths
+    values: Callable[..., Losses]  # settings, logp, reference, lengths
     per_token: Callable[[Any], bool]  # whether it compares means over tokens
     formula: Callable[[Any, str], tuple[str, str]]  # settings, given: loss, note
 
 
-def _simpo(
-    loss: cfg.Simpo, logp: Both, _: Both | None, lengths: Both
-) -> Float[Array, "B"]:
+def _simpo(loss: cfg.Simpo, logp: Both, _: Both | None, lengths: Both) -> Losses:
     settings = {"gamma": loss.target_margin, "label_smoothing": loss.label_smoothing}
     return preference.simpo(*logp.T, *lengths.T, beta=loss.beta, **settings)
 
@@ -43,7 +42,7 @@ def _simpo_formula(loss: cfg.Simpo, given: str) -> tuple[str, str]:
     return _log_sigmoid(margin, loss.label_smoothing), note
 
 
-def _dpo(loss: cfg.Dpo, logp: Both, reference: Both, _: Both) -> Float[Array, "B"]:
+def _dpo(loss: cfg.Dpo, logp: Both, reference: Both, _: Both) -> Losses:
     settings = {"beta": loss.beta, "label_smoothing": loss.label_smoothing}
     return preference.dpo(*logp.T, *reference.T, **settings)
 
@@ -53,11 +52,9 @@ def _dpo_formula(loss: cfg.Dpo, given: str) -> tuple[str, str]:
     return _log_sigmoid(margin, loss.label_smoothing), _ratio(given)
 
 
-def _ipo(
-    loss: cfg.Ipo, logp: Both, reference: Both, lengths: Both
-) -> Float[Array, "B"]:
-    names = ("chosen_length", "rejected_length") if loss.reduction == "mean" else ()
-    divisors = dict(zip(names, lengths.T, strict=False))
+def _ipo(loss: cfg.Ipo, logp: Both, reference: Both, lengths: Both) -> Losses:
+    chosen, rejected = lengths.T if loss.reduction == "mean" else (None, None)
+    divisors = {"chosen_length": chosen, "rejected_length": rejected}
     return preference.ipo(*logp.T, *reference.T, beta=loss.beta, **divisors)
 
 
@@ -76,8 +73,8 @@ def _ratio(given: str) -> str:
 def _log_sigmoid(margin: str, smoothing: float) -> str:
     if not smoothing:
         return f"-log sigmoid({margin})"
-    kept = f"-{1 - smoothing:g} log sigmoid(m)"
-    return f"{kept} - {smoothing:g} log sigmoid(-m), m = {margin}"
+    right = f"-{1 - smoothing:g} log sigmoid(m)"
+    return f"{right} - {smoothing:g} log sigmoid(-m), m = {margin}"
 
 
 RULES: dict[type[cfg.Loss], Rule] = {
@@ -166,9 +163,13 @@ class Reward:
         return text if self.beta == 1 else f"{self.beta:g} * {text}"
 
 
+def _by_name() -> dict[str, Rule]:
+    return {kind.__name__.lower(): rule for kind, rule in RULES.items()}
+
+
 def reward_names() -> tuple[str, ...]:
     """Every loss's, and two of log-probabilities that need no run."""
-    return (*(kind.__name__.lower() for kind in RULES), "mean_logp", "logp")
+    return (*_by_name(), "mean_logp", "logp")
 
 
 def reward(name: str | None, loss: cfg.Loss | None) -> Reward:
@@ -178,10 +179,9 @@ def reward(name: str | None, loss: cfg.Loss | None) -> Reward:
     """
     if name is None:
         name = "mean_logp" if loss is None else type(loss).__name__.lower()
-    rules = {kind.__name__.lower(): rule for kind, rule in RULES.items()}
-    if name not in rules:
+    rule = _by_name().get(name)
+    if rule is None:
         return Reward(name, 1.0, name == "mean_logp", False)
-    rule = rules[name]
     if not isinstance(loss, type(rule.default)):
         loss = rule.default
     return Reward(name, loss.beta, rule.per_token(loss), loss.needs_reference)

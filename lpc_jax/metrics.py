@@ -35,24 +35,23 @@ def of_answers(
     chosen_length, rejected_length = batch.lengths[..., 0], batch.lengths[..., 1]
     longer = (chosen_length > rejected_length) * mask
     shorter = (chosen_length < rejected_length) * mask
-    found = sums({"reward/margin": margin, "reward/accuracy": accurate}, mask)
-    found |= sums({"reward/accuracy_chosen_longer": accurate}, longer)
-    found |= sums({"reward/accuracy_chosen_shorter": accurate}, shorter)
+    by_slot = {"reward/margin": margin, "reward/accuracy": accurate}
+    per_token: Sums = {}
     for side, name in enumerate(("chosen", "rejected")):
-        found |= sums(
-            {
-                f"reward/{name}": rewards[..., side],
-                f"logp_last_token/{name}": end_logp[..., side],
-            },
-            mask,
-        )
+        by_slot[f"reward/{name}"] = rewards[..., side]
+        by_slot[f"logp_last_token/{name}"] = end_logp[..., side]
         tokens = jnp.sum(batch.lengths[..., side] * mask)
-        per_token = f"logp_per_token/{name}"
-        found[per_token] = (jnp.sum(logp[..., side] * mask), tokens)
+        of_side, name = logp[..., side], f"logp_per_token/{name}"
+        per_token[name] = (jnp.sum(of_side * mask), tokens)
         if batch.reference_logp is not None:
-            ratio = logp[..., side] - batch.reference_logp[..., side]
-            found[f"{per_token}_over_reference"] = (jnp.sum(ratio * mask), tokens)
-    return found
+            ratio = of_side - batch.reference_logp[..., side]
+            per_token[f"{name}_over_reference"] = (jnp.sum(ratio * mask), tokens)
+    return (
+        sums(by_slot, mask)
+        | sums({"reward/accuracy_chosen_longer": accurate}, longer)
+        | sums({"reward/accuracy_chosen_shorter": accurate}, shorter)
+        | per_token
+    )
 
 
 def of_codes(
@@ -62,10 +61,9 @@ def of_codes(
 ) -> Sums:
     """Usage of codes, and whether prior and posterior agree, from probabilities."""
     agree = jnp.argmax(prior, axis=-1) == jnp.argmax(posterior, axis=-1)
-    used = jnp.einsum("RPC,RP->C", prior, mask), jnp.sum(mask)
-    return sums({"code/agreement": agree.astype(jnp.float32)}, mask) | {
-        "code/usage": used
-    }
+    usage = jnp.einsum("RPC,RP->C", prior, mask)
+    agreement = sums({"code/agreement": agree.astype(jnp.float32)}, mask)
+    return agreement | {"code/usage": (usage, jnp.sum(mask))}
 
 
 def values(sums: Sums) -> dict[str, float]:
@@ -74,12 +72,11 @@ def values(sums: Sums) -> dict[str, float]:
     for name, (total, count) in jax.device_get(sums).items():
         if name == "code/usage":
             usage = jnp.asarray(total)
+            perplexity = latent_losses.usage_perplexity(usage)
             dead = latent_losses.dead_codes(usage, share=DEAD_SHARE)
-            metrics |= {
-                "code/perplexity": float(latent_losses.usage_perplexity(usage)),
-                "code/largest_share": float(latent_losses.largest_share(usage)),
-                "code/dead": float(dead),
-            }
+            metrics["code/perplexity"] = float(perplexity)
+            metrics["code/largest_share"] = float(latent_losses.largest_share(usage))
+            metrics["code/dead"] = float(dead)
         elif count > 0:
             metrics[name] = float(total / count)
     return metrics

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal, assert_never
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from lpc_jax import axes, loss_table, metrics
 from lpc_jax import config as cfg
@@ -29,8 +30,8 @@ class PairScores:
 
     logp: Float[Array, "R P 2"]  # summed over each answer's tokens
     end_logp: Float[Array, "R P 2"]  # of each answer's last token
-    prior: LatentCodes | None  # p(z | x); None without a latent
-    posterior: LatentCodes | None  # q(z | x, y_w > y_l), likewise
+    prior: LatentCodes | None = None  # p(z | x); None without a latent
+    posterior: LatentCodes | None = None  # q(z | x, y_w > y_l), likewise
     effect: Float[Array, "R P"] | None = None  # KL(pi(. | z) || pi(. | 0)), summed
 
 
@@ -91,8 +92,7 @@ def score_training(
     """
     states = network.states(batch)
     if latent is None:
-        logp = _logp_by_answer(network, states, batch, None, chunk)
-        return PairScores(*logp, None, None)
+        return PairScores(*_logp_by_answer(network, states, batch, None, chunk))
     head = network.latent
     assert head is not None
     stop = latent.backbone_gradient == "stop"
@@ -100,15 +100,17 @@ def score_training(
     if companions is not None:
         of_step = head.posterior(companions.judged)
         posterior_logits = _pooled(of_step, companions, batch)
-    noise = _gumbel(key, batch, latent.num_codes)
-    draw = {
-        "temperature": temperature(latent, progress),
-        "one_code": latent.draw == "straight_through",
-    }
-    posterior, prior = (
-        head.codes(logits, latent_models.draw(logits, gumbel, **draw))
-        for logits, gumbel in zip((posterior_logits, prior_logits), noise, strict=True)
-    )
+    shape = (2, latent.num_codes)  # noise of posterior and prior
+    keys = _keys(key, batch)
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, shape)))(keys)
+    tau, hard = temperature(latent, progress), latent.draw == "straight_through"
+
+    def drawn(logits: Array, noise: Array) -> LatentCodes:
+        weights = latent_models.draw(logits, noise, temperature=tau, one_code=hard)
+        return head.codes(logits, weights)
+
+    posterior = drawn(posterior_logits, noise[:, :, 0])
+    prior = drawn(prior_logits, noise[:, :, 1])
     g = prior_share(latent.prior_share, progress)
     vector = (1 - g) * posterior.vector + g * prior.vector
     logp = _logp_by_answer(network, states, batch, vector, chunk)
@@ -127,8 +129,7 @@ def score_inference(
     """Scores with z from the prior or given, and, if asked, the effect of z."""
     states = network.states(batch)
     if steering is None:
-        logp = _logp_by_answer(network, states, batch, None, chunk)
-        return PairScores(*logp, None, None)
+        return PairScores(*_logp_by_answer(network, states, batch, None, chunk))
     assert network.latent is not None
     prior_logits, posterior_logits = _beliefs(network, states, stop=False)
     prior = steering.codes(network.latent, prior_logits, key, batch.pair_id)
@@ -185,13 +186,9 @@ def _pooled(
     return jnp.einsum("RPB,BC->RPC", others / count, logits)
 
 
-def _gumbel(key: Array, batch: Batch, num_codes: int) -> Float[Array, "2 R P C"]:
-    """Noise for posterior and prior, from the key and the pair's id alone."""
-
-    def noise(pair_id: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(key, pair_id), (2, num_codes))
-
-    return jnp.moveaxis(jax.vmap(jax.vmap(noise))(batch.pair_id), 2, 0)
+def _keys(key: Array, batch: Batch) -> Key[Array, "R P"]:
+    """A key for each pair's noise, from its id alone."""
+    return jax.vmap(jax.vmap(lambda i: jax.random.fold_in(key, i)))(batch.pair_id)
 
 
 def _logp_by_answer(
@@ -252,11 +249,10 @@ def _by_answer(token_logp: Float[Array, "R S"], batch: Batch) -> _Answers:
     next_mask = jnp.pad(batch.score_mask[:, 1:], ((0, 0), (0, 1)))
     # The next position is of another answer, or padding.
     is_last = batch.score_mask & ~(next_mask & (next_slot == batch.score_slot))
-    logp, end_logp = (
-        sequence.sum_by_answer(token_logp, batch.score_slot, where, pair_slots=slots)
-        for where in (batch.score_mask, is_last)
+    summed = functools.partial(
+        sequence.sum_by_answer, token_logp, batch.score_slot, pair_slots=slots
     )
-    return logp, end_logp
+    return summed(batch.score_mask), summed(is_last)
 
 
 def terms(

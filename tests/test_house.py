@@ -16,7 +16,6 @@ COMPILED = {
     "evaluation/scoring.py",
     "export/bias.py",
     "generation/decode.py",
-    "models/latent.py",
     "runtime/loading.py",
     "runtime/programs.py",
     "runtime/record.py",

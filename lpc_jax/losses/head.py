@@ -27,29 +27,16 @@ def score(
     mask: Bool[Array, "chunks R chunk"],
 ) -> Float[Array, "chunks R chunk"]:
     """Log-probabilities of tokens; 0 in chunks after the last scored position."""
-    return _scores_and_normalisers(hidden, head, tokens, mask)[0]
+    return rank(hidden, head, tokens, mask)[0]
 
 
-def _scores_and_normalisers(hidden, head, tokens, mask):
+def rank(hidden, head, tokens, mask):
+    """Scores, whether each token has the largest logit, and the normalisers."""
     split = Split.of(tokens, head)
-    chunks = split.chunks
-    return split.run(_score_part, (chunks, chunks), hidden, head, tokens, mask)
+    return split.run(_rank_part, split.chunks, hidden, head, tokens, mask)
 
 
-def _score_part(hidden, head, tokens, mask, *, split):
-    picked, _, normaliser = _meet_head(hidden, head, tokens, mask, split)
-    return picked - normaliser, normaliser
-
-
-def rank_part(hidden, head, tokens, mask, *, split):
-    """Scores of one device's rows, and whether each has the largest logit."""
-    picked, largest, normaliser = _meet_head(hidden, head, tokens, mask, split)
-    return picked - normaliser, picked >= largest
-
-
-def _meet_head(hidden, head, tokens, mask, split):
-    """Tokens' logits, the largest ones, and normalisers of one device's rows."""
-    tokens = tokens - split.first_token(head.shape[0])
+def _rank_part(hidden, head, tokens, mask, *, split):
     chunks = tiles.chunks_to_score(mask)
 
     # The outer loop is over tiles: each is gathered once for all chunks.
@@ -83,31 +70,31 @@ def _meet_head(hidden, head, tokens, mask, split):
         picked = jax.lax.psum(picked, split.vocabulary)
     computed = (jnp.arange(tokens.shape[0]) < chunks)[:, None, None]
     normaliser = jnp.where(computed, largest + jnp.log(total), 0.0)
-    return picked, largest, normaliser
+    return picked - normaliser, picked >= largest, normaliser
 
 
 def _score_forward(hidden, head, tokens, mask):
     arguments = (hidden.value, head.value, tokens.value, mask.value)
-    scores, normalisers = _scores_and_normalisers(*arguments)
-    # An empty tuple where the head's gradient is asked for: known to the compiler, so
-    # that a frozen head costs neither the product nor an array of its size.
-    wanted = () if head.perturbed else None
-    return scores, (*arguments, normalisers, wanted)
+    scores, _, normalisers = rank(*arguments)
+    # An empty tuple where the head takes a gradient, None where it is frozen: a tree's
+    # structure is known when compiling, and a frozen head then costs neither the
+    # product nor an array of its size.
+    trained = () if head.perturbed else None
+    return scores, (*arguments, normalisers, trained)
 
 
 def _score_backward(residuals, gradient):
-    hidden, head, tokens, mask, normalisers, wanted = residuals
+    hidden, head, tokens, mask, normalisers, trained = residuals
     split = Split.of(tokens, head)
-    part = functools.partial(_differentiate_part, head_wanted=wanted is not None)
-    out_specs = (split.chunks, None if wanted is None else split.head)
+    part = functools.partial(_differentiate_part, trains_head=trained is not None)
+    out_specs = (split.chunks, None if trained is None else split.head)
     columns = (tokens, mask, normalisers, gradient)
     return *split.run(part, out_specs, hidden, head, *columns), None, None
 
 
 def _differentiate_part(
-    hidden, head, tokens, mask, normalisers, gradient, *, split, head_wanted
+    hidden, head, tokens, mask, normalisers, gradient, *, split, trains_head
 ):
-    tokens = tokens - split.first_token(head.shape[0])
     chunks = tiles.chunks_to_score(mask)
 
     def meet_tile(i, carry):
@@ -118,22 +105,21 @@ def _differentiate_part(
             d_hidden, d_weight = carry
             logits = tile.logits(hidden[j])
             # d log p(token) = one-hot(token) - p.
-            d_logits = jax.nn.one_hot(
-                tile.places(tokens[j]), logits.shape[-1]
-            ) - jnp.exp(logits - normalisers[j][..., None])
-            d_logits = (d_logits * gradient[j][..., None]).astype(hidden.dtype)
+            probabilities = jnp.exp(logits - normalisers[j][..., None])
+            one_hot = jax.nn.one_hot(tile.places(tokens[j]), logits.shape[-1])
+            d_logits = (one_hot - probabilities) * gradient[j][..., None]
+            d_logits = d_logits.astype(hidden.dtype)
             fp32 = {"preferred_element_type": jnp.float32}
             of_hidden = jnp.einsum("RQV,VD->RQD", d_logits, tile.weight, **fp32)
             d_hidden = d_hidden.at[j].add(of_hidden)
             if d_weight is None:
                 return d_hidden, None
+            # Rows and positions as one axis, for the reason in models/projection.py.
             flat = (x.reshape(-1, x.shape[-1]) for x in (d_logits, hidden[j]))
-            of_weight = jnp.einsum(
-                "QV,QD->VD", *flat, preferred_element_type=d_weight.dtype
-            )
-            return d_hidden, d_weight + of_weight
+            own = {"preferred_element_type": d_weight.dtype}
+            return d_hidden, d_weight + jnp.einsum("QV,QD->VD", *flat, **own)
 
-        start = jnp.zeros(tile.weight.shape, head.dtype) if head_wanted else None
+        start = jnp.zeros(tile.weight.shape, head.dtype) if trains_head else None
         d_hidden, d_weight = jax.lax.fori_loop(0, chunks, meet_chunk, (d_hidden, start))
         if d_head is None:
             return d_hidden, None
@@ -144,12 +130,10 @@ def _differentiate_part(
             d_head, before + d_weight, tile.start, axis=0
         )
 
-    zeros = (
-        jnp.zeros(hidden.shape, jnp.float32),
-        jnp.zeros_like(head) if head_wanted else None,
-    )
+    d_head = jnp.zeros_like(head) if trains_head else None
+    start = jnp.zeros(hidden.shape, jnp.float32), d_head
     count, _ = tiles.count_and_size(head.shape[0])
-    d_hidden, d_head = jax.lax.fori_loop(0, count, meet_tile, zeros)
+    d_hidden, d_head = jax.lax.fori_loop(0, count, meet_tile, start)
     d_hidden = split.over_vocabulary(jax.lax.psum, d_hidden)
     return d_hidden.astype(hidden.dtype), d_head
 
@@ -159,14 +143,13 @@ score.defvjp(_score_forward, _score_backward, symbolic_zeros=True)
 
 def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
     """Scores of one device's rows, and each answer's gradient in a vector added."""
-    tokens = tokens - split.first_token(head.shape[0])
     # The gradient is the sum of w[token_t] - sum_v p_t(v) w[v] over positions t:
     # probabilities are summed over these first, and meet the head's rows w once.
     count, size = tiles.count_and_size(head.shape[0])
     rows, positions = tokens.shape[1:]
 
     def meet_chunk(j, carry):
-        scores, said = carry
+        scores, summed = carry
 
         def meet_tile(i, carry):
             exps, shift, total, picked = carry
@@ -180,6 +163,7 @@ def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
                 jnp.where(place < 0, picked, logit),
             )
 
+        # All tiles' are held: what to divide them by is known after the last.
         zeros = jnp.zeros((count, rows, positions), jnp.float32)
         exps = jnp.zeros((*zeros.shape, size), jnp.float32)
         exps, shift, total, picked = jax.lax.fori_loop(
@@ -189,37 +173,40 @@ def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
         picked = split.over_vocabulary(jax.lax.psum, picked)
         of_answer = jax.nn.one_hot(slot[j], answers) * mask[j][..., None]
 
-        def sum_tile(i, said):
+        def sum_tile(i, summed):
             # exp(logit - largest) exp(largest - normaliser) is the probability.
             share = of_answer * jnp.exp(shift[i] - normaliser)[..., None]
             # HIGHEST: by default a TPU rounds fp32 operands to bf16.
             of_tile = jnp.einsum(
                 "RQA,RQV->RAV", share, exps[i], precision=jax.lax.Precision.HIGHEST
             )
+            # The last tile repeats rows of the one before, as Tile.of: exp is 0 there.
             start = jnp.minimum(i * size, head.shape[0] - size)
-            before = jax.lax.dynamic_slice_in_dim(said, start, size, axis=2)
+            before = jax.lax.dynamic_slice_in_dim(summed, start, size, axis=2)
             return jax.lax.dynamic_update_slice_in_dim(
-                said, before + of_tile, start, axis=2
+                summed, before + of_tile, start, axis=2
             )
 
-        said = jax.lax.fori_loop(0, count, sum_tile, said)
-        return scores.at[j].set(picked - normaliser), said
+        summed = jax.lax.fori_loop(0, count, sum_tile, summed)
+        return scores.at[j].set(picked - normaliser), summed
 
     # Probabilities of each token, summed over an answer's positions.
-    said = jnp.zeros((rows, answers, head.shape[0]), jnp.float32)
+    summed = jnp.zeros((rows, answers, head.shape[0]), jnp.float32)
     scores = jnp.zeros(tokens.shape, jnp.float32)
     chunks = tiles.most_chunks(mask, split)
-    scores, said = jax.lax.fori_loop(0, chunks, meet_chunk, (scores, said))
+    scores, summed = jax.lax.fori_loop(0, chunks, meet_chunk, (scores, summed))
     # d log p(token) = one-hot(token) - p.
-    known = mask & (tokens >= 0) & (tokens < head.shape[0])
+    local = tokens - split.first_token(head.shape[0])
+    known = mask & (local >= 0) & (local < head.shape[0])
     row = jnp.broadcast_to(jnp.arange(rows)[:, None], tokens.shape)
-    token = jnp.where(known, tokens, head.shape[0])
-    d_logits = (-said).at[row, slot, token].add(1.0, mode="drop")
+    # Tokens of other devices and of padding are put beyond the end, and dropped there.
+    local = jnp.where(known, local, head.shape[0])
+    d_logits = (-summed).at[row, slot, local].add(1.0, mode="drop")
 
     def meet_head(i, slope):
         tile = Tile.of(head, i, hidden.dtype, split)
         of_tile = jax.lax.dynamic_slice_in_dim(d_logits, tile.start, size, axis=2)
-        if tile.repeated is not None:
+        if tile.repeated is not None:  # the tile before has had these rows
             of_tile = jnp.where(jnp.arange(size) < tile.repeated, 0.0, of_tile)
         weight = tile.weight.astype(jnp.float32)
         return slope + jnp.einsum("RAV,VD->RAD", of_tile, weight)
@@ -231,7 +218,6 @@ def slope_part(hidden, head, tokens, slot, mask, *, answers, split):
 
 def under_part(hidden, head, tokens, mask, moved, *, split):
     """Scores of one device's rows under each change of the logits, ``moved``."""
-    tokens = tokens - split.first_token(head.shape[0])
     count, size = tiles.count_and_size(head.shape[0])
     vectors = len(moved)
 

@@ -47,9 +47,7 @@ def token_logp_and_greedy(
     """``token_logp`` without a gradient, and whether no token has a larger logit."""
     positions = tokens.shape[1]
     hidden, tokens, mask = _in_chunks(chunk, hidden, tokens, mask)
-    split = Split.of(tokens, head)
-    specs = (split.chunks, split.chunks)
-    logp, greedy = split.run(heads.rank_part, specs, hidden, head, tokens, mask)
+    logp, greedy, _ = heads.rank(hidden, head, tokens, mask)
     return _from_chunks(logp, positions), _from_chunks(greedy, positions)
 
 

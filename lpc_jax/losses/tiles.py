@@ -51,17 +51,16 @@ class Split:
         moved: Array | None = None,
     ) -> Any:
         """Runs a part on each device's [chunks R ...], head and ``moved`` [M V]."""
-        arrays = [hidden, head, *columns]
-        specs = [self.chunks, self.head, *(self.chunks for _ in columns)]
+        arrays = (hidden, head, *columns)
+        specs = (self.chunks, self.head, *(self.chunks for _ in columns))
         if moved is not None:
-            arrays.append(moved)
-            specs.append(P(None, self.vocabulary))
-        local = functools.partial(part, split=self)
-        if self == Split(None, None, None):
-            return local(*arrays)
-        return jax.shard_map(
-            local, in_specs=tuple(specs), out_specs=out_specs, check_vma=False
-        )(*arrays)
+            arrays, specs = (*arrays, moved), (*specs, P(None, self.vocabulary))
+        run = functools.partial(part, split=self)
+        if self != Split(None, None, None):
+            run = jax.shard_map(
+                run, in_specs=specs, out_specs=out_specs, check_vma=False
+            )
+        return run(*arrays)
 
     @property
     def head(self) -> P:
@@ -92,7 +91,7 @@ class Split:
     def scatter_sum(self, tile: Float[Array, "tile D"]) -> Float[Array, "tile part"]:
         """A tile's gradient summed over all rows; each device keeps its part."""
         others = tuple(a for a in self.rows or () if a not in (self.width or ()))
-        if others:
+        if others:  # copies of this device's part (data), each of other rows
             tile = jax.lax.psum(tile, others)
         if self.width is None:
             return tile
@@ -110,6 +109,7 @@ class Tile:
 
     weight: Float[Array, "tile D"]
     start: Int[Array, ""]  # of ``weight`` in the device's part of the head
+    first_token: Int[Array, ""]  # that of the first row
     repeated: Int[Array, ""] | None  # first rows that the tile before has too
 
     @classmethod
@@ -120,8 +120,9 @@ class Tile:
         # The last tile ends with the vocabulary, and so may repeat rows.
         start = jnp.minimum(i * size, vocabulary - size)
         weight = jax.lax.dynamic_slice_in_dim(head, start, size).astype(dtype)
+        first_token = split.first_token(vocabulary) + start
         repeated = i * size - start if vocabulary % size else None
-        return cls(split.gather(weight), start, repeated)
+        return cls(split.gather(weight), start, first_token, repeated)
 
     def logits(self, hidden: Float[Array, "R chunk D"]) -> Float[Array, "R chunk tile"]:
         """In fp32; ``UNSEEN`` for repeated rows."""
@@ -140,7 +141,7 @@ class Tile:
 
     def places(self, tokens: Int[Array, "R chunk"]) -> Int[Array, "R chunk"]:
         """The tokens' rows in the tile; -1 for one that is not in it."""
-        place = tokens - self.start
+        place = tokens - self.first_token
         first = 0 if self.repeated is None else self.repeated
         within = (place >= first) & (place < self.weight.shape[0])
         return jnp.where(within, place, -1)

@@ -22,16 +22,10 @@ class LowRank(nnx.Module):
     b: nnx.Param
 
     def __init__(
-        self,
-        path: str,
-        rows: Sequence[leaves.Leaf],
-        sizes: Mapping[str, int],
-        *,
-        scale: float,
-        rngs: nnx.Rngs,
+        self, path: str, sizes: Mapping[str, int], scale: float, rngs: nnx.Rngs
     ):
         self.scale = scale
-        leaves.fill(self, path, rows, sizes, rngs)
+        leaves.fill(self, path, leaves.adapters(), sizes, rngs)
 
     def __call__(self, x: Float[Array, "R T inputs"]) -> Float[Array, "R T *out"]:
         """The addition; a target of several input axes takes them as one."""
@@ -39,33 +33,8 @@ class LowRank(nnx.Module):
         return project(project(x, a), self.b[...]) * self.scale
 
 
-class PartAdapters(nnx.Module):
-    """Adapters of one part of a block, by target; others are absent."""
-
-    def __init__(self, adapters: Mapping[str, LowRank]):
-        for target, adapter in adapters.items():
-            setattr(self, target, adapter)
-
-
-def adapted(
-    x: Float[Array, "R T inputs"],
-    module: nnx.Module,
-    target: str,
-    adapters: PartAdapters | None,
-) -> Float[Array, "R T *out"]:
-    """x @ W, with the target's adapter and bias if it has them; input axes as one."""
-    weight = getattr(module, target)[...]
-    outputs = weight.shape[leaves.TARGETS[target].inputs :]
-    product = project(x, weight.reshape(x.shape[-1], *outputs))
-    adapter: LowRank | None = getattr(adapters, target, None)
-    if adapter is not None:
-        product = product + adapter(x)
-    bias: nnx.Param | None = getattr(module, f"{target}_bias", None)
-    return product if bias is None else product + bias[...].astype(product.dtype)
-
-
 class BlockAdapters(nnx.Module):
-    """Adapters of one block's ``targets``, scaled by alpha / rank."""
+    """Adapters of one block's ``targets``, by part and target, scaled alpha / rank."""
 
     def __init__(
         self,
@@ -76,15 +45,29 @@ class BlockAdapters(nnx.Module):
         alpha: float,
         rngs: nnx.Rngs,
     ):
-        rows, sizes = leaves.adapters(targets), leaves.sizes(architecture, r=rank)
-        parts: dict[str, dict[str, LowRank]] = {"attention": {}, "mlp": {}}
-        for path in dict.fromkeys(leaf.path.rpartition("/")[0] for leaf in rows):
-            _, part, target = path.split("/")
-            parts[part][target] = LowRank(
-                path, rows, sizes, scale=alpha / rank, rngs=rngs
-            )
-        self.attention = PartAdapters(parts["attention"])
-        self.mlp = PartAdapters(parts["mlp"])
+        sizes, scale = leaves.sizes(architecture, r=rank), alpha / rank
+        self.attention, self.mlp = nnx.Dict(), nnx.Dict()
+        for leaf in leaves.TARGETS.values():
+            *_, part, target = leaf.path.split("/")
+            if target in targets:
+                path = f"adapters/{part}/{target}"
+                getattr(self, part)[target] = LowRank(path, sizes, scale, rngs)
+
+
+def adapted(
+    x: Float[Array, "R T inputs"],
+    module: nnx.Module,
+    target: str,
+    adapters: nnx.Dict | None,
+) -> Float[Array, "R T *out"]:
+    """x @ W, with the target's adapter and bias if it has them; input axes as one."""
+    weight = getattr(module, target)[...]
+    outputs = weight.shape[leaves.TARGETS[target].inputs :]
+    product = project(x, weight.reshape(x.shape[-1], *outputs))
+    if adapters is not None and target in adapters:
+        product = product + adapters[target](x)
+    bias: nnx.Param | None = getattr(module, f"{target}_bias", None)
+    return product if bias is None else product + bias[...].astype(product.dtype)
 
 
 def merge(

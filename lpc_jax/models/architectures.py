@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from lpc_jax.errors import UserError
@@ -16,6 +17,9 @@ LPC_FAMILIES = {f"Lpc{name}": family for name, family in FAMILIES.items()}
 # million tokens.
 LARGEST_SIZE, MOST_LAYERS = 1 << 24, 10_000
 _LARGEST_NUMBER = 1e12
+# Remedies of fields that the decoder reads, with values that it cannot follow.
+NOT_COMPUTED = "The decoder does not compute this variant."
+NOT_IMPLEMENTED = "This scaling is not implemented."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,35 +53,79 @@ class Architecture:
     tied: bool = False  # the LM head is the embedding
 
 
+def require(
+    holds: bool,
+    origin: str,
+    name: str,
+    expected: str,
+    got: Any,
+    remedy: str = "Download it again.",
+) -> None:
+    """Raises ``UserError`` with a file's field unless what is expected of it holds."""
+    if not holds:
+        raise UserError(
+            f"{origin}: {name} must be {expected}, got {got!r:.80}. {remedy}"
+        )
+
+
 def size(value: Any, name: str, origin: str, *, most: int = LARGEST_SIZE) -> int:
     """A file's whole number from 1 to ``most``, or a UserError with field and file."""
-    if type(value) is not int or not 1 <= value <= most:
-        raise UserError(
-            f"{origin}: {name} must be a whole number from 1 to {most:,}, got"
-            f" {value!r:.80}. Download it again."
-        )
+    holds = type(value) is int and 1 <= value <= most
+    require(holds, origin, name, f"a whole number from 1 to {most:,}", value)
     return value
 
 
 def positive(value: Any, name: str, origin: str) -> float:
     """A file's number above 0 that float32 holds, or a UserError, likewise."""
-    if type(value) not in (int, float) or not 0 < value <= _LARGEST_NUMBER:
-        raise UserError(
-            f"{origin}: {name} must be a number above 0 and at most"
-            f" {_LARGEST_NUMBER:g}, got {value!r:.80}. Download it again."
-        )
+    holds = type(value) in (int, float) and 0 < value <= _LARGEST_NUMBER
+    expected = f"a number above 0 and at most {_LARGEST_NUMBER:g}"
+    require(holds, origin, name, expected, value)
     return float(value)
 
 
-def head_width(given: Any, *, width: int, heads: int, name: str, origin: str) -> int:
-    """H, given or width / heads; a UserError if odd: RoPE turns elements in pairs."""
-    h = size(width // heads if given is None else given, name, origin)
-    if h % 2:
+def checked(
+    values: Mapping[str, Any], names: Mapping[str, str], origin: str, **others: Any
+) -> Architecture:
+    """The architecture that a file describes, or a UserError that names its field.
+
+    ``values`` are the file's by our fields (None or absent where it leaves one out),
+    ``names`` its own names of them, and ``others`` the fields that need no check here.
+    """
+
+    def count(field: str, default: int | None = None, **most: int) -> int:
+        value = values.get(field)
+        value = default if value is None else value
+        return size(value, names[field], origin, **most)
+
+    def number(field: str) -> float:
+        return positive(values.get(field), names[field], origin)
+
+    width, heads = count("width"), count("query_heads")
+    kv_heads = count("kv_heads", heads)
+    if heads % kv_heads:
         raise UserError(
-            f"{origin}: {name} must be even, got {h}. The decoder does not compute"
-            " this variant."
+            f"{origin}: {names['query_heads']} = {heads} must be a multiple of"
+            f" {names['kv_heads']} = {kv_heads}. Download it again."
         )
-    return h
+    head_width = count("head_width", width // heads)
+    # RoPE turns elements in pairs.
+    even = head_width % 2 == 0
+    require(even, origin, names["head_width"], "even", head_width, NOT_COMPUTED)
+    windowed = values.get("sliding_window") is not None
+    return Architecture(
+        vocabulary=count("vocabulary"),
+        width=width,
+        layers=count("layers", most=MOST_LAYERS),
+        query_heads=heads,
+        kv_heads=kv_heads,
+        head_width=head_width,
+        mlp_width=count("mlp_width"),
+        context_length=count("context_length"),
+        sliding_window=count("sliding_window") if windowed else None,
+        norm_epsilon=number("norm_epsilon"),
+        rope_theta=number("rope_theta"),
+        **others,
+    )
 
 
 _LLAMA_3_8B = Architecture(
@@ -104,8 +152,8 @@ _MISTRAL_7B_V01 = dataclasses.replace(
 _MISTRAL_7B_V02 = dataclasses.replace(
     _MISTRAL_7B_V01, rope_theta=1_000_000.0, sliding_window=None
 )
-_SMOLLM2_135M = Architecture(
-    family="llama",
+_SMOLLM2_135M = dataclasses.replace(
+    _LLAMA_3_8B,
     vocabulary=49_152,
     width=576,
     layers=30,
@@ -113,10 +161,8 @@ _SMOLLM2_135M = Architecture(
     kv_heads=3,
     head_width=64,
     mlp_width=1536,
-    norm_epsilon=1e-5,
     rope_theta=100_000.0,
     tied=True,
-    context_length=8192,
 )
 # By hub id, as the config.json published under it has them: for plans, which need no
 # weights. A run reads the file itself.

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
 from lpc_jax.models import embedding
@@ -72,38 +72,25 @@ class CachedDecoder(nnx.Module):
         slots = start + jnp.arange(tokens.shape[1])
         positions = slots - first[:, None]
         angles = positions[..., None] * rope_frequencies(self.architecture)
-        mask = _visible(
-            slots,
-            first,
-            jnp.arange(cache.keys[0].shape[1]),
-            sliding_window=self.architecture.sliding_window,
-        )
+        cached = jnp.arange(cache.keys[0].shape[1])
+        seen = (cached >= first[:, None, None]) & (cached <= slots[:, None])
+        if self.architecture.sliding_window is not None:
+            seen &= cached > slots[:, None] - self.architecture.sliding_window
         x = embedding.look_up(self.embedding[...], tokens).astype(self.compute_dtype)
         x = axes.constrain(x, "R T D")
-        keys, values = [], []
-        for block, old_keys, old_values in zip(
-            self.blocks, cache.keys, cache.values, strict=True
-        ):
-            assert isinstance(block, Block)
-            query, key, value = block.heads(x, angles, None)
-            at = (0, start, 0, 0)
-            keys.append(jax.lax.dynamic_update_slice(old_keys, key, at))
-            values.append(jax.lax.dynamic_update_slice(old_values, value, at))
-            mixed = jax.nn.dot_product_attention(
-                query, keys[-1], values[-1], mask=mask[:, None]
+        keys: list[Array] = []
+        values: list[Array] = []
+
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            # The layers call it in turn: as many are behind as have been appended.
+            layer, at = len(keys), (0, start, 0, 0)
+            keys.append(jax.lax.dynamic_update_slice(cache.keys[layer], key, at))
+            values.append(jax.lax.dynamic_update_slice(cache.values[layer], value, at))
+            return jax.nn.dot_product_attention(
+                query, keys[-1], values[-1], mask=seen[:, None]
             )
-            x = block.add(x, mixed, None)
+
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            x = block(x, angles, attend, None)
         return self.final_norm(x), Cache(tuple(keys), tuple(values))
-
-
-def _visible(
-    slots: Int[Array, "T"],
-    first: Int[Array, "R"],
-    keys: Int[Array, "S"],
-    *,
-    sliding_window: int | None,
-) -> Bool[Array, "R T S"]:
-    seen = (keys >= first[:, None, None]) & (keys <= slots[:, None])
-    if sliding_window is not None:
-        seen &= keys > slots[:, None] - sliding_window
-    return seen

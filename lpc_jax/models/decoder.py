@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,12 +15,13 @@ from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
 from lpc_jax.models import attention, embedding, leaves, projection
-from lpc_jax.models.adapters import BlockAdapters, PartAdapters, adapted
+from lpc_jax.models.adapters import BlockAdapters, adapted
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.attention.blocks import KEPT
 
 Module = TypeVar("Module", bound=nnx.Module)
-Heads = tuple[Float[Array, "R T N H"], Float[Array, "R T K H"], Float[Array, "R T K H"]]
+# From queries, keys and values to the mixed values, [R T N H].
+Attend = Callable[[Array, Array, Array], Array]
 
 # Results of a block's matrix products, but for attention's scores.
 _KEPT = (projection.PRODUCT, KEPT)
@@ -98,25 +100,20 @@ class Attention(nnx.Module):
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
         _fill(self, "/blocks/attention", architecture, rngs)
 
-    def heads(
+    def __call__(
         self,
         x: Float[Array, "R T D"],
         angles: Float[Array, "R T half_H"],
-        adapters: PartAdapters | None,
-    ) -> Heads:
-        """Rotated queries and keys, and values."""
+        attend: Attend,
+        adapters: nnx.Dict | None,
+    ) -> Float[Array, "R T D"]:
+        """What attention adds to the stream; ``attend`` mixes the values."""
         query = adapted(x, self, "query", adapters)
         key = adapted(x, self, "key", adapters)
         value = adapted(x, self, "value", adapters)
         query = axes.constrain(rotate(query, angles), "R T N H")
         key = axes.constrain(rotate(key, angles), "R T K H")
-        return query, key, value
-
-    def project(
-        self, mixed: Float[Array, "R T N H"], adapters: PartAdapters | None
-    ) -> Float[Array, "R T D"]:
-        """What attention adds to the stream."""
-        mixed = axes.constrain(mixed, "R T N H")
+        mixed = axes.constrain(attend(query, key, value), "R T N H")
         return adapted(mixed.reshape(*mixed.shape[:2], -1), self, "output", adapters)
 
 
@@ -127,7 +124,7 @@ class Mlp(nnx.Module):
         _fill(self, "/blocks/mlp", architecture, rngs)
 
     def __call__(
-        self, x: Float[Array, "R T D"], adapters: PartAdapters | None
+        self, x: Float[Array, "R T D"], adapters: nnx.Dict | None
     ) -> Float[Array, "R T D"]:
         """down(silu(gate x) * up x)."""
         gate = adapted(x, self, "gate", adapters)
@@ -149,33 +146,13 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "R T D"],
         angles: Float[Array, "R T half_H"],
-        layout: attention.Layout,
+        attend: Attend,
         adapters: BlockAdapters | None,
     ) -> Float[Array, "R T D"]:
         """The stream after this block."""
-        query, key, value = self.heads(x, angles, adapters)
-        return self.add(x, attention.attend(query, key, value, layout), adapters)
-
-    def heads(
-        self,
-        x: Float[Array, "R T D"],
-        angles: Float[Array, "R T half_H"],
-        adapters: BlockAdapters | None,
-    ) -> Heads:
-        """Rotated queries and keys, and values, of this block."""
-        added = None if adapters is None else adapters.attention
-        return self.attention.heads(self.attention_norm(x), angles, added)
-
-    def add(
-        self,
-        x: Float[Array, "R T D"],
-        mixed: Float[Array, "R T N H"],
-        adapters: BlockAdapters | None,
-    ) -> Float[Array, "R T D"]:
-        """The stream after this block, given its heads' outputs."""
         of_attention = None if adapters is None else adapters.attention
         of_mlp = None if adapters is None else adapters.mlp
-        x = x + self.attention.project(mixed, of_attention)
+        x = x + self.attention(self.attention_norm(x), angles, attend, of_attention)
         x = x + self.mlp(self.mlp_norm(x), of_mlp)
         return axes.constrain(x, "R T D")
 
@@ -242,6 +219,7 @@ class Decoder(nnx.Module):
             backend=self.attention_backend,
         )
         angles = positions[..., None] * rope_frequencies(self.architecture)
+        attend = functools.partial(attention.attend, layout=layout)
         # Cast after: the table's gradient is summed in its own precision.
         x = embedding.look_up(self.embedding[...], tokens).astype(self.compute_dtype)
         x = axes.constrain(x, "R T D")
@@ -250,7 +228,7 @@ class Decoder(nnx.Module):
 
         def run_block(x: Array, layer: nnx.State) -> tuple[Array, None]:
             block, its_adapters = nnx.merge(graph, layer)
-            return block(x, angles, layout, its_adapters), None
+            return block(x, angles, attend, its_adapters), None
 
         if self.remat != "none":
             run_block = jax.checkpoint(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -23,37 +21,31 @@ def look_up(
         return table[tokens]
     if rows is None:  # too few rows for the mesh: nothing to change places with
         width = None
+
     # A device reads its columns for all rows that share the table, then rows change
     # places with columns (all-to-all). Over fsdp alone the compiler does the same; over
     # three axes it would hold all rows on every device.
+    def of_device(part: Array, tokens: Array) -> Array:
+        if width is not None:
+            tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
+        if vocabulary is not None:
+            tokens = tokens - jax.lax.axis_index(vocabulary) * part.shape[0]
+            here = (tokens >= 0) & (tokens < part.shape[0])
+            vectors = jnp.where(here[..., None], part[jnp.where(here, tokens, 0)], 0)
+        else:
+            vectors = part[tokens]
+        if width is not None:
+            # Its columns of many rows become its rows whole.
+            vectors = jax.lax.all_to_all(
+                vectors, width, split_axis=0, concat_axis=2, tiled=True
+            )
+        if vocabulary is not None:  # 0 but where the token's row is
+            vectors = jax.lax.psum(vectors, vocabulary)
+        return vectors
+
     return jax.shard_map(
-        functools.partial(_look_up_part, vocabulary=vocabulary, width=width),
+        of_device,
         in_specs=(P(vocabulary, width), P(rows)),
         out_specs=P(rows),
         check_vma=False,
     )(table, tokens)
-
-
-def _look_up_part(
-    table: Float[Array, "part_V part_D"],
-    tokens: Int[Array, "part_R T"],
-    *,
-    vocabulary: tuple[str, ...] | None,
-    width: tuple[str, ...] | None,
-) -> Float[Array, "part_R T D"]:
-    if width is not None:
-        tokens = jax.lax.all_gather(tokens, width, axis=0, tiled=True)
-    if vocabulary is not None:
-        tokens = tokens - jax.lax.axis_index(vocabulary) * table.shape[0]
-        here = (tokens >= 0) & (tokens < table.shape[0])
-        found = jnp.where(here[..., None], table[jnp.where(here, tokens, 0)], 0)
-    else:
-        found = table[tokens]
-    if width is not None:
-        # Its columns of many rows become its rows whole.
-        found = jax.lax.all_to_all(
-            found, width, split_axis=0, concat_axis=2, tiled=True
-        )
-    if vocabulary is not None:
-        found = jax.lax.psum(found, vocabulary)
-    return found

@@ -14,11 +14,13 @@ from lpc_jax.files import untrusted
 from lpc_jax.models.architectures import (
     FAMILIES,
     LPC_FAMILIES,
-    MOST_LAYERS,
+    NOT_COMPUTED,
+    NOT_IMPLEMENTED,
     Architecture,
     RopeScaling,
-    head_width,
+    checked,
     positive,
+    require,
     size,
 )
 
@@ -41,14 +43,7 @@ _NAMES = {
     "context_length": "max_position_embeddings",
     "sliding_window": "sliding_window",
 }
-_REQUIRED = (
-    "vocabulary",
-    "width",
-    "layers",
-    "query_heads",
-    "mlp_width",
-    "norm_epsilon",
-)
+_NEEDED = ("vocabulary", "width", "layers", "query_heads", "mlp_width", "norm_epsilon")
 # Fields that must hold one value, because the decoder computes no other.
 _FIXED = {
     "hidden_act": "silu",
@@ -89,68 +84,35 @@ def open_folder(path: Path) -> tuple[dict[str, Any], Path]:
 def read(config: Mapping[str, Any], origin: str) -> Architecture:
     """The architecture of a parsed ``config.json``, or a UserError naming the field."""
     family = _family(config, origin)
-    missing = [_NAMES[ours] for ours in _REQUIRED if config.get(_NAMES[ours]) is None]
+    missing = [_NAMES[ours] for ours in _NEEDED if config.get(_NAMES[ours]) is None]
     if missing:
         raise UserError(f"{origin}: missing fields {missing}.")
-    theta, scaling = _rope(config, origin)
     values = _DEFAULTS[family] | {
         ours: config[theirs] for ours, theirs in _NAMES.items() if theirs in config
     }
-
-    def sized(ours: str, **most: int) -> int:
-        return size(values.get(ours), _NAMES[ours], origin, **most)
-
-    def sized_or_none(ours: str) -> int | None:
-        return None if values.get(ours) is None else sized(ours)
-
-    width, heads = sized("width"), sized("query_heads")
-    kv_heads = sized_or_none("kv_heads") or heads
-    if heads % kv_heads:
-        raise UserError(
-            f"{origin}: num_attention_heads = {heads} must be a multiple of"
-            f" num_key_value_heads = {kv_heads}."
-        )
+    values["rope_theta"], scaling = _rope(config, origin)
+    # Only Mistral's code reads the field; a Llama config may carry it unused.
+    if family != "mistral":
+        values["sliding_window"] = None
     tied = values.get("tied")
-    if tied is not None and not isinstance(tied, bool):
-        raise UserError(
-            f"{origin}: tie_word_embeddings must be true or false, got {tied!r:.80}."
-            " Download it again."
-        )
-    of = {"width": width, "heads": heads, "name": "head_dim", "origin": origin}
-    return Architecture(
-        family=family,
-        vocabulary=sized("vocabulary"),
-        width=width,
-        layers=sized("layers", most=MOST_LAYERS),
-        query_heads=heads,
-        kv_heads=kv_heads,
-        head_width=head_width(values.get("head_width"), **of),
-        mlp_width=sized("mlp_width"),
-        norm_epsilon=positive(values["norm_epsilon"], "rms_norm_eps", origin),
-        rope_theta=theta,
-        context_length=sized("context_length"),
-        rope_scaling=scaling,
-        # Only Mistral's code reads the field; a Llama config may carry it unused.
-        sliding_window=sized_or_none("sliding_window") if family == "mistral" else None,
-        tied=bool(tied),
+    is_flag = tied is None or isinstance(tied, bool)
+    require(is_flag, origin, _NAMES["tied"], "true or false", tied)
+    return checked(
+        values, _NAMES, origin, family=family, rope_scaling=scaling, tied=bool(tied)
     )
 
 
 def _family(config: Mapping[str, Any], origin: str) -> str:
     names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
+    name: Any = names[0] if isinstance(names, list) and names else None
     families = FAMILIES | LPC_FAMILIES
-    if not isinstance(name, str) or name not in families:
-        raise UserError(
-            f"{origin}: architectures[0] must be one of {sorted(FAMILIES)}, got"
-            f" {name!r:.80}. Other families are not implemented."
-        )
-    for field, expected in _FIXED.items():
-        if config.get(field) not in (None, expected):
-            raise UserError(
-                f"{origin}: {field} must be {expected!r}, got {config[field]!r:.80}."
-                " The decoder does not compute this variant."
-            )
+    known = isinstance(name, str) and name in families
+    expected = f"one of {sorted(FAMILIES)}"
+    remedy = "Other families are not implemented."
+    require(known, origin, "architectures[0]", expected, name, remedy)
+    for field, value in _FIXED.items():
+        got = config.get(field)
+        require(got in (None, value), origin, field, repr(value), got, NOT_COMPUTED)
     if config.get("quantization_config") is not None:
         raise UserError(
             f"{origin}: quantization_config must be absent. Use the model's"
@@ -159,26 +121,20 @@ def _family(config: Mapping[str, Any], origin: str) -> str:
     return families[name]
 
 
-def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | None]:
+def _rope(config: Mapping[str, Any], origin: str) -> tuple[Any, RopeScaling | None]:
     """Theta and scaling, from transformers 4's fields or 5's ``rope_parameters``."""
     parameters: dict[str, Any] = {}
     for field in ("rope_parameters", "rope_scaling"):
-        given = config.get(field) or {}
-        if not isinstance(given, Mapping):
-            raise UserError(
-                f"{origin}: {field} must be an object or null, got {given!r:.80}."
-                " Download it again."
-            )
-        parameters.update(given)
+        section = config.get(field) or {}
+        is_object = isinstance(section, Mapping)
+        require(is_object, origin, field, "an object or null", section)
+        parameters.update(section)
     theta = parameters.pop("rope_theta", config.get("rope_theta", 10_000.0))
-    theta = positive(theta, "rope_theta", origin)
     kind = parameters.pop("rope_type", parameters.pop("type", "default"))
-    parameters.pop("type", None)
-    if not isinstance(kind, str) or kind not in _ROPE:
-        raise UserError(
-            f"{origin}: rope type must be one of {sorted(_ROPE)}, got"
-            f" {kind!r:.80}. This scaling is not implemented."
-        )
+    known, expected = isinstance(kind, str) and kind in _ROPE, f"one of {sorted(_ROPE)}"
+    require(known, origin, "rope type", expected, kind, NOT_IMPLEMENTED)
+    if kind == "default" and not parameters:
+        return theta, None
     if set(parameters) != set(_ROPE[kind]):
         raise UserError(
             f"{origin}: rope type {kind!r} takes {sorted(_ROPE[kind])}, got"
@@ -190,7 +146,7 @@ def _rope(config: Mapping[str, Any], origin: str) -> tuple[float, RopeScaling | 
         )
         for theirs, ours in _ROPE[kind].items()
     }
-    return theta, None if kind == "default" else RopeScaling(kind=kind, **values)
+    return theta, RopeScaling(kind=kind, **values)
 
 
 def fields(architecture: Architecture) -> dict[str, Any]:

@@ -108,7 +108,6 @@ def judged(
             assert_never(posterior_input)
 
 
-@jax.jit
 def codebook_unit(head: Float[Array, "V D"]) -> Float[Array, ""]:
     """Standard deviation of a random code that moves logits by 1 nat r.m.s."""
     # Only the spread of head @ e counts: softmax ignores a constant. For independent
@@ -138,7 +137,7 @@ class LatentHead(nnx.Module):
         self,
         *,
         width: int,
-        hidden_width: int,
+        hidden_width: int | None,  # None is D
         num_codes: int,
         codebook_scale: float,
         posterior_input: PosteriorInput,
@@ -148,10 +147,9 @@ class LatentHead(nnx.Module):
         sizes = {"C": num_codes, "D": width}
         leaves.fill(self, "latent", leaves.LATENT, sizes, rngs)
         self.codebook[...] = codebook_scale * self.codebook[...]
-        self.prior_mlp = CodeMlp(width, hidden_width, num_codes, rngs=rngs)
-        self.posterior_mlp = CodeMlp(
-            judged_width(posterior_input, width), hidden_width, num_codes, rngs=rngs
-        )
+        hidden, inputs = hidden_width or width, judged_width(posterior_input, width)
+        self.prior_mlp = CodeMlp(width, hidden, num_codes, rngs=rngs)
+        self.posterior_mlp = CodeMlp(inputs, hidden, num_codes, rngs=rngs)
 
     def prior(self, prompt: Float[Array, "*pairs D"]) -> Float[Array, "*pairs C"]:
         """Logits of p(z | x), eq. 9, from the hidden state at the prompt's end."""
@@ -183,19 +181,22 @@ class Steering:
         self, logits: Float[Array, "*pairs C"], key: Array
     ) -> Float[Array, "*pairs C"]:
         """Each belief's weights, on the simplex; ``key`` seeds ``sample``'s noise."""
-        if self.how == "mix":
-            given = jnp.zeros(logits.shape[-1])
-            for code, weight in self.mix:
-                given = given.at[code].set(weight)
-            return jnp.broadcast_to(given, logits.shape)
-        if self.how == "argmax":
-            return one_code(logits)
-        if self.how == "sample":
-            noise = jax.random.gumbel(key, logits.shape)
-            return draw(
-                logits, noise, temperature=self.temperature, one_code=self.one_code
-            )
-        return jax.nn.softmax(logits, axis=-1)
+        match self.how:
+            case "mean":
+                return jax.nn.softmax(logits, axis=-1)
+            case "argmax":
+                return one_code(logits)
+            case "sample":
+                noise = jax.random.gumbel(key, logits.shape)
+                tau, hard = self.temperature, self.one_code
+                return draw(logits, noise, temperature=tau, one_code=hard)
+            case "mix":
+                weights = jnp.zeros(logits.shape[-1])
+                for code, weight in self.mix:
+                    weights = weights.at[code].set(weight)
+                return jnp.broadcast_to(weights, logits.shape)
+            case _:
+                assert_never(self.how)
 
     def codes(
         self,
@@ -211,15 +212,13 @@ class Steering:
 
     def said(self) -> str:
         """In words, for messages."""
-        if self.how == "mix":
-            return "codes " + ", ".join(
-                f"{code}: {weight:g}" for code, weight in self.mix
-            )
         kind = "one code" if self.one_code else "a draw"
+        mix = ", ".join(f"{code}: {weight:g}" for code, weight in self.mix)
         return {
             "mean": "the prior's mean",
             "sample": f"{kind} from the prior (tau {self.temperature:g})",
             "argmax": "the prior's largest code",
+            "mix": f"codes {mix}",
         }[self.how]
 
 
@@ -230,20 +229,13 @@ def draw(
     temperature: float | Float[Array, ""],
     one_code: bool,
 ) -> Float[Array, "*pairs C"]:
-    """A relaxed draw, or with ``one_code`` its largest code, straight through."""
-    weights = gumbel_softmax(logits, gumbel, temperature=temperature)
-    return straight_through(weights) if one_code else weights
+    """A relaxed draw: softmax((logits + gumbel) / tau) (Jang et al. 2017, eq. 2).
 
-
-def gumbel_softmax(
-    logits: Float[Array, "*pairs C"],
-    gumbel: Float[Array, "*pairs C"],
-    *,
-    temperature: float | Float[Array, ""],
-) -> Float[Array, "*pairs C"]:
-    """A relaxed draw: softmax((logits + gumbel) / tau) (Jang et al. 2017, eq. 2)."""
+    With ``one_code`` its largest code, straight through.
+    """
     # As tau falls to 0 it becomes one code, drawn with the belief's probabilities.
-    return jax.nn.softmax((logits + gumbel) / temperature, axis=-1)
+    weights = jax.nn.softmax((logits + gumbel) / temperature, axis=-1)
+    return straight_through(weights) if one_code else weights
 
 
 def straight_through(weights: Float[Array, "*pairs C"]) -> Float[Array, "*pairs C"]:

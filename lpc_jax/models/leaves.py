@@ -108,17 +108,21 @@ class Leaf:
                 assert_never(self.kind)
 
 
-def _top(path: str, axes: str, hf: str, gguf: str, **more: Any) -> Leaf:
-    return Leaf(f"decoder/{path}", axes, f"{hf}.weight", f"{gguf}.weight", **more)
-
-
-def _layer(
+def _top(
     path: str, axes: str, hf: str, gguf: str, stored: str = "", **more: Any
 ) -> Leaf:
+    end = "bias" if more.get("kind") == "bias" else "weight"
+    names = f"{hf}.{end}", f"{gguf}.{end}"
+    return Leaf(f"decoder/{path}", axes, *names, stored, **more)
+
+
+def _layer(path: str, axes: str, hf: str, gguf: str, *more: str, **others: Any) -> Leaf:
     names = f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}"
-    return _top(f"blocks/{path}", f"L {axes}", *names, stored=stored, **more)
+    return _top(f"blocks/{path}", f"L {axes}", *names, *more, **others)
 
 
+# A leaf that only some families have is a row whose ``when`` reads its field of
+# Architecture; the decoder applies it.
 DECODER: tuple[Leaf, ...] = (
     _top("embedding", "V D", "model.embed_tokens", "token_embd"),
     _top("head", "V D", "lm_head", "output", when=lambda a: not a.tied),
@@ -153,10 +157,12 @@ def decoder(architecture: Architecture) -> tuple[Leaf, ...]:
     return tuple(leaf for leaf in DECODER if leaf.when(architecture))
 
 
-def adapters(targets: Sequence[str]) -> tuple[Leaf, ...]:
+def adapters(targets: Sequence[str] = tuple(TARGETS)) -> tuple[Leaf, ...]:
     """The rows of adapters: two factors for each of ``targets``."""
     rows = []
-    for leaf in (leaf for target, leaf in TARGETS.items() if target in targets):
+    for target, leaf in TARGETS.items():
+        if target not in targets:
+            continue
         path, axes = leaf.path.replace("decoder/blocks", "adapters"), leaf.axes.split()
         inputs, outputs = axes[: leaf.inputs + 1], axes[leaf.inputs + 1 :]
         rows.append(Leaf(f"{path}/a", " ".join([*inputs, "r"]), kind="lora_a"))
@@ -224,32 +230,30 @@ def fill(
             setattr(module, name, nnx.Param(leaf.draw(sizes, rngs)))
 
 
-def _rows() -> dict[str, list[Leaf]]:
-    rows = collections.defaultdict(list)
-    for leaf in (*DECODER, *adapters(tuple(TARGETS)), *LATENT):
-        rows[leaf.path].append(leaf)
-    return rows
+def _rows() -> tuple[Leaf, ...]:
+    return (*DECODER, *adapters(), *LATENT)
 
 
 def at(path: str) -> Leaf:
     """The row of a parameter."""
-    (leaf,) = _rows()[path]
+    (leaf,) = (leaf for leaf in _rows() if leaf.path == path)
     return leaf
 
 
 def known(tree: Any) -> Any:
     """A tree of the parameters' rows; a ValueError unless each has exactly one."""
-    rows = _rows()
+    rows = {leaf.path: leaf for leaf in _rows()}
+    times = collections.Counter(leaf.path for leaf in _rows())
     paths = sorted(sharding.by_path(tree))
-    unclaimed = [path for path in paths if path not in rows]
-    contested = [path for path in paths if len(rows[path]) > 1]
+    unclaimed = [path for path in paths if times[path] == 0]
+    contested = [path for path in paths if times[path] > 1]
     if unclaimed or contested:
         raise ValueError(
             "every parameter must have exactly one row in leaves.py; without one:"
             f" {unclaimed}; with several: {contested}. Mend the table."
         )
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: rows[sharding.path_name(path)][0], tree
+        lambda path, _: rows[sharding.path_name(path)], tree
     )
 
 

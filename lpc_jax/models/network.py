@@ -97,8 +97,8 @@ def build(
 ) -> Network:
     """A network with random weights; under ``nnx.eval_shape`` only its shapes.
 
-    ``adapters`` and ``latent`` set ``BlockAdapters`` and ``LatentHead``
-    (``hidden_width`` None is D). No part's weights depend on another's.
+    ``adapters`` and ``latent`` set ``BlockAdapters`` and ``LatentHead``. No part's
+    weights depend on another's.
     """
     decoder_key, latent_key = jax.random.split(key)
     decoder = Decoder(
@@ -110,19 +110,12 @@ def build(
     )
     low_rank = head = None
     if adapters is not None:
-        adapter_key = jax.random.fold_in(key, _ADAPTERS)
         low_rank = stacked(
             lambda rngs: BlockAdapters(architecture, **adapters, rngs=rngs),
             layers=architecture.layers,
-            key=adapter_key,
+            key=jax.random.fold_in(key, _ADAPTERS),
         )
     if latent is not None:
-        head = LatentHead(
-            width=architecture.width,
-            hidden_width=latent["hidden_width"] or architecture.width,
-            num_codes=latent["num_codes"],
-            codebook_scale=latent["codebook_scale"],
-            posterior_input=latent["posterior_input"],
-            rngs=nnx.Rngs(latent_key),
-        )
+        rngs = nnx.Rngs(latent_key)
+        head = LatentHead(width=architecture.width, **latent, rngs=rngs)
     return Network(decoder, low_rank, head)

@@ -27,11 +27,13 @@ from lpc_jax.models import gguf_config, hf_config, leaves
 from lpc_jax.models.architectures import LPC_FAMILIES, Architecture
 from lpc_jax.models.leaves import Format, Leaf
 
+_Tensors = Mapping[str, safetensors.Tensor | gguf.Tensor]
+_Stored = tuple[Format, _Tensors, dict[str, int]]  # checked, with the axes' sizes
+
 # Of a hub repository, without pickles and Mistral's second copy (consolidated.*).
 _HUB_PATTERNS = ("*.json", "model*.safetensors", "tokenizer*", "*.jinja", "merges.txt")
 _GGUF = ".gguf"
 _SHOWN = 10
-_READ_BYTES = 1 << 20
 
 # Tensors that may be absent or present, since a decoder knows what they hold.
 _HARMLESS = ("*rotary_emb.inv_freq", gguf_config.ROPE_FACTORS)
@@ -84,12 +86,12 @@ def read_latent_section(path: Path) -> dict[str, Any] | None:
 
 def tensors(
     rows: tuple[Leaf, ...], form: Format, sizes: Mapping[str, int]
-) -> dict[str, tuple[Leaf, int]]:
-    """Name of every tensor that a file holds, with its row and layer."""
+) -> dict[str, tuple[Leaf, int | None]]:
+    """Name of every tensor that a file holds, with its row and layer, if it has one."""
     return {
         getattr(leaf, form).format(layer=layer): (leaf, layer)
         for leaf in rows
-        for layer in range(sizes["L"] if leaf.stacked else 1)
+        for layer in (range(sizes["L"]) if leaf.stacked else (None,))
     }
 
 
@@ -110,44 +112,33 @@ def _rearrange(
     return einops.rearrange(x, f"{before} -> {after}", **used)
 
 
-def _sizes(architecture: Architecture, latent: LatentSizes | None) -> dict[str, int]:
-    if latent is None:
-        return leaves.sizes(architecture)
-    codes, width = latent.num_codes, latent.hidden_width
-    return leaves.sizes(architecture, C=codes, W=width, X=latent.posterior_inputs)
-
-
 def _listed(items: list[str]) -> str:
     more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return (", ".join(map(untrusted.shown, items[:_SHOWN])) or "none") + more
 
 
-def _require_same(
-    expected: Mapping[str, tuple[int, ...]],
-    got: Mapping[str, tuple[int, ...]],
-    harmless: tuple[str, ...],
-    origin: str,
-    remedy: str,
-) -> None:
-    """One UserError for all names missing, unexpected or of another shape."""
-    missing = [name for name in expected if name not in got]
+def _differences(
+    expected: Mapping[str, tuple[int, ...]], stored: _Tensors, harmless: tuple[str, ...]
+) -> str:
+    """A line each for names missing, unexpected and misshapen; empty without any."""
+    missing = [name for name in expected if name not in stored]
     unexpected = [
         name
-        for name in got
+        for name in stored
         if name not in expected
         and not any(fnmatch.fnmatchcase(name, pattern) for pattern in harmless)
     ]
-    misshaped = [
-        f"{name} (expected {list(shape)}, got {list(got[name])})"
+    misshapen = [
+        f"{name} (expected {list(shape)}, got {list(stored[name].shape)})"
         for name, shape in expected.items()
-        if name in got and got[name] != shape
+        if name in stored and tuple(stored[name].shape) != shape
     ]
-    if missing or unexpected or misshaped:
-        raise UserError(
-            f"{origin}\n  missing: {_listed(missing)}\n  unexpected:"
-            f" {_listed(unexpected)}\n  of another shape: {_listed(misshaped)}\n"
-            f"{remedy}"
-        )
+    if not (missing or unexpected or misshapen):
+        return ""
+    return (
+        f"  missing: {_listed(missing)}\n  unexpected: {_listed(unexpected)}\n"
+        f"  of another shape: {_listed(misshapen)}\n"
+    )
 
 
 def check(
@@ -157,15 +148,6 @@ def check(
     _open(path, architecture, latent)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """The checked tensors of a folder or file, and the sizes of their axes."""
-
-    form: Format
-    tensors: Mapping[str, safetensors.Tensor | gguf.Tensor]
-    sizes: Mapping[str, int]
-
-
 def _open(
     path: Path, architecture: Architecture, latent: LatentSizes | None
 ) -> _Stored:
@@ -173,24 +155,27 @@ def _open(
         form, stored = "gguf", gguf.read(path).tensors
     else:
         form, stored = "hf", safetensors.read_folder(path)
-    remedy = "Check that the weights and the architecture are of one model."
-    if latent is None and any(name.startswith("latent.") for name in stored):
-        remedy = (
-            "It has LPC's codes, which only evaluation reads. To train from its"
-            " decoder alone, export that with --plain."
+    rows, sizes = leaves.decoder(architecture), leaves.sizes(architecture)
+    if latent is not None:
+        rows += leaves.LATENT
+        sizes |= {"C": latent.num_codes, "W": latent.hidden_width}
+        sizes["X"] = latent.posterior_inputs
+    harmless = _HARMLESS + _HARMLESS_WHEN_TIED * architecture.tied
+    differences = _differences(shapes(rows, form, sizes), stored, harmless)
+    if differences:
+        with_codes = f" and {latent.num_codes} codes" if latent else ""
+        remedy = "Check that the weights and the architecture are of one model."
+        if latent is None and any(name.startswith("latent.") for name in stored):
+            remedy = (
+                "It has LPC's codes, which only evaluation reads. To train from its"
+                " decoder alone, export that with --plain."
+            )
+        raise UserError(
+            f"{path}: the tensors are not those of a {architecture.family} decoder with"
+            f" {architecture.layers} layers{with_codes}.\n{differences}"
+            f"Nothing was loaded. {remedy}"
         )
-    rows = leaves.decoder(architecture) + (leaves.LATENT if latent else ())
-    sizes = _sizes(architecture, latent)
-    with_codes = f" and {latent.num_codes} codes" if latent else ""
-    _require_same(
-        shapes(rows, form, sizes),
-        {name: tuple(tensor.shape) for name, tensor in stored.items()},
-        _HARMLESS + _HARMLESS_WHEN_TIED * architecture.tied,
-        f"{path}: the tensors are not those of a {architecture.family} decoder with"
-        f" {architecture.layers} layers{with_codes}.",
-        f"Nothing was loaded. {remedy}",
-    )
-    return _Stored(form, stored, sizes)
+    return form, stored, sizes
 
 
 def load(
@@ -235,8 +220,8 @@ def _read(
         for folder in folders:
             node = node.setdefault(folder, {})
         node[name] = sharding.place_parts(
-            _parts(leaf, stored),
-            leaves.shape(leaf.axes, stored.sizes),
+            _parts(leaf, *stored),
+            leaves.shape(leaf.axes, stored[-1]),
             np.dtype(dtype_of(leaf.within)),
             sharding_of(leaf.within),
         )
@@ -244,13 +229,11 @@ def _read(
 
 
 def _parts(
-    leaf: Leaf, stored: _Stored
+    leaf: Leaf, form: Format, stored: _Tensors, sizes: Mapping[str, int]
 ) -> Iterator[tuple[int | None, Shaped[np.ndarray, "..."]]]:
-    names = tensors((leaf,), stored.form, stored.sizes)
-    for name, (_, layer) in names.items():
-        there, ours = leaf.axes_in(stored.form)
-        part = _rearrange(stored.tensors[name].read(), there, ours, stored.sizes)
-        yield layer if leaf.stacked else None, part
+    theirs, ours = leaf.axes_in(form)
+    for name, (_, layer) in tensors((leaf,), form, sizes).items():
+        yield layer, _rearrange(stored[name].read(), theirs, ours, sizes)
 
 
 def digest(path: Path) -> str:
@@ -259,8 +242,7 @@ def digest(path: Path) -> str:
     for file in [path] if _is_gguf(path) else safetensors.files(path):
         state.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as opened:
-            while block := opened.read(_READ_BYTES):
-                state.update(block)
+            hashlib.file_digest(opened, lambda: state)
     return state.hexdigest()
 
 
@@ -310,30 +292,22 @@ def write(
     ``config`` adds or replaces fields; above ``shard_bytes`` weights take several
     files.
     """
-    rows = leaves.decoder(architecture)
     params = sharding.by_path({"decoder": decoder})
-    sizes = _sizes(architecture, None)
-    _require_same(
-        {leaf.within: leaves.shape(leaf.axes, sizes) for leaf in rows},
-        {path.partition("/")[2]: tuple(leaf.shape) for path, leaf in params.items()},
-        (),
-        f"the parameters are not those of a {architecture.family} decoder with"
-        f" {architecture.layers} layers.",
-        "Nothing was saved.",
-    )
+    rows, sizes = leaves.decoder(architecture), leaves.sizes(architecture)
     if latent is not None:
-        inputs, width = latent["posterior_mlp"]["hidden_kernel"].shape
-        codes = LatentSizes(len(latent["codebook"]), width, inputs)
-        rows, sizes = rows + leaves.LATENT, _sizes(architecture, codes)
         params |= sharding.by_path({"latent": latent})
+        inputs, hidden_width = latent["posterior_mlp"]["hidden_kernel"].shape
+        rows += leaves.LATENT
+        sizes |= {"C": len(latent["codebook"]), "W": hidden_width, "X": inputs}
+    assert params.keys() == {leaf.path for leaf in rows}
     named = tensors(rows, "hf", sizes)
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
         leaf, layer = named[name]
         stored, ours = leaf.axes_in("hf")
         whole = params[leaf.path]
-        one = np.asarray(whole[layer] if leaf.stacked else whole)
-        return _rearrange(one, ours, stored, sizes)
+        part = np.asarray(whole if layer is None else whole[layer])
+        return _rearrange(part, ours, stored, sizes)
 
     def dtype_of(name: str) -> np.dtype:
         return np.dtype(dtype if named[name][0] in leaves.DECODER else np.float32)

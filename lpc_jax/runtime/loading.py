@@ -258,7 +258,7 @@ def start(abstract: Policy, *, seed: int) -> Policy:
     unit = 1.0
     if abstract.latent is not None:
         head = nnx.merge(abstract.graph, params).decoder.head_weight
-        unit = float(latent_models.codebook_unit(head))
+        unit = float(jax.jit(latent_models.codebook_unit)(head))
         # A code's first effect on the logits is `effect` nats, whatever the head.
         codebook = params["latent"]["codebook"] * (abstract.latent.effect * unit)
         params["latent"] = params["latent"] | {"codebook": codebook}

@@ -232,7 +232,7 @@ def test_every_field_of_the_architecture_changes_the_written_config():
         (
             {"num_key_value_heads": 5},
             "c.json: num_attention_heads = 32 must be a multiple of"
-            " num_key_value_heads = 5.",
+            " num_key_value_heads = 5. Download it again.",
         ),
         (
             {"vocab_size": None, "rms_norm_eps": None},

@@ -11,7 +11,7 @@ from lpc_jax import sharding
 from lpc_jax.errors import UserError
 from lpc_jax.models import attention
 from lpc_jax.models.attention import blocks, splash, table
-from lpc_jax.models.attention.mask import Tokens, ends, visible
+from lpc_jax.models.attention.mask import Tokens, visible
 from lpc_jax.planning import chips, plan
 from lpc_jax.planning.arithmetic import Pair
 from lpc_jax.runtime import compute, policy
@@ -48,23 +48,6 @@ def test_mask_follows_the_rule_token_by_token():
                     and position[r, q] - position[r, k] < 3
                 )
                 assert mask[r, q, k] == expected, (r, q, k)
-
-
-def test_where_keys_end_by_hand():
-    # A pair of 2 + 1 + 2 tokens, one of 1 + 2 + 1, then padding.
-    pair = [0, 0, 0, 0, 0, 1, 1, 1, 1, -1]
-    branch = [0, 0, 1, 2, 2, 0, 1, 1, 2, 0]
-    row = Tokens(*(jnp.asarray([x]) for x in (pair, pair, branch)))
-    assert ends(row).tolist() == [[5, 5, 3, 5, 5, 9, 8, 8, 9, 0]]
-
-
-@pytest.mark.parametrize("longest", [8, 60])
-def test_one_integer_a_key_says_the_same_as_the_rule(longest):
-    batch, _, _ = _rows(longest)
-    place = np.arange(ROW_LENGTH)
-    end = np.asarray(ends(tokens_of(batch)))[:, None, :]
-    by_interval = (place <= place[:, None]) & (place[:, None] < end)
-    np.testing.assert_array_equal(by_interval, mask_of(batch))
 
 
 @pytest.mark.parametrize("backend", ["xla", "blocks"])

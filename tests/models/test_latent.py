@@ -140,10 +140,10 @@ def test_codes_mix_the_codebook():
     )
 
 
-def test_gumbel_softmax_is_on_the_simplex_and_equals_the_formula():
+def test_a_relaxed_draw_is_on_the_simplex_and_equals_the_formula():
     logits, noise = RNG.normal(size=(2, 4, 5))
-    found = latent.gumbel_softmax(
-        jnp.float32(logits), jnp.float32(noise), temperature=0.5
+    found = latent.draw(
+        jnp.float32(logits), jnp.float32(noise), temperature=0.5, one_code=False
     )
     exponent = np.exp((logits + noise) / 0.5)
     np.testing.assert_allclose(
@@ -155,7 +155,7 @@ def test_cold_draws_follow_the_belief():
     probabilities = np.array([0.6, 0.3, 0.1])
     noise = jax.random.gumbel(jax.random.key(0), (20_000, 3))
     logits = jnp.broadcast_to(jnp.log(probabilities), noise.shape)
-    draws = latent.gumbel_softmax(logits, noise, temperature=1e-4)
+    draws = latent.draw(logits, noise, temperature=1e-4, one_code=False)
     # Standard error of a share at 20,000 draws is at most 0.0035.
     np.testing.assert_allclose(np.mean(draws, axis=0), probabilities, atol=0.015)
 

@@ -708,7 +708,8 @@ def test_save_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch):
     def save(tree, dtype=np.float32):
         weights.save(folder, tree, TINY, dtype=dtype, shard_bytes=1 << 30)
 
-    assert message_of(save, {"embedding": params["embedding"], "z": {"y": np.ones(3)}})
+    with pytest.raises(AssertionError):  # a tree that is no decoder's is a fault
+        save({"embedding": params["embedding"], "z": {"y": np.ones(3)}})
     assert message_of(save, params, np.float64) == (
         "dtype must be one of ['bfloat16', 'float16', 'float32'], got float64."
     )
@@ -720,22 +721,12 @@ def test_save_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_save_refuses_another_tree_and_a_full_folder(tmp_path):
+def test_save_refuses_a_full_folder(tmp_path):
     params = load(write_folder(tmp_path / "a", hf_tensors(TIED), TIED), TIED)
-    params["blocks"].pop("mlp_norm")
-    params["codebook"] = np.ones((2, D))
-    params["final_norm"]["scale"] = np.ones(3)
 
     def save(folder):
         weights.save(folder, params, TIED, dtype=np.float32, shard_bytes=1 << 30)
 
-    assert message_of(save, tmp_path / "b") == (
-        "the parameters are not those of a llama decoder with 3 layers.\n"
-        "  missing: blocks/mlp_norm/scale\n"
-        "  unexpected: codebook\n"
-        "  of another shape: final_norm/scale (expected [64], got [3])\n"
-        "Nothing was saved."
-    )
     assert message_of(save, tmp_path / "a") == (
         f"{tmp_path}/a must be new or empty. Choose another folder."
     )

@@ -110,6 +110,7 @@ class _Row:
         def turn(n: Array, carry: Any) -> Any:
             return step(self.walks.index[i, n], carry)
 
+        # Its length is the data's, which JAX does not differentiate: hence _backward.
         return jax.lax.fori_loop(0, self.walks.count[i], turn, start)
 
     def scores(self, i: Array, j: Array) -> tuple[Array, Array]:
@@ -146,6 +147,7 @@ def _forward_row(query, key, value, walks: Walks):
         )
         mixed, largest, total = row.walk(i, step, start)
         total = jnp.where(total > 0, total, 1.0)
+        # With the log-normaliser alone the backward pass has the weights by one exp.
         return mixed / total, largest + jnp.log(total)
 
     mixed, normaliser = jax.lax.map(walk, jnp.arange(blocks))
@@ -154,6 +156,7 @@ def _forward_row(query, key, value, walks: Walks):
 
 def _forward(query, key, value, walks: Walks):
     rows = (query, key, value, walks)
+    # Row after row: under vmap a block would walk as far as the longest of all rows.
     mixed, normaliser = jax.lax.map(lambda row: _forward_row(*row), rows)
     mixed = checkpoint_name(mixed, KEPT)
     normaliser = checkpoint_name(normaliser, KEPT)
@@ -183,14 +186,10 @@ def _backward_row(query, key, value, walks: Walks, mixed, normaliser, gradient):
         return (d_key, d_value), d_query * row.scale
 
     start = (jnp.zeros_like(row.key), jnp.zeros_like(row.value))
-    (d_key, d_value), d_query = jax.lax.scan(
-        walk, start, jnp.arange(row.query.shape[0])
-    )
-    whole = [
-        _join(d, len(x)).astype(x.dtype)
-        for d, x in ((d_query, query), (d_key, key), (d_value, value))
-    ]
-    return tuple(whole)
+    blocks = jnp.arange(len(row.query))
+    (d_key, d_value), d_query = jax.lax.scan(walk, start, blocks)
+    gradients = ((d_query, query), (d_key, key), (d_value, value))
+    return tuple(_join(d, len(x)).astype(x.dtype) for d, x in gradients)
 
 
 def _backward(kept, gradient):

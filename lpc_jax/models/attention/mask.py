@@ -1,11 +1,9 @@
-"""Which tokens of a row a token may attend to: a rule, and one integer a key."""
+"""Which tokens of a row a token may attend to."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from lpc_jax.types import NO_PAIR, PROMPT
@@ -37,19 +35,3 @@ def visible(
         & (distance >= 0)
     )
     return seen if sliding_window is None else seen & (distance < sliding_window)
-
-
-def ends(tokens: Tokens) -> Int[Array, "R T"]:
-    """The rule, without a window, for rows in storage order: k <= q < end[k]."""
-    length = tokens.pair.shape[-1]
-
-    def end_of_run(x: Int[Array, "R T"]) -> Int[Array, "R T"]:
-        last = jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-        end = jnp.where(last, jnp.arange(length) + 1, length)
-        return jax.lax.cummin(end, axis=1, reverse=True)
-
-    # A prompt token's end is its pair's, an answer token's its answer's.
-    of_pair = end_of_run(tokens.pair)
-    of_answer = jnp.minimum(of_pair, end_of_run(tokens.branch))
-    end = jnp.where(tokens.branch == PROMPT, of_pair, of_answer)
-    return jnp.where(tokens.pair == NO_PAIR, 0, end)
