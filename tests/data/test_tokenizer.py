@@ -230,8 +230,8 @@ def test_an_unknown_tokenizer_model_is_named():
 
 def test_a_missing_metadata_field_is_named():
     assert from_metadata_without("tokenizer.ggml.tokens") == (
-        "tiny.gguf: expected the metadata field tokenizer.ggml.tokens, got none. The"
-        " file holds no tokenizer: set model.tokenizer to a folder with tokenizer.json."
+        "tiny.gguf: expected the metadata field tokenizer.ggml.tokens, got none. Set"
+        " model.tokenizer to the model's folder with tokenizer.json."
     )
     assert from_metadata_without("tokenizer.ggml.merges") == (
         "tiny.gguf: expected the metadata field tokenizer.ggml.merges, got none. Set"
