@@ -793,8 +793,9 @@ def test_a_chat_template_in_another_encoding_is_refused(model):
     file.write_bytes(b"{{ 1 }}\xff")
     message = refusal(lambda: tokenizer.load(model, chat_template=str(file)))
     assert message == (
-        f"model.chat_template = '{file}' must be in UTF-8, got a file with byte 0xff at"
-        " 7. Save it as UTF-8."
+        f"model.chat_template = '{file}': expected a Jinja chat template in UTF-8, got"
+        " 'utf-8' codec can't decode byte 0xff in position 7: invalid start byte. Check"
+        " the path, or save it as UTF-8."
     )
 
 

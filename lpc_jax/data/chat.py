@@ -211,25 +211,23 @@ def tokenize(
         mismatch = len(whole[0]) < len(ids[0])
         if mismatch and prefix_mismatch == "error":
             raise UserError(
-                f"{example.origin}: with data.prefix_mismatch = 'error' the"
-                f" {len(ids[0])} tokens of the prompt must start prompt plus answer,"
-                f" got only the first {len(whole[0])}. Use data.prefix_mismatch ="
-                " 'cut', or a chat template that writes the prompt alike with and"
-                " without an answer."
+                f"{example.origin}: prompt plus answer must start with the prompt's"
+                f" {len(ids[0])} tokens, got only the first {len(whole[0])}. Use"
+                " data.prefix_mismatch = 'cut', or a chat template that writes the"
+                " prompt alike with and without an answer."
             )
         try:
             kept = fit(*whole)
         except Dropped as drop:
             events.append((str(drop), example.origin))
             continue
-        cuts = (len(after) < len(ids) for after, ids in zip(kept, whole, strict=True))
-        pairs.append(
-            TokenizedPair(
-                *kept, example.source, example.index, *cuts, user=example.user
-            )
+        cuts = (
+            len(part) < len(before) for part, before in zip(kept, whole, strict=True)
         )
+        about = example.source, example.index
+        pairs.append(TokenizedPair(*kept, *about, *cuts, user=example.user))
         mismatches += mismatch
-    drops = drops + Drops(events)
+    drops += Drops(events)
     if not pairs:
         raise UserError(
             f"No preference pair is left of {drops.total}, expected at least one:"

@@ -13,6 +13,7 @@ from lpc_jax.files import untrusted
 
 Message = dict[str, str]
 _Parts = tuple[list[Message], Message, Message]  # prompt, chosen, rejected
+_ANSWERS = ("chosen", "rejected")
 NO_SOURCE = "unknown"
 USER = "user"  # the field of a row that says who judged
 # Rules that drop a pair in more than one place.
@@ -90,15 +91,12 @@ def _parts(row: dict[str, Any], origin: str) -> _Parts:
             answers = [{"role": "assistant", "content": c} for c in (chosen, rejected)]
             return [{"role": "user", "content": prompt}], answers[0], answers[1]
         case (list(prompt), list(), list()):
-            answers = [_answer(row, name, origin) for name in ("chosen", "rejected")]
-            return _messages(prompt, "prompt", origin), answers[0], answers[1]
+            chosen, rejected = (_answer(row, name, origin) for name in _ANSWERS)
+            return _messages(prompt, "prompt", origin), chosen, rejected
         # A string beside two transcripts repeats the first user turn and is not used.
-        case (None | str(), list(chosen), list(rejected)):
-            return _implied(
-                _messages(chosen, "chosen", origin),
-                _messages(rejected, "rejected", origin),
-            )
-    fields = dict.fromkeys(("prompt", "chosen", "rejected")) | row
+        case (None | str(), list(), list()):
+            return _implied(row, origin)
+    fields = dict.fromkeys(("prompt", *_ANSWERS)) | row
     types = ", ".join(
         f"{name} ({'missing' if value is None else type(value).__name__})"
         for name, value in fields.items()
@@ -121,8 +119,9 @@ def _answer(row: dict[str, Any], name: str, origin: str) -> Message:
     return messages[0]
 
 
-def _implied(chosen: list[Message], rejected: list[Message]) -> _Parts:
+def _implied(row: dict[str, Any], origin: str) -> _Parts:
     """Two full transcripts; what they share is the prompt."""
+    chosen, rejected = (_messages(row[name], name, origin) for name in _ANSWERS)
     if not chosen or not rejected:
         raise Dropped(EMPTY)
     if chosen[:-1] != rejected[:-1]:
@@ -131,15 +130,15 @@ def _implied(chosen: list[Message], rejected: list[Message]) -> _Parts:
 
 
 def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
+    messages = []
     for number, item in enumerate(items, 1):
-        if not (
-            isinstance(item, dict)
-            and isinstance(item.get("role"), str)
-            and isinstance(item.get("content"), str)
-        ):
-            form = "must be an object with the strings role and content"
-            raise _wrong(origin, f"message {number} of {name} {form}", item)
-    return [{"role": item["role"], "content": item["content"]} for item in items]
+        match item:
+            case {"role": str(role), "content": str(content)}:
+                messages.append({"role": role, "content": content})
+            case _:
+                form = "must be an object with the strings role and content"
+                raise _wrong(origin, f"message {number} of {name} {form}", item)
+    return messages
 
 
 def _wrong(origin: str, expected: str, value: Any) -> UserError:
@@ -151,12 +150,12 @@ def _wrong(origin: str, expected: str, value: Any) -> UserError:
 
 def _require_characters(origin: str, *texts: str) -> None:
     """Refuses half a surrogate pair, which JSON can spell but is no character."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            around = text[max(0, e.start - 20) : e.end + 20]
-            raise _wrong(origin, "expected no half of a surrogate pair", around) from e
+    text = "\n".join(texts)
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        around = text[max(0, e.start - 20) : e.end + 20]
+        raise _wrong(origin, "expected no half of a surrogate pair", around) from e
 
 
 def _require_preference(

@@ -36,8 +36,7 @@ _USE_FOLDER = "Set model.tokenizer to the model's folder with tokenizer.json."
 def from_metadata(metadata: Metadata, *, file: str) -> Tokenizer:
     """A tokenizer from GGUF metadata; ``UserError`` if a field is missing or wrong."""
     build = _choose(_MODELS, metadata, "tokenizer.ggml.model", file)
-    _check_lists(metadata, file)
-    _check_named_tokens(metadata, file)
+    _check_fields(metadata, file)
     with broken(
         f"{file}: its metadata fields make no tokenizer ({{reason}}). {_USE_FOLDER}"
     ):
@@ -87,31 +86,28 @@ def _choose(table: dict[str, Any], metadata: Metadata, field: str, file: str) ->
     return table[kind]
 
 
-def _check_lists(metadata: Metadata, file: str) -> None:
+def _check_fields(metadata: Metadata, file: str) -> None:
+    """Refuses lists of another kind, and numbers of no token."""
     tokens = _required(metadata, _TOKENS, file)
     for name, kind in _LISTS.items():
         field = f"tokenizer.ggml.{name}"
         values = metadata.get(field, [])
         sound = isinstance(values, list) and all(isinstance(i, kind) for i in values)
-        if name == "merges" and sound:
+        if sound and name == "merges":
             sound = all(merge.count(" ") == 1 for merge in values)
-        if name == "scores" and sound:
+        if sound and name == "scores":
             sound = len(values) in (0, len(tokens))
         if not sound:
             raise UserError(
                 f"{file}: broken metadata field {field}: expected a list of its kind."
                 " Fetch it again."
             )
-
-
-def _check_named_tokens(metadata: Metadata, file: str) -> None:
-    count = len(metadata[_TOKENS])
     for field in _NAMED_TOKENS.values():
         token = metadata.get(field, 0)
-        if type(token) is not int or not 0 <= token < count:
+        if type(token) is not int or not 0 <= token < len(tokens):
             raise UserError(
                 f"{file}: broken metadata field {field}: expected the number of one of"
-                f" {count} tokens, got {token!r:.80}. Fetch it again."
+                f" {len(tokens)} tokens, got {token!r:.80}. Fetch it again."
             )
 
 

@@ -101,7 +101,7 @@ class HiddenStates:
         say: Callable[[str], None],
     ) -> None:
         row = self.width * self.dtype.itemsize
-        here, needed = (row * sum(map(positions, some)) for some in (cached, missing))
+        here, needed = (row * sum(map(positions, of)) for of in (cached, missing))
         say(
             f"hidden states: {len(cached) + len(missing)} pairs,"
             f" {(here + needed) / 1e9:.2f} GB in {self.path}; {len(missing)} pairs"

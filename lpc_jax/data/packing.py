@@ -206,21 +206,21 @@ def _write_pair(
     sizes = np.asarray([len(prompt), len(pair.chosen), len(pair.rejected)])
     prompt_end, chosen_end, rejected_end = (start + np.cumsum(sizes) - 1).tolist()
     answers = np.concatenate([pair.chosen, pair.rejected])
-    held = slice(start, rejected_end + 1)  # the pair's tokens in the row
-    spent = slice(scored, scored + len(answers))  # its scored positions
-    batch.tokens[row, held] = np.concatenate([prompt, answers])
+    span = slice(start, rejected_end + 1)  # the pair's tokens in the row
+    scored_span = slice(scored, scored + len(answers))  # its scored positions
+    batch.tokens[row, span] = np.concatenate([prompt, answers])
     # For RoPE both answers continue from the prompt, as if each stood alone after it.
     starts = np.repeat([0, sizes[1]], sizes[1:])
     positions = sizes[0] + np.arange(len(answers)) - starts
-    batch.positions[row, held] = np.concatenate([np.arange(sizes[0]), positions])
-    batch.pair[row, held] = slot
-    batch.branch[row, held] = np.repeat([PROMPT, CHOSEN, REJECTED], sizes)
+    batch.positions[row, span] = np.concatenate([np.arange(sizes[0]), positions])
+    batch.pair[row, span] = slot
+    batch.branch[row, span] = np.repeat([PROMPT, CHOSEN, REJECTED], sizes)
     # A token is predicted one before it, an answer's first at the prompt's end.
-    batch.score_from[row, spent] = np.arange(prompt_end, rejected_end)
+    batch.score_from[row, scored_span] = np.arange(prompt_end, rejected_end)
     batch.score_from[row, scored + sizes[1]] = prompt_end
-    batch.score_token[row, spent] = answers
-    batch.score_slot[row, spent] = 2 * slot + np.repeat([0, 1], sizes[1:])
-    batch.score_mask[row, spent] = True
+    batch.score_token[row, scored_span] = answers
+    batch.score_slot[row, scored_span] = 2 * slot + np.repeat([0, 1], sizes[1:])
+    batch.score_mask[row, scored_span] = True
     batch.prompt_end[row, slot] = prompt_end
     batch.chosen_end[row, slot] = chosen_end
     batch.rejected_end[row, slot] = rejected_end
@@ -229,8 +229,8 @@ def _write_pair(
     batch.pair_id[row, slot] = pair.id
     if pair.states is not None:
         assert batch.hidden is not None
-        batch.hidden[row, prompt_end : held.stop] = pair.states
-    return held.stop, spent.stop
+        batch.hidden[row, prompt_end : span.stop] = pair.states
+    return span.stop, scored_span.stop
 
 
 def micro_batches(

@@ -46,18 +46,12 @@ def load(path: Path, *, chat_template: str | None) -> Tokenizer:
 
 
 def _read_template(path: str) -> str:
-    setting, file = f"model.chat_template = {path!r}", Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(
-            f"{setting}: expected a file with a Jinja chat template, got no such file."
-            " Check the path."
-        )
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
         raise UserError(
-            f"{setting} must be in UTF-8, got a file with byte"
-            f" {e.object[e.start]:#04x} at {e.start}. Save it as UTF-8."
+            f"model.chat_template = {path!r}: expected a Jinja chat template in UTF-8,"
+            f" got {untrusted.shown(e)}. Check the path, or save it as UTF-8."
         ) from e
 
 
@@ -125,17 +119,15 @@ def _from_folder(folder: Path) -> Tokenizer:
             f"{folder}: expected a tokenizer, {' or '.join(TOKENIZER_FILES)}, got"
             " none of them. Copy them beside the weights or set model.tokenizer."
         )
-    read = [file for file in sorted(folder.iterdir()) if file.suffix in _READ_SUFFIXES]
-    for file in read:
-        untrusted.own_file(folder, file.name)
-        if file.suffix != ".json":
-            continue
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _READ_SUFFIXES:
+            untrusted.own_file(folder, file.name)
+    for file in sorted(folder.glob("*.json")):
         try:
             untrusted.read_json(file, most=_LARGEST_JSON, repeats=True)
         except ValueError as e:
             raise UserError(
-                f"{file}: expected JSON, got a broken or truncated file"
-                f" ({untrusted.shown(e)}). Fetch it again."
+                f"{file}: broken JSON ({untrusted.shown(e)}). Fetch it again."
             ) from e
     if (folder / "tokenizer.json").is_file():
         # Alone first, so that it is named where it is what is broken.

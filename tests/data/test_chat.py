@@ -179,10 +179,9 @@ def test_a_prompt_that_is_no_prefix_is_an_error_on_request():
     loaded = tiny.chatml(**MERGING)
     item = example("Who?", "\nMe.", "You.")
     assert refusal([item], loaded, prefix_mismatch="error") == (
-        "pairs.jsonl:1: with data.prefix_mismatch = 'error' the 21 tokens of the prompt"
-        " must start prompt plus answer, got only the first 20. Use"
-        " data.prefix_mismatch = 'cut', or a chat template that writes the prompt alike"
-        " with and without an answer."
+        "pairs.jsonl:1: prompt plus answer must start with the prompt's 21 tokens, got"
+        " only the first 20. Use data.prefix_mismatch = 'cut', or a chat template that"
+        " writes the prompt alike with and without an answer."
     )
 
 
