@@ -143,7 +143,7 @@ class _Encoder:
         if self.bos is None:
             return ids
         after_first = np.logical_or.accumulate(ids != self.bos)
-        return np.append(np.int32(self.bos), ids[after_first])
+        return np.append(np.asarray(self.bos, np.int32), ids[after_first])
 
     def split(self, prompt: Ids, *answers: Ids) -> tuple[Ids, Ids, Ids]:
         """Prompt and answers, parted where the tokens that all three share end."""

@@ -150,12 +150,12 @@ def _wrong(origin: str, expected: str, value: Any) -> UserError:
 
 def _require_characters(origin: str, *texts: str) -> None:
     """Refuses half a surrogate pair, which JSON can spell but is no character."""
-    text = "\n".join(texts)
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        around = text[max(0, e.start - 20) : e.end + 20]
-        raise _wrong(origin, "expected no half of a surrogate pair", around) from e
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            around = text[max(0, e.start - 20) : e.end + 20]
+            raise _wrong(origin, "expected no half of a surrogate pair", around) from e
 
 
 def _require_preference(

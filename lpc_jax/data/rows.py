@@ -40,19 +40,14 @@ def read(path: str, *, setting: str, split: str | None) -> Rows:
             )
         return _hub(path, setting=setting, split=split)
     file = Path(path).expanduser()
-    suffixes = ", ".join(_READERS)
-    if not file.is_file():
-        kind = "a folder" if file.is_dir() else "a device or pipe"
-        raise UserError(
-            f"{setting} = {path!r} is {kind}, expected a file ending in {suffixes}."
-            " Name the file inside it."
-        )
     for suffix, rows_of in _READERS.items():
-        if file.name.endswith(suffix):
+        if file.name.endswith(suffix) and file.is_file():
             return rows_of(file)
+    kind = "a folder" if file.is_dir() else "a device or pipe"
     raise UserError(
-        f"{setting} = {path!r} must end in {suffixes}, got {file.name!r}. Convert or"
-        " rename the file."
+        f"{setting} = {path!r} must be a file ending in {', '.join(_READERS)}, got"
+        f" {repr(file.name) if file.is_file() else kind}. Convert or rename it, or name"
+        " a file inside it."
     )
 
 

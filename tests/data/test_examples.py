@@ -265,16 +265,17 @@ def test_a_relative_file_name_is_not_taken_for_a_hub_id():
 
 def test_a_folder_is_refused(tmp_path):
     assert refusal(tmp_path) == (
-        f"data.train = {str(tmp_path)!r} is a folder, expected a file ending in .jsonl,"
-        " .jsonl.gz, .json, .parquet. Name the file inside it."
+        f"data.train = {str(tmp_path)!r} must be a file ending in .jsonl, .jsonl.gz,"
+        " .json, .parquet, got a folder. Convert or rename it, or name a file inside"
+        " it."
     )
 
 
 def test_an_unknown_kind_of_file_is_refused(write):
     file = write("a.csv", "prompt,chosen,rejected\n")
     assert refusal(file) == (
-        f"data.train = {str(file)!r} must end in .jsonl, .jsonl.gz, .json, .parquet,"
-        " got 'a.csv'. Convert or rename the file."
+        f"data.train = {str(file)!r} must be a file ending in .jsonl, .jsonl.gz, .json,"
+        " .parquet, got 'a.csv'. Convert or rename it, or name a file inside it."
     )
 
 
@@ -362,8 +363,8 @@ def test_what_is_no_name_of_a_data_set_is_refused_without_a_request(
 def test_a_file_of_the_machine_is_not_read_as_pairs(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert refusal(path, split="train") == (
-        f"data.train = {path!r} must end in .jsonl, .jsonl.gz, .json, .parquet, got"
-        " 'passwd'. Convert or rename the file."
+        f"data.train = {path!r} must be a file ending in .jsonl, .jsonl.gz, .json,"
+        " .parquet, got 'passwd'. Convert or rename it, or name a file inside it."
     )
 
 
@@ -380,8 +381,9 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     pipe = tmp_path / "a.jsonl"
     os.mkfifo(pipe)
     assert refusal(pipe) == (
-        f"data.train = {str(pipe)!r} is a device or pipe, expected a file ending in"
-        " .jsonl, .jsonl.gz, .json, .parquet. Name the file inside it."
+        f"data.train = {str(pipe)!r} must be a file ending in .jsonl, .jsonl.gz, .json,"
+        " .parquet, got a device or pipe. Convert or rename it, or name a file inside"
+        " it."
     )
 
 
