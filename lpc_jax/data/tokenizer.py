@@ -48,7 +48,7 @@ def load(path: Path, *, chat_template: str | None) -> Tokenizer:
 def _read_template(path: str) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, ValueError) as e:  # no such file, no such name, no UTF-8
         raise UserError(
             f"model.chat_template = {path!r}: expected a Jinja chat template in UTF-8,"
             f" got {untrusted.shown(e)}. Check the path, or save it as UTF-8."
