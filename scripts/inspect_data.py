@@ -124,7 +124,7 @@ def _show(
     (whole,), _ = chat.tokenize(
         [example],
         loaded,
-        drops=Drops.count([]),
+        drops=Drops([]),
         max_length=NO_LIMIT,
         max_prompt_length=NO_LIMIT,
         row_length=NO_LIMIT,

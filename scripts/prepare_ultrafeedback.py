@@ -86,7 +86,7 @@ def prepare(options: Options) -> list[str]:
             events.append((pair, origin))
         else:
             pairs.append(pair)
-    drops = Drops.count(events)
+    drops = Drops(events)
     if not pairs:
         raise UserError(
             f"--input {options.input}: expected rows with two completions or more, got"

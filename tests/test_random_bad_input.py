@@ -403,7 +403,7 @@ def read(file: Path) -> tuple[list[examples.PreferenceExample], Drops]:
     return examples.read(str(file), setting="data.train", split=None, limit=None)
 
 
-GOLDEN_PAIRS = (read(runs.PAIRS)[0][:4], Drops.count([]))
+GOLDEN_PAIRS = (read(runs.PAIRS)[0][:4], Drops([]))
 
 
 def use(

@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import Float
 
 from lpc_jax.data import truncation as truncations
-from lpc_jax.data.examples import Message, PreferenceExample
+from lpc_jax.data.examples import Dropped, Message, PreferenceExample
 from lpc_jax.data.report import Drops, Report, quantiles
 from lpc_jax.data.tokenizer import TEMPLATE_REMEDY, Tokenizer, opens_with_bos
-from lpc_jax.data.truncation import Dropped, Ids, Truncation
+from lpc_jax.data.truncation import Ids, Truncation
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
 
@@ -60,7 +60,7 @@ class TokenizedPair:
 
 
 class _Encoder:
-    """A tokenizer, its template, and the control tokens that they write."""
+    """A tokenizer, its chat template, and the control tokens that they write."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
@@ -83,18 +83,23 @@ class _Encoder:
             *(index for index, token in added if token.special),
         }
         named = (tokenizer.bos_token, tokenizer.eos_token)
-        self._spelled = [str(token) for token in named if token is not None]
+        self._control_texts = [str(token) for token in named if token is not None]
         self._closes = functools.cache(self._may_close)
 
     def _may_close(self, token: int) -> bool:
         """Whether a template may write it after an answer: special or white space."""
-        text = str(self._tokenizer.decode([token]))
-        return token in self._special or not text.strip()
+        return (
+            token in self._special or not str(self._tokenizer.decode([token])).strip()
+        )
+
+    def _require_plain(self, *texts: str) -> None:
+        if any(control in text for text in texts for control in self._control_texts):
+            raise Dropped(CONTROL_TEXT)
 
     def text(self, messages: list[Message], *, header: bool = False) -> str:
         """The templated conversation; ``header`` opens the next answer."""
-        if header and any(self._spells_control(m["content"]) for m in messages):
-            raise Dropped(CONTROL_TEXT)
+        if header:
+            self._require_plain(*(message["content"] for message in messages))
         try:
             return str(
                 self._tokenizer.apply_chat_template(
@@ -118,17 +123,11 @@ class _Encoder:
             a.rstrip().removesuffix(eos) if a.rstrip().endswith(eos) else a
             for a in (example.chosen, example.rejected)
         ]
-        if any(map(self._spells_control, answers)):
-            raise Dropped(CONTROL_TEXT)
+        self._require_plain(*answers)
         prompt = list(example.prompt)
+        texts = [self.text(prompt, header=True)]
         turns = [{"role": "assistant", "content": answer} for answer in answers]
-        return [
-            self.text(prompt, header=True),
-            *(self.text([*prompt, turn]) for turn in turns),
-        ]
-
-    def _spells_control(self, text: str) -> bool:
-        return any(token in text for token in self._spelled)
+        return texts + [self.text([*prompt, turn]) for turn in turns]
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of templated texts, each with exactly one BOS or none."""
@@ -136,19 +135,15 @@ class _Encoder:
             list(texts),
             add_special_tokens=False,  # the template writes BOS itself
             return_attention_mask=False,
-            return_token_type_ids=False,
-            padding=False,
-            truncation=False,
-            verbose=False,
+            verbose=False,  # of texts longer than the model's context
         )["input_ids"]
         return [self._with_one_bos(np.asarray(ids, np.int32)) for ids in lists]  # pyright: ignore[reportGeneralTypeIssues] -- a batch gives a list of lists
 
     def _with_one_bos(self, ids: Ids) -> Ids:
         if self.bos is None:
             return ids
-        other = np.flatnonzero(ids != self.bos)
-        start = int(other[0]) if len(other) else len(ids)
-        return np.concatenate([np.asarray([self.bos], np.int32), ids[start:]])
+        after_first = np.logical_or.accumulate(ids != self.bos)
+        return np.append(np.asarray(self.bos, np.int32), ids[after_first])
 
     def split(self, prompt: Ids, *answers: Ids) -> tuple[Ids, Ids, Ids]:
         """Prompt and answers, parted where the tokens that all three share end."""
@@ -163,22 +158,22 @@ class _Encoder:
         tail = len(answer)
         while tail > 0 and self._closes(int(answer[tail - 1])):
             tail -= 1
-        rest = [int(token) for token in answer[tail:]]
-        ends = [i for i, token in enumerate(rest) if token == self._eos]
-        ends += [i for i, token in enumerate(rest) if token in self._special]
-        if ends:
-            return answer[: tail + ends[0] + 1]
-        return np.append(answer, np.int32(self._eos))
+        closing = answer[tail:].tolist()
+        special = (token for token in closing if token in self._special)
+        end = self._eos if self._eos in closing else next(special, None)
+        if end is None:
+            return np.append(answer, np.int32(self._eos))
+        return answer[: tail + closing.index(end) + 1]
 
 
 def tokenize(
     examples: Sequence[PreferenceExample],
     tokenizer: Tokenizer,
-    *,
     drops: Drops,
+    *,
     max_length: int,
     max_prompt_length: int,
-    row_length: int,
+    row_length: int | None = None,
     truncation: Truncation,
     prefix_mismatch: PrefixMismatch,
 ) -> tuple[list[TokenizedPair], Report]:
@@ -188,7 +183,7 @@ def tokenize(
         drops: Rows that reading left out, for the report.
         max_length: Most tokens of prompt plus one answer.
         max_prompt_length: Most prompt tokens once truncation touches a pair.
-        row_length: Most tokens of prompt, chosen and rejected together.
+        row_length: Most tokens of prompt, chosen and rejected together, if any.
         truncation: For a pair over ``max_length``: ``drop`` it; ``cut_prompt`` at its
             start, BOS kept, and drop it if still too long; or after that cut the
             answers' ends, which then have no end-of-turn token.
@@ -203,7 +198,8 @@ def tokenize(
         truncations.fit,
         max_length=max_length,
         max_prompt_length=max_prompt_length,
-        row_length=row_length,
+        # Both answers share one prompt, so twice the length holds any pair.
+        row_length=row_length or 2 * max_length,
         truncation=truncation,
         starts_with_bos=encoder.bos is not None,
     )
@@ -215,19 +211,23 @@ def tokenize(
         mismatch = len(whole[0]) < len(ids[0])
         if mismatch and prefix_mismatch == "error":
             raise UserError(
-                f"{example.origin}: with data.prefix_mismatch = 'error' the"
-                f" {len(ids[0])} tokens of the prompt must start prompt plus answer,"
-                f" got only the first {len(whole[0])}. Use data.prefix_mismatch ="
-                " 'cut', or a chat template that writes the prompt alike with and"
-                " without an answer."
+                f"{example.origin}: prompt plus answer must start with the prompt's"
+                f" {len(ids[0])} tokens, got only the first {len(whole[0])}. Use"
+                " data.prefix_mismatch = 'cut', or a chat template that writes the"
+                " prompt alike with and without an answer."
             )
         try:
-            pairs.append(_pair(example, whole, fit(*whole)))
+            kept = fit(*whole)
         except Dropped as drop:
             events.append((str(drop), example.origin))
-        else:
-            mismatches += mismatch
-    drops = drops + Drops.count(events)
+            continue
+        cuts = (
+            len(part) < len(before) for part, before in zip(kept, whole, strict=True)
+        )
+        about = example.source, example.index
+        pairs.append(TokenizedPair(*kept, *about, *cuts, user=example.user))
+        mismatches += mismatch
+    drops += Drops(events)
     if not pairs:
         raise UserError(
             f"No preference pair is left of {drops.total}, expected at least one:"
@@ -281,15 +281,7 @@ def _token_strings(
 
 def _common_prefix(a: Ids, b: Ids) -> int:
     shorter = min(len(a), len(b))
-    differ = np.flatnonzero(a[:shorter] != b[:shorter])
-    return int(differ[0]) if len(differ) else shorter
-
-
-def _pair(
-    example: PreferenceExample, whole: Sequence[Ids], kept: tuple[Ids, Ids, Ids]
-) -> TokenizedPair:
-    cuts = [len(part) < len(before) for before, part in zip(whole, kept, strict=True)]
-    return TokenizedPair(*kept, example.source, example.index, *cuts, user=example.user)
+    return int(np.logical_and.accumulate(a[:shorter] == b[:shorter]).sum())
 
 
 def _report(pairs: list[TokenizedPair], drops: Drops, mismatches: int) -> Report:

@@ -13,6 +13,7 @@ from lpc_jax.files import untrusted
 
 Message = dict[str, str]
 _Parts = tuple[list[Message], Message, Message]  # prompt, chosen, rejected
+_ANSWERS = ("chosen", "rejected")
 NO_SOURCE = "unknown"
 USER = "user"  # the field of a row that says who judged
 # Rules that drop a pair in more than one place.
@@ -33,8 +34,8 @@ class PreferenceExample:
     user: str = ""  # who judged, where the row says so
 
 
-class _Dropped(Exception):
-    """A row that holds no preference; the message is the rule's name."""
+class Dropped(Exception):
+    """A pair that cannot be trained on; the message is the rule's name."""
 
 
 def read(
@@ -51,9 +52,9 @@ def read(
     for index, (origin, row) in enumerate(first):
         try:
             examples.append(parse(row, origin=origin, index=index, user=user))
-        except _Dropped as drop:
+        except Dropped as drop:
             events.append((str(drop), origin))
-    drops = Drops.count(events)
+    drops = Drops(events)
     if not examples:
         reasons = "; ".join(drops.lines()) or "it has no rows"
         raise UserError(
@@ -66,94 +67,78 @@ def read(
 def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceExample:
     """One row as a pair; ``UserError`` where its form is not known."""
     if not isinstance(row, dict):
-        raise UserError(
-            f"{origin}: expected an object with prompt, chosen and rejected, got"
-            f" {type(row).__name__}. Write one object a row."
-        )
+        raise _wrong(origin, "expected an object with chosen and rejected", row)
     prompt, chosen, rejected = _parts(row, origin)
-    source = row.get("source")
-    source = source if isinstance(source, str) and source else NO_SOURCE
-    judge = row.get(user)
-    judge = str(judge) if isinstance(judge, str | int) else ""
-    texts = [text for m in (*prompt, chosen, rejected) for text in m.values()]
-    _require_characters(origin, *texts, source, judge)
-    _require_preference(prompt, chosen, rejected)
-    return PreferenceExample(
+    source, judge = row.get("source"), row.get(user)
+    pair = PreferenceExample(
         prompt=tuple(prompt),
         chosen=chosen["content"],
         rejected=rejected["content"],
-        source=source,
+        source=source if isinstance(source, str) and source else NO_SOURCE,
         origin=origin,
         index=index,
-        user=judge,
+        user=str(judge) if isinstance(judge, str | int) else "",
     )
+    texts = [text for m in (*prompt, chosen, rejected) for text in m.values()]
+    _require_characters(origin, *texts, pair.source, pair.user)
+    _require_preference(prompt, chosen, rejected)
+    return pair
 
 
 def _parts(row: dict[str, Any], origin: str) -> _Parts:
     match row.get("prompt"), row.get("chosen"), row.get("rejected"):
-        case (list(), list(), list()):
-            return _explicit(row, origin)
-        # A string beside two transcripts repeats the first user turn and is not used.
-        case (None | str(), list(), list()):
-            return _implied(row, origin)
         case (str(prompt), str(chosen), str(rejected)):
             answers = [{"role": "assistant", "content": c} for c in (chosen, rejected)]
             return [{"role": "user", "content": prompt}], answers[0], answers[1]
-        case (prompt, chosen, rejected):
-            texts = isinstance(chosen, str) and isinstance(rejected, str)
-            if chosen is None or rejected is None or (prompt is None and texts):
-                names = ("chosen", "rejected", "prompt")
-                missing = next(name for name in names if row.get(name) is None)
-                raise UserError(
-                    f"{origin}: the field {missing!r} is missing; expected prompt,"
-                    " chosen and rejected, got"
-                    f" {untrusted.shown(', '.join(row)) or 'none'}. Add it or remove"
-                    " the row."
-                )
-    types = ", ".join(f"{k} ({type(v).__name__})" for k, v in row.items())
+        case (list(prompt), list(), list()):
+            chosen, rejected = (_answer(row, name, origin) for name in _ANSWERS)
+            return _messages(prompt, "prompt", origin), chosen, rejected
+        # A string beside two transcripts repeats the first user turn and is not used.
+        case (None | str(), list(), list()):
+            return _implied(row, origin)
+    fields = dict.fromkeys(("prompt", *_ANSWERS)) | row
+    types = ", ".join(
+        f"{name} ({'missing' if value is None else type(value).__name__})"
+        for name, value in fields.items()
+    )
     raise UserError(
-        f"{origin}: not a known form of preference pair. Expected chosen and rejected"
-        " as two lists of messages with prompt as a list of messages, two full"
-        " transcripts (lists of messages) without a prompt list, or prompt, chosen and"
-        f" rejected as three strings; got {untrusted.shown(types)}. Convert the row to"
-        " one of these."
+        f"{origin}: expected prompt, chosen and rejected as three strings, or prompt as"
+        " a list of messages and each answer as a list of one, or two full transcripts"
+        f" (lists of messages) as chosen and rejected; got {untrusted.shown(types)}."
+        " Convert or remove the row."
     )
 
 
-def _explicit(row: dict[str, Any], origin: str) -> _Parts:
-    """``prompt`` is a list of messages, each answer a list of one."""
-    answers = {n: _messages(row[n], n, origin) for n in ("chosen", "rejected")}
-    for name, answer in answers.items():
-        if len(answer) != 1:
-            raise UserError(
-                f"{origin}: beside a prompt list, {name} must hold one message, the"
-                f" assistant's answer, got {len(answer)}. Move earlier turns to prompt,"
-                " or leave prompt out to give two full transcripts."
-            )
-    (chosen,), (rejected,) = answers.values()
-    return _messages(row["prompt"], "prompt", origin), chosen, rejected
+def _answer(row: dict[str, Any], name: str, origin: str) -> Message:
+    messages = _messages(row[name], name, origin)
+    if len(messages) != 1:
+        raise UserError(
+            f"{origin}: beside a prompt list, {name} must hold one message, got"
+            f" {len(messages)}. Move earlier turns to prompt, or leave prompt out."
+        )
+    return messages[0]
 
 
 def _implied(row: dict[str, Any], origin: str) -> _Parts:
     """Two full transcripts; what they share is the prompt."""
-    chosen, rejected = (_messages(row[n], n, origin) for n in ("chosen", "rejected"))
+    chosen, rejected = (_messages(row[name], name, origin) for name in _ANSWERS)
     if not chosen or not rejected:
-        raise _Dropped(EMPTY)
+        raise Dropped(EMPTY)
     if chosen[:-1] != rejected[:-1]:
-        raise _Dropped("transcripts differ before the last answer")
+        raise Dropped("transcripts differ before the last answer")
     return chosen[:-1], chosen[-1], rejected[-1]
 
 
 def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
+    messages = []
     for number, item in enumerate(items, 1):
-        if not (
-            isinstance(item, dict)
-            and isinstance(item.get("role"), str)
-            and isinstance(item.get("content"), str)
-        ):
-            form = "must be an object with the strings role and content"
-            raise _wrong(origin, f"message {number} of {name} {form}", item)
-    return [{"role": item["role"], "content": item["content"]} for item in items]
+        match item:
+            case {"role": str(role), "content": str(content)}:
+                messages.append({"role": role, "content": content})
+            case _:
+                form = "must be an object with the strings role and content"
+                raise _wrong(origin, f"message {number} of {name} {form}", item)
+    return messages
 
 
 def _wrong(origin: str, expected: str, value: Any) -> UserError:
@@ -169,25 +154,21 @@ def _require_characters(origin: str, *texts: str) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as e:
-            raise UserError(
-                f"{origin}: expected text, got {text[e.start]!r} at {e.start}, half of"
-                f" a pair that stands for one character:"
-                f" {untrusted.shown(text[max(0, e.start - 20) : e.end + 20])}. It may"
-                " have been cut there: mend or remove the row."
-            ) from e
+            around = text[max(0, e.start - 20) : e.end + 20]
+            raise _wrong(origin, "expected no half of a surrogate pair", around) from e
 
 
 def _require_preference(
     prompt: list[Message], chosen: Message, rejected: Message
 ) -> None:
     if chosen["role"] != "assistant" or rejected["role"] != "assistant":
-        raise _Dropped("answer is not the assistant's")
+        raise Dropped("answer is not the assistant's")
     if not prompt or prompt[-1]["role"] != "user":
-        raise _Dropped("prompt does not end with the user's turn")
+        raise Dropped("prompt does not end with the user's turn")
     if not chosen["content"].strip() or not rejected["content"].strip():
-        raise _Dropped(EMPTY)
+        raise Dropped(EMPTY)
     if chosen["content"] == rejected["content"]:
-        raise _Dropped(EQUAL)
+        raise Dropped(EQUAL)
 
 
 def parse_prompt(row: Any, *, origin: str) -> list[Message]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
@@ -24,7 +24,7 @@ _NAMED_TOKENS = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
-_KINDS = {"tokens": str, "merges": str, "token_type": int, "scores": (int, float)}
+_LISTS = {"tokens": str, "merges": str, "token_type": int, "scores": (int, float)}
 # The split of Llama 3's tokenizer.json.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -35,14 +35,12 @@ _USE_FOLDER = "Set model.tokenizer to the model's folder with tokenizer.json."
 
 def from_metadata(metadata: Metadata, *, file: str) -> Tokenizer:
     """A tokenizer from GGUF metadata; ``UserError`` if a field is missing or wrong."""
-    for name in ("tokenizer.ggml.model", _TOKENS):
-        if name not in metadata:
-            raise UserError(
-                f"{file}: expected the metadata field {name}, got none. The file holds"
-                " no tokenizer: set model.tokenizer to a folder with tokenizer.json."
-            )
-    _check_lists(metadata, file)
-    loaded = _choose(_MODELS, metadata, "tokenizer.ggml.model", file)(metadata, file)
+    build = _choose(_MODELS, metadata, "tokenizer.ggml.model", file)
+    _check_fields(metadata, file)
+    with broken(
+        f"{file}: its metadata fields make no tokenizer ({{reason}}). {_USE_FOLDER}"
+    ):
+        loaded = build(metadata, file)
     kinds = metadata.get("tokenizer.ggml.token_type", ())
     special_of_kind = {gguf.TokenType.CONTROL: True, gguf.TokenType.USER_DEFINED: False}
     for kind, special in special_of_kind.items():
@@ -61,48 +59,13 @@ def broken(message: str) -> Iterator[None]:
     """Raises library errors as ``UserError``, their first line as ``{reason}``."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     # tokenizers raises Exception itself, and transformers whatever a field of an
     # unexpected kind leads to: KeyError, TypeError, AttributeError among others.
     except Exception as e:
         first = next(iter(str(e).splitlines()), "") or type(e).__name__
         raise UserError(message.replace("{reason}", untrusted.shown(first))) from e
-
-
-def _check_lists(metadata: Metadata, file: str) -> None:
-    """Checks the element types of lists, and that ids are of existing tokens."""
-    count = 0
-    for name, kind in _KINDS.items():
-        field = f"tokenizer.ggml.{name}"
-        given = metadata.get(field, [])
-        whole = isinstance(given, list) and all(isinstance(i, kind) for i in given)
-        if name == "tokens" and whole:
-            count = len(given)
-        if name == "merges" and whole:
-            whole = all(len(merge.split(" ")) == 2 for merge in given)
-        if not whole or (name == "scores" and given and len(given) != count):
-            raise UserError(
-                f"{file}: broken metadata field {field}: expected a list of its kind."
-                " Fetch it again."
-            )
-    for field in _NAMED_TOKENS.values():
-        given = metadata.get(field, 0)
-        if type(given) is not int or not 0 <= given < count:
-            raise UserError(
-                f"{file}: broken metadata field {field}: expected the number of one of"
-                f" {count} tokens, got {given!r:.80}. Fetch it again."
-            )
-
-
-def _choose(table: dict[str, Any], metadata: Metadata, field: str, file: str) -> Any:
-    kind = metadata.get(field)
-    if not isinstance(kind, str) or kind not in table:
-        raise UserError(
-            f"{file}: {field} must be one of {', '.join(table)}, got {kind!r:.80}."
-            f" {_USE_FOLDER}"
-        )
-    return table[kind]
 
 
 def _required(metadata: Metadata, field: str, file: str) -> Any:
@@ -113,11 +76,39 @@ def _required(metadata: Metadata, field: str, file: str) -> Any:
     return metadata[field]
 
 
-def _no_tokenizer(file: str) -> str:
-    return (
-        f"{file}: its metadata fields make no tokenizer ({{reason}}). Fetch it again,"
-        " or set model.tokenizer to the model's folder with tokenizer.json."
-    )
+def _choose(table: dict[str, Any], metadata: Metadata, field: str, file: str) -> Any:
+    kind = _required(metadata, field, file)
+    if not isinstance(kind, str) or kind not in table:
+        raise UserError(
+            f"{file}: {field} must be one of {', '.join(table)}, got {kind!r:.80}."
+            f" {_USE_FOLDER}"
+        )
+    return table[kind]
+
+
+def _check_fields(metadata: Metadata, file: str) -> None:
+    """Refuses lists of another kind, and numbers of no token."""
+    tokens = _required(metadata, _TOKENS, file)
+    for name, kind in _LISTS.items():
+        field = f"tokenizer.ggml.{name}"
+        values = metadata.get(field, [])
+        sound = isinstance(values, list) and all(isinstance(i, kind) for i in values)
+        if sound and name == "merges":
+            sound = all(merge.count(" ") == 1 for merge in values)
+        if sound and name == "scores":
+            sound = len(values) in (0, len(tokens))
+        if not sound:
+            raise UserError(
+                f"{file}: broken metadata field {field}: expected a list of its kind."
+                " Fetch it again."
+            )
+    for field in _NAMED_TOKENS.values():
+        token = metadata.get(field, 0)
+        if type(token) is not int or not 0 <= token < len(tokens):
+            raise UserError(
+                f"{file}: broken metadata field {field}: expected the number of one of"
+                f" {len(tokens)} tokens, got {token!r:.80}. Fetch it again."
+            )
 
 
 def _options(metadata: Metadata, *, adds_bos: bool) -> dict[str, Any]:
@@ -132,24 +123,23 @@ def _options(metadata: Metadata, *, adds_bos: bool) -> dict[str, Any]:
 def _byte_level(metadata: Metadata, file: str) -> Tokenizer:
     """Byte-level BPE, ``gpt2`` in GGUF's words."""
     split, ignore_merges, adds_bos = _choose(
-        _PRE_TOKENIZERS, metadata, "tokenizer.ggml.pre", file
+        _pre_tokenizers(), metadata, "tokenizer.ggml.pre", file
     )
     merges = _required(metadata, "tokenizer.ggml.merges", file)
-    with broken(_no_tokenizer(file)):
-        backend = tokenizers.Tokenizer(
-            models.BPE(
-                vocab={token: index for index, token in enumerate(metadata[_TOKENS])},
-                merges=[tuple(merge.split(" ")) for merge in merges],
-                ignore_merges=ignore_merges,
-            )
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(metadata[_TOKENS])},
+            merges=[tuple(merge.split(" ")) for merge in merges],
+            ignore_merges=ignore_merges,
         )
-        backend.pre_tokenizer = split()
-        backend.decoder = decoders.ByteLevel()
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            clean_up_tokenization_spaces=False,
-            **_options(metadata, adds_bos=adds_bos),
-        )
+    )
+    backend.pre_tokenizer = split
+    backend.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        **_options(metadata, adds_bos=adds_bos),
+    )
 
 
 def _sentence_piece(metadata: Metadata, file: str) -> Tokenizer:
@@ -158,35 +148,30 @@ def _sentence_piece(metadata: Metadata, file: str) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     values = _required(metadata, "tokenizer.ggml.scores", file)
     scores = dict(zip(tokens, values, strict=True))
-    with broken(_no_tokenizer(file)):
-        return transformers.LlamaTokenizer(
-            vocab=vocabulary,
-            merges=tokenization_utils_base.generate_merges(vocabulary, scores),  # pyright: ignore[reportArgumentType] -- annotated as str, takes the list
-            add_prefix_space=metadata.get("tokenizer.ggml.add_space_prefix", True),
-            **_options(metadata, adds_bos=True),
-        )
+    return transformers.LlamaTokenizer(
+        vocab=vocabulary,
+        merges=tokenization_utils_base.generate_merges(vocabulary, scores),  # pyright: ignore[reportArgumentType] -- annotated as str, takes the list
+        add_prefix_space=metadata.get("tokenizer.ggml.add_space_prefix", True),
+        **_options(metadata, adds_bos=True),
+    )
 
 
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+def _pre_tokenizers() -> dict[str, tuple[pre_tokenizers.PreTokenizer, bool, bool]]:
+    """How to split before merging, by llama.cpp's names.
 
-
-def _smollm() -> pre_tokenizers.PreTokenizer:
+    With whether a whole word of the vocabulary skips the merges, and whether BOS is
+    added when the file does not say.
+    """
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)
-    return pre_tokenizers.Sequence([digits, _gpt2()])
-
-
-def _llama3() -> pre_tokenizers.PreTokenizer:
     words = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), behavior="isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return pre_tokenizers.Sequence([words, as_bytes])
+    llama3 = pre_tokenizers.Sequence([words, as_bytes])
+    return {
+        "gpt-2": (gpt2, False, False),
+        "smollm": (pre_tokenizers.Sequence([digits, gpt2]), False, False),
+        **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (llama3, True, True)),
+    }
 
 
-# How to split before merging, whether a whole word of the vocabulary skips the merges,
-# and whether BOS is added when the file does not say: as llama.cpp reads the names.
-_PRE_TOKENIZERS: dict[str, tuple[Callable[[], Any], bool, bool]] = {
-    "gpt-2": (_gpt2, False, False),
-    "smollm": (_smollm, False, False),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_llama3, True, True)),
-}
 _MODELS = {"gpt2": _byte_level, "llama": _sentence_piece}

@@ -49,19 +49,17 @@ class HiddenStates:
         )
         if arrays is None:
             raise self._damaged(index)
-        keys, ends, checksums = arrays["keys"], arrays["ends"], arrays["checksums"]
-        one_each = ends.shape == checksums.shape == keys.shape[:1]
-        if keys.ndim != 2 or not len(keys) or not one_each:
+        keys, ends, checksums = arrays.values()
+        one_each = keys.ndim == 2 and ends.shape == checksums.shape == keys.shape[:1]
+        if not one_each or not len(ends) or np.any(np.diff(ends, prepend=0) <= 0):
             raise self._damaged(index)
-        starts = np.concatenate([[0], ends[:-1]])
         size = int(ends[-1]) * self.width * self.dtype.itemsize
-        whole = data.is_file() and data.stat().st_size == size
-        if not whole or not np.all(starts < ends):
+        if not data.is_file() or data.stat().st_size != size:
             raise self._damaged(index)
         rows = np.memmap(data, self.dtype, mode="r").reshape(-1, self.width)
+        of_pairs = zip(keys, np.split(rows, ends[:-1]), checksums, strict=True)
         return {
-            key.tobytes(): (rows[start:stop], int(crc), data)
-            for key, start, stop, crc in zip(keys, starts, ends, checksums, strict=True)
+            key.tobytes(): (states, int(crc), data) for key, states, crc in of_pairs
         }
 
     def _damaged(self, file: Path) -> UserError:
@@ -77,20 +75,19 @@ class HiddenStates:
         say: Callable[[str], None],
     ) -> list[TokenizedPair]:
         """Adds hidden states to pairs; a few cached ones are read again as a check."""
-        by_key = {pair.key(): pair for pair in pairs}
-        kept = {key: pair for key, pair in by_key.items() if key in self._known}
-        missing = {key: pair for key, pair in by_key.items() if key not in kept}
-        self._announce(kept, missing, say)
-        for key, pair in kept.items():
-            rows, crc, file = self._known[key]
+        different = {pair.key(): pair for pair in pairs}
+        cached = [pair for key, pair in different.items() if key in self._known]
+        missing = [pair for key, pair in different.items() if key not in self._known]
+        self._announce(cached, missing, say)
+        for pair in cached:
+            rows, crc, file = self._known[pair.key()]
             if len(rows) != positions(pair) or zlib.crc32(rows.tobytes()) != crc:
                 raise self._damaged(file)
-        self._require_same(list(kept.values())[:CHECKED_PAIRS], read)
-        keys = list(missing)
-        for first in range(0, len(keys), _GROUP):
-            group = {key: missing[key] for key in keys[first : first + _GROUP]}
-            self._store(list(group), _states(list(group.values()), read))
-            if len(keys) > _GROUP:
+        self._require_same(cached[:CHECKED_PAIRS], read)
+        for first in range(0, len(missing), _GROUP):
+            group = missing[first : first + _GROUP]
+            self._store(group, _states(group, read))
+            if len(missing) > _GROUP:
                 say(f"hidden states: {first + len(group)} pairs read")
         return [
             dataclasses.replace(pair, states=self._known[pair.key()][0])
@@ -99,16 +96,14 @@ class HiddenStates:
 
     def _announce(
         self,
-        kept: dict[bytes, TokenizedPair],
-        missing: dict[bytes, TokenizedPair],
+        cached: list[TokenizedPair],
+        missing: list[TokenizedPair],
         say: Callable[[str], None],
     ) -> None:
         row = self.width * self.dtype.itemsize
-        here, needed = (
-            row * sum(map(positions, pairs.values())) for pairs in (kept, missing)
-        )
+        here, needed = (row * sum(map(positions, of)) for of in (cached, missing))
         say(
-            f"hidden states: {len(kept) + len(missing)} pairs,"
+            f"hidden states: {len(cached) + len(missing)} pairs,"
             f" {(here + needed) / 1e9:.2f} GB in {self.path}; {len(missing)} pairs"
             f" ({needed / 1e9:.2f} GB) to read"
         )
@@ -136,8 +131,9 @@ class HiddenStates:
                 " again."
             )
 
-    def _store(self, keys: list[bytes], states: list[np.ndarray]) -> None:
+    def _store(self, pairs: list[TokenizedPair], states: list[np.ndarray]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        keys = [pair.key() for pair in pairs]
         data = self.path / f"{keys[0].hex()}.bin"
         checksums = []
         with whole.writing(data) as out:
@@ -145,13 +141,12 @@ class HiddenStates:
                 content = rows.tobytes()
                 checksums.append(zlib.crc32(content))
                 out.write(content)
-        ends = np.cumsum([len(rows) for rows in states])
         index = data.with_suffix(".npz")
         with whole.writing(index) as out:  # last: what has no index counts for nothing
             np.savez(
                 out,
                 keys=np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1),
-                ends=ends.astype(np.int64),
+                ends=np.cumsum([len(rows) for rows in states], dtype=np.int64),
                 checksums=np.asarray(checksums, np.uint32),
             )
         self._known |= self._read_index(index)

@@ -21,7 +21,7 @@ _CANDIDATES = 32  # row lengths tried: a finer choice saves under a thirtieth of
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """The few static shapes of a run's micro-batches."""
+    """The few static shapes of a run's micro-batches: each is compiled once."""
 
     rows: int  # R
     row_lengths: tuple[int, ...]  # choices of T, ascending
@@ -152,21 +152,15 @@ def _fill_rows(
 ) -> list[list[int]]:
     """First-fit decreasing: indices into ``lengths``, row by row."""
     totals, scored = lengths.sum(axis=1), lengths[:, 1:].sum(axis=1)
-    plan: list[list[int]] = []
-    room: list[list[int]] = []  # tokens, scored positions and slots left in each row
+    # Tokens, scored positions and pair slots: what pairs take, what rows have left.
+    needs = np.stack([totals, scored, np.ones_like(totals)], axis=1)
+    room = np.tile([row_length, shape.scored, shape.pair_slots], (len(lengths), 1))
+    rows: list[list[int]] = [[] for _ in lengths]  # as many as there can be
     for index in np.argsort(-totals, kind="stable"):
-        need = (totals[index], scored[index], 1)
-        for row, left in zip(plan, room, strict=True):  # noqa: B007 -- the row found is read after the loop
-            if all(n <= have for n, have in zip(need, left, strict=True)):
-                break
-        else:
-            row = []
-            left = [row_length, shape.scored, shape.pair_slots]
-            plan.append(row)
-            room.append(left)
-        row.append(int(index))
-        left[:] = [int(have - n) for n, have in zip(need, left, strict=True)]
-    return plan
+        first = int(np.argmax((room >= needs[index]).all(axis=1)))
+        rows[first].append(int(index))
+        room[first] -= needs[index]
+    return [row for row in rows if row]
 
 
 def empty_batch(
@@ -212,21 +206,21 @@ def _write_pair(
     sizes = np.asarray([len(prompt), len(pair.chosen), len(pair.rejected)])
     prompt_end, chosen_end, rejected_end = (start + np.cumsum(sizes) - 1).tolist()
     answers = np.concatenate([pair.chosen, pair.rejected])
-    held = slice(start, rejected_end + 1)
-    spent = slice(scored, scored + len(answers))
-    batch.tokens[row, held] = np.concatenate([prompt, answers])
-    # Both answers continue from the prompt.
+    span = slice(start, rejected_end + 1)  # the pair's tokens in the row
+    scored_span = slice(scored, scored + len(answers))  # its scored positions
+    batch.tokens[row, span] = np.concatenate([prompt, answers])
+    # For RoPE both answers continue from the prompt, as if each stood alone after it.
     starts = np.repeat([0, sizes[1]], sizes[1:])
     positions = sizes[0] + np.arange(len(answers)) - starts
-    batch.positions[row, held] = np.concatenate([np.arange(sizes[0]), positions])
-    batch.pair[row, held] = slot
-    batch.branch[row, held] = np.repeat([PROMPT, CHOSEN, REJECTED], sizes)
+    batch.positions[row, span] = np.concatenate([np.arange(sizes[0]), positions])
+    batch.pair[row, span] = slot
+    batch.branch[row, span] = np.repeat([PROMPT, CHOSEN, REJECTED], sizes)
     # A token is predicted one before it, an answer's first at the prompt's end.
-    batch.score_from[row, spent] = np.arange(prompt_end, rejected_end)
+    batch.score_from[row, scored_span] = np.arange(prompt_end, rejected_end)
     batch.score_from[row, scored + sizes[1]] = prompt_end
-    batch.score_token[row, spent] = answers
-    batch.score_slot[row, spent] = 2 * slot + np.repeat([0, 1], sizes[1:])
-    batch.score_mask[row, spent] = True
+    batch.score_token[row, scored_span] = answers
+    batch.score_slot[row, scored_span] = 2 * slot + np.repeat([0, 1], sizes[1:])
+    batch.score_mask[row, scored_span] = True
     batch.prompt_end[row, slot] = prompt_end
     batch.chosen_end[row, slot] = chosen_end
     batch.rejected_end[row, slot] = rejected_end
@@ -235,8 +229,8 @@ def _write_pair(
     batch.pair_id[row, slot] = pair.id
     if pair.states is not None:
         assert batch.hidden is not None
-        batch.hidden[row, prompt_end : held.stop] = pair.states
-    return held.stop, spent.stop
+        batch.hidden[row, prompt_end : span.stop] = pair.states
+    return span.stop, scored_span.stop
 
 
 def micro_batches(

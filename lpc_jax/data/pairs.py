@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from lpc_jax.data import chat, examples, packing
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data import examples, packing
+from lpc_jax.data.chat import TokenizedPair, tokenize
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops, Report
 from lpc_jax.data.tokenizer import Tokenizer
@@ -28,8 +28,7 @@ def read(
     user: str = examples.USER,
 ) -> tuple[list[PreferenceExample], Drops]:
     """The pairs of several files or hub data sets, renumbered; ``limit`` is of each."""
-    pairs: list[PreferenceExample] = []
-    drops = Drops.count([])
+    pairs, drops = [], Drops()
     for path in paths:
         of_path, dropped = examples.read(
             path, setting="pairs", split=split, limit=limit, user=user
@@ -40,29 +39,8 @@ def read(
 
 
 def rules(settings: object) -> dict[str, Any]:
-    """The fields of a run's data settings that ``tokenize`` takes."""
+    """The fields of a run's data settings that ``chat.tokenize`` takes."""
     return {name: getattr(settings, name) for name in RULES}
-
-
-def tokenize(
-    texts: Sequence[PreferenceExample],
-    tokenizer: Tokenizer,
-    drops: Drops,
-    *,
-    max_length: int,
-    row_length: int | None = None,
-    **rules: Any,
-) -> tuple[list[TokenizedPair], Report]:
-    """``chat.tokenize`` by a run's rules; without ``row_length`` all pairs fit."""
-    return chat.tokenize(
-        texts,
-        tokenizer,
-        drops=drops,
-        max_length=max_length,
-        # Both answers share one prompt, so this holds any pair.
-        row_length=row_length or 2 * max_length,
-        **rules,
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,55 +4,47 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
 from rich.table import Table
 from rich.text import Text
 
-_ORIGINS_KEPT = 5
+_ORIGINS_SHOWN = 5
 QUANTILES = {"least": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Drops:
-    """Dropped rows by rule, in the order of first occurrence."""
+    """Dropped rows, as ``(rule, file:line)`` each."""
 
-    counts: Mapping[str, int]
-    origins: Mapping[str, tuple[str, ...]]  # the first few, as file:line
-
-    @classmethod
-    def count(cls, events: Iterable[tuple[str, str]]) -> Drops:
-        """The drops among ``(rule, origin)`` events, one for each dropped row."""
-        by_rule: dict[str, list[str]] = {}
-        for rule, origin in events:
-            by_rule.setdefault(rule, []).append(origin)
-        return cls(
-            {rule: len(origins) for rule, origins in by_rule.items()},
-            {rule: tuple(o[:_ORIGINS_KEPT]) for rule, o in by_rule.items()},
-        )
+    events: Sequence[tuple[str, str]] = ()
 
     @property
     def total(self) -> int:
         """Rows dropped by any rule."""
-        return sum(self.counts.values())
+        return len(self.events)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows by rule, in the order of first occurrence."""
+        return dict(collections.Counter(rule for rule, _ in self.events))
+
+    def origins(self, rule: str) -> str:
+        """The first few rows that a rule dropped."""
+        origins = (origin for by, origin in self.events if by == rule)
+        return ", ".join(itertools.islice(origins, _ORIGINS_SHOWN))
 
     def __add__(self, other: Drops) -> Drops:
-        counts = collections.Counter(self.counts) + collections.Counter(other.counts)
-        origins = {
-            rule: (*self.origins.get(rule, ()), *other.origins.get(rule, ()))
-            for rule in counts
-        }
-        return Drops(
-            dict(counts), {rule: o[:_ORIGINS_KEPT] for rule, o in origins.items()}
-        )
+        return Drops([*self.events, *other.events])
 
     def lines(self) -> list[str]:
         """One line a rule: its count, its name, its first rows."""
         return [
-            f"{count:,} {rule} ({', '.join(self.origins[rule])}"
-            f"{', ...' * (count > len(self.origins[rule]))})"
+            f"{count:,} {rule} ({self.origins(rule)}"
+            f"{', ...' * (count > _ORIGINS_SHOWN)})"
             for rule, count in self.counts.items()
         ]
 
@@ -69,9 +61,7 @@ class Report:
     cut_rejected: int
     prefix_mismatches: int  # the prompt alone was no token prefix of prompt plus answer
     duplicates: int  # all three token strings occurred before
-    lengths: Mapping[
-        str, tuple[int, ...]
-    ]  # tokens at QUANTILES: each string, all three
+    lengths: Mapping[str, tuple[int, ...]]  # tokens at QUANTILES: each string, all
     chosen_longer: float  # share: the accuracy of preferring the longer answer
     same_length: float  # share
     sources: Mapping[str, int]
@@ -92,7 +82,7 @@ class Report:
         rules.add_row("read", f"{self.read:,}", "")
         for rule, count in self.drops.counts.items():
             # As text: rich would take brackets of a file's words for its markup.
-            origins = Text(", ".join(self.drops.origins[rule]))
+            origins = Text(self.drops.origins(rule))
             rules.add_row(Text(f"dropped: {rule}"), f"{count:,}", origins)
         rules.add_row("kept", f"{self.kept:,}", "", style="bold")
         of_these = {

@@ -34,34 +34,30 @@ def read(path: str, *, setting: str, split: str | None) -> Rows:
     """Each row of a file, or of a hub data set's split, with its ``file:line``."""
     if not sources.exists(path):
         if path.endswith(tuple(_READERS)) or not sources.is_hub_id(path):
-            raise UserError(_missing_file(path, setting))
+            raise UserError(
+                f"{setting} = {path!r}: no such file, and not a hub id of the form"
+                f" owner/name. {_near(Path(path))}"
+            )
         return _hub(path, setting=setting, split=split)
     file = Path(path).expanduser()
-    suffixes = ", ".join(_READERS)
-    if not file.is_file():
-        kind = "a folder" if file.is_dir() else "a device or pipe"
-        raise UserError(
-            f"{setting} = {path!r} is {kind}, expected a file ending in {suffixes}."
-            " Name the file inside it."
-        )
     for suffix, rows_of in _READERS.items():
-        if file.name.endswith(suffix):
+        if file.name.endswith(suffix) and file.is_file():
             return rows_of(file)
+    kind = "a folder" if file.is_dir() else "a device or pipe"
     raise UserError(
-        f"{setting} = {path!r} must end in {suffixes}, got {file.name!r}. Convert or"
-        " rename the file."
+        f"{setting} = {path!r} must be a file ending in {', '.join(_READERS)}, got"
+        f" {repr(file.name) if file.is_file() else kind}. Convert or rename it, or name"
+        " a file inside it."
     )
 
 
-def _missing_file(path: str, setting: str) -> str:
-    folder, names = Path(path).parent, []
-    if sources.exists(str(folder)) and folder.expanduser().is_dir():
-        names = [file.name for file in folder.expanduser().iterdir()]
-    near = difflib.get_close_matches(Path(path).name, names, n=1)
-    hint = f"Did you mean {str(folder / near[0])!r}?" if near else "Check the path."
+def _near(path: Path) -> str:
+    names = []
+    if sources.exists(str(path.parent)) and path.parent.expanduser().is_dir():
+        names = [file.name for file in path.parent.expanduser().iterdir()]
+    near = difflib.get_close_matches(path.name, names, n=1)
     return (
-        f"{setting} = {path!r}: no such file, and not a hub id of the form owner/name."
-        f" {hint}"
+        f"Did you mean {str(path.parent / near[0])!r}?" if near else "Check the path."
     )
 
 
@@ -75,17 +71,16 @@ def _json_lines(file: Path) -> Rows:
                 where = f"{file}:{number}"
                 if len(line) > LONGEST_LINE:
                     raise UserError(
-                        f"{where}: expected one pair a line, of at most"
-                        f" {LONGEST_LINE:,} bytes, got a longer line. Write one object"
-                        " a line, or remove it."
+                        f"{where}: expected at most {LONGEST_LINE:,} bytes a line, got"
+                        " more. Write one pair a line, or remove it."
                     )
                 _check_ratio(where, unpacked, packed.tell())
                 if line.strip():
                     yield f"{file.name}:{number}", _decode(line, where)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise UserError(
-            f"{file}:{number + 1}: expected gzip data, got a broken or truncated file"
-            f" ({untrusted.shown(e)}). Fetch or compress the file again."
+            f"{file}:{number + 1}: broken or truncated gzip file"
+            f" ({untrusted.shown(e)}). Fetch or compress it again."
         ) from e
 
 
@@ -93,9 +88,8 @@ def _json_list(file: Path) -> Rows:
     size = file.stat().st_size
     if size > LARGEST_JSON:
         raise UserError(
-            f"{file}: a .json file is read whole and must have at most"
-            f" {LARGEST_JSON:,} bytes, got {size:,}. Write one object a line in a"
-            " .jsonl file, which is read line by line."
+            f"{file}: a .json file must have at most {LARGEST_JSON:,} bytes, got"
+            f" {size:,}. Write one object a line in a .jsonl file."
         )
     items = _decode(file.read_bytes(), str(file))
     if not isinstance(items, list):
@@ -103,38 +97,32 @@ def _json_list(file: Path) -> Rows:
             f"{file} must hold a list of rows, got {type(items).__name__}. Write it as"
             " [{...}, {...}], or one object a line in a .jsonl file."
         )
-    for number, item in enumerate(items, 1):
-        yield f"{file.name}:{number}", item
+    yield from ((f"{file.name}:{number}", row) for number, row in enumerate(items, 1))
 
 
 def _check_ratio(where: str, unpacked: int, packed: int) -> None:
     if unpacked > max(UNPACKED_FREELY, MOST_UNPACKED * packed):
         raise UserError(
             f"{where}: expected text, which unpacks to at most {MOST_UNPACKED} times"
-            f" its size, got {unpacked:,} bytes out of {packed:,}. The file may be made"
-            " to exhaust the memory: unpack it yourself if you trust it."
+            f" its size, got {unpacked:,} bytes out of {packed:,}. If you trust it,"
+            " unpack it yourself."
         )
 
 
 def _decode(text: bytes, where: str) -> Any:
     try:
         return untrusted.parse_json(text, repeats=True)
-    except json.JSONDecodeError as e:
-        # Some of the messages end in "at" themselves.
-        raise UserError(
-            f"{where}: expected JSON, got {e.msg.removesuffix(' at')} at line"
-            f" {e.lineno}, column {e.colno}. Mend or remove it."
-        ) from e
-    except UnicodeDecodeError as e:
-        raise UserError(
-            f"{where}: expected UTF-8 text, got byte {text[e.start]:#04x} at {e.start}."
-            " Save the file as UTF-8."
-        ) from e
     except ValueError as e:
-        raise UserError(
-            f"{where}: expected JSON, got a text that is {untrusted.shown(e)}. Mend or"
-            " remove it."
-        ) from e
+        match e:
+            case json.JSONDecodeError():
+                # Some of the messages end in "at" themselves.
+                reason = e.msg.removesuffix(" at")
+                got = f"{reason} at line {e.lineno}, column {e.colno}"
+            case UnicodeDecodeError():
+                got = f"byte {text[e.start]:#04x} at {e.start}, which is not UTF-8"
+            case _:
+                got = f"a text that is {untrusted.shown(e)}"
+        raise UserError(f"{where}: expected JSON, got {got}. Mend or remove it.") from e
 
 
 def _parquet(file: Path) -> Rows:
@@ -158,8 +146,8 @@ def _parquet(file: Path) -> Rows:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         raise UserError(
-            f"{file}: expected a parquet file, got a broken or truncated one after row"
-            f" {number} ({untrusted.shown(reason)}). Fetch or write the file again."
+            f"{file}: broken or truncated parquet file after row {number}"
+            f" ({untrusted.shown(reason)}). Fetch or write it again."
         ) from e
 
 

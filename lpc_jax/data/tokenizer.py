@@ -46,18 +46,12 @@ def load(path: Path, *, chat_template: str | None) -> Tokenizer:
 
 
 def _read_template(path: str) -> str:
-    setting, file = f"model.chat_template = {path!r}", Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(
-            f"{setting}: expected a file with a Jinja chat template, got no such file."
-            " Check the path."
-        )
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:  # no such file, no such name, no UTF-8
         raise UserError(
-            f"{setting}: expected a Jinja chat template in UTF-8, got a file with byte"
-            f" {e.object[e.start]:#04x} at {e.start}. Save it as UTF-8."
+            f"model.chat_template = {path!r}: expected a Jinja chat template in UTF-8,"
+            f" got {untrusted.shown(e)}. Check the path, or save it as UTF-8."
         ) from e
 
 
@@ -88,14 +82,14 @@ def _lone_bytes(spelled: str) -> str:
 def _check_template(template: Any, path: Path) -> None:
     """Takes a text, or several by name, of which conversations use the default."""
     named = template if isinstance(template, dict) else {"default": template}
-    if template is not None and (
-        "default" not in named or not all(isinstance(t, str) for t in named.values())
-    ):
-        kinds = {name: type(text).__name__ for name, text in named.items()}
-        raise UserError(
-            f"{path}: the chat template must be a text, or several by name with one"
-            f" called default, got {untrusted.shown(kinds)}. {TEMPLATE_REMEDY}"
-        )
+    texts = all(isinstance(text, str) for text in named.values())
+    if template is None or ("default" in named and texts):
+        return
+    kinds = {name: type(text).__name__ for name, text in named.items()}
+    raise UserError(
+        f"{path}: the chat template must be a text, or several by name with one called"
+        f" default, got {untrusted.shown(kinds)}. {TEMPLATE_REMEDY}"
+    )
 
 
 def digest(tokenizer: Tokenizer) -> str:
@@ -133,15 +127,14 @@ def _from_folder(folder: Path) -> Tokenizer:
             untrusted.read_json(file, most=_LARGEST_JSON, repeats=True)
         except ValueError as e:
             raise UserError(
-                f"{file}: expected JSON, got a broken or truncated file"
-                f" ({untrusted.shown(e)}). Fetch it again."
+                f"{file}: broken JSON ({untrusted.shown(e)}). Fetch it again."
             ) from e
     if (folder / "tokenizer.json").is_file():
         # Alone first, so that it is named where it is what is broken.
         with gguf_tokenizer.broken(
-            f"{folder / 'tokenizer.json'}: expected a tokenizer as the tokenizers"
-            " library writes it, got one that it cannot read ({reason}). Fetch it"
-            " again, or set model.tokenizer to a folder with a whole one."
+            f"{folder / 'tokenizer.json'}: the tokenizers library cannot read it"
+            " ({reason}). Fetch it again, or set model.tokenizer to a folder with a"
+            " whole one."
         ):
             tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     with gguf_tokenizer.broken(
@@ -162,10 +155,10 @@ def _from_folder(folder: Path) -> Tokenizer:
 
 
 def _config_without_code(folder: Path) -> transformers.PretrainedConfig | None:
-    """An empty config where the folder's names code, which transformers looks for."""
-    config, file = None, folder / "config.json"
-    if file.is_file():
-        config = untrusted.read_json(file, most=_LARGEST_JSON, repeats=True)
-    classes = config.get("auto_map") if isinstance(config, dict) else None
-    named = isinstance(classes, dict) and "AutoConfig" in classes
-    return transformers.PretrainedConfig() if named else None
+    """An empty config where the folder's, checked before, names code to run."""
+    if not (folder / "config.json").is_file():
+        return None
+    match json.loads((folder / "config.json").read_bytes()):
+        case {"auto_map": {"AutoConfig": _}}:
+            return transformers.PretrainedConfig()
+    return None

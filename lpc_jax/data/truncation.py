@@ -8,14 +8,10 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int32
 
-from lpc_jax.data.examples import EMPTY
+from lpc_jax.data.examples import EMPTY, Dropped
 
 Ids = Int32[np.ndarray, "_"]
 Truncation = Literal["drop", "cut_prompt", "cut_prompt_then_answer"]
-
-
-class Dropped(Exception):
-    """A pair that cannot be trained on; the message is the rule's name."""
 
 
 def fit(
@@ -38,10 +34,9 @@ def fit(
     longest = max(len(chosen), len(rejected))
     if len(prompt) + longest > max_length:
         if truncation != "drop" and len(prompt) > max_prompt_length:
-            kept = max_prompt_length - starts_with_bos  # the end, after BOS
-            prompt = np.concatenate(
-                [prompt[:starts_with_bos], prompt[len(prompt) - kept :]]
-            )
+            # BOS, and the end of the rest.
+            end = len(prompt) - max_prompt_length + starts_with_bos
+            prompt = np.append(prompt[:starts_with_bos], prompt[end:])
         room = max_length - len(prompt)
         match truncation:
             case "drop":

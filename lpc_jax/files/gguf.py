@@ -34,9 +34,8 @@ class Tensor:
             return gguf.dequantize(rows, self.kind)
         except NotImplementedError as e:
             raise UserError(
-                f"{self.path}: block format {self.kind.name} cannot be dequantised by"
-                f" the gguf package ({untrusted.shown(e)}). Use a Q4_1, Q8_0, F16 or"
-                " F32 file."
+                f"{self.path}: the gguf package cannot dequantise {self.kind.name}"
+                f" blocks ({untrusted.shown(e)}). Use a Q4_1, Q8_0, F16 or F32 file."
             ) from e
 
 
@@ -81,9 +80,9 @@ def _read(path: Path, size: int, changed: int) -> File:
             f" ({untrusted.shown(e)}). Fetch it again."
         ) from e
     if metadata.get("split.count", 1) not in (0, 1):
+        count = untrusted.shown(metadata["split.count"])
         raise UserError(
-            f"{path}: expected one file, got one of"
-            f" {untrusted.shown(metadata['split.count'])} splits. Join them:"
+            f"{path}: expected one file, got one of {count} splits. Join them:"
             " llama-gguf-split --merge FIRST_FILE OUTPUT_FILE"
         )
     # The package's tensors would keep the whole file mapped.

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,20 @@ _NAMES = {
     np.dtype(np.float16): "F16",
     np.dtype(ml_dtypes.bfloat16): "BF16",
 }
-_LENGTH = struct.Struct("<Q")  # of the header, which is JSON; then come raw bytes
+# The bytes that hold a header's length; the header is JSON, and raw bytes follow it.
+_LENGTH_BYTES = 8
 # Names of a hundred thousand tensors take a tenth of it.
 _LARGEST_INDEX = 100_000_000
-# What else weights come in, by the first bytes.
-_PICKLED = (
-    "{}. It is not read, because a pickle can run code: convert it with transformers'"
-    " save_pretrained, and name a GGUF file itself."
+_CONVERT = (
+    "Pickled weights are not read, because a pickle can run code: convert them with"
+    " transformers' save_pretrained. A GGUF file is named itself, not its folder."
 )
+# What else weights come in, by the first bytes, and what to do.
 _OTHER_FORMATS = {
     b"version ": "a Git LFS pointer to one. Fetch it: git lfs pull",
-    b"PK\x03\x04": _PICKLED.format("a zip archive, as torch.save writes it"),
-    b"GGUF": _PICKLED.format("a GGUF file"),
-    **{bytes([0x80, n]): _PICKLED.format("a pickle") for n in range(2, 6)},
+    b"PK\x03\x04": f"a zip archive, as torch.save writes it. {_CONVERT}",
+    b"GGUF": f"a GGUF file. {_CONVERT}",
+    **{bytes([0x80, n]): f"a pickle. {_CONVERT}" for n in range(2, 6)},
 }
 
 
@@ -65,12 +65,11 @@ def _opened(path: Path) -> Iterator[safe_open]:
             yield file
     except SafetensorError as e:
         with path.open("rb") as other:
-            start = other.read(_LENGTH.size)
-        for prefix, kind in _OTHER_FORMATS.items():
+            start = other.read(_LENGTH_BYTES)
+        for prefix, got in _OTHER_FORMATS.items():
             if start.startswith(prefix):
-                raise UserError(
-                    f"{path}: expected a safetensors file, got {kind}"
-                ) from e
+                message = f"{path}: expected a safetensors file, got {got}"
+                raise UserError(message) from e
         raise UserError(
             f"{path}: broken or truncated safetensors file ({untrusted.shown(e)})."
             " Download it again."
@@ -86,9 +85,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
             kind = entry.get_dtype()
             if kind not in _NAMES.values():
                 raise UserError(
-                    f"{path}: {untrusted.shown(name)} must be of type"
-                    f" {', '.join(sorted(_NAMES.values()))}, got {kind}. Use the"
-                    " model's unquantised weights."
+                    f"{path}: {untrusted.shown(name)} must be of type BF16, F16, F32,"
+                    f" got {kind}. Use the model's unquantised weights."
                 )
             tensors[name] = Tensor(path, name, tuple(entry.get_shape()))
     return tensors
@@ -105,9 +103,7 @@ def files(folder: Path) -> list[Path]:
         others = sorted(file.name for p in patterns for file in folder.glob(p))
         raise UserError(
             f"{folder} must hold {SINGLE} or {INDEX}, got {others or 'no weights'}."
-            " Pickled weights are not read, because a pickle can run code: convert"
-            " them with transformers' save_pretrained. A GGUF file is named itself,"
-            " not its folder."
+            f" {_CONVERT}"
         )
     weight_map = untrusted.read_object(index, most=_LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
@@ -117,14 +113,14 @@ def files(folder: Path) -> list[Path]:
             f"{index}: weight_map must say the file of each tensor. Download it again."
         )
     names = sorted(set(weight_map.values()))
-    shards = {name: untrusted.own_file(folder, name) for name in names}
-    missing = [name for name, shard in shards.items() if shard is None]
-    if missing or not shards:
+    shards = [file for name in names if (file := untrusted.own_file(folder, name))]
+    if len(shards) < len(names) or not shards:
+        missing = sorted(set(names) - {shard.name for shard in shards})
         raise UserError(
-            f"{index}: expected {len(shards)} shards, missing"
+            f"{index}: expected {len(names)} shards, missing"
             f" {untrusted.shown(missing)}. Download them again."
         )
-    return [shard for shard in shards.values() if shard is not None]
+    return shards
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -156,11 +152,10 @@ def write_folder(
     ``shard_bytes`` they are spread over shards with an index.
     """
     dtypes = {name: dtype_of(name) for name in shapes}
-    for dtype in dtypes.values():
-        if dtype not in _NAMES:
-            raise UserError(
-                f"dtype must be one of {sorted(str(d) for d in _NAMES)}, got {dtype}."
-            )
+    for dtype in set(dtypes.values()) - set(_NAMES):
+        raise UserError(
+            f"dtype must be one of {sorted(str(d) for d in _NAMES)}, got {dtype}."
+        )
     sizes = {n: math.prod(s) * dtypes[n].itemsize for n, s in shapes.items()}
     split = split_state_dict_into_shards_factory(
         sizes,
@@ -176,9 +171,9 @@ def write_folder(
             kind, shape = _NAMES[dtypes[name]], list(shapes[name])
             header[name] = {"dtype": kind, "shape": shape, "data_offsets": span}
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % _LENGTH.size)  # data starts aligned
+        text += b" " * (-len(text) % _LENGTH_BYTES)  # data starts aligned
         with (folder / file).open("wb") as out:
-            out.write(_LENGTH.pack(len(text)) + text)
+            out.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
             for name in names:
                 out.write(_cast(read(name), dtypes[name], name).tobytes())
     if split.is_sharded:

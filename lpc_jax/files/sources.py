@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -30,27 +31,25 @@ T = TypeVar("T")
 
 
 class _Cause(NamedTuple):
-    """Why a download failed, what a user can do, and whether it may pass by itself."""
+    """Why a download failed, and what a user can do."""
 
     what: str
     remedy: str
-    passes: bool = False
-    wait: float | None = None  # seconds that the hub asks for
+    wait: float | None = None  # seconds that the hub asks for; None if it can't pass
 
 
-_GATED = "it is gated", "Accept its licence on the hub and run `hf auth login`"
-_ABSENT = (
+_GATED = _Cause("it is gated", "Accept its licence on the hub and run `hf auth login`")
+_ABSENT = _Cause(
     "not found on the hub, or private",
     "Check the name, run `hf auth login` if it is private",
 )
 # What no further try can mend, the special before the general.
 _FINAL = {
-    hub_errors.OfflineModeIsEnabled: ("HF_HUB_OFFLINE is set", "Unset it"),
+    hub_errors.OfflineModeIsEnabled: _Cause("HF_HUB_OFFLINE is set", "Unset it"),
     hub_errors.GatedRepoError: _GATED,
     hub_errors.RepositoryNotFoundError: _ABSENT,
-    hub_errors.RevisionNotFoundError: (
-        "the hub has no such revision of it",
-        "Check the revision",
+    hub_errors.RevisionNotFoundError: _Cause(
+        "the hub has no such revision of it", "Check the revision"
     ),
 }
 
@@ -87,12 +86,12 @@ def resolve(
             f"{setting} = {path!r}: no such file or folder, and not a hub id of the"
             " form owner/name. Check the path."
         )
-
-    def fetch() -> str:
-        return huggingface_hub.snapshot_download(
-            path, revision=revision, allow_patterns=list(patterns)
-        )
-
+    fetch = functools.partial(
+        huggingface_hub.snapshot_download,
+        path,
+        revision=revision,
+        allow_patterns=list(patterns),
+    )
     return Path(download(fetch, path, setting=setting, kind=MODEL, failures=FAILURES))
 
 
@@ -133,80 +132,76 @@ def download(
     ``fetch`` keeps complete files from one call to the next. ``kind`` is ``MODEL`` or
     ``DATA_SET``. ``UserError`` says why it failed and what can be done.
     """
-    for pause in (*_PAUSES, None):
+    pauses = iter(_PAUSES)
+    while True:
         try:
             return fetch()
         except failures as e:
-            cause = _cause(e)
-            if pause is None or not cause.passes:
+            cause, pause = _cause(e), next(pauses, None)
+            if pause is None or cause.wait is None:
                 raise UserError(_refusal(path, setting, kind, cause)) from e
         pause = min(cause.wait or pause, _LONGEST_PAUSE)
         _LOG.warning(
             f"{setting} = {path!r}: {cause.what}. Trying again in {pause:g} s."
         )
         time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
 
 
 def _refusal(path: str, setting: str, kind: str, cause: _Cause) -> str:
-    tries = f", tried {len(_PAUSES) + 1} times" if cause.passes else ""
-    option = "" if kind == MODEL else f" --repo-type {kind}"
-    whole = "FOLDER" if kind == MODEL else "with a file of it"
+    tries = "" if cause.wait is None else f", tried {len(_PAUSES) + 1} times"
+    option, argument = {
+        MODEL: ("", "FOLDER"),
+        DATA_SET: (f" --repo-type {kind}", "with a file of it"),
+    }[kind]
     return (
         f"{setting} = {path!r} is not on this machine and could not be downloaded:"
         f" {cause.what}{tries}. {cause.remedy}, or get it elsewhere with: hf download"
-        f" {path}{option} --local-dir FOLDER, and pass --{setting} {whole}."
+        f" {path}{option} --local-dir FOLDER, and pass --{setting} {argument}."
     )
 
 
 def _cause(error: BaseException) -> _Cause:
     """The cause by the first telling error of a chain, the last raised first."""
-    chain = list(_chain(error))
-    for kind, words in _FINAL.items():
+    chain = [error]
+    while link := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(link)
+    for kind, cause in _FINAL.items():
         if any(isinstance(link, kind) for link in chain):
-            return _Cause(*words)
+            return cause
     causes = filter(None, map(_cause_of_link, chain))
-    return next(causes, _Cause(_said(error), "See to that"))
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    return next(causes, _Cause(_in_words(error), "See to that"))
 
 
 def _cause_of_link(link: BaseException) -> _Cause | None:
     name, response = type(link).__name__, getattr(link, "response", None)
     if name == "DatasetNotFoundError":  # says both, and drops the hub's error
-        return _Cause(*(_GATED if "gated" in str(link) else _ABSENT))
+        return _GATED if "gated" in str(link) else _ABSENT
     if response is not None:
         return _answered(response.status_code, response.headers.get("retry-after", ""))
     if isinstance(link, ConnectionError | TimeoutError) or "Connect" in name:
-        what = f"the hub cannot be reached ({_said(link)})"
-        return _Cause(what, "Check the network", passes=True)
+        what = f"the hub cannot be reached ({_in_words(link)})"
+        return _Cause(what, "Check the network", wait=0)
     # An OSError with a number is this machine's, such as a full disk; huggingface_hub
     # raises one without when a file has not the length that was announced.
-    numbered = isinstance(link, OSError) and link.errno is not None
-    if isinstance(link, FAILURES) and not (
-        numbered or isinstance(link, FileNotFoundError)
-    ):
-        what = f"the download broke off ({_said(link)})"
-        return _Cause(what, "Check the network", passes=True)
+    local = isinstance(link, FileNotFoundError) or getattr(link, "errno", None)
+    if isinstance(link, FAILURES) and not local:
+        what = f"the download broke off ({_in_words(link)})"
+        return _Cause(what, "Check the network", wait=0)
     return None
 
 
 def _answered(status: int, retry_after: str) -> _Cause:
-    wait = float(retry_after) if retry_after.strip().isdigit() else None
+    wait = float(retry_after) if retry_after.strip().isdigit() else 0.0
+    answer = f"(answer {status})"
     if status == _RATE_LIMITED:
-        what = f"the hub limits the rate of requests (answer {status})"
         remedy = "Wait, or run `hf auth login` for a higher limit"
-        return _Cause(what, remedy, passes=True, wait=wait)
+        return _Cause(f"the hub limits the rate of requests {answer}", remedy, wait)
     if status == _TIMEOUT or status >= _SERVER_ERROR:
-        return _Cause(f"the hub fails (answer {status})", "Wait", True, wait)
+        return _Cause(f"the hub fails {answer}", "Wait", wait)
     remedy = "Check the name and your access, run `hf auth login`"
-    return _Cause(f"the hub refuses it (answer {status})", remedy)
+    return _Cause(f"the hub refuses it {answer}", remedy)
 
 
-def _said(error: BaseException) -> str:
+def _in_words(error: BaseException) -> str:
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

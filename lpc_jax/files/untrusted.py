@@ -16,8 +16,7 @@ from lpc_jax.errors import UserError
 # Nested lists and objects: rows of messages have 4, tokenizer.json about 10. Well below
 # what exhausts Python's stack in whoever walks or prints the value.
 DEEPEST = 100
-# Of a file's own words in a message.
-_LONGEST_SHOWN = 200
+_LONGEST_SHOWN = 200  # characters of a file's own words in a message
 # A hub cache keeps each file's bytes in a folder of this name, under their SHA-1 or
 # SHA-256, and links to them from the folder of a revision.
 _BLOBS, _DIGEST = "blobs", re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -108,7 +107,7 @@ def own_file(folder: Path, name: str) -> Path | None:
     name any file of this machine as its own. A hub cache's folders are all links, to
     blobs under their digests, and those are its own files.
     """
-    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if name in ("", ".", "..") or re.search(r"[/\\\0]", name):
         raise UserError(
             f"{folder}: expected the name of a file of this folder, got {name!r:.200}."
             " The folder may be made to mislead: download it again from where you trust"
@@ -118,10 +117,7 @@ def own_file(folder: Path, name: str) -> Path | None:
     if not file.is_file():  # a pipe or device is none either
         return None
     target = file.resolve()
-    is_blob = _DIGEST.fullmatch(target.name) is not None and _BLOBS in (
-        target.parent.name,
-        target.parent.parent.name,
-    )
+    is_blob = _BLOBS in target.parts[-3:-1] and _DIGEST.fullmatch(target.name)
     if not is_blob and not target.is_relative_to(folder.resolve()):
         raise UserError(
             f"{file} must be a file of its folder, got a link to {target}, outside it."

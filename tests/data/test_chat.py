@@ -5,7 +5,7 @@ from lpc_jax.data import chat, examples, tokenizer
 from lpc_jax.data.report import Drops
 from tests.data import tiny_tokenizers as tiny
 
-NO_DROPS = Drops.count([])
+NO_DROPS = Drops([])
 WIDE = {
     "drops": NO_DROPS,
     "max_length": 10_000,
@@ -52,7 +52,7 @@ def dropped(item, loaded, **options):
     pairs, report = tokenize([item, other], loaded, **options)
     assert [pair.id for pair in pairs] == [1]
     (rule,) = report.drops.counts
-    assert report.drops.origins[rule] == ("pairs.jsonl:1",)
+    assert report.drops.origins(rule) == "pairs.jsonl:1"
     return rule
 
 
@@ -179,10 +179,9 @@ def test_a_prompt_that_is_no_prefix_is_an_error_on_request():
     loaded = tiny.chatml(**MERGING)
     item = example("Who?", "\nMe.", "You.")
     assert refusal([item], loaded, prefix_mismatch="error") == (
-        "pairs.jsonl:1: with data.prefix_mismatch = 'error' the 21 tokens of the prompt"
-        " must start prompt plus answer, got only the first 20. Use"
-        " data.prefix_mismatch = 'cut', or a chat template that writes the prompt alike"
-        " with and without an answer."
+        "pairs.jsonl:1: prompt plus answer must start with the prompt's 21 tokens, got"
+        " only the first 20. Use data.prefix_mismatch = 'cut', or a chat template that"
+        " writes the prompt alike with and without an answer."
     )
 
 
@@ -376,7 +375,7 @@ def test_a_tokenizer_without_eos_is_refused():
 
 
 def test_no_pair_left_is_refused_with_the_counts_of_reading_too():
-    drops = Drops.count([("empty answer", "pairs.jsonl:9")])
+    drops = Drops([("empty answer", "pairs.jsonl:9")])
     assert refusal([LONG], tiny.inst(), row_length=10, drops=drops) == (
         "No preference pair is left of 2, expected at least one: 1 empty answer"
         " (pairs.jsonl:9); 1 prompt longer than packing.row_length (pairs.jsonl:1)."
@@ -393,7 +392,7 @@ def test_the_report_counts_what_happened():
         example("p", "cc", "rr", index=4),
         example("p", "<s>", "rr", index=5),
     ]
-    drops = Drops.count([("empty answer", "pairs.jsonl:4")])
+    drops = Drops([("empty answer", "pairs.jsonl:4")])
     pairs, report = tokenize(items, tiny.inst(), drops=drops)
     assert [pair.id for pair in pairs] == [0, 1, 2, 4]
     assert (report.read, report.kept) == (6, 4)

@@ -148,34 +148,32 @@ def test_rows_without_a_preference_are_counted_with_their_origins(write):
         "prompt does not end with the user's turn": 2,
         "transcripts differ before the last answer": 1,
     }
-    assert drops.origins["chosen equals rejected"] == ("a.jsonl:3", "a.jsonl:9")
+    assert drops.origins("chosen equals rejected") == "a.jsonl:3, a.jsonl:9"
 
 
 @pytest.mark.parametrize("name", ["chosen", "rejected", "prompt"])
 def test_a_missing_field_is_named_with_its_line(name):
     row = {**PLAIN, "source": "x"}
     del row[name]
-    got = ", ".join(row)
-    assert parse_refusal(row) == (
-        f"pairs.jsonl:3: the field {name!r} is missing; expected prompt, chosen and"
-        f" rejected, got {got}. Add it or remove the row."
-    )
+    message = parse_refusal(row)
+    assert message.startswith("pairs.jsonl:3: expected prompt, chosen and rejected as ")
+    assert message.count("(missing)") == 1
+    assert f"{name} (missing)" in message
 
 
 def test_an_unknown_form_is_named_with_what_was_seen():
     assert parse_refusal({**PLAIN, "chosen": [assistant("Me.")], "id": 1}) == (
-        "pairs.jsonl:3: not a known form of preference pair. Expected chosen and"
-        " rejected as two lists of messages with prompt as a list of messages, two full"
-        " transcripts (lists of messages) without a prompt list, or prompt, chosen and"
-        " rejected as three strings; got prompt (str), chosen (list), rejected (str),"
-        " id (int). Convert the row to one of these."
+        "pairs.jsonl:3: expected prompt, chosen and rejected as three strings, or"
+        " prompt as a list of messages and each answer as a list of one, or two full"
+        " transcripts (lists of messages) as chosen and rejected; got prompt (str),"
+        " chosen (list), rejected (str), id (int). Convert or remove the row."
     )
 
 
 def test_a_row_that_is_no_object_is_refused():
     assert parse_refusal(["a"]) == (
-        "pairs.jsonl:3: expected an object with prompt, chosen and rejected, got list."
-        " Write one object a row."
+        "pairs.jsonl:3: expected an object with chosen and rejected, got ['a']. Mend or"
+        " remove the row."
     )
 
 
@@ -188,9 +186,8 @@ def test_a_message_without_text_is_refused():
 
 def test_several_answer_messages_beside_a_prompt_list_are_refused():
     assert parse_refusal({**EXPLICIT, "rejected": IMPLIED["rejected"]}) == (
-        "pairs.jsonl:3: beside a prompt list, rejected must hold one message, the"
-        " assistant's answer, got 4. Move earlier turns to prompt, or leave prompt out"
-        " to give two full transcripts."
+        "pairs.jsonl:3: beside a prompt list, rejected must hold one message, got 4."
+        " Move earlier turns to prompt, or leave prompt out."
     )
 
 
@@ -205,7 +202,8 @@ def test_broken_json_is_named_with_its_line(write):
 def test_a_byte_that_is_no_utf8_is_named_with_its_line(write):
     file = write("a.jsonl", jsonl([PLAIN]).encode() + b'{"prompt": "\xff"}\n')
     assert refusal(file) == (
-        f"{file}:2: expected UTF-8 text, got byte 0xff at 12. Save the file as UTF-8."
+        f"{file}:2: expected JSON, got byte 0xff at 12, which is not UTF-8. Mend or"
+        " remove it."
     )
 
 
@@ -217,17 +215,16 @@ def test_a_truncated_gzip_file_is_named_with_the_line_it_breaks_in(write):
     line = message.removeprefix(f"{file}:").partition(":")[0]
     assert 1 <= int(line) < 500
     assert message == (
-        f"{file}:{line}: expected gzip data, got a broken or truncated file (Compressed"
-        " file ended before the end-of-stream marker was reached). Fetch or compress"
-        " the file again."
+        f"{file}:{line}: broken or truncated gzip file (Compressed file ended before"
+        " the end-of-stream marker was reached). Fetch or compress it again."
     )
 
 
 def test_a_file_that_only_claims_to_be_gzip_is_refused(write):
     file = write("a.jsonl.gz", jsonl([PLAIN]))
     assert refusal(file) == (
-        f"{file}:1: expected gzip data, got a broken or truncated file (Not a gzipped"
-        " file (b'{\"')). Fetch or compress the file again."
+        f"{file}:1: broken or truncated gzip file (Not a gzipped"
+        " file (b'{\"')). Fetch or compress it again."
     )
 
 
@@ -245,8 +242,8 @@ def test_a_broken_parquet_file_is_refused(write):
     reason = message.partition("after row 0 (")[2].partition("). Fetch")[0]
     assert reason
     assert message == (
-        f"{file}: expected a parquet file, got a broken or truncated one after row 0"
-        f" ({reason}). Fetch or write the file again."
+        f"{file}: broken or truncated parquet file after row 0 ({reason}). Fetch or"
+        " write it again."
     )
 
 
@@ -268,16 +265,17 @@ def test_a_relative_file_name_is_not_taken_for_a_hub_id():
 
 def test_a_folder_is_refused(tmp_path):
     assert refusal(tmp_path) == (
-        f"data.train = {str(tmp_path)!r} is a folder, expected a file ending in .jsonl,"
-        " .jsonl.gz, .json, .parquet. Name the file inside it."
+        f"data.train = {str(tmp_path)!r} must be a file ending in .jsonl, .jsonl.gz,"
+        " .json, .parquet, got a folder. Convert or rename it, or name a file inside"
+        " it."
     )
 
 
 def test_an_unknown_kind_of_file_is_refused(write):
     file = write("a.csv", "prompt,chosen,rejected\n")
     assert refusal(file) == (
-        f"data.train = {str(file)!r} must end in .jsonl, .jsonl.gz, .json, .parquet,"
-        " got 'a.csv'. Convert or rename the file."
+        f"data.train = {str(file)!r} must be a file ending in .jsonl, .jsonl.gz, .json,"
+        " .parquet, got 'a.csv'. Convert or rename it, or name a file inside it."
     )
 
 
@@ -365,8 +363,8 @@ def test_what_is_no_name_of_a_data_set_is_refused_without_a_request(
 def test_a_file_of_the_machine_is_not_read_as_pairs(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert refusal(path, split="train") == (
-        f"data.train = {path!r} must end in .jsonl, .jsonl.gz, .json, .parquet, got"
-        " 'passwd'. Convert or rename the file."
+        f"data.train = {path!r} must be a file ending in .jsonl, .jsonl.gz, .json,"
+        " .parquet, got 'passwd'. Convert or rename it, or name a file inside it."
     )
 
 
@@ -383,8 +381,9 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     pipe = tmp_path / "a.jsonl"
     os.mkfifo(pipe)
     assert refusal(pipe) == (
-        f"data.train = {str(pipe)!r} is a device or pipe, expected a file ending in"
-        " .jsonl, .jsonl.gz, .json, .parquet. Name the file inside it."
+        f"data.train = {str(pipe)!r} must be a file ending in .jsonl, .jsonl.gz, .json,"
+        " .parquet, got a device or pipe. Convert or rename it, or name a file inside"
+        " it."
     )
 
 

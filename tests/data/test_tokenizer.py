@@ -154,8 +154,9 @@ def test_a_template_file_replaces_the_tokenizers_own(folder, tmp_path):
 
 def test_a_missing_template_file_is_named(folder):
     assert refusal(tokenizer.load, folder, chat_template="no/such.jinja") == (
-        "model.chat_template = 'no/such.jinja': expected a file with a Jinja chat"
-        " template, got no such file. Check the path."
+        "model.chat_template = 'no/such.jinja': expected a Jinja chat template in"
+        " UTF-8, got [Errno 2] No such file or directory: 'no/such.jinja'. Check the"
+        " path, or save it as UTF-8."
     )
 
 
@@ -171,8 +172,8 @@ def test_a_truncated_tokenizer_file_is_named(folder):
     file = folder / "tokenizer.json"
     file.write_text('{"version": ')
     assert refusal(tokenizer.load, folder, chat_template=None) == (
-        f"{file}: expected JSON, got a broken or truncated file (Expecting value: line"
-        " 1 column 13 (char 12)). Fetch it again."
+        f"{file}: broken JSON (Expecting value: line 1 column 13 (char 12)). Fetch it"
+        " again."
     )
 
 
@@ -230,8 +231,8 @@ def test_an_unknown_tokenizer_model_is_named():
 
 def test_a_missing_metadata_field_is_named():
     assert from_metadata_without("tokenizer.ggml.tokens") == (
-        "tiny.gguf: expected the metadata field tokenizer.ggml.tokens, got none. The"
-        " file holds no tokenizer: set model.tokenizer to a folder with tokenizer.json."
+        "tiny.gguf: expected the metadata field tokenizer.ggml.tokens, got none. Set"
+        " model.tokenizer to the model's folder with tokenizer.json."
     )
     assert from_metadata_without("tokenizer.ggml.merges") == (
         "tiny.gguf: expected the metadata field tokenizer.ggml.merges, got none. Set"

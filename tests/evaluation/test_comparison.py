@@ -348,9 +348,7 @@ def by_hand() -> comparison.Comparison:
     ]
     flipped = made_up(role="against", logp=made_up().logp[:, ::-1])
     rules = pair_data.rules(cfg.Data(train="none"))
-    _, said = pair_data.tokenize(
-        some, tiny_tokenizers.chatml(), Drops.count([]), **rules
-    )
+    _, said = pair_data.tokenize(some, tiny_tokenizers.chatml(), Drops([]), **rules)
     return comparison.Comparison((made_up(), flipped), tuple(some), RULES, said, 0)
 
 

@@ -105,7 +105,7 @@ GOLDEN = exports.GOLDEN / "tiny_llama"
         (["LPC", "out", "--bias", "absent"], "--bias absent: no such file."),
         (
             ["LPC", "out", "--bias", "full/file"],
-            "--bias = 'full/file' must end in .jsonl",
+            "--bias = 'full/file' must be a file ending in .jsonl",
         ),
     ],
 )

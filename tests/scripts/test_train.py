@@ -146,9 +146,11 @@ def edited(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> Path
 
 def test_a_missing_field_is_named_with_its_line(command, tmp_path):
     file = edited(tmp_path, lambda rows: rows[16].pop("rejected"))
-    assert command.refusal("--data.train", str(file)) == (
-        "pairs.jsonl:17: the field 'rejected' is missing; expected prompt, chosen and"
-        " rejected, got prompt, chosen, source. Add it or remove the row."
+    message = command.refusal("--data.train", str(file))
+    assert message.startswith("pairs.jsonl:17: expected prompt, chosen and rejected as")
+    assert message.endswith(
+        "; got prompt (list), chosen (list), rejected (missing), source (str). Convert"
+        " or remove the row."
     )
 
 
@@ -194,9 +196,8 @@ def test_a_truncated_gzip_file_is_named(command, tmp_path):
     said = command.refusal("--data.train", str(file))
     assert said.startswith(f"{file}:")
     assert said.endswith(
-        "expected gzip data, got a broken or truncated file (Compressed file ended"
-        " before the end-of-stream marker was reached). Fetch or compress the file"
-        " again."
+        "broken or truncated gzip file (Compressed file ended before the end-of-stream"
+        " marker was reached). Fetch or compress it again."
     )
 
 

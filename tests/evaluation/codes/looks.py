@@ -93,7 +93,7 @@ def _report() -> Report:
     return Report(
         read=601,
         kept=600,
-        drops=Drops.count([("empty answer", "pairs.jsonl:7")]),
+        drops=Drops([("empty answer", "pairs.jsonl:7")]),
         cut_prompts=0,
         cut_chosen=0,
         cut_rejected=0,
