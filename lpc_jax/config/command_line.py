@@ -133,8 +133,9 @@ def _written(value: Any, indent: str, sections: set[str]) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    has_factory = field.default_factory is not dataclasses.MISSING
-    return field.default_factory() if has_factory else field.default
+    if field.default_factory is dataclasses.MISSING:
+        return field.default
+    return field.default_factory()
 
 
 def flat(section: Settings, prefix: str = "") -> dict[str, Any]:

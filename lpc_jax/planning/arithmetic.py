@@ -148,7 +148,7 @@ def temporary(
         # In fp32, and their softmax in bfloat16 (compiled: docs/performance.md).
         # cuDNN's kernel holds none, yet is counted so: nobody has measured it.
         scores = tokens * a.query_heads * packed.row_length * (_FP32 + _BF16)
-    kept = {
+    saved = {
         "block": stream,
         "offload": stream,
         "dots": stream + products,
@@ -162,4 +162,4 @@ def temporary(
         # Compilers cast all weights to bfloat16 before the layers' loop.
         copies = leaves.count(a) // (mesh["fsdp"] * mesh["tensor"]) * _BF16
     # 2 * products: the activations of the block in work and their gradients.
-    return a.layers * kept + 2 * products + scores + weights + copies
+    return a.layers * saved + 2 * products + scores + weights + copies

@@ -94,9 +94,9 @@ def parse_topology(text: str) -> Slice:
         count, topology = math.prod(map(int, layout.split("x"))), f"{kind}:{layout}"
         by_number = f"{kind}-{count * CHIPS[kind].cores_in_name}"
         slices[topology, by_number] = Slice(CHIPS[kind], count, topology)
-    for names, found in slices.items():
+    for names, known_slice in slices.items():
         if name in names:
-            return found
+            return known_slice
     known = ", ".join(f"{topology} ({number})" for topology, number in slices)
     expected = f"one of {known}" if known else "a TPU slice: v5e:8x8, v5p-8, v6e-8"
     raise UserError(

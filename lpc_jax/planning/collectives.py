@@ -131,8 +131,8 @@ def _parse(text: str) -> dict[str, _Computation]:
         if opened := _COMPUTATION.match(line):
             current = computations[opened[1] or opened[2]] = _Computation()
         elif matched := _INSTRUCTION.match(line):
-            root, name, shape, opcode, rest, given = matched.groups()
-            operands = tuple(re.findall(r"%([\w.\-]+)", given))
+            root, name, shape, opcode, rest, arguments = matched.groups()
+            operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
             current[name] = _Instruction(
                 name, shape, opcode, operands, rest, bool(root)
             )
