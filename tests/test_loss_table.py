@@ -26,7 +26,7 @@ LOSSES = {
 
 
 def test_every_loss_of_the_config_has_its_row():
-    kinds = {k for k in cfg.Loss.kinds() if k.__module__.startswith("lpc_jax.")}
+    kinds = {k for k in cfg.Loss.kinds if k.__module__.startswith("lpc_jax.")}
     assert set(RULES) == kinds == {cfg.Dpo, cfg.Ipo, cfg.Simpo}
     assert all(type(rule.default) is kind for kind, rule in RULES.items())
 
@@ -119,7 +119,7 @@ def hinge_values(loss: Any, logp: jax.Array, reference: Any, lengths: Any) -> ja
 @pytest.fixture
 def hinge(monkeypatch: pytest.MonkeyPatch) -> type[cfg.Loss]:
     """SLiC's hinge (Zhao et al. 2023), for the time of a test."""
-    monkeypatch.setattr(cfg.Loss, "_kinds", cfg.Loss._kinds)  # as it was, afterwards
+    monkeypatch.setattr(cfg.Loss, "kinds", cfg.Loss.kinds)  # as it was, afterwards
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Hinge(cfg.Loss):

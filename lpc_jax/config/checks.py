@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ NonNegativeInt = Annotated[int, at_least(0)]
 NonNegativeFloat = Annotated[float, at_least(0)]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """A section of the config; subclasses are frozen dataclasses."""
 
@@ -51,21 +53,18 @@ class Settings:
     def __init_subclass__(cls, section: str | None = None) -> None:
         cls.section = f"{cls.__name__.lower()}." if section is None else section
 
-    def __new__(cls, **given: Any) -> typing.Self:
+    def __new__(cls, **settings: Any) -> typing.Self:
         """Refuses unknown names, with the near ones.
 
         Raises:
             UserError: A name that is no setting of this section.
         """
-        known = [field.name for field in cls.fields()]
-        for name in given:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
             if name not in known:
-                near = difflib.get_close_matches(name, known)
-                hint = (
-                    f"Did you mean {' or '.join(near)}?"
-                    if near
-                    else f"{cls.__name__} has: {', '.join(known)}."
-                )
+                near = " or ".join(difflib.get_close_matches(name, known))
+                names = f"{cls.__name__} has: {', '.join(known)}."
+                hint = f"Did you mean {near}?" if near else names
                 raise UserError(f"{cls.section}{name} is no setting. {hint}")
         return super().__new__(cls)
 
@@ -76,14 +75,13 @@ class Settings:
             UserError: Naming the setting, what was expected, what came, the remedy.
         """
         hints = typing.get_type_hints(type(self), include_extras=True)
-        for name in (field.name for field in self.fields()):
+        for name in (field.name for field in dataclasses.fields(self)):
             value, hint = getattr(self, name), hints[name]
-            self._require(
-                _type_matches(value, hint), name, f"must be {_type_name(hint)}"
-            )
-            for limit in _OF_ANY:
-                holds = all(map(limit.holds, _scalars(value)))
-                self._require(holds, name, limit.expected, limit.remedy)
+            words, matches = _type(hint)
+            self._require(matches(value), name, f"must be {words}")
+            for bound in _OF_ANY:
+                holds = all(map(bound.holds, _scalars(value)))
+                self._require(holds, name, bound.expected, bound.remedy)
             for bound in _bounds(hint) if value is not None else ():
                 self._require(bound.holds(value), name, bound.expected, bound.remedy)
         self._check()
@@ -93,20 +91,9 @@ class Settings:
 
     def _require(self, holds: Any, name: str, expected: str, remedy: str = "") -> None:
         if not holds:
-            raise UserError(
-                f"{self.section}{name} {expected}, got {shown(getattr(self, name))}."
-                f" {remedy}".rstrip()
-            )
-
-    @classmethod
-    def fields(cls) -> tuple[dataclasses.Field[Any], ...]:
-        """Its settings."""
-        return dataclasses.fields(cls)  # pyright: ignore[reportArgumentType] -- every subclass is a dataclass
-
-    @classmethod
-    def kinds(cls) -> tuple[type[Settings], ...]:
-        """The classes that a section of this annotation takes."""
-        return (cls,)
+            value = shown(operator.attrgetter(name)(self))
+            message = f"{self.section}{name} {expected}, got {value}. {remedy}"
+            raise UserError(message.rstrip())
 
 
 def shown(value: Any) -> str:
@@ -124,56 +111,45 @@ def options(hint: Any) -> tuple[Any, ...]:
     """The types of a union, or the one type; for ``Loss`` every loss there is."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return tuple(kind for part in typing.get_args(hint) for kind in options(part))
-    is_section = isinstance(hint, type) and issubclass(hint, Settings)
-    return hint.kinds() if is_section else (hint,)
+    return getattr(hint, "kinds", (hint,))
 
 
-def _bounds(hint: Any) -> list[Bound]:
-    return [
-        extra
-        for option in options(hint)
-        for extra in getattr(option, "__metadata__", ())
-        if isinstance(extra, Bound)
-    ]
+def _bounds(hint: Any) -> Iterator[Bound]:
+    for option in options(hint):
+        yield from getattr(option, "__metadata__", ())
 
 
-def _type_matches(value: Any, hint: Any) -> bool:
-    """Whether a value fits one of the annotations that settings use."""
+def _type(hint: Any) -> tuple[str, Callable[[Any], bool]]:
+    """A setting's annotation in words, and whether a value fits it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _type_matches(value, arguments[0])
+        return _type(arguments[0])
     if origin is Literal:
-        return value in arguments
+        return " or ".join(map(repr, arguments)), lambda x: x in arguments
     if origin is tuple:
-        return isinstance(value, tuple) and all(
-            _type_matches(item, arguments[0]) for item in value
+        words, fits = _type(arguments[0])
+        return (
+            f"a tuple of {words}",
+            lambda x: isinstance(x, tuple) and all(map(fits, x)),
         )
     if origin is dict:
-        return isinstance(value, dict) and all(
-            isinstance(key, str) and _type_matches(item, arguments[1])
-            for key, item in value.items()
+        words, fits = _type(arguments[1])
+        return (
+            f"a dict from str to {words}",
+            lambda x: (
+                isinstance(x, dict)
+                and all(isinstance(key, str) for key in x)
+                and all(map(fits, x.values()))
+            ),
         )
     if options(hint) != (hint,):
-        return any(_type_matches(value, option) for option in options(hint))
+        words, fit = zip(*map(_type, options(hint)), strict=True)
+        return " or ".join(words), lambda x: any(fits(x) for fits in fit)
     if hint in (int, float):
         kinds = int if hint is int else int | float
-        return isinstance(value, kinds) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _type_name(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _type_name(arguments[0])
-    if origin is Literal:
-        return " or ".join(map(repr, arguments))
-    if origin is tuple:
-        return f"a tuple of {_type_name(arguments[0])}"
-    if origin is dict:
-        return f"a dict from str to {_type_name(arguments[1])}"
-    if options(hint) != (hint,):
-        return " or ".join(map(_type_name, options(hint)))
-    return "None" if hint is type(None) else hint.__name__
+        return hint.__name__, lambda x: isinstance(x, kinds) and not isinstance(x, bool)
+    words = "None" if hint is type(None) else hint.__name__
+    return words, lambda x: isinstance(x, hint)
 
 
 def _scalars(value: Any) -> Iterator[Any]:

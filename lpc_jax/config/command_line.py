@@ -11,6 +11,7 @@ import sys
 import traceback
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -33,13 +34,16 @@ def read(path: str) -> Config:
     """
     if not os.path.isfile(path):
         raise UserError(f"--config: {_no_file(path)}")
+    names = {"__name__": "<run_path>", "__file__": path}
     try:
-        config = _run(path).get("config")
+        text = _GONE.sub("", Path(path).read_text(encoding="utf-8"))
+        exec(compile(text, path, "exec"), names)
     except (ValueError, TypeError, ImportError) as e:
         frames = traceback.extract_tb(e.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         where = ":".join(map(str, [path, *lines[-1:]]))
         raise UserError(f"{where}: {e}") from e
+    config = names.get("config")
     if not isinstance(config, Config):
         raise UserError(
             f"{path} must end in config = Config(...), got {type(config).__name__}."
@@ -47,26 +51,13 @@ def read(path: str) -> Config:
     return config
 
 
-def _run(path: str) -> dict[str, Any]:
-    """What a config file defines, less settings that earlier versions wrote."""
-    with open(path, encoding="utf-8") as file:
-        text = _GONE.sub("", file.read())
-    names = {"__name__": "<run_path>", "__file__": path}
-    exec(compile(text, path, "exec"), names)
-    return names
-
-
 def _no_file(path: str) -> str:
     is_folder = os.path.isdir(path)
     folder, name = (path, "") if is_folder else os.path.split(path)
-    folder_is_there = os.path.isdir(folder or ".")
-    names = sorted(os.listdir(folder or ".")) if folder_is_there else []
-    names = [name for name in names if name.endswith(".py")]
+    names = sorted(file.name for file in Path(folder).glob("*.py"))
     if is_folder:
-        return (
-            f"{path!r} is a folder, expected one of its files:"
-            f" {', '.join(names) or 'it has no .py file'}."
-        )
+        files = ", ".join(names) or "it has no .py file"
+        return f"{path!r} is a folder, expected one of its files: {files}."
     near = difflib.get_close_matches(name, names)
     hint = f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
     return f"no file {path!r}.{hint}"
@@ -87,10 +78,8 @@ def load(argv: Sequence[str] | None = None) -> Config:
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config", nargs="?")
-    own.add_argument("--resume", action="store_true")
-    own.add_argument("--profile")
     own.add_argument("--latent", nargs="?", default="as in the file")
-    short, overrides = own.parse_known_args(argv)
+    short, rest = own.parse_known_args(argv)
     if short.config is None:
         raise UserError(
             "--config FILE is required, such as --config configs/quickstart.py."
@@ -104,14 +93,10 @@ def load(argv: Sequence[str] | None = None) -> Config:
             f"--latent must be None, got {short.latent!r}. Its settings have flags of"
             " their own, such as --latent.num-codes 32."
         )
-    if short.resume:
-        overrides.append("--run.resume")
-    if short.profile is not None:
-        overrides += ["--run.profile", short.profile]
     return tyro.cli(
         Config,
         default=config,
-        args=overrides,
+        args=[re.sub(r"^--(resume|profile)(?=$|=)", r"--run.\1", arg) for arg in rest],
         prog=f"{os.path.basename(sys.argv[0])} --config {short.config}",
         config=(tyro.conf.AvoidSubcommands,),
     )
@@ -140,12 +125,11 @@ def _written(value: Any, indent: str, sections: set[str]) -> str:
     inner = indent + "    "
     settings = [
         f"{inner}{field.name}={_written(setting, inner, sections)},\n"
-        for field in value.fields()
+        for field in dataclasses.fields(value)
         if (setting := getattr(value, field.name)) != _default(field)
     ]
-    if not settings:
-        return f"{type(value).__name__}()"
-    return f"{type(value).__name__}(\n{''.join(settings)}{indent})"
+    inside = f"\n{''.join(settings)}{indent}" if settings else ""
+    return f"{type(value).__name__}({inside})"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -154,20 +138,15 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory()
 
 
-def flat(config: Config) -> dict[str, Any]:
+def flat(section: Settings, prefix: str = "") -> dict[str, Any]:
     """Every setting by its dotted name, as JSON can hold it; ``type`` names a class."""
-    settings: dict[str, Any] = {}
-
-    def walk(prefix: str, section: Settings) -> None:
-        settings[f"{prefix}type"] = type(section).__name__
-        for field in section.fields():
-            name, value = f"{prefix}{field.name}", getattr(section, field.name)
-            if isinstance(value, Settings):
-                walk(f"{name}.", value)
-            else:
-                settings[name] = list(value) if isinstance(value, tuple) else value
-
-    walk("", config)
+    settings: dict[str, Any] = {f"{prefix}type": type(section).__name__}
+    for field in dataclasses.fields(section):
+        name, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if isinstance(value, Settings):
+            settings |= flat(value, f"{name}.")
+        else:
+            settings[name] = list(value) if isinstance(value, tuple) else value
     return settings
 
 
@@ -177,17 +156,14 @@ def from_flat(settings: Mapping[str, Any]) -> Config:
     Raises:
         UserError: A name or value that is no setting's.
     """
-    config = _from_flat(Config, "", settings)
-    assert isinstance(config, Config)
-    return config
+    return Config(**_settings_of(Config, "", settings))
 
 
-def _from_flat(
+def _settings_of(
     section: type[Settings], prefix: str, settings: Mapping[str, Any]
-) -> Settings:
-    hints = typing.get_type_hints(section)
-    given: dict[str, Any] = {}
-    for field in section.fields():
+) -> dict[str, Any]:
+    hints, values = typing.get_type_hints(section), {}
+    for field in dataclasses.fields(section):
         name = f"{prefix}{field.name}"
         if f"{name}.type" in settings:
             kinds = {
@@ -200,8 +176,9 @@ def _from_flat(
                 raise UserError(
                     f"{name} must be {' or '.join(kinds)}, got {checks.shown(kind)}."
                 )
-            given[field.name] = _from_flat(kinds[kind], f"{name}.", settings)
+            inner = _settings_of(kinds[kind], f"{name}.", settings)
+            values[field.name] = kinds[kind](**inner)
         elif name in settings:
             value = settings[name]
-            given[field.name] = tuple(value) if isinstance(value, list) else value
-    return section(**given)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return values

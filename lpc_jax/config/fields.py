@@ -10,41 +10,39 @@ import re
 import typing
 from typing import Annotated, Literal
 
-from lpc_jax.config import checks
 from lpc_jax.config.checks import (
+    Bound,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Settings,
+    at_least,
 )
 from lpc_jax.config.losses import Loss
-from lpc_jax.errors import UserError
 
-NumCodes = Annotated[
-    int, checks.at_least(2, "Use latent=None for a run without codes.")
-]
-FolderName = Annotated[
-    str,
-    checks.Bound(
-        lambda x: (
-            x not in ("", ".", "..")
-            and os.path.basename(x) == x
-            and x.isprintable()
-            and len(x.encode()) <= 255  # what the file systems of Linux and macOS take
-        ),
-        "must be a plain folder name, printable and of at most 255 bytes",
-    ),
-]
+
+def _names_folder(text: str) -> bool:
+    """Of at most 255 bytes, as the file systems of Linux and macOS take."""
+    plain = text not in ("", ".", "..") and os.path.basename(text) == text
+    return plain and text.isprintable() and len(text.encode()) <= 255
+
+
+_FOLDER = "must be a plain folder name, printable and of at most 255 bytes"
+FolderName = Annotated[str, Bound(_names_folder, _FOLDER)]
+NumCodes = Annotated[int, at_least(2, "Use latent=None for a run without codes.")]
 PosteriorInput = Literal["concat", "difference", "mean_difference", "both", "all"]
 Matrix = Literal["query", "key", "value", "output", "gate", "up", "down"]
 Truncation = Literal["drop", "cut_prompt", "cut_prompt_then_answer"]
 Best = Literal["loss/preference", "loss/total", "reward/accuracy", "reward/margin"]
-Fraction = Annotated[float, checks.Bound(lambda x: 0 <= x <= 1, "must lie in [0, 1]")]
-Address = Annotated[
-    str, checks.Bound(re.compile(r".+:\d+").fullmatch, "must be host:port")
-]
-Axis = Annotated[int, checks.Bound(lambda x: x == -1 or x > 0, "must be -1 or above 0")]
+Fraction = Annotated[float, Bound(lambda x: 0 <= x <= 1, "must lie in [0, 1]")]
+Address = Annotated[str, Bound(re.compile(r".+:\d+").fullmatch, "must be host:port")]
+Axis = Annotated[int, Bound(lambda x: x == -1 or x > 0, "must be -1 or above 0")]
+_ONCE = Bound(
+    lambda x: 0 < len(x) == len(set(x)),
+    "must name at least one matrix, each once",
+    "Use adapters=None for full fine-tuning.",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,39 +61,28 @@ class Model(Settings):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products; masters stay float32. auto: bfloat16, on CPU float32."""
     attention: str = "auto"
-    """Attention backend: xla holds a row's scores under a mask; blocks walks them a
-    block at a time and skips what is masked, as does splash, a kernel for TPUs; cudnn,
-    a kernel for GPUs that needs bfloat16, holds no scores and skips nothing. auto:
-    blocks on CPU, splash on TPU if 128 divides the row length, else xla."""
+    """Backend: xla holds a row's scores under a mask; blocks and splash (a kernel for
+    TPUs) skip masked blocks; cudnn (for GPUs, in bfloat16) holds no scores and skips
+    nothing. auto: blocks on CPU, splash on TPU if 128 divides row lengths, else xla."""
     remat: Literal["none", "dots", "offload", "block"] = "block"
     """What the backward pass recomputes: nothing; all but matrix products; likewise,
     their results waiting in the host's memory; or each decoder block."""
     score_chunk: PositiveInt | None = None
-    """Scored positions of a row that meet the LM head at a time; those that are all
-    padding are left out. None: 128 on CPU, 512 on accelerators."""
+    """Scored positions of a row per pass of the LM head. None: 128 on CPU, else 512."""
     states_cache: str = ".cache/states"
     """Folder where the hidden states of pairs are kept under decoder = "frozen"."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapters(Settings):
-    """Low-rank adapters (Hu et al. 2021), trained over a decoder that is frozen in the
-    compute dtype; the latent is trained in full."""
+    """Low-rank adapters (Hu et al. 2021) of a decoder frozen in the compute dtype."""
 
     rank: PositiveInt = 16
     """Inner width r of each adapter."""
     alpha: PositiveFloat = 32.0
     """An adapter's product is scaled by alpha / rank."""
-    targets: tuple[Matrix, ...] = typing.get_args(Matrix)
+    targets: Annotated[tuple[Matrix, ...], _ONCE] = typing.get_args(Matrix)
     """The matrices of each block that get one."""
-
-    def _check(self) -> None:
-        self._require(
-            len(self.targets) > 0 and len(set(self.targets)) == len(self.targets),
-            "targets",
-            "must name at least one matrix, each once",
-            "Use adapters=None for full fine-tuning.",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,12 +114,10 @@ class Latent(Settings):
     side (the paper); chosen minus rejected, of the last states, of the means over each
     answer's states, or of both; or all: these two and the prompt's last state."""
     posterior_start: Literal["random", "clusters"] = "clusters"
-    """A random network, as the paper's, or one that tells clusters of some training
-    pairs apart, one a code, before the first update."""
+    """A random network (the paper), or one fitted to clusters of pairs, one a code."""
     pool: Literal["pair", "user"] = "pair"
-    """Whose judgements a pair's posterior is of: its own (the paper), or those of the
-    step's other pairs of the same user (data.user), so that codes learn what a user
-    wants whom no prompt tells."""
+    """Whose judgements a posterior reads: the pair's own (the paper), or those of its
+    user's other pairs in the step (data.user), to learn wants that no prompt tells."""
     effect: NonNegativeFloat = 0.1
     """What a code does to the logits at the start: root mean square over the
     vocabulary, in nats, whatever the model's width; 0 is the plain policy."""
@@ -144,14 +129,12 @@ class Latent(Settings):
     learning_rate: NonNegativeFloat = 1e-3
     """Peak learning rate of prior and posterior."""
     codebook_rate: NonNegativeFloat = 1e-3
-    """Peak rate of the codebook: how much one update changes what a code does to the
-    logits, root mean square over the vocabulary, in nats."""
+    """Peak rate of the codebook: what an update changes of a code's effect, in nats."""
 
     def _check(self) -> None:
         self._require(
             self.temperature_schedule != "constant"
-            or self.final_temperature == self.temperature
-            or self.final_temperature == type(self).final_temperature,
+            or self.final_temperature in (self.temperature, Latent.final_temperature),
             "final_temperature",
             "is not used by temperature_schedule='constant'",
             "Choose 'linear' or 'exponential', or leave it out.",
@@ -181,9 +164,8 @@ class Data(Settings):
     max_prompt_length: PositiveInt = 512
     """Most prompt tokens once truncation touches a pair."""
     truncation: Truncation = "cut_prompt_then_answer"
-    """For a pair over max_length: drop it; cut its prompt's start to
-    max_prompt_length and drop it if still too long; or after that cut the answers'
-    ends, which then have no end-of-sequence token."""
+    """Pairs over max_length: drop; or cut the prompt's start to max_prompt_length, then
+    drop; or then cut the answers' ends, which lose their end-of-sequence token."""
     prefix_mismatch: Literal["cut", "error"] = "cut"
     """Where the prompt's tokens are no prefix of the whole: cut to those, or stop."""
 
@@ -248,8 +230,7 @@ class Training(Settings):
     eval_every: PositiveInt | None = None
     """Steps between evaluations on the held-out pairs; None: start and end only."""
     samples: NonNegativeInt | None = None
-    """Held-out prompts, of all sources, that are answered at each evaluation; None: 16
-    where there are held-out pairs."""
+    """Held-out prompts answered at each evaluation; None: 16 if data.eval is given."""
     sample_tokens: PositiveInt = 128
     """Most tokens of such an answer."""
     best: Best = "loss/preference"
@@ -356,27 +337,28 @@ class Config(Settings, section=""):
     run: Run = dataclasses.field(default_factory=Run)
 
     def _check(self) -> None:
-        if self.decoder == "frozen" and (self.adapters or self.latent is None):
-            clash = "adapters=Adapters" if self.adapters else "latent=None"
-            remedy = "Leave the adapters out" if self.adapters else "Give it a latent"
-            raise UserError(
-                f"decoder must be 'trained' with {clash}, got 'frozen', which trains"
-                f" the latent alone. {remedy}, or train the decoder."
-            )
+        clash = "adapters=Adapters" if self.adapters else "latent=None"
+        remedy = "Leave the adapters out" if self.adapters else "Give it a latent"
+        self._require(
+            self.decoder == "trained" or (self.latent and not self.adapters),
+            "decoder",
+            f"must be 'trained' with {clash}",
+            f"Frozen, the latent alone is trained. {remedy}, or train the decoder.",
+        )
         for name in ("data.eval_limit", "training.eval_every", "training.samples"):
-            if self.data.eval is None:
-                remedy = "Name held-out pairs, or leave it out."
-                self._refuse_useless(name, "without data.eval", remedy)
-        if not self.loss.needs_reference:
-            without = f"on {type(self.loss).__name__}, which has no reference"
-            self._refuse_useless("reference.path", without, "Leave it out.")
-
-    def _refuse_useless(self, name: str, where: str, remedy: str) -> None:
-        value = operator.attrgetter(name)(self)
-        if value not in (None, 0):
-            raise UserError(
-                f"{name} has no effect {where}, expected None, got {value!r}. {remedy}"
+            self._require(
+                self.data.eval is not None or not operator.attrgetter(name)(self),
+                name,
+                "has no effect without data.eval, expected None",
+                "Name held-out pairs, or leave it out.",
             )
+        self._require(
+            self.loss.needs_reference or self.reference.path is None,
+            "reference.path",
+            f"has no effect on {type(self.loss).__name__}, which has no reference,"
+            " expected None",
+            "Leave it out.",
+        )
 
     @property
     def trains_decoder(self) -> bool:

@@ -21,7 +21,8 @@ class Loss(Settings, section="loss."):
 
     needs_reference: ClassVar[bool] = True
     """Whether it reads log-probabilities of a reference."""
-    _kinds: ClassVar[tuple[type[Loss], ...]] = ()
+    kinds: ClassVar[tuple[type[Loss], ...]] = ()
+    """Of ``Loss``, every loss there is; of a loss, itself."""
 
     beta: PositiveFloat = 0.1
     """Strength of the pull to the reference."""
@@ -30,12 +31,8 @@ class Loss(Settings, section="loss."):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__(section=Loss.section)
-        Loss._kinds += (cls,)
-
-    @classmethod
-    def kinds(cls) -> tuple[type[Loss], ...]:
-        """Every loss there is, or the loss itself."""
-        return Loss._kinds if cls is Loss else (cls,)
+        cls.kinds = (cls,)
+        Loss.kinds += cls.kinds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +80,5 @@ class Simpo(Loss):
     @property
     def target_margin(self) -> float:
         """The resolved gamma."""
-        if self.gamma is not None:
-            return self.gamma
-        assert self.gamma_beta_ratio is not None
-        return self.gamma_beta_ratio * self.beta
+        ratio = self.gamma_beta_ratio or 0.0
+        return ratio * self.beta if self.gamma is None else self.gamma

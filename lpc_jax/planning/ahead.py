@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from lpc_jax.models.architectures import Architecture
 from lpc_jax.planning.arithmetic import Pair
 from lpc_jax.runtime import compute, policy, programs
 from lpc_jax.runtime.policy import Policy
+from lpc_jax.training import memory, step
 from lpc_jax.training import optimizer as optimizers
-from lpc_jax.training import step
 from lpc_jax.types import Batch
 
 # Updates in the run; its value changes no program's size.
@@ -39,16 +38,11 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class TooLargeError(Exception):
-    """A program that alone is larger than a chip's memory."""
-
-    def __init__(self, program: str, used: int | None):
-        super().__init__(program)
-        self.program, self.used = program, used
+    """A program that alone is larger than a chip's memory, in words."""
 
 
-def find_architecture(config: cfg.Config) -> Architecture:
+def find_architecture(path: str) -> Architecture:
     """The architecture of ``model.path``; ``UserError`` for an unknown hub id."""
-    path = config.model.path
     if not sources.is_hub_id(path):
         file = weights.find(path, setting="model.path", revision=None)
         return weights.read_architecture(file)
@@ -74,19 +68,18 @@ def devices(topology: str) -> tuple[Any, ...]:
     return tuple(topologies.get_topology_desc(**options).devices)
 
 
-def timed(name: str, lower: Callable[[], Any], seconds: dict[str, float]) -> Any:
-    """A compiled program, its time noted, or ``TooLargeError`` if it is too large."""
-    begun = time.perf_counter()
+def compiled(name: str, lowered: Any) -> Any:
+    """A program compiled, or ``TooLargeError``."""
     try:
-        program = lower().compile()
+        return lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         if _TOO_LARGE not in str(e):
             raise
-        used = _USED.search(str(e))
-        size = round(float(used.group(1)) * _UNITS[used.group(2)]) if used else None
-        raise TooLargeError(name, size) from e
-    seconds[name] = time.perf_counter() - begun
-    return program
+        text = f"{name} is larger than the memory of a chip"
+        if used := _USED.search(str(e)):
+            size = memory.size(round(float(used[1]) * _UNITS[used[2]]))
+            text += f": it would use {size} a chip"
+        raise TooLargeError(text) from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,47 +88,38 @@ class Ahead:
 
     config: cfg.Config
     policy: Policy
-    pair: Pair
     programs: step.Programs
     state: Any
     batch: Batch
-
-    @property
-    def given(self) -> tuple[Any, ...]:
-        """Arguments of ``programs.gradients``."""
-        state = self.state
-        return state.params, self.policy.frozen, self.batch, state.key, state.step
 
 
 def abstract(
     config: cfg.Config, architecture: Architecture, pair: Pair, mesh: Mesh
 ) -> Ahead:
     """A run's programs and abstract arguments on a mesh of devices elsewhere."""
-    of_run = policy.abstract(
+    of_run = _policy(config, architecture, mesh)
+    optimizer = optimizers.build(config, of_run.params, _STEPS)
+    layout = step.state_shardings(of_run.params, optimizer, mesh)
+    chunk = of_run.compute.score_chunk
+    return Ahead(
+        config,
+        of_run,
+        step.build(config, of_run.graph, layout, optimizer, _STEPS, chunk=chunk),
+        step.abstract_state(of_run.params, optimizer, layout),
+        sharding.abstract_batch(_batch(config, of_run, pair), mesh),
+    )
+
+
+def _policy(config: cfg.Config, architecture: Architecture, mesh: Mesh) -> Policy:
+    row_length, platform = config.packing.row_length, sharding.platform(mesh)
+    return policy.abstract(
         architecture,
-        compute.resolve(
-            config.model,
-            row_length=config.packing.row_length,
-            platform=sharding.platform(mesh),
-        ),
+        compute.resolve(config.model, row_length=row_length, platform=platform),
         latent=config.latent,
         adapters=config.adapters,
         train_decoder=config.trains_decoder,
         mesh=mesh,
         path=Path(config.model.path),
-    )
-    optimizer = optimizers.build(config, of_run.params, _STEPS)
-    layout = step.state_shardings(of_run.params, optimizer, mesh)
-    chunk = of_run.compute.score_chunk
-    return Ahead(
-        config=config,
-        policy=of_run,
-        pair=pair,
-        programs=step.build(
-            config, of_run.graph, layout, optimizer, _STEPS, chunk=chunk
-        ),
-        state=step.abstract_state(of_run.params, optimizer, layout),
-        batch=sharding.abstract_batch(_batch(config, of_run, pair), mesh),
     )
 
 
@@ -151,46 +135,35 @@ def _batch(config: cfg.Config, of_run: Policy, pair: Pair) -> Batch:
         pairs_per_row=packed.pairs_per_row,
         score_chunk=of_run.compute.score_chunk,
     )
+    reference = config.loss.needs_reference
     return packing.empty_batch(
-        shape,
-        packed.row_length,
-        with_reference=config.loss.needs_reference,
-        states=states,
+        shape, packed.row_length, with_reference=reference, states=states
     )
 
 
-def jobs(run: Ahead, *, several: bool) -> dict[str, Callable[[], Any]]:
-    """Lowerings by program, gradients first; ``several`` micro-batches need ``add``."""
-    state, programs = run.state, run.programs
+def lowered(run: Ahead, *, several: bool) -> Iterator[tuple[str, Any]]:
+    """Programs to compile, by name; ``several`` micro-batches need ``add``."""
+    state, frozen = run.state, run.policy.frozen
+    arguments = (state.params, frozen, run.batch, state.key, state.step)
+    yield "gradients", run.programs.gradients.lower(*arguments)
     pairs = jax.ShapeDtypeStruct((), jnp.int32)
-    made: dict[str, Callable[[], Any]] = {
-        "gradients": lambda: programs.gradients.lower(*run.given),
-        "update": lambda: programs.update.lower(
-            state, state.params, pairs, run.policy.frozen
-        ),
-    }
+    yield "update", run.programs.update.lower(state, state.params, pairs, frozen)
     if several:
+        where = state.step.sharding
         sums = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(
-                s.shape, s.dtype, sharding=state.step.sharding
-            ),
-            jax.eval_shape(programs.gradients, *run.given)[1],
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
+            jax.eval_shape(run.programs.gradients, *arguments)[1],
         )
         term = (state.params, sums)
-        made["add"] = lambda: programs.add.lower(term, term)
+        yield "add", run.programs.add.lower(term, term)
     if run.config.loss.needs_reference:
-        made["reference"] = lambda: _lower_reference(run)
-    return made
+        yield "reference", _lowered_reference(run)
 
 
-def _lower_reference(run: Ahead) -> Any:
-    config, of_run = run.config, run.policy
-    if config.reference.path is not None:
-        model = dataclasses.replace(config.model, path=config.reference.path)
-        other = find_architecture(dataclasses.replace(config, model=model))
-        if other != of_run.architecture:
-            alone = dataclasses.replace(config, latent=None, adapters=None)
-            of_run = abstract(alone, other, run.pair, of_run.mesh).policy
+def _lowered_reference(run: Ahead) -> Any:
+    path, of_run = run.config.reference.path, run.policy
+    if path is not None:
+        of_run = _policy(run.config, find_architecture(path), of_run.mesh)
     plain = of_run.plain()
     unscored = dataclasses.replace(run.batch, reference_logp=None)
     score: Any = programs.score(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 
@@ -56,9 +55,6 @@ CHIPS = {
         Chip("h200", "gpu", 141 * 10**9, 989e12, 4800e9, 450e9),
     )
 }
-# As Google's accelerator types spell it.
-_ALIASES = {"v5litepod": "v5e"}
-_TPUS = [chip.name for chip in CHIPS.values() if chip.platform == "tpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Slice:
 
     chip: Chip
     count: int
-    topology: str | None  # as the TPU compiler knows it (``v5e:8x8``); None for GPUs
+    topology: str | None = None  # as the TPU compiler knows it (``v5e:8x8``)
 
     @property
     def name(self) -> str:
@@ -90,56 +86,34 @@ def named(*, topology: str | None, devices: str | None) -> Slice:
 
 def parse_topology(text: str) -> Slice:
     """The slice of ``--topology`` (``v5e:8x8``, ``v5p-8``), or ``UserError``."""
-    matched = re.fullmatch(r"(?:tpu:)?([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text)
-    if not matched:
-        raise UserError(
-            "--topology must be a chip and its layout such as v5e:8x8 or v5p:2x2x1, or"
-            f" a name such as v5p-8, got {text!r}.{_near(text)}"
-        )
-    name, number, layout = matched.groups()
-    chip = CHIPS.get(_ALIASES.get(name, name))
-    if chip is None or chip.platform != "tpu":
-        hint = " For GPUs use --devices." if chip is not None else _near(name)
-        raise UserError(
-            f"--topology: the chip must be one of {', '.join(_TPUS)}, got {name!r} in"
-            f" {text!r}.{hint}"
-        )
-    counts = {known: math.prod(map(int, known.split("x"))) for known in chip.layouts}
-    names = {chip.cores_in_name * n: known for known, n in counts.items()}
-    if number and int(number) not in names:
-        listed = ", ".join(f"{chip.name}-{n}" for n in names)
-        raise UserError(
-            f"--topology: a {chip.name} slice must be one of {listed},"
-            f" got {text!r}. Use one of these, or name a layout such as"
-            f" {chip.name}:{chip.layouts[0]}."
-        )
-    layout = layout or names[int(number)]
-    if layout not in counts:
-        listed = ", ".join(f"{chip.name}:{known}" for known in counts)
-        raise UserError(
-            f"--topology: the layout of a {chip.name} slice must be one of {listed},"
-            f" got {text!r}. Use one of these."
-        )
-    return Slice(chip, counts[layout], f"{chip.name}:{layout}")
+    # As Google's accelerator types spell it.
+    name = text.removeprefix("tpu:").replace("v5litepod", "v5e")
+    kind = re.split("[:-]", name)[0]
+    slices: dict[tuple[str, str], Slice] = {}
+    for layout in CHIPS[kind].layouts if kind in CHIPS else ():
+        count, topology = math.prod(map(int, layout.split("x"))), f"{kind}:{layout}"
+        by_number = f"{kind}-{count * CHIPS[kind].cores_in_name}"
+        slices[topology, by_number] = Slice(CHIPS[kind], count, topology)
+    for names, known_slice in slices.items():
+        if name in names:
+            return known_slice
+    known = ", ".join(f"{topology} ({number})" for topology, number in slices)
+    expected = f"one of {known}" if known else "a TPU slice: v5e:8x8, v5p-8, v6e-8"
+    raise UserError(
+        f"--topology must be {expected}, got {text!r}. Use such a slice; GPUs have"
+        " --devices."
+    )
 
 
 def parse_devices(text: str) -> Slice:
     """The chips of ``--devices`` (``gpu:8xh100``, ``tpu:4xv5p``), or ``UserError``."""
     matched = re.fullmatch(r"(?:(gpu|tpu):)?([1-9]\d*)x([a-z0-9]+)", text)
     platform, count, name = matched.groups() if matched else (None, "", "")
-    chip = CHIPS.get(_ALIASES.get(name, name))
+    chip = CHIPS.get(name.replace("v5litepod", "v5e"))
     if chip is None or platform not in (None, chip.platform):
         known = ", ".join(f"{c.platform}:8x{c.name}" for c in CHIPS.values())
         raise UserError(
             f"--devices must be a number of chips such as {known}, got {text!r}."
             " Use one of these kinds."
         )
-    return Slice(chip, int(count), None)
-
-
-def _near(text: str) -> str:
-    """A hint: the nearest chip's name; a slice of it where the chip alone was named."""
-    if text in _TPUS:
-        return f" Did you mean {text}-{64 * CHIPS[text].cores_in_name}?"
-    near = difflib.get_close_matches(re.split("[:-]", text)[0], _TPUS, n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else f" There are {', '.join(_TPUS)}."
+    return Slice(chip, int(count))

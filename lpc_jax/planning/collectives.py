@@ -21,9 +21,8 @@ _SCATTERING_FUSION = "all-reduce-scatter"
 # with it, and where it is done.
 _CONTINUED_FUSION = "async_collective_fusion"
 _DONE_FUSION = "async-collective-done"
-_BITS = {"pred": 8, "s4": 4, "u4": 4}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COMPUTATION = re.compile(r"^(?:(ENTRY) )?%?([\w.\-]+) \(.*\{$")
 # Layouts hold brackets of their own, T(8,128): operands end where attributes begin.
 _INSTRUCTION = re.compile(
     r"^ +(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)(\((.*?)\)(?:, [a-z_\-]+=.*|$))"
@@ -47,10 +46,8 @@ class Shape:
     @property
     def bytes(self) -> int:
         """Size without padding."""
-        bits = _BITS.get(self.dtype)
-        if bits is None:
-            number = re.search(r"\d+", self.dtype)
-            bits = int(number.group()) if number else 0  # a token has none
+        digits = re.search(r"\d+", self.dtype)
+        bits = 8 if self.dtype == "pred" else int(digits[0]) if digits else 0  # a token
         return math.prod(self.sizes) * bits // 8
 
 
@@ -65,7 +62,6 @@ class Collective:
     # False if a loop around it has a length that only the data knows; that loop then
     # counts once.
     exact: bool
-    source: str  # the operation in the program that it stems from, as JAX named it
 
     @property
     def sent(self) -> int:
@@ -75,8 +71,7 @@ class Collective:
         or n - 1 parts of the sum (reduce-scatter). An all-reduce is both (Patarasuk &
         Yuan 2009).
         """
-        others = self.group - 1
-        size = sum(shape.bytes for shape in self.results)
+        size, others = sum(shape.bytes for shape in self.results), self.group - 1
         of_one = {
             "all-gather": size * others // self.group,
             "all-to-all": size * others // self.group,
@@ -94,25 +89,26 @@ class _Instruction:
     opcode: str
     operands: tuple[str, ...]
     text: str  # what follows the opcode
-    root: bool
+    is_root: bool
 
     @property
     def index(self) -> int | None:
         """The place of a tuple's element."""
-        place = re.search(r"index=(\d+)", self.text)
-        is_element = self.opcode == "get-tuple-element"
-        return int(place.group(1)) if is_element and place else None
+        return self._number("get-tuple-element", r"index=(\d+)")
 
     @property
     def constant(self) -> int | None:
-        value = re.match(r"\((-?\d+)\)", self.text)
-        return int(value.group(1)) if self.opcode == "constant" and value else None
+        return self._number("constant", r"^\((-?\d+)\)")
+
+    def _number(self, opcode: str, pattern: str) -> int | None:
+        number = re.search(pattern, self.text) if self.opcode == opcode else None
+        return int(number[1]) if number else None
 
 
 class _Computation(dict[str, _Instruction]):
     @property
     def root(self) -> _Instruction:
-        return next(i for i in self.values() if i.root)
+        return next(i for i in self.values() if i.is_root)
 
     def origin(self, name: str) -> _Instruction:
         """The instruction whose value a name hands on."""
@@ -123,60 +119,53 @@ class _Computation(dict[str, _Instruction]):
 
 def read(text: str) -> list[Collective]:
     """All collectives of a program, from ``compiled.as_text()``."""
-    computations, entry = _parse(text)
     partitions = re.search(r"num_partitions=(\d+)", text)
-    devices = int(partitions.group(1)) if partitions else 1
-    return list(_walk(computations, entry, 1, True, devices))
+    devices = int(partitions[1]) if partitions else 1
+    return list(_within(_parse(text), "ENTRY", devices))
 
 
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+def _parse(text: str) -> dict[str, _Computation]:
     computations: dict[str, _Computation] = {}
-    entry, current = None, _Computation()
+    current = _Computation()
     for line in text.splitlines():
         if opened := _COMPUTATION.match(line):
-            current = computations[opened.group(2)] = _Computation()
-            entry = opened.group(2) if opened.group(1) else entry
+            current = computations[opened[1] or opened[2]] = _Computation()
         elif matched := _INSTRUCTION.match(line):
-            root, name, shape, opcode, text, given = matched.groups()
-            operands = re.findall(r"%([\w.\-]+)", given)
+            root, name, shape, opcode, rest, arguments = matched.groups()
+            operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
             current[name] = _Instruction(
-                name, shape, opcode, tuple(operands), text, bool(root)
+                name, shape, opcode, operands, rest, bool(root)
             )
         elif re.match(r" +(ROOT )?%", line):
             raise ValueError(f"an HLO instruction must have operands, got {line!r}")
-    if entry is None:
-        raise ValueError(
-            "a compiled program's text must hold an ENTRY computation, got"
-            f" {text[:40]!r}. Use compiled.as_text()."
-        )
-    return computations, entry
+    return computations
 
 
-def _walk(
-    computations: Mapping[str, _Computation],
-    name: str,
-    times: int,
-    exact: bool,
-    devices: int,
+def _within(
+    computations: Mapping[str, _Computation], name: str, devices: int
 ) -> Iterator[Collective]:
+    """Collectives of a computation that runs once, and of those that it calls."""
     for instruction in computations[name].values():
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            yield _collective(instruction, kind, times, exact, devices)
+            group = _group(instruction.text, devices)
+            yield Collective(kind, _results(instruction), group, times=1, exact=True)
             continue
-        inner, inner_exact = times, exact
+        trips: int | None = 1
         if instruction.opcode == "while":
             trips = _trips(computations, computations[name], instruction)
-            inner, inner_exact = times * (trips or 1), exact and trips is not None
         for called in _called(instruction):
-            for collective in _walk(computations, called, inner, inner_exact, devices):
-                if called.startswith(_SCATTERING_FUSION):  # each keeps a part
-                    kept = _shapes(instruction.shape)
-                    yield dataclasses.replace(
-                        collective, kind="reduce-scatter", results=kept
+            for collective in _within(computations, called, devices):
+                if called.startswith(_SCATTERING_FUSION):
+                    part = _shapes(instruction.shape)
+                    collective = dataclasses.replace(
+                        collective, kind="reduce-scatter", results=part
                     )
-                else:
-                    yield collective
+                yield dataclasses.replace(
+                    collective,
+                    times=collective.times * (trips or 1),
+                    exact=collective.exact and trips is not None,
+                )
 
 
 def _called(instruction: _Instruction) -> list[str]:
@@ -191,17 +180,13 @@ def _called(instruction: _Instruction) -> list[str]:
     return [name for name in names if not name.startswith(_CONTINUED_FUSION)]
 
 
-def _collective(
-    instruction: _Instruction, kind: str, times: int, exact: bool, devices: int
-) -> Collective:
-    shapes, text = _shapes(instruction.shape), instruction.text
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+def _results(collective: _Instruction) -> tuple[Shape, ...]:
+    shapes, opcode = _shapes(collective.shape), collective.opcode
+    if opcode.endswith("-start") and opcode != "all-reduce-start":
         # (operands, results, what the hardware keeps beside them)
-        count = len(instruction.operands)
-        shapes = shapes[count : 2 * count]
-    source = re.search(r'op_name="([^"]*)"', text)
-    name = source.group(1) if source else ""
-    return Collective(kind, shapes, _group(text, devices), times, exact, name)
+        count = len(collective.operands)
+        return shapes[count : 2 * count]
+    return shapes
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
@@ -214,12 +199,12 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 def _group(text: str, devices: int) -> int:
     """Devices in a group; HLO writes groups in three ways."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return listed.group(1).count(",") + 1
+        return listed[1].count(",") + 1
     if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]<=", text):
-        return int(tiled.group(1))
+        return int(tiled[1])
     if by_axis := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'([\w:()]+)'=(\d+)", by_axis.group(1)))
-        names = re.findall(r"'([\w]+)(?::\(\d+\)(\d+))?'", by_axis.group(2))
+        sizes = dict(re.findall(r"'([\w:()]+)'=(\d+)", by_axis[1]))
+        names = re.findall(r"'([\w]+)(?::\(\d+\)(\d+))?'", by_axis[2])
         return math.prod(int(part or sizes[name]) for name, part in names)
     return devices
 
@@ -229,35 +214,34 @@ def _trips(
 ) -> int | None:
     """How often a loop runs; None unless its bounds are constants."""
     if known := _KNOWN_TRIPS.search(loop.text):
-        return int(known.group(1))
+        return int(known[1])
     # The TPU's text has no trip count. As the compiler does, look for a counter that
     # starts at a constant, grows by a constant, and is compared with a constant.
     called = dict(_CALLED.findall(loop.text))
     body, condition = (
         computations[called[name].lstrip("%")] for name in ("body", "condition")
     )
-    initial = caller[loop.operands[0]]
+    initial, after = caller[loop.operands[0]], body.root
     condition, test = _unfused(computations, condition, condition.root)
     if test.opcode != "compare" or "direction=LT" not in test.text:
         return None
     counter, bound = (condition.origin(name) for name in test.operands)
-    if (
-        counter.index is None
-        or initial.opcode != "tuple"
-        or body.root.opcode != "tuple"
-    ):
+    if counter.index is None or {initial.opcode, after.opcode} != {"tuple"}:
         return None
-    first = caller.origin(initial.operands[counter.index]).constant
-    last = bound.constant
-    if bound.index is not None:  # carried by the loop, unchanged
-        last = caller.origin(initial.operands[bound.index]).constant
-    grown = body.origin(body.root.operands[counter.index])
+
+    def at_first(value: _Instruction) -> int | None:
+        if value.index is not None:  # carried by the loop
+            value = caller.origin(initial.operands[value.index])
+        return value.constant
+
+    first, last = at_first(counter), at_first(bound)
+    grown = body.origin(after.operands[counter.index])
     body, added = _unfused(computations, body, grown)
     if added.opcode != "add" or first is None or last is None:
         return None
     steps = [body.origin(name).constant for name in added.operands]
-    step = next((step for step in steps if step is not None), 0)
-    return max(0, -(-(last - first) // step)) if step else None
+    step = next(filter(None, steps), None)
+    return step and max(0, -(-(last - first) // step))
 
 
 def _unfused(

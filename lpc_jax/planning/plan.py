@@ -7,8 +7,10 @@ are arithmetic. All pairs are taken to be of one length.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +23,7 @@ from lpc_jax.models.architectures import Architecture
 from lpc_jax.planning import ahead, arithmetic, collectives
 from lpc_jax.planning.arithmetic import Pair
 from lpc_jax.planning.chips import Slice
-from lpc_jax.runtime import compute, policy
+from lpc_jax.runtime import compute
 from lpc_jax.training import memory
 
 Say = Callable[[str], None]
@@ -39,8 +41,9 @@ class Plan:
     slice: str
     chips: int
     compiled: bool  # else counted by arithmetic
-    versions: dict[str, str]  # of jax and the compiler, if compiled
-    compile_seconds: dict[str, float]  # of each program
+    # If compiled: of jax and the compiler, and of each program.
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     mesh: dict[str, int]
     rows: int  # of a micro-batch
     row_length: int
@@ -53,15 +56,15 @@ class Plan:
     pairs_per_step: int
     micro_batches: float  # of full rows that a step fills; a fraction is a shorter one
     memory: memory.Prediction  # of each chip
-    reference_peak: int  # bytes while the reference is scored; 0 for a loss without
+    reference_peak: int = 0  # bytes while the reference is scored
     sent: dict[str, int]  # bytes that each chip sends in a step, by kind of collective
-    inexact: int  # collectives in loops whose length only the data knows
+    inexact: int = 0  # collectives in loops whose length only the data knows
     model_flops: float  # of a step, over all chips
     hardware_flops: float  # likewise, with what is computed twice
     seconds: dict[str, float]  # the least of compute, memory and interconnect
     peak_flops: float  # of all chips
     changes: tuple[str, ...]  # flags that make it fit
-    notes: tuple[str, ...]  # what else a person should know
+    notes: tuple[str, ...] = ()  # what else a person should know
 
     @property
     def peak(self) -> int:
@@ -96,36 +99,45 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
+    """A config on a slice, as it is tried."""
+
     config: cfg.Config
     architecture: Architecture
     slice: Slice
     pair: Pair
-    sizes: dict[str, int]  # parameters of each part
-    devices: tuple[Any, ...]  # empty where nothing is compiled
+    devices: tuple[Any, ...] = ()  # empty where nothing is compiled
+    flags: dict[str, str] = dataclasses.field(default_factory=dict)  # what was changed
 
-    @property
-    def platform(self) -> str:
-        return self.slice.chip.platform
+    def changed(self, section: str, **values: Any) -> _Subject:
+        """With other settings, each noted as its flag."""
+        names = {name: f"--{section}.{name.replace('_', '-')}" for name in values}
+        flags = {flag: f"{flag} {values[name]}" for name, flag in names.items()}
+        inner = dataclasses.replace(getattr(self.config, section), **values)
+        config = dataclasses.replace(self.config, **{section: inner})
+        return dataclasses.replace(self, config=config, flags=self.flags | flags)
 
     @property
     def compute(self) -> compute.Compute:
-        return compute.resolve(
-            self.config.model,
-            row_length=self.config.packing.row_length,
-            platform=self.platform,
-        )
+        model, length = self.config.model, self.config.packing.row_length
+        platform = self.slice.chip.platform
+        return compute.resolve(model, row_length=length, platform=platform)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Of each part."""
+        return arithmetic.parameters(self.config, self.architecture)
 
     @property
     def trained(self) -> int:
-        frozen = () if self.config.trains_decoder else ("decoder",)
-        return sum(n for part, n in self.sizes.items() if part not in frozen)
+        """Parameters that are updated."""
+        parts = self.parameters
+        frozen = 0 if self.config.trains_decoder else parts["decoder"]
+        return sum(parts.values()) - frozen
 
     @property
     def mesh(self) -> dict[str, int]:
-        wanted, count = self.config.mesh, self.slice.count
-        return sharding.axis_sizes(
-            data=wanted.data, fsdp=wanted.fsdp, tensor=wanted.tensor, devices=count
-        )
+        axes = dataclasses.asdict(self.config.mesh)
+        return sharding.axis_sizes(**axes, devices=self.slice.count)
 
     @property
     def ways(self) -> int:
@@ -136,19 +148,8 @@ class _Subject:
     def micro_batches(self) -> float:
         packed = self.config.packing
         room = packed.rows * packed.row_length
-        by_slots = packed.rows * packed.pairs_per_row
-        return packed.pairs_per_step / min(room / self.pair.tokens, by_slots)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Account:
-    memory: memory.Prediction
-    sent: dict[str, int]
-    reference_peak: int = 0
-    inexact: int = 0
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+        pairs = min(room / self.pair.tokens, packed.rows * packed.pairs_per_row)
+        return packed.pairs_per_step / pairs
 
 
 def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
@@ -156,225 +157,215 @@ def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
 
     ``say`` is told of each attempt. A pair longer than a row is a ``UserError``.
     """
-    architecture = ahead.find_architecture(config)
+    architecture = ahead.find_architecture(config.model.path)
     if pair.tokens > config.packing.row_length:
         raise UserError(
             "a pair's tokens must fit packing.row_length ="
             f" {config.packing.row_length}, got {pair.tokens} of --prompt-tokens"
             f" {pair.prompt} and twice --answer-tokens {pair.answer}. Lower these."
         )
-    subject = _Subject(config, architecture, on, pair, {}, ())
-    # Refuses an attention backend that cannot run there.
-    _, shapes = policy.shapes(
-        architecture, subject.compute, latent=config.latent, adapters=config.adapters
-    )
-    sizes = {
-        part: sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for part, tree in shapes.items()
-    }
-    subject = dataclasses.replace(subject, sizes=sizes)
-    flags: dict[str, str] = {}
+    subject = _Subject(config, architecture, on, pair)
     if short := -config.packing.rows % subject.ways:  # the result doesn't depend on it
-        subject = _change(subject, flags, "packing", rows=config.packing.rows + short)
+        subject = subject.changed("packing", rows=config.packing.rows + short)
     if on.topology is not None:
         subject = dataclasses.replace(subject, devices=ahead.devices(on.topology))
-    return _fitting(subject, flags, say)
+    first = _plan(subject, say)
+    return first if first is not None and first.fits else _fitting(subject, first, say)
 
 
-def _change(
-    subject: _Subject, flags: dict[str, str], section: str, **values: Any
-) -> _Subject:
-    """The subject with other settings, each noted as its flag."""
-    for name, value in values.items():
-        flag = f"--{section}.{name.replace('_', '-')}"
-        flags[flag] = f"{flag} {value}"
-    inner = dataclasses.replace(getattr(subject.config, section), **values)
-    config = dataclasses.replace(subject.config, **{section: inner})
-    return dataclasses.replace(subject, config=config)
-
-
-def _fitting(subject: _Subject, flags: dict[str, str], say: Say) -> Plan:
-    first = _plan(subject, flags, say)
-    if first is not None and first.fits:
-        return first
+def _fitting(subject: _Subject, first: Plan | None, say: Say) -> Plan:
+    """The first plan that fits after changes; else ``first``, with what was tried."""
     tried = []
-    for other, more in _changes(subject):
-        listed = " ".join(more.values())
-        if not _can_fit(other):  # spares a compilation that can only fail
+    for other in _changes(dataclasses.replace(subject, flags={})):
+        listed = " ".join(other.flags.values())
+        least = _memory_by_hand(other)
+        least = dataclasses.replace(least, peak=least.peak - least.temporary)
+        if not least.fits:  # spares a compilation that can only fail
             tried.append(f"{listed} (what stays between programs is too much)")
             continue
         say(f"does not fit; trying {listed}")
-        plan = _plan(other, flags | more, say)
+        flags = subject.flags | other.flags
+        plan = _plan(dataclasses.replace(other, flags=flags), say)
         if plan is not None and plan.fits:
             return plan
         tried.append(listed)
     listed = "; ".join(tried) or "nothing: there is nothing left to lower"
-    notes = (f"it does not fit, and neither did what was tried: {listed}",)
+    notes = [f"it does not fit, and neither did what was tried: {listed}"]
     if first is None:
-        first = _assembled(subject, flags, _by_hand(subject))
-        notes = (*notes, "the compiler gave up: memory here is counted by hand")
+        first = _by_hand(subject)
+        notes.append("the compiler gave up: memory here is counted by hand")
     return dataclasses.replace(first, notes=(*first.notes, *notes))
 
 
-def _can_fit(subject: _Subject) -> bool:
-    """Whether what stays between programs would fit."""
-    kept = _by_hand(subject).memory
-    return dataclasses.replace(kept, peak=kept.peak - kept.temporary).fits
-
-
-def _changes(subject: _Subject) -> Iterator[tuple[_Subject, dict[str, str]]]:
+def _changes(subject: _Subject) -> Iterator[_Subject]:
     """Ways to need less memory, the least change first; they accumulate."""
-    flags: dict[str, str] = {}
     less_kept = {"none": ("dots", "block"), "block": ()}
     for less in less_kept.get(subject.config.model.remat, ("block",)):
-        subject = _change(subject, flags, "model", remat=less)
-        yield subject, dict(flags)
+        yield (subject := subject.changed("model", remat=less))
     while (per_device := subject.config.packing.rows // subject.ways) > 1:
         rows = subject.ways * (per_device // 2)
-        subject = _change(subject, flags, "packing", rows=rows)
-        yield subject, dict(flags)
+        yield (subject := subject.changed("packing", rows=rows))
     longest = 1 + 2 * (subject.config.data.max_length - 1)
-    unit = subject.compute.row_unit
-    shortest = longest + -longest % unit
+    shortest = longest + -longest % subject.compute.row_unit
     if shortest < subject.config.packing.row_length:
-        subject = _change(subject, flags, "packing", row_length=shortest)
-        yield subject, dict(flags)
-    if subject.mesh["data"] > 1:
-        subject = _change(subject, flags, "mesh", data=1, fsdp=-1)
-        subject = _change(subject, flags, "packing", rows=subject.ways)
-        yield subject, dict(flags)
+        yield (subject := subject.changed("packing", row_length=shortest))
+    heads, chips = subject.architecture.kv_heads, subject.slice.count
+    meshes = [{"data": 1}] if subject.mesh["data"] > 1 else []
     for tensor in _TENSOR:
-        if tensor <= subject.mesh["tensor"]:
-            continue
-        split = tensor * subject.mesh["data"]
-        if subject.slice.count % split or subject.architecture.kv_heads % tensor:
-            break
-        subject = _change(subject, flags, "mesh", tensor=tensor, fsdp=-1)
-        subject = _change(subject, flags, "packing", rows=subject.ways)
-        yield subject, dict(flags)
+        if tensor > subject.mesh["tensor"]:
+            if chips % tensor or heads % tensor:
+                break
+            meshes.append({"tensor": tensor})
+    for axis in meshes:
+        subject = subject.changed("mesh", **axis, fsdp=-1)
+        yield (subject := subject.changed("packing", rows=subject.ways))
 
 
-def _plan(subject: _Subject, flags: dict[str, str], say: Say) -> Plan | None:
+def _plan(subject: _Subject, say: Say) -> Plan | None:
     """A plan; None if a program alone is larger than a chip's memory."""
+    if not subject.devices:
+        return _by_hand(subject)
     try:
-        account = _by_compiler(subject, say) if subject.devices else _by_hand(subject)
+        return _by_compiler(subject, say)
     except ahead.TooLargeError as e:
-        used = "" if e.used is None else f": it would use {memory.size(e.used)} a chip"
-        say(f"{e.program} is larger than the memory of a chip{used}")
+        say(str(e))
         return None
-    return _assembled(subject, flags, account)
 
 
-def _by_compiler(subject: _Subject, say: Say) -> _Account:
-    config, seconds, compiled = subject.config, {}, {}
+def _by_compiler(subject: _Subject, say: Say) -> Plan:
+    programs, seconds = {}, {}
     several = subject.micro_batches > 1
     mesh = sharding.make_mesh(**subject.mesh, devices=subject.devices)
+    say(
+        f"compiling the gradients of {subject.config.packing.rows} rows for {mesh.size}"
+    )
     with jax.set_mesh(mesh):
-        run = ahead.abstract(config, subject.architecture, subject.pair, mesh)
-
-        def prediction() -> memory.Prediction:
-            return memory.needed(
-                {name: compiled[name] for name in compiled if name != "reference"},
-                params=run.state.params,
-                frozen=run.policy.frozen,
-                opt_state=run.state.opt_state,
-                several_micro_batches=several,
-                process=0,
-                capacity=subject.slice.chip.memory,
-            )
-
-        say(f"compiling the gradients of {config.packing.rows} rows for {mesh.size}")
-        for name, lower in ahead.jobs(run, several=several).items():
-            compiled[name] = ahead.timed(name, lower, seconds)
-            if name == "gradients" and not prediction().fits:
+        run = ahead.abstract(subject.config, subject.architecture, subject.pair, mesh)
+        needed = functools.partial(
+            memory.needed,
+            params=run.state.params,
+            frozen=run.policy.frozen,
+            opt_state=run.state.opt_state,
+            several_micro_batches=several,
+            process=0,
+            capacity=subject.slice.chip.memory,
+        )
+        begun = time.perf_counter()
+        for name, lowered in ahead.lowered(run, several=several):
+            programs[name] = ahead.compiled(name, lowered)
+            seconds[name] = time.perf_counter() - begun
+            if name == "gradients" and not needed(programs).fits:
                 break
-    reference = 0
-    if "reference" in compiled:
-        use = compiled["reference"].memory_analysis()
-        reference = use.argument_size_in_bytes + use.temp_size_in_bytes
-        reference += use.output_size_in_bytes
+            begun = time.perf_counter()
+    reference_peak = 0
+    if reference := programs.pop("reference", None):
+        use = reference.memory_analysis()
+        reference_peak = use.argument_size_in_bytes + use.temp_size_in_bytes
+        reference_peak += use.output_size_in_bytes
     count = math.ceil(subject.micro_batches)
+    runs = {"gradients": count, "add": count - 1, "update": 1}
     sent, inexact = dict.fromkeys(collectives.KINDS, 0), 0
-    for name, runs in {"gradients": count, "add": count - 1, "update": 1}.items():
-        if name not in compiled:
-            continue
-        for collective in collectives.read(compiled[name].as_text()):
-            sent[collective.kind] += collective.sent * runs
+    for name, program in programs.items():
+        for collective in collectives.read(program.as_text()):
+            sent[collective.kind] += collective.sent * runs[name]
             inexact += not collective.exact
-    libraries = ("jax", "jaxlib", "libtpu")
-    versions = {name: importlib.metadata.version(name) for name in libraries}
-    return _Account(prediction(), sent, reference, inexact, versions, seconds)
+    predicted, libraries = needed(programs), ("jax", "jaxlib", "libtpu")
+    return _assembled(
+        subject,
+        predicted,
+        sent,
+        inexact=inexact,
+        reference_peak=reference_peak,
+        versions={name: importlib.metadata.version(name) for name in libraries},
+        compile_seconds=seconds,
+    )
 
 
-def _by_hand(subject: _Subject) -> _Account:
-    """Arithmetic: all is split evenly, only what must be kept and sent counts."""
-    config, mesh, trained = subject.config, subject.mesh, subject.trained
-    of_run = (config, subject.architecture, mesh)
+def _by_hand(subject: _Subject) -> Plan:
+    """Arithmetic: only what must be kept and what FSDP must send counts."""
+    mesh, count = subject.mesh, math.ceil(subject.micro_batches)
+    data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
+    # In a ring each device sends (n - 1) / n of the whole, for an all-reduce twice.
+    weights = arithmetic.weights_read(subject.config, subject.architecture) / tensor
+    gradients = subject.trained / tensor * 4
+    moved = {
+        "all-gather": weights * (fsdp - 1) / fsdp,
+        "reduce-scatter": gradients * (fsdp - 1) / fsdp,
+        "all-reduce": 2 * gradients / fsdp * (data - 1) / data,
+    }
+    sent = {kind: round(count * moved.get(kind, 0)) for kind in collectives.KINDS}
+    notes = []
+    if subject.compute.platform == "gpu" and subject.slice.count > _GPUS_OF_A_MACHINE:
+        notes.append("NVLink is taken to join all; between machines it does not")
+    if tensor > 1:
+        notes.append("what mesh.tensor sends is not counted")
+    return _assembled(subject, _memory_by_hand(subject), sent, notes=tuple(notes))
+
+
+def _memory_by_hand(subject: _Subject) -> memory.Prediction:
+    """All is split evenly over the devices."""
+    mesh, how, trained = subject.mesh, subject.compute, subject.trained
     split = mesh["fsdp"] * mesh["tensor"]
     masters = 4 * trained // split
-    dtype = subject.compute.dtype
-    held = masters + dtype.itemsize * (sum(subject.sizes.values()) - trained) // split
+    untrained = sum(subject.parameters.values()) - trained
+    stored = masters + how.dtype.itemsize * untrained // split
     # Adam's two moments; optimizers with fewer need less.
     optimizer = 2 * masters
     gradients = masters * (2 if subject.micro_batches > 1 else 1)
-    temporary = arithmetic.temporary(*of_run, subject.compute.attention)
-    predicted = memory.Prediction(
+    temporary = arithmetic.temporary(
+        subject.config, subject.architecture, mesh, how.attention
+    )
+    return memory.Prediction(
         parameters=masters,
-        frozen=held - masters,
+        frozen=stored - masters,
         optimizer=optimizer,
         gradients=gradients,
         temporary=temporary,
         process=0,
-        peak=held + optimizer + gradients + temporary,
+        peak=stored + optimizer + gradients + temporary,
         capacity=subject.slice.chip.memory,
     )
-    count = math.ceil(subject.micro_batches)
-    moved = arithmetic.gathered_and_scattered(*of_run, trained)
-    sent = {kind: round(count * moved.get(kind, 0)) for kind in collectives.KINDS}
-    notes = ()
-    if subject.platform == "gpu" and subject.slice.count > _GPUS_OF_A_MACHINE:
-        notes = ("NVLink is taken to join all; between machines it does not",)
-    if mesh["tensor"] > 1:
-        notes = (*notes, "what mesh.tensor sends is not counted")
-    return _Account(predicted, sent, notes=notes)
 
 
-def _assembled(subject: _Subject, flags: dict[str, str], account: _Account) -> Plan:
-    config, chip, count = subject.config, subject.slice.chip, subject.slice.count
-    of_run = (config, subject.architecture)
-    of_pair = arithmetic.flops(*of_run, subject.pair, subject.compute.attention)
-    traffic = arithmetic.least_memory_traffic(
-        *of_run,
-        tensor=subject.mesh["tensor"],
-        micro_batches=math.ceil(subject.micro_batches),
-        trained=account.memory.parameters,
-        optimizer=account.memory.optimizer,
-    )
-    pairs, peak_flops = config.packing.pairs_per_step, chip.flops * count
+def _assembled(
+    subject: _Subject, predicted: memory.Prediction, sent: dict[str, int], **how: Any
+) -> Plan:
+    config, packed, chip = subject.config, subject.config.packing, subject.slice.chip
+    of_run, computed = (config, subject.architecture), subject.compute
+    of_pair = arithmetic.flops(*of_run, subject.pair, computed.attention)
+    model, hardware = (packed.pairs_per_step * flops for flops in of_pair)
+    peak_flops, masters = chip.flops * subject.slice.count, predicted.parameters
+    # Every gradient is written and added. The update reads gradients, and reads and
+    # writes masters and optimizer state.
+    weights = arithmetic.weights_read(*of_run) / subject.mesh["tensor"]
+    traffic = math.ceil(subject.micro_batches) * (weights + 2 * masters)
+    traffic += 3 * masters + 2 * predicted.optimizer
     return Plan(
-        **vars(account),
+        **how,
         config=config.name,
         slice=subject.slice.name,
-        chips=count,
-        compiled=bool(account.versions),
+        chips=subject.slice.count,
+        compiled="versions" in how,
         mesh=subject.mesh,
-        rows=config.packing.rows,
-        row_length=config.packing.row_length,
+        rows=packed.rows,
+        row_length=packed.row_length,
         remat=config.model.remat,
-        attention=subject.compute.attention,
-        compute_dtype=subject.compute.dtype.name,
-        parameters=sum(subject.sizes.values()),
+        attention=computed.attention,
+        compute_dtype=computed.dtype.name,
+        parameters=sum(subject.parameters.values()),
         trained=subject.trained,
         pair=subject.pair,
-        pairs_per_step=pairs,
+        pairs_per_step=packed.pairs_per_step,
         micro_batches=subject.micro_batches,
-        model_flops=of_pair.model * pairs,
-        hardware_flops=of_pair.hardware * pairs,
+        memory=predicted,
+        sent=sent,
+        model_flops=model,
+        hardware_flops=hardware,
         seconds={
-            "compute": of_pair.hardware * pairs / peak_flops,
+            "compute": hardware / peak_flops,
             "memory": traffic / chip.memory_bandwidth,
-            "interconnect": sum(account.sent.values()) / chip.link_bandwidth,
+            "interconnect": sum(sent.values()) / chip.link_bandwidth,
         },
         peak_flops=peak_flops,
-        changes=tuple(flags.values()),
+        changes=tuple(subject.flags.values()),
     )

@@ -23,7 +23,7 @@ def lines(plan: Plan) -> list[str]:
     mesh = " ".join(f"{axis}={ways}" for axis, ways in plan.mesh.items())
     part = plan.trained != plan.parameters
     trained = f", {plan.trained / 1e6:.1f} M trained" if part else ""
-    said = [
+    text = [
         f"plan: {plan.config} on {plan.slice} ({plan.chips} chips), {how}",
         f"model: {plan.parameters / 1e6:.1f} M parameters{trained}, compute"
         f" {plan.compute_dtype}; mesh {mesh}; attention {plan.attention}; remat"
@@ -36,19 +36,19 @@ def lines(plan: Plan) -> list[str]:
         f"memory: {plan.memory.listed}",
     ]
     if plan.reference_peak:
-        said.append(f"memory: {size(plan.reference_peak)} while the reference scores")
-    said.append(
+        text.append(f"memory: {size(plan.reference_peak)} while the reference scores")
+    text.append(
         f"memory: peak {size(plan.peak)} of {size(capacity)}"
         f" ({plan.peak / capacity:.0%}): {'fits' if plan.fits else 'DOES NOT FIT'}"
     )
-    said += _step_lines(plan)
+    text += _step_lines(plan)
     if plan.compile_seconds:
         times = (f"{name} {t:.0f} s" for name, t in plan.compile_seconds.items())
-        said.append(f"compiled in: {', '.join(times)}")
-    said += [f"note: {note}" for note in plan.notes]
+        text.append(f"compiled in: {', '.join(times)}")
+    text += [f"note: {note}" for note in plan.notes]
     if plan.changes:
-        said.append(f"pass: {' '.join(plan.changes)}")
-    return said
+        text.append(f"pass: {' '.join(plan.changes)}")
+    return text
 
 
 def _step_lines(plan: Plan) -> list[str]:

@@ -40,30 +40,34 @@ def test_devices_by_kind_and_number(text, kind, count):
     [
         (
             "v5q:2x2",
-            "--topology: the chip must be one of v5e, v5p, v6e, got 'v5q' in 'v5q:2x2'."
-            " Did you mean v5p?",
+            "--topology must be a TPU slice: v5e:8x8, v5p-8, v6e-8, got 'v5q:2x2'. Use"
+            " such a slice; GPUs have --devices.",
         ),
         (
             "h100-8",
-            "--topology: the chip must be one of v5e, v5p, v6e, got 'h100' in"
-            " 'h100-8'. For GPUs use --devices.",
+            "--topology must be a TPU slice: v5e:8x8, v5p-8, v6e-8, got 'h100-8'. Use"
+            " such a slice; GPUs have --devices.",
         ),
         (
             "v5p-7",
-            "--topology: a v5p slice must be one of v5p-8, v5p-16, v5p-32, v5p-64,"
-            " v5p-128, v5p-256, v5p-512, v5p-1024, got 'v5p-7'. Use one of these, or"
-            " name a layout such as v5p:2x2x1.",
+            "--topology must be one of v5p:2x2x1 (v5p-8), v5p:2x2x2 (v5p-16), v5p:2x2x4"
+            " (v5p-32), v5p:2x4x4 (v5p-64), v5p:4x4x4 (v5p-128), v5p:4x4x8 (v5p-256),"
+            " v5p:4x8x8 (v5p-512), v5p:8x8x8 (v5p-1024), got 'v5p-7'. Use such a slice;"
+            " GPUs have --devices.",
         ),
         (
             "v6e:3x3",
-            "--topology: the layout of a v6e slice must be one of v6e:1x1, v6e:2x2,"
-            " v6e:2x4, v6e:4x4, v6e:4x8, v6e:8x8, v6e:8x16, v6e:16x16, got 'v6e:3x3'."
-            " Use one of these.",
+            "--topology must be one of v6e:1x1 (v6e-1), v6e:2x2 (v6e-4), v6e:2x4"
+            " (v6e-8), v6e:4x4 (v6e-16), v6e:4x8 (v6e-32), v6e:8x8 (v6e-64), v6e:8x16"
+            " (v6e-128), v6e:16x16 (v6e-256), got 'v6e:3x3'. Use such a slice; GPUs"
+            " have --devices.",
         ),
         (
             "v5e",
-            "--topology must be a chip and its layout such as v5e:8x8 or v5p:2x2x1, or"
-            " a name such as v5p-8, got 'v5e'. Did you mean v5e-64?",
+            "--topology must be one of v5e:1x1 (v5e-1), v5e:2x2 (v5e-4), v5e:2x4"
+            " (v5e-8), v5e:4x4 (v5e-16), v5e:4x8 (v5e-32), v5e:8x8 (v5e-64), v5e:8x16"
+            " (v5e-128), v5e:16x16 (v5e-256), got 'v5e'. Use such a slice; GPUs have"
+            " --devices.",
         ),
     ],
 )
