@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,20 +38,15 @@ class Completion:
 class Generator:
     """Writes answers to ``batch`` prompts at a time; copies the decoder's layers."""
 
-    def __init__(self, system: Policy, *, batch: int) -> None:
-        self.system, self._batch = system, batch
-        with jax.set_mesh(system.mesh):
-            self._graph, self._params = decode.lay_apart(system.graph, system.params)
-        self.ends = ends.end_tokens(
-            system.tokenizer,
-            system.source.path,
-            vocabulary=system.architecture.vocabulary,
-            name=system.name,
-        )
+    def __init__(self, policy: Policy, *, batch: int) -> None:
+        self.policy, self._batch = policy, batch
+        with jax.set_mesh(policy.mesh):
+            self._graph, self._params = decode.lay_apart(policy.graph, policy.params)
+        self.ends = ends.end_tokens(policy)
 
     def require_room(self, prompts: Sequence[Ids]) -> None:
         """Raises ``UserError`` for a prompt that leaves no room for an answer."""
-        longest = self.system.architecture.context_length - 1
+        longest = self.policy.architecture.context_length - 1
         for number, prompt in enumerate(prompts, start=1):
             if not 0 < len(prompt) <= longest:
                 raise UserError(
@@ -78,99 +74,85 @@ class Generator:
         """
         self.require_room(prompts)
         answers: dict[int, Completion] = {}
+        rows = min(self._batch, len(prompts))
         # Longest first, so that a batch pads little.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for begin in range(0, len(order), self._batch):
-            numbers = order[begin : begin + self._batch]
-            part = {number: prompts[number] for number in numbers}
-            rows = min(self._batch, len(prompts))
-            growing = self._write(part, rows, sampling, steering, stop, seed, _LOOK)
-            for completions in growing:
-                answers |= dict(zip(numbers, completions, strict=True))
+            part = {i: prompts[i] for i in order[begin : begin + self._batch]}
+            for written in self._write(
+                part, rows, _LOOK, sampling, steering, stop=stop, seed=seed
+            ):
+                answers |= written
         return [answers[i] for i in range(len(prompts))]
 
     def stream(
-        self,
-        prompt: Ids,
-        *,
-        sampling: Sampling,
-        steering: Steering,
-        stop: Sequence[str] = (),
-        seed: int = 0,
+        self, prompt: Ids, *, sampling: Sampling, steering: Steering, **options: Any
     ) -> Iterator[Completion]:
-        """The growing answer to one prompt; ``reason`` is empty but for the last."""
+        """The growing answer to one prompt, by the arguments of ``generate``."""
         self.require_room([prompt])
-        growing = self._write({0: prompt}, 1, sampling, steering, stop, seed, 1)
-        for (completion,) in growing:
-            yield completion
+        for written in self._write({0: prompt}, 1, 1, sampling, steering, **options):
+            yield written[0]
 
     def _write(
         self,
         prompts: Mapping[int, Ids],
         rows: int,
+        every: int,
         sampling: Sampling,
         steering: Steering,
-        stop: Sequence[str],
-        seed: int,
-        every: int,
-    ) -> Iterator[list[Completion]]:
+        *,
+        stop: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Iterator[dict[int, Completion]]:
         """Yields a batch's answers after ``every`` tokens, the last time complete."""
-        wanted = sampling.max_new_tokens
-        # A whole batch may write only as much as its longest prompt leaves room for.
-        context = self.system.architecture.context_length
-        most = [min(wanted, context - len(prompt)) for prompt in prompts.values()]
-        full = ["length" if count == wanted else "context" for count in most]
-        with jax.set_mesh(self.system.mesh):
+        context, wanted = (
+            self.policy.architecture.context_length,
+            sampling.max_new_tokens,
+        )
+        room = [min(wanted, context - len(prompt)) for prompt in prompts.values()]
+        with jax.set_mesh(self.policy.mesh):
             state, *of_z = decode.start(
                 self._graph,
                 self._params,
                 prompts,
                 rows=rows,
-                limit=max(most),
+                limit=max(room),
                 seed=seed,
                 steering=steering,
                 choice=sampling.choice,
                 ends=self.ends,
             )
         prior, weights = ([None] * rows if x is None else np.asarray(x) for x in of_z)
-        none = np.zeros(0, np.int32)
-        answers = [
-            Completion(none, "", "", prior[row], weights[row])
-            for row in range(len(prompts))
-        ]
         while True:
             written = state.tokens, state.count, state.done
             # Copied: `done` is written to below.
             tokens, count, done = map(np.array, jax.device_get(written))
-            for row, answer in enumerate(answers):
-                if not answer.reason:
-                    own = tokens[row, : min(int(count), most[row])]
-                    reason = full[row] if len(own) == most[row] else ""
-                    answers[row] = self._read(answer, own, stop, reason)
-                    done[row] |= bool(answers[row].reason)
-            yield list(answers)
-            if all(answer.reason for answer in answers):
+            answers = {}
+            # A finished answer is read again as it was: only ends come after it.
+            for row, (number, most) in enumerate(zip(prompts, room, strict=True)):
+                full = "length" if most == wanted else "context"
+                own = tokens[row, : min(int(count), most)]
+                read = self._read(own, stop, full if len(own) == most else "")
+                answers[number] = Completion(*read, prior[row], weights[row])
+                done[row] |= bool(answers[number].reason)
+            yield answers
+            if all(answer.reason for answer in answers.values()):
                 return
             state = dataclasses.replace(state, done=done)
-            limit = np.int32(min(int(count) + every, max(most)))
-            with jax.set_mesh(self.system.mesh):
+            limit = np.int32(min(int(count) + every, max(room)))
+            with jax.set_mesh(self.policy.mesh):
                 state = decode.write(self._graph, self._params, state, limit)
 
     def _read(
-        self, answer: Completion, tokens: Ids, stop: Sequence[str], full: str
-    ) -> Completion:
-        """``answer`` with all ``tokens``; ``full``: the reason if no more fit."""
-        ends = np.flatnonzero(np.isin(tokens, self.ends))
-        reason = "end" if len(ends) else full
-        tokens = tokens[: ends[0]] if len(ends) else tokens
-        tokenizer = self.system.tokenizer
-        text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        stops = [text.find(s) for s in stop if s in text]
-        if stops:
-            text, reason = text[: min(stops)], "stop"
-        elif not reason:
-            text = _settled(text, stop)
-        return dataclasses.replace(answer, tokens=tokens, text=text, reason=reason)
+        self, tokens: Ids, stop: Sequence[str], reason: str
+    ) -> tuple[Ids, str, str]:
+        """An answer's tokens before their end, text, and reason; ``""``: may grow."""
+        if len(ends := np.flatnonzero(np.isin(tokens, self.ends))):
+            tokens, reason = tokens[: ends[0]], "end"
+        text = str(self.policy.tokenizer.decode(tokens, skip_special_tokens=True))
+        if stops := [text.find(s) for s in stop if s in text]:
+            return tokens, text[: min(stops)], "stop"
+        return tokens, text if reason else _settled(text, stop), reason
 
 
 def _settled(text: str, stop: Sequence[str]) -> str:

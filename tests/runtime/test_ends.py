@@ -8,15 +8,7 @@ import shutil
 import pytest
 
 from lpc_jax.runtime import ends
-from lpc_jax.runtime.policy import Policy
 from tests import runs, systems
-
-
-def end_tokens(of: Policy) -> tuple[int, ...]:
-    vocabulary = of.architecture.vocabulary
-    return ends.end_tokens(
-        of.tokenizer, of.source.path, vocabulary=vocabulary, name=of.name
-    )
 
 
 def test_an_answer_ends_with_any_end_that_the_model_names(tmp_path):
@@ -25,9 +17,9 @@ def test_an_answer_ends_with_any_end_that_the_model_names(tmp_path):
     named = json.loads(file.read_text()) | {"eos_token_id": [2, 11, 10**9, None]}
     file.write_text(json.dumps(named))
     loaded = systems.plain(systems.mesh(), folder)
-    found = end_tokens(loaded)
+    found = ends.end_tokens(loaded)
     assert set(found) >= {2, 11}
     assert 10**9 not in found
     file.write_text("{")
     with pytest.raises(ValueError, match=r"generation_config\.json: broken JSON"):
-        end_tokens(loaded)
+        ends.end_tokens(loaded)
