@@ -8,16 +8,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from lpc_jax.errors import UserError
 from lpc_jax.generation import decode
-from lpc_jax.generation.decode import Ids
+from lpc_jax.generation.decode import Ids, State
 from lpc_jax.generation.sampling import Sampling
 from lpc_jax.models.latent import Steering
-from lpc_jax.runtime import ends
+from lpc_jax.runtime import draws, ends
 from lpc_jax.runtime.policy import Policy
 
+# Tokens of a prompt read at a time; prompts are padded to a multiple of the last.
+_CHUNKS = (256, 32)
+# Slots of the cache are a multiple of it, so that few programs serve all lengths.
+_SLOTS = 128
 # Tokens between two checks for stop strings.
 _LOOK = 32
 # What an incomplete UTF-8 character decodes to.
@@ -105,23 +109,10 @@ class Generator:
         seed: int = 0,
     ) -> Iterator[dict[int, Completion]]:
         """Yields a batch's answers after ``every`` tokens, the last time complete."""
-        context, wanted = (
-            self.policy.architecture.context_length,
-            sampling.max_new_tokens,
-        )
+        context = self.policy.architecture.context_length
+        wanted = sampling.max_new_tokens
         room = [min(wanted, context - len(prompt)) for prompt in prompts.values()]
-        with jax.set_mesh(self.policy.mesh):
-            state, *of_z = decode.start(
-                self._graph,
-                self._params,
-                prompts,
-                rows=rows,
-                limit=max(room),
-                seed=seed,
-                steering=steering,
-                choice=sampling.choice,
-                ends=self.ends,
-            )
+        state, *of_z = self._start(prompts, rows, max(room), sampling, steering, seed)
         prior, weights = ([None] * rows if x is None else np.asarray(x) for x in of_z)
         while True:
             written = state.tokens, state.count, state.done
@@ -142,6 +133,48 @@ class Generator:
             limit = np.int32(min(int(count) + every, max(room)))
             with jax.set_mesh(self.policy.mesh):
                 state = decode.write(self._graph, self._params, state, limit)
+
+    def _start(
+        self,
+        prompts: Mapping[int, Ids],
+        rows: int,
+        most: int,
+        sampling: Sampling,
+        steering: Steering,
+        seed: int,
+    ) -> tuple[State, Array | None, Array | None]:
+        """Reads prompts into ``rows`` rows, with room for ``most`` tokens of answers.
+
+        Also gives the prior's probabilities and the codes' weights in z [R C].
+        """
+        unused = rows - len(prompts)  # one token each, of which nothing is kept
+        texts = [*prompts.values(), *[np.zeros(1, np.int32)] * unused]
+        length = _round_up(max(map(len, texts)), _CHUNKS[-1])
+        slots = _round_up(length + most, _SLOTS)
+        # Padded on the left, so that all rows grow at one slot.
+        first = np.asarray([length - len(text) for text in texts], np.int32)
+        ids = np.stack([np.pad(text, (length - len(text), 0)) for text in texts])
+        network, hidden, at = (self._graph, self._params), None, 0
+        with jax.set_mesh(self.policy.mesh):
+            cache = decode.empty_cache(*network, rows=rows, slots=slots)
+            while at < length:
+                chunk = ids[:, at : at + next(n for n in _CHUNKS if n <= length - at)]
+                cache, hidden = decode.read(*network, cache, chunk, np.int32(at), first)
+                at += chunk.shape[1]
+            state = State(
+                cache=cache,
+                first=first,
+                slot=np.asarray(length, np.int32),
+                # Room for as many tokens as the cache has slots: `most` is no shape.
+                tokens=np.zeros((rows, slots), np.int32),
+                count=np.asarray(0, np.int32),
+                done=np.arange(rows) >= len(prompts),
+                choice=sampling.choice,
+                ends=self.ends,
+            )
+            numbers = np.asarray([*prompts, *[0] * unused], np.int32)
+            key = np.uint32(seed), numbers, draws.seeds(texts)
+            return decode.begin(*network, state, hidden, *key, steering=steering)
 
     def _read(
         self, tokens: Ids, stop: Sequence[str], reason: str
@@ -164,3 +197,7 @@ def _settled(text: str, stop: Sequence[str]) -> str:
                 text = text[:-length]
                 break
     return text
+
+
+def _round_up(count: int, unit: int) -> int:
+    return count + -count % unit

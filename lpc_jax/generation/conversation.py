@@ -119,9 +119,9 @@ class Conversation:
             case "mean" | "sample" | "argmax":
                 self._steer(steering.of_settings(self._latent(line), name))
             case "like":
-                policy = self.generator.policy
-                examples = like.read(value, like.BY[0], self._latent(line), policy.name)
-                self._steer(like.steering(policy, examples))
+                policy, latent = self.generator.policy, self._latent(line)
+                z_of = like.read(value, like.BY[0], latent, policy.name)
+                self._steer(z_of(policy))
             case _:
                 raise UserError(f"/{name} is no command. /help lists them.")
 

@@ -1,4 +1,4 @@
-"""Generation on the device: prompts into a cache, z, then token after token.
+"""Programs of generation: prompts into a cache, z, then token after token.
 
 z is chosen once, at the prompt's end, and added before the head at every position of
 the answer, as in training (Gong et al. 2025, eq. 10).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,10 +25,6 @@ from lpc_jax.runtime import draws
 from lpc_jax.types import HostOrDevice
 
 Ids = Int32[np.ndarray, "_"]
-# Tokens of a prompt read at a time; prompts are padded to a multiple of the last.
-_CHUNKS = (256, 32)
-# Slots of the cache are a multiple of it, so that few programs serve all lengths.
-_SLOTS = 128
 
 
 @jax.tree_util.register_dataclass
@@ -56,69 +51,9 @@ def lay_apart(graph: Any, params: Any) -> tuple[Any, Any]:
     return nnx.split((CachedDecoder(network.decoder), network.latent))
 
 
-def start(
-    graph: Any,
-    params: Any,
-    prompts: Mapping[int, Ids],
-    *,
-    rows: int,
-    limit: int,
-    seed: int,
-    steering: Steering,
-    choice: Choice,
-    ends: tuple[int, ...],
-) -> tuple[State, Array | None, Array | None]:
-    """Reads prompts, chooses z and the first token of at most ``limit`` each.
-
-    Also gives the prior's probabilities and the codes' weights in z [R C], None without
-    a latent. A prompt's number seeds its tokens; its ids seed the draw of z.
-    """
-    prompt_tokens, first = _pad([*prompts.values()], rows)
-    length = prompt_tokens.shape[1]
-    slots = length + limit
-    slots += -slots % _SLOTS
-    cache, hidden = _empty_cache(graph, params, rows=rows, slots=slots), None
-    at = 0
-    while at < length:
-        size = next(size for size in _CHUNKS if size <= length - at)
-        chunk = prompt_tokens[:, at : at + size]
-        cache, hidden = read(graph, params, cache, chunk, np.int32(at), first)
-        at += size
-    state = State(
-        cache=cache,
-        first=first,
-        slot=np.asarray(length, np.int32),
-        # Room for as many tokens as the cache has slots: `limit` is no shape.
-        tokens=np.zeros((rows, slots), np.int32),
-        count=np.asarray(0, np.int32),
-        done=np.arange(rows) >= len(prompts),
-        choice=choice,
-        ends=ends,
-    )
-    unused = (0, rows - len(prompts))
-    numbers = np.pad(np.asarray([*prompts], np.int32), unused)
-    seeds = np.pad(draws.seeds([*prompts.values()]), unused)
-    randomness = np.uint32(seed), numbers, seeds
-    return begin(graph, params, state, hidden, *randomness, steering=steering)
-
-
-def _pad(
-    prompts: Sequence[Ids], rows: int
-) -> tuple[Int32[np.ndarray, "R T"], Int32[np.ndarray, "R"]]:
-    """Prompts as ``rows`` rows of tokens, and where each begins."""
-    length = max(map(len, prompts))
-    length += -length % _CHUNKS[-1]
-    tokens = np.zeros((rows, length), np.int32)
-    # Padded on the left, so that all rows grow at one slot.
-    first = np.full(rows, length - 1, np.int32)  # of a row without a prompt
-    for row, prompt in enumerate(prompts):
-        first[row] = length - len(prompt)
-        tokens[row, first[row] :] = prompt
-    return tokens, first
-
-
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("rows", "slots"))
-def _empty_cache(graph: Any, params: Any, *, rows: int, slots: int) -> Cache:
+def empty_cache(graph: Any, params: Any, *, rows: int, slots: int) -> Cache:
+    """Room for prompts and answers."""
     decoder, _ = nnx.merge(graph, params)
     return decoder.empty_cache(rows, slots)
 
@@ -152,7 +87,10 @@ def begin(
     *,
     steering: Steering,
 ) -> tuple[State, Float[Array, "R C"] | None, Float[Array, "R C"] | None]:
-    """Chooses z and the first token; also gives the prior and the codes' weights."""
+    """Chooses z and the first token; also gives the prior and the codes' weights.
+
+    ``numbers`` of prompts seed their tokens, ``seeds`` the draws of z.
+    """
     decoder, latent = nnx.merge(graph, params)
     key = jax.random.key(seed)
     prior = weights = vector = None

@@ -215,8 +215,7 @@ def test_a_mix_like_judged_pairs_is_ours(posterior_input, torch, tmp_path):
     write(ours, folder, plain=False)
     file = tmp_path / "judged.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in judged_pairs()))
-    examples = like.read(str(file), "posterior", latent, "ours")
-    expected = like.steering(ours, examples)
+    expected = like.read(str(file), "posterior", latent, "ours")(ours)
     model = loaded(torch, folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for given in (file, judged_pairs()):
