@@ -103,7 +103,7 @@ def _export_bias(arguments: argparse.Namespace, outline: Found) -> None:
 
     from lpc_jax.evaluation import flags
     from lpc_jax.export import bias
-    from lpc_jax.generation import like
+    from lpc_jax.generation import answers, like
     from lpc_jax.runtime import steering
 
     latent, name, z_of = outline.latent, outline.name, None
@@ -112,10 +112,13 @@ def _export_bias(arguments: argparse.Namespace, outline: Found) -> None:
     assert latent is not None
     if arguments.like is not None:
         z_of = like.read(arguments.like, arguments.like_by, latent, name)
-    prompts = bias.read_prompts(arguments.bias)
+    prompts = answers.read_prompts(
+        str(arguments.bias), outline.tokenizer(), setting="--bias"
+    )
     policy = flags.load_system(arguments, dtype=jnp.dtype("float32"))
     chosen = steering.of_settings(latent) if z_of is None else z_of(policy)
-    bias.write(policy, prompts, chosen, arguments.output)
+    ids = [prompt.ids for prompt in prompts]
+    bias.write(policy, ids, chosen, arguments.output)
     print(f"{arguments.output}: {policy.name}'s codes and {len(prompts)} prompts")
 
 

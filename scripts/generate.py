@@ -16,16 +16,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from lpc_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from lpc_jax.generation.sampling import Sampling
-    from lpc_jax.models.latent import Steering
-    from lpc_jax.runtime.policy import Policy
 
 # A conversation is drawn, so that /again differs; files are answered greedily.
 CHAT_TEMPERATURE, CHAT_TOP_P = 0.7, 0.95
@@ -130,13 +124,7 @@ def _check(arguments: argparse.Namespace, talks: bool) -> None:
         )
 
 
-def _answer(
-    arguments: argparse.Namespace,
-    policy: Policy,
-    sampling: Sampling,
-    steering: Steering,
-    console: Console,
-) -> None:
+def _answer(arguments, policy, sampling, steering, console) -> None:
     from lpc_jax.generation import answers
     from lpc_jax.generation.answering import Generator
 
@@ -179,21 +167,14 @@ def _answer(
     _say(console, f"answers in {arguments.output}")
 
 
-def _talk(
-    arguments: argparse.Namespace,
-    policy: Policy,
-    sampling: Sampling,
-    steering: Steering,
-    console: Console,
-) -> None:
+def _talk(arguments, policy, sampling, steering, console) -> None:
     from lpc_jax.generation.answering import Generator
     from lpc_jax.generation.conversation import Conversation
 
-    system_prompt, stop = arguments.system_prompt, tuple(arguments.stop)
-    first = (
-        [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    )
-    generator, seed = Generator(policy, batch=1), arguments.seed
+    first, stop, seed = [], tuple(arguments.stop), arguments.seed
+    if arguments.system_prompt is not None:
+        first = [{"role": "system", "content": arguments.system_prompt}]
+    generator = Generator(policy, batch=1)
     _say(
         console,
         f"{policy.name}. /help lists commands; the first answer waits for programs to"

@@ -13,10 +13,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import safetensors.numpy
+from jaxtyping import Int32
 
-from lpc_jax.data import chat, examples, rows
-from lpc_jax.data.examples import Message
-from lpc_jax.errors import UserError
 from lpc_jax.files import whole
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import draws, programs
@@ -27,36 +25,20 @@ from lpc_jax.runtime.policy import Policy
 _LENGTH_UNIT = 128
 
 
-def read_prompts(file: Path) -> list[list[Message]]:
-    """Conversations, a line {"prompt": TEXT or MESSAGES} each; else ``UserError``."""
-    if not file.is_file():
-        raise UserError(f"--bias {file}: no such file. Check the path.")
-    lines = rows.read(str(file), setting="--bias", split=None)
-    prompts = [examples.parse_prompt(row, origin=origin) for origin, row in lines]
-    if not prompts:
-        raise UserError(f"{file} must have prompts, got none.")
-    return prompts
-
-
 def write(
-    policy: Policy, prompts: Sequence[list[Message]], steering: Steering, output: Path
+    policy: Policy,
+    prompts: Sequence[Int32[np.ndarray, "_"]],
+    steering: Steering,
+    output: Path,
 ) -> None:
     """Writes ``code_bias`` [C V] and the prompts' ``weights`` [B C] as safetensors.
 
-    ``steering`` gives the weights; its draws have seed 0.
-
-    Raises:
-        UserError: A conversation that cannot be encoded, by its number.
+    ``prompts`` are token ids; ``steering`` gives the weights, its draws have seed 0.
     """
-    ids, graph, mesh = [], policy.graph, policy.mesh
-    for number, prompt in enumerate(prompts, start=1):
-        try:
-            ids.append(chat.encode_prompt(prompt, policy.tokenizer))
-        except UserError as error:
-            raise UserError(f"prompt {number}: {error}") from error
-    weigh, weights = programs.code_weights(graph, mesh, steering=steering), []
+    graph, mesh, weights = policy.graph, policy.mesh, []
+    weigh = programs.code_weights(graph, mesh, steering=steering)
     with jax.set_mesh(mesh):
-        for prompt in ids:
+        for prompt in prompts:
             padded = np.pad(prompt, (0, -len(prompt) % _LENGTH_UNIT))[None]
             length, seeds = np.int32(len(prompt)), draws.seeds([prompt])
             weights.append(jax.device_get(weigh(policy.params, padded, length, seeds)))

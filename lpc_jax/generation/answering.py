@@ -110,8 +110,8 @@ class Generator:
     ) -> Iterator[dict[int, Completion]]:
         """Yields a batch's answers after ``every`` tokens, the last time complete."""
         context = self.policy.architecture.context_length
-        wanted = sampling.max_new_tokens
-        room = [min(wanted, context - len(prompt)) for prompt in prompts.values()]
+        most_new = sampling.max_new_tokens
+        room = [min(most_new, context - len(prompt)) for prompt in prompts.values()]
         state, *of_z = self._start(prompts, rows, max(room), sampling, steering, seed)
         prior, weights = ([None] * rows if x is None else np.asarray(x) for x in of_z)
         while True:
@@ -121,7 +121,7 @@ class Generator:
             answers = {}
             # A finished answer is read again as it was: only ends come after it.
             for row, (number, most) in enumerate(zip(prompts, room, strict=True)):
-                full = "length" if most == wanted else "context"
+                full = "length" if most == most_new else "context"
                 own = tokens[row, : min(int(count), most)]
                 read = self._read(own, stop, full if len(own) == most else "")
                 answers[number] = Completion(*read, prior[row], weights[row])
@@ -191,12 +191,8 @@ class Generator:
 def _settled(text: str, stop: Sequence[str]) -> str:
     """Cuts half a character, or what may become a stop string, from the end."""
     text = text.rstrip(_UNFINISHED)
-    for string in stop:
-        for length in range(min(len(string) - 1, len(text)), 0, -1):
-            if text.endswith(string[:length]):
-                text = text[:-length]
-                break
-    return text
+    begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
+    return text[: len(text) - max(begun, default=0)]
 
 
 def _round_up(count: int, unit: int) -> int:

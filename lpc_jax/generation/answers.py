@@ -35,14 +35,16 @@ def read_prompts(
     path: str,
     tokenizer: Tokenizer,
     *,
-    system_prompt: str | None,
-    limit: int | None,
-    split: str,
+    setting: str = "--prompts",
+    system_prompt: str | None = None,
+    limit: int | None = None,
+    split: str = "train",
 ) -> list[Prompt]:
     """The prompts of a file or a hub data set.
 
     Args:
         path: Rows with ``prompt``, ``messages`` or ``instruction``.
+        setting: Names the path in messages.
         system_prompt: Goes before conversations without a system message.
         limit: Rows to read, from the first; None: all.
         split: Of a hub data set.
@@ -51,7 +53,7 @@ def read_prompts(
         UserError: A row that cannot be encoded, or no rows.
     """
     prompts = []
-    read = rows.read(path, setting="--prompts", split=split)
+    read = rows.read(path, setting=setting, split=split)
     for origin, row in itertools.islice(read, limit):
         messages = examples.parse_prompt(row, origin=origin)
         if system_prompt is not None and messages[0]["role"] != "system":
@@ -63,7 +65,7 @@ def read_prompts(
         prompts.append(Prompt(messages, ids, row))
     if not prompts:
         raise UserError(
-            f"--prompts {path} must hold at least one prompt, got none. Give rows with"
+            f"{setting} {path} must hold at least one prompt, got none. Give rows with"
             " prompt, messages or instruction."
         )
     return prompts

@@ -103,7 +103,7 @@ class Conversation:
                 self._print("the conversation is forgotten")
             case "again":
                 if not self.history:
-                    raise UserError(_NO_PROMPT.format(line))
+                    raise UserError(_NO_PROMPT.format("/again"))
                 self._answer(self.history[:-1])
             case "seed":
                 if not value.isdecimal():

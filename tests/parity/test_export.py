@@ -385,15 +385,16 @@ def bias_file(ours, tmp_path):
     from safetensors.numpy import load_file
 
     texts = ["Which bird sings?", "Say it in one word: how many ships?"]
-    conversations = [[{"role": "user", "content": text}] for text in texts]
     file = tmp_path / "codes.safetensors"
-    bias.write(ours, conversations, MEAN, file)
     ids = [
         ours.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_dict=False
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=False,
         )
-        for turns in conversations
+        for text in texts
     ]
+    bias.write(ours, [np.asarray(row, np.int32) for row in ids], MEAN, file)
     return file, ids, load_file(file)
 
 
