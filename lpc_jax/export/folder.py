@@ -33,12 +33,11 @@ _GIGABYTE = 1e9
 
 def require_output(output: Path) -> None:
     """Raises ``UserError`` for a folder that is not empty or cannot be made."""
-    above = _above(output)
     if output.is_dir() and any(output.iterdir()):
         problem = "be new or empty. Choose another folder."
     elif output.exists() and not output.is_dir():
         problem = "be new, got a file. Choose another name."
-    elif not above.is_dir():
+    elif not (above := _above(output)).is_dir():
         problem = f"lie in a folder, got {above}, a file."
     elif not os.access(above, os.W_OK | os.X_OK):
         problem = (
@@ -139,9 +138,8 @@ def _special_tokens(policy: Policy) -> dict[str, Any]:
 def _lpc_config(policy: Policy) -> dict[str, Any]:
     latent, family = policy.latent, policy.architecture.family
     assert latent is not None
-    inputs, hidden_width = policy.params["latent"]["posterior_mlp"][
-        "hidden_kernel"
-    ].shape
+    posterior = policy.params["latent"]["posterior_mlp"]
+    inputs, hidden_width = posterior["hidden_kernel"].shape
     inference = steering.of_settings(latent)
     (name,) = (n for n, f in architectures.LPC_FAMILIES.items() if f == family)
     module = MODULE.removesuffix(".py")

@@ -110,8 +110,8 @@ class LpcMixin:
     ):
         """Logits under z; see the class."""
         past = kwargs.get("cache", kwargs.get("past_key_values"))
-        cached = 0 if past is None else int(past.get_seq_length())
-        if code_vector is None and not lpc_continues_prompt and cached:
+        unread = code_vector is None and not lpc_continues_prompt
+        if unread and past is not None and int(past.get_seq_length()):
             raise ValueError(
                 "code_vector must be given with a cache that holds something: z is the"
                 " prompt's, which is not read again. Hand on that of the output that"
