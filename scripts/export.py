@@ -65,59 +65,61 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exports; returns 0, or 2 for what the user can mend, when nothing was written."""
-    given = _parser().parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
-        _export(given)
+        _export(arguments)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     return 0
 
 
-def _export(given: argparse.Namespace) -> None:
+def _export(arguments: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from lpc_jax.evaluation import flags
     from lpc_jax.export import folder
 
-    if given.like is not None and given.bias is None:
+    if arguments.like is not None and arguments.bias is None:
         raise UserError(
-            f"--like {given.like} is of --bias PROMPTS, got none. Name prompts, or"
+            f"--like {arguments.like} is of --bias PROMPTS, got none. Name prompts, or"
             " leave it out: an exported folder has all codes."
         )
-    folder.require_output(given.output)
-    outline = flags.outline_system(given)
-    if given.bias is not None:
-        _export_bias(given, outline)
+    output, plain = arguments.output, arguments.plain
+    folder.require_output(output)
+    outline = flags.outline_system(arguments)
+    if arguments.bias is not None:
+        _export_bias(arguments, outline)
         return
-    options = {"dtype": given.dtype, "plain": given.plain}
-    folder.require_space(given.output, outline, **options)
-    system = flags.load_system(given, dtype=jnp.dtype("float32"))
-    folder.write(system, given.output, shard_bytes=given.shard_size, **options)
-    print(folder.summary(system, given.output, plain=given.plain))
+    folder.require_space(output, outline, dtype=arguments.dtype, plain=plain)
+    policy = flags.load_system(arguments, dtype=jnp.dtype("float32"))
+    options = {"dtype": arguments.dtype, "shard_bytes": arguments.shard_size}
+    folder.write(policy, output, plain=plain, **options)
+    print(folder.summary(policy, output, plain=plain))
 
 
-def _export_bias(given: argparse.Namespace, outline: Origin) -> None:
+def _export_bias(arguments: argparse.Namespace, outline: Origin) -> None:
     import jax.numpy as jnp
 
     from lpc_jax.evaluation import flags
     from lpc_jax.export import bias
-    from lpc_jax.generation import like
+    from lpc_jax.generation import answers, like
     from lpc_jax.runtime import steering
 
-    latent, examples = outline.latent, None
+    latent, name, z_of = outline.latent, outline.name, None
     codes = None if latent is None else latent.num_codes
-    steering.require_codes(codes, "--bias", outline.name)
+    steering.require_codes(codes, "--bias", name)
     assert latent is not None
-    if given.like is not None:
-        examples = like.read(given.like, given.like_by, latent, outline.name)
-    prompts = bias.read_prompts(given.bias)
-    system = flags.load_system(given, dtype=jnp.dtype("float32"))
-    how = steering.of_settings(latent)
-    if examples is not None:
-        how = like.steering(system, examples)
-    bias.write(system, prompts, how, given.output)
-    print(f"{given.output}: {system.name}'s codes and {len(prompts)} prompts")
+    if arguments.like is not None:
+        z_of = like.read(arguments.like, arguments.like_by, latent, name)
+    prompts = answers.read_prompts(
+        str(arguments.bias), outline.tokenizer(), setting="--bias"
+    )
+    policy = flags.load_system(arguments, dtype=jnp.dtype("float32"))
+    chosen = steering.of_settings(latent) if z_of is None else z_of(policy)
+    ids = [prompt.ids for prompt in prompts]
+    bias.write(policy, ids, chosen, arguments.output)
+    print(f"{arguments.output}: {policy.name}'s codes and {len(prompts)} prompts")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Talk to a system, or have it answer a file of prompts.
+"""Talk to a policy, or have it answer a file of prompts.
 
 python scripts/generate.py runs/quickstart
 python scripts/generate.py runs/quickstart --code 7
@@ -96,10 +96,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     )
     outline = flags.outline_system(arguments)
     choose = flags.choose_z(arguments, outline.latent, outline.name)
-    system = flags.load_system(arguments)
-    steering = choose(system) or Steering("mean")
+    policy = flags.load_system(arguments)
+    steering = choose(policy) or Steering("mean")
     use = _talk if talks else _answer
-    use(arguments, system, sampling, steering, console)
+    use(arguments, policy, sampling, steering, console)
 
 
 def _check(arguments: argparse.Namespace, talks: bool) -> None:
@@ -124,21 +124,21 @@ def _check(arguments: argparse.Namespace, talks: bool) -> None:
         )
 
 
-def _answer(arguments, system, sampling, steering, console) -> None:
+def _answer(arguments, policy, sampling, steering, console) -> None:
     from lpc_jax.generation import answers
     from lpc_jax.generation.answering import Generator
 
     prompts = answers.read_prompts(
         arguments.prompts,
-        system.tokenizer,
+        policy.tokenizer,
         system_prompt=arguments.system_prompt,
         limit=arguments.limit,
         split=arguments.split,
     )
-    generator = Generator(system, batch=min(arguments.batch, len(prompts)))
+    generator = Generator(policy, batch=min(arguments.batch, len(prompts)))
     generator.require_room([prompt.ids for prompt in prompts])
-    how = "" if system.latent is None else f", z: {steering.said()}"
-    _say(console, f"{system.name}: {len(prompts)} prompts{how}")
+    how = "" if policy.latent is None else f", z: {steering.said()}"
+    _say(console, f"{policy.name}: {len(prompts)} prompts{how}")
     tokens, since = 0, time.perf_counter()
 
     def answer(ids):
@@ -158,7 +158,7 @@ def _answer(arguments, system, sampling, steering, console) -> None:
         prompts,
         answer,
         form=arguments.format,
-        generator=arguments.name or system.name,
+        generator=arguments.name or policy.name,
         # Several batches, within which prompts are sorted by length.
         at_a_time=4 * arguments.batch,
     ):
@@ -167,20 +167,19 @@ def _answer(arguments, system, sampling, steering, console) -> None:
     _say(console, f"answers in {arguments.output}")
 
 
-def _talk(arguments, system, sampling, steering, console) -> None:
+def _talk(arguments, policy, sampling, steering, console) -> None:
     from lpc_jax.generation.answering import Generator
     from lpc_jax.generation.conversation import Conversation
 
-    first = []
+    first, stop, seed = [], tuple(arguments.stop), arguments.seed
     if arguments.system_prompt is not None:
         first = [{"role": "system", "content": arguments.system_prompt}]
-    generator = Generator(system, batch=1)
+    generator = Generator(policy, batch=1)
     _say(
         console,
-        f"{system.name}. /help lists commands; the first answer waits for programs to"
+        f"{policy.name}. /help lists commands; the first answer waits for programs to"
         " be compiled.",
     )
-    stop, seed = tuple(arguments.stop), arguments.seed
     talk = Conversation(generator, sampling, steering, stop, seed, first, console)
     talk.talk(lambda: console.input("> "))
 

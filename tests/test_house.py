@@ -14,7 +14,6 @@ MOST_OF_ALL = 18_650
 COMPILED = {
     "evaluation/codes/look.py",
     "evaluation/scoring.py",
-    "export/bias.py",
     "generation/decode.py",
     "runtime/loading.py",
     "runtime/programs.py",

@@ -120,8 +120,7 @@ def choose_z(
     ``latent`` and ``name`` are the policy's. Without codes its steering is None.
     """
     if given.like is not None:
-        examples = like.read(given.like, given.like_by, latent, name)
-        return lambda loaded: like.steering(loaded, examples)
+        return like.read(given.like, given.like_by, latent, name)
     chosen = steering.choose(given.z, given.code, given.mix, latent, name)
     return lambda _: chosen
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -18,8 +16,8 @@ from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.errors import UserError
 from lpc_jax.models import architectures, weights
-from lpc_jax.models import latent as latent_models
-from lpc_jax.runtime import compute, ends, policy, steering
+from lpc_jax.runtime import compute, ends, steering
+from lpc_jax.runtime import policy as policies
 from lpc_jax.runtime.loading import Origin
 from lpc_jax.runtime.policy import Policy
 
@@ -36,17 +34,19 @@ _GIGABYTE = 1e9
 def require_output(output: Path) -> None:
     """Raises ``UserError`` for a folder that is not empty or cannot be made."""
     if output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output} must be new or empty. Choose another folder.")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} must be new, got a file. Choose another name.")
-    above = _above(output)
-    if not above.is_dir():
-        raise UserError(f"{output} must lie in a folder, got {above}, a file.")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{output} must lie where you may write, got {above}, where you may not."
-            " Choose another folder."
+        problem = "be new or empty. Choose another folder."
+    elif output.exists() and not output.is_dir():
+        problem = "be new, got a file. Choose another name."
+    elif not (above := _above(output)).is_dir():
+        problem = f"lie in a folder, got {above}, a file."
+    elif not os.access(above, os.W_OK | os.X_OK):
+        problem = (
+            f"lie where you may write, got {above}, where you may not. Choose another"
+            " folder."
         )
+    else:
+        return
+    raise UserError(f"{output} must {problem}")
 
 
 def _above(output: Path) -> Path:
@@ -57,7 +57,7 @@ def _above(output: Path) -> Path:
 def require_space(output: Path, outline: Origin, *, dtype: str, plain: bool) -> None:
     """Raises ``UserError`` where the disk has no room for what ``write`` writes."""
     model = cfg.Model(path=str(outline.path))
-    _, shapes = policy.shapes(
+    _, shapes = policies.shapes(
         outline.architecture,
         compute.resolve(model, row_length=cfg.Packing.row_length, platform="cpu"),
         latent=None if plain else outline.latent,
@@ -66,7 +66,7 @@ def require_space(output: Path, outline: Origin, *, dtype: str, plain: bool) -> 
     needed = _MARGIN_BYTES
     for part, tree in shapes.items():
         item = jnp.dtype(dtype if part == "decoder" else "float32").itemsize
-        needed += item * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        needed += item * sum(leaf.size for leaf in jax.tree.leaves(tree))
     free = shutil.disk_usage(_above(output)).free
     if free < needed:
         raise UserError(
@@ -77,12 +77,12 @@ def require_space(output: Path, outline: Origin, *, dtype: str, plain: bool) -> 
 
 
 def write(
-    system: Policy, output: Path, *, dtype: str, shard_bytes: int, plain: bool
+    policy: Policy, output: Path, *, dtype: str, shard_bytes: int, plain: bool
 ) -> None:
     """Writes a folder, all or nothing.
 
     Args:
-        system: A policy loaded in fp32.
+        policy: Loaded in fp32.
         output: A new or empty folder.
         dtype: Of the decoder, one of ``DTYPES``; the latent is stored in float32.
         shard_bytes: Above this the weights are split over several files.
@@ -91,15 +91,15 @@ def write(
     Raises:
         UserError: The tokenizer's digest changes when it is saved.
     """
-    latent = None if plain else system.params.get("latent")
-    tokens = _special_tokens(system)
+    latent = None if plain else policy.params.get("latent")
+    tokens = _special_tokens(policy)
     with weights.new_folder(output) as partial:
         weights.write(
             partial,
-            system.params["decoder"],
+            policy.params["decoder"],
             latent,
-            system.architecture,
-            config=tokens | ({} if latent is None else _lpc_config(system)),
+            policy.architecture,
+            config=tokens | ({} if latent is None else _lpc_config(policy)),
             dtype=dtype,
             shard_bytes=shard_bytes,
         )
@@ -107,29 +107,27 @@ def write(
         file = partial / ends.GENERATION_CONFIG
         file.write_text(generation + "\n", encoding="utf-8")
         if latent is not None:
-            module = importlib.resources.files("lpc_jax") / "export" / "out" / MODULE
-            (partial / MODULE).write_bytes(module.read_bytes())
-        system.tokenizer.save_pretrained(partial)
+            shutil.copyfile(Path(__file__).parent / "out" / MODULE, partial / MODULE)
+        policy.tokenizer.save_pretrained(partial)
         # The template is in the folder, also one that replaced the tokenizer's own.
         again = tokenizers.load(partial, chat_template=None)
-        if tokenizers.digest(again) != tokenizers.digest(system.tokenizer):
+        if tokenizers.digest(again) != tokenizers.digest(policy.tokenizer):
             raise UserError(
-                f"the tokenizer of {system.name} is another after save_pretrained (its"
+                f"the tokenizer of {policy.name} is another after save_pretrained (its"
                 " digest differs), so that other tokens would be read. Nothing was"
                 " exported: set model.tokenizer to a folder with tokenizer.json."
             )
 
 
-def _special_tokens(system: Policy) -> dict[str, Any]:
+def _special_tokens(policy: Policy) -> dict[str, Any]:
     """Ids of BOS, of all tokens that end an answer, and of padding."""
-    tokenizer = system.tokenizer
+    tokenizer = policy.tokenizer
     if not isinstance(tokenizer.eos_token_id, int):
         raise UserError(
-            f"the tokenizer of {system.name} must have an EOS token to end answers, got"
+            f"the tokenizer of {policy.name} must have an EOS token to end answers, got"
             " none. Set eos_token in its tokenizer_config.json."
         )
-    answer_ends = ends.end_tokens(system)
-    pad = tokenizer.pad_token_id
+    answer_ends, pad = ends.end_tokens(policy), tokenizer.pad_token_id
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": answer_ends[0] if len(answer_ends) == 1 else list(answer_ends),
@@ -137,12 +135,14 @@ def _special_tokens(system: Policy) -> dict[str, Any]:
     }
 
 
-def _lpc_config(system: Policy) -> dict[str, Any]:
-    latent, family = system.latent, system.architecture.family
+def _lpc_config(policy: Policy) -> dict[str, Any]:
+    latent, family = policy.latent, policy.architecture.family
     assert latent is not None
-    width, chosen = system.architecture.width, steering.of_settings(latent)
-    names = {family: name for name, family in architectures.LPC_FAMILIES.items()}
-    name, module = names[family], MODULE.removesuffix(".py")
+    posterior = policy.params["latent"]["posterior_mlp"]
+    inputs, hidden_width = posterior["hidden_kernel"].shape
+    inference = steering.of_settings(latent)
+    (name,) = (n for n, f in architectures.LPC_FAMILIES.items() if f == family)
+    module = MODULE.removesuffix(".py")
     return {
         "architectures": [name],
         # Not the decoder's own, under which a plain loader would drop the codes.
@@ -153,25 +153,21 @@ def _lpc_config(system: Policy) -> dict[str, Any]:
         },
         "lpc": {
             "num_codes": latent.num_codes,
-            "hidden_width": latent.hidden_width or width,
-            "posterior_inputs": latent_models.judged_width(
-                latent.posterior_input, width
-            ),
-            "how": chosen.how,
-            "temperature": chosen.temperature,
-            "one_code": chosen.one_code,
+            "hidden_width": hidden_width,
+            "posterior_inputs": inputs,
+            "how": inference.how,
+            "temperature": inference.temperature,
+            "one_code": inference.one_code,
             "settings": dataclasses.asdict(latent),
         },
     }
 
 
-def summary(system: Policy, output: Path, *, plain: bool) -> str:
+def summary(policy: Policy, output: Path, *, plain: bool) -> str:
     """What was written, in words."""
-    files = sorted(output.glob("*.safetensors"))
+    files = list(output.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files) / _GIGABYTE
-    plural = "s" * (len(files) != 1)
-    line = f"{output}: {system.name} in {len(files)} safetensors file{plural},"
-    latent = system.latent
+    plural, latent = "s" * (len(files) != 1), policy.latent
     if latent is None:
         codes = "no codes: load it as any model"
     elif plain:
@@ -184,4 +180,7 @@ def summary(system: Policy, output: Path, *, plain: bool) -> str:
             f"with {latent.num_codes} codes: AutoModelForCausalLM.from_pretrained("
             f"{str(output)!r}, trust_remote_code=True) runs its {MODULE}"
         )
-    return f"{line} {size:.3f} GB\n{codes}"
+    return (
+        f"{output}: {policy.name} in {len(files)} safetensors file{plural},"
+        f" {size:.3f} GB\n{codes}"
+    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, assert_never
+from typing import Any, Literal, NamedTuple, assert_never
 
 import numpy as np
 
@@ -24,8 +23,7 @@ Format = Literal["jsonl", "alpaca_eval"]
 _CODES_NAMED = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """One row of a file of prompts."""
 
     messages: list[Message]  # the last one the user's
@@ -37,15 +35,16 @@ def read_prompts(
     path: str,
     tokenizer: Tokenizer,
     *,
-    system_prompt: str | None,
-    limit: int | None,
-    split: str,
+    setting: str = "--prompts",
+    system_prompt: str | None = None,
+    limit: int | None = None,
+    split: str = "train",
 ) -> list[Prompt]:
     """The prompts of a file or a hub data set.
 
     Args:
         path: Rows with ``prompt``, ``messages`` or ``instruction``.
-        tokenizer: With a chat template.
+        setting: Names the path in messages.
         system_prompt: Goes before conversations without a system message.
         limit: Rows to read, from the first; None: all.
         split: Of a hub data set.
@@ -54,7 +53,7 @@ def read_prompts(
         UserError: A row that cannot be encoded, or no rows.
     """
     prompts = []
-    read = rows.read(path, setting="--prompts", split=split)
+    read = rows.read(path, setting=setting, split=split)
     for origin, row in itertools.islice(read, limit):
         messages = examples.parse_prompt(row, origin=origin)
         if system_prompt is not None and messages[0]["role"] != "system":
@@ -66,7 +65,7 @@ def read_prompts(
         prompts.append(Prompt(messages, ids, row))
     if not prompts:
         raise UserError(
-            f"--prompts {path} must hold at least one prompt, got none. Give rows with"
+            f"{setting} {path} must hold at least one prompt, got none. Give rows with"
             " prompt, messages or instruction."
         )
     return prompts
@@ -86,53 +85,41 @@ def write(
     ``jsonl`` has each prompt's row with its answer; ``alpaca_eval`` is AlpacaEval's
     list of model outputs (Li et al. 2023). ``generator`` names the policy in both.
     """
+    rows: list[dict[str, Any]] = []
+    if form == "jsonl":
+        path.write_bytes(b"")
+    for start in range(0, len(prompts), at_a_time):
+        part = prompts[start : start + at_a_time]
+        completions = answer([prompt.ids for prompt in part])
+        new = [
+            _row(prompt, completion, form) | {"generator": generator}
+            for prompt, completion in zip(part, completions, strict=True)
+        ]
+        if form == "jsonl":
+            # Written as they come, so that an interrupted run keeps its answers.
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in new)
+        rows += new
+        yield len(rows)
+    if form == "alpaca_eval":
+        whole.write(path, json.dumps(rows, ensure_ascii=False, indent=1))
 
-    def answered() -> Iterator[list[tuple[Prompt, Completion]]]:
-        for start in range(0, len(prompts), at_a_time):
-            part = prompts[start : start + at_a_time]
-            yield list(zip(part, answer([p.ids for p in part]), strict=True))
 
-    count, rows = 0, []
+def _row(prompt: Prompt, completion: Completion, form: Format) -> dict[str, Any]:
+    row, output = prompt.row, {"output": completion.text}
     match form:
         case "jsonl":
-            # Written as they come, so that an interrupted run keeps its answers.
-            with path.open("w", encoding="utf-8") as file:
-                for pairs in answered():
-                    for pair in pairs:
-                        row = _of_lines(*pair) | {"generator": generator}
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    file.flush()
-                    count += len(pairs)
-                    yield count
+            about = {"reason": completion.reason, "new_tokens": len(completion.tokens)}
+            if completion.prior is not None and completion.weights is not None:
+                about["prior"] = largest(completion.prior, _CODES_NAMED)
+                about["codes"] = largest(completion.weights, _CODES_NAMED)
+            return row | output | about
         case "alpaca_eval":
-            for pairs in answered():
-                rows += [_of_list(*pair) | {"generator": generator} for pair in pairs]
-                yield len(rows)
-            whole.write(path, json.dumps(rows, ensure_ascii=False, indent=1))
+            source = {"dataset": row["dataset"]} if "dataset" in row else {}
+            last = prompt.messages[-1]["content"]
+            return source | {"instruction": row.get("instruction", last)} | output
         case _:
             assert_never(form)
-
-
-def _of_lines(prompt: Prompt, completion: Completion) -> dict[str, Any]:
-    """The prompt's row with its answer and its largest codes."""
-    row = prompt.row | {
-        "output": completion.text,
-        "reason": completion.reason,
-        "new_tokens": len(completion.tokens),
-    }
-    if completion.prior is not None and completion.weights is not None:
-        row["prior"] = largest(completion.prior, _CODES_NAMED)
-        row["codes"] = largest(completion.weights, _CODES_NAMED)
-    return row
-
-
-def _of_list(prompt: Prompt, completion: Completion) -> dict[str, Any]:
-    last = prompt.messages[-1]["content"]
-    kept = {name: prompt.row[name] for name in ("dataset",) if name in prompt.row}
-    return kept | {
-        "instruction": prompt.row.get("instruction", last),
-        "output": completion.text,
-    }
 
 
 def largest(shares: np.ndarray, count: int) -> dict[str, float]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
 
+from lpc_jax import config as cfg
 from lpc_jax.data import chat
 from lpc_jax.data.examples import Message
 from lpc_jax.errors import UserError
 from lpc_jax.generation import answers, like
 from lpc_jax.generation.answering import Completion, Generator
-from lpc_jax.generation.decode import Ids
 from lpc_jax.generation.sampling import Sampling
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import steering
 
 # Codes shown of a prior.
 _SHOWN = 8
+_NO_PROMPT = "{} needs a prompt, got none yet. Ask something."
 HELP = """\
 /code 7            answer under this code alone
 /mix 3:0.7,12:0.3  answer under a mix of codes
@@ -69,82 +70,75 @@ class Conversation:
 
     def _answer(self, messages: list[Message]) -> None:
         """Answers and keeps the turn; after an error the history is as before."""
-        tokenizer = self.generator.system.tokenizer
+        tokenizer = self.generator.policy.tokenizer
         ids = chat.encode_prompt([*self.first, *messages], tokenizer)
         text = ""
-        for completion in self._stream(ids):
-            self._print(completion.text[len(text) :], end="")
-            text, self.last = completion.text, completion
+        growing = self.generator.stream(
+            ids,
+            sampling=self.sampling,
+            steering=self.steering,
+            stop=self.stop,
+            seed=self.seed,
+        )
+        try:
+            for completion in growing:
+                self._print(completion.text[len(text) :], end="")
+                text, self.last = completion.text, completion
+        except KeyboardInterrupt:
+            self._print(" [interrupted]", end="")
         self.console.print()
         if self.last is not None and self.last.reason in ("length", "context"):
             self._print(f"[cut: {self.last.reason}]")
         self.seed += 1
         self.history = [*messages, {"role": "assistant", "content": text}]
 
-    def _stream(self, ids: Ids) -> Iterator[Completion]:
-        try:
-            yield from self.generator.stream(
-                ids,
-                sampling=self.sampling,
-                steering=self.steering,
-                stop=self.stop,
-                seed=self.seed,
-            )
-        except KeyboardInterrupt:
-            self._print(" [interrupted]", end="")
-
     def _obey(self, line: str) -> None:
-        name, _, value = line.partition(" ")
+        name, _, value = line.removeprefix("/").partition(" ")
         value = value.strip()
         match name:
-            case "/help":
+            case "help":
                 self._print(HELP)
-            case "/reset":
+            case "reset":
                 self.history, self.last = [], None
                 self._print("the conversation is forgotten")
-            case "/again":
+            case "again":
                 if not self.history:
-                    raise UserError(
-                        "/again needs a prompt, got none yet. Ask something."
-                    )
+                    raise UserError(_NO_PROMPT.format("/again"))
                 self._answer(self.history[:-1])
-            case "/seed":
+            case "seed":
                 if not value.isdecimal():
                     raise UserError(f"/seed must be a whole number, got {value!r}.")
                 self.seed = int(value)
-            case "/code" | "/mix" | "/like" | "/mean" | "/sample" | "/argmax":
-                self._require_codes(line)
-                self.steering = self._steering(name.removeprefix("/"), value)
-                self._print(f"z from here on: {self.steering.said()}")
-            case "/codes":
-                self._require_codes(line)
+            case "codes":
+                self._latent(line)
                 self._show_codes()
+            case "code":
+                self._steer(steering.code(value, self._latent(line).num_codes))
+            case "mix":
+                self._steer(steering.mix(value, self._latent(line).num_codes))
+            case "mean" | "sample" | "argmax":
+                self._steer(steering.of_settings(self._latent(line), name))
+            case "like":
+                policy, latent = self.generator.policy, self._latent(line)
+                z_of = like.read(value, like.BY[0], latent, policy.name)
+                self._steer(z_of(policy))
             case _:
-                raise UserError(f"{name} is no command. /help lists them.")
+                raise UserError(f"/{name} is no command. /help lists them.")
 
-    def _require_codes(self, line: str) -> None:
-        system = self.generator.system
-        codes = None if system.latent is None else system.latent.num_codes
-        steering.require_codes(codes, line, system.name)
+    def _latent(self, line: str) -> cfg.Latent:
+        policy = self.generator.policy
+        codes = None if policy.latent is None else policy.latent.num_codes
+        steering.require_codes(codes, line, policy.name)
+        assert policy.latent is not None
+        return policy.latent
 
-    def _steering(self, name: str, value: str) -> Steering:
-        system = self.generator.system
-        if name == "like":
-            examples = like.read(value, like.BY[0], system.latent, system.name)
-            return like.steering(system, examples)
-        chosen = steering.choose(
-            name if name in ("mean", "sample", "argmax") else None,
-            value if name == "code" else None,
-            value if name == "mix" else None,
-            system.latent,
-            system.name,
-        )
-        assert chosen is not None
-        return chosen
+    def _steer(self, chosen: Steering) -> None:
+        self.steering = chosen
+        self._print(f"z from here on: {chosen.said()}")
 
     def _show_codes(self) -> None:
         if self.last is None:
-            raise UserError("/codes needs a prompt, got none yet. Ask something.")
+            raise UserError(_NO_PROMPT.format("/codes"))
         prior, weights = self.last.prior, self.last.weights
         assert prior is not None
         assert weights is not None

@@ -1,4 +1,4 @@
-"""Generation on the device: prompts into a cache, z, then token after token.
+"""Programs of generation: prompts into a cache, z, then token after token.
 
 z is chosen once, at the prompt's end, and added before the head at every position of
 the answer, as in training (Gong et al. 2025, eq. 10).
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +25,6 @@ from lpc_jax.runtime import draws
 from lpc_jax.types import HostOrDevice
 
 Ids = Int32[np.ndarray, "_"]
-# Tokens of a prompt read at a time; prompts are padded to a multiple of the last.
-_CHUNKS = (256, 32)
-# Slots of the cache are a multiple of it, so that few programs serve all lengths.
-_SLOTS = 128
-
-
-class Rows(NamedTuple):
-    """A batch's prompts, beside their tokens."""
-
-    seed: np.uint32 | Array
-    slot: Int32[HostOrDevice, ""]  # after every prompt
-    first: Int32[HostOrDevice, "R"]  # the slot of each row's first token
-    number: Int32[HostOrDevice, "R"]  # of the prompt; seeds the tokens drawn
-    draw: UInt32[HostOrDevice, "R"]  # seeds the draw of z
-    unused: Bool[HostOrDevice, "R"]  # rows without a prompt
 
 
 @jax.tree_util.register_dataclass
@@ -49,37 +33,15 @@ class State:
     """Answers that are being written: ``count`` tokens of each so far."""
 
     cache: Cache
-    first: Int[Array, "R"]  # the slot of each row's first token
-    slot: Int[Array, ""]  # of the token to be read next
-    tokens: Int[Array, "R T"]
-    count: Int[Array, ""]
+    first: Int32[HostOrDevice, "R"]  # the slot of each row's first token
+    slot: Int32[HostOrDevice, ""]  # of the token to be read next
+    tokens: Int32[HostOrDevice, "R T"]
+    count: Int32[HostOrDevice, ""]
     done: Bool[HostOrDevice, "R"]
-    vector: Float[Array, "R D"] | None  # z
-    keys: Any  # a row's own randomness
     choice: Choice
     ends: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-
-
-def _pad(
-    prompts: Mapping[int, Ids], *, rows: int, seed: int
-) -> tuple[Int32[np.ndarray, "R T"], Rows]:
-    """Prompts as ``rows`` rows of tokens, and their ``Rows``."""
-    length = _round_up(max(map(len, prompts.values())), _CHUNKS[-1])
-    tokens = np.zeros((rows, length), np.int32)
-    # Padded on the left, so that all rows grow at one slot.
-    first = np.full(rows, length - 1, np.int32)  # of a row without a prompt
-    for row, prompt in enumerate(prompts.values()):
-        first[row] = length - len(prompt)
-        tokens[row, first[row] :] = prompt
-    none = (0, rows - len(prompts))
-    return tokens, Rows(
-        seed=np.uint32(seed),
-        slot=np.asarray(length, np.int32),
-        first=first,
-        number=np.pad(np.asarray([*prompts], np.int32), none),
-        draw=np.pad(draws.seeds([*prompts.values()]), none),
-        unused=np.arange(rows) >= len(prompts),
-    )
+    vector: Float[Array, "R D"] | None = None  # z
+    keys: Any = None  # a row's own randomness
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -89,40 +51,9 @@ def lay_apart(graph: Any, params: Any) -> tuple[Any, Any]:
     return nnx.split((CachedDecoder(network.decoder), network.latent))
 
 
-def start(
-    graph: Any,
-    params: Any,
-    prompts: Mapping[int, Ids],
-    *,
-    rows: int,
-    limit: int,
-    seed: int,
-    steering: Steering,
-    choice: Choice,
-    ends: tuple[int, ...],
-) -> tuple[State, Array | None, Array | None]:
-    """Reads prompts, chooses z and the first token of at most ``limit`` each.
-
-    Also gives the prior's probabilities and the codes' weights in z [R C], None without
-    a latent. A prompt's number seeds its tokens; its ids seed the draw of z.
-    """
-    tokens, told = _pad(prompts, rows=rows, seed=seed)
-    length = tokens.shape[1]
-    slots = _round_up(length + limit, _SLOTS)
-    cache = _empty_cache(graph, params, rows=rows, slots=slots)
-    done, hidden = 0, None
-    while done < length:
-        size = next(size for size in _CHUNKS if size <= length - done)
-        chunk, at = tokens[:, done : done + size], np.int32(done)
-        cache, hidden = read(graph, params, cache, chunk, at, told.first)
-        done += size
-    return begin(
-        graph, params, cache, hidden, told, choice, steering=steering, ends=ends
-    )
-
-
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("rows", "slots"))
-def _empty_cache(graph: Any, params: Any, *, rows: int, slots: int) -> Cache:
+def empty_cache(graph: Any, params: Any, *, rows: int, slots: int) -> Cache:
+    """Room for prompts and answers."""
     decoder, _ = nnx.merge(graph, params)
     return decoder.empty_cache(rows, slots)
 
@@ -143,46 +74,33 @@ def read(
 
 
 @functools.partial(
-    jax.jit,
-    static_argnums=0,
-    static_argnames=("steering", "ends"),
-    donate_argnums=2,
+    jax.jit, static_argnums=0, static_argnames="steering", donate_argnums=2
 )
 def begin(
     graph: Any,
     params: Any,
-    cache: Cache,
+    state: State,
     hidden: Float[Array, "R D"],
-    rows: Rows,
-    choice: Choice,
+    seed: UInt32[Array, ""],
+    numbers: Int32[Array, "R"],
+    seeds: UInt32[Array, "R"],
     *,
     steering: Steering,
-    ends: tuple[int, ...],
 ) -> tuple[State, Float[Array, "R C"] | None, Float[Array, "R C"] | None]:
-    """Chooses z and the first token; also gives the prior and the codes' weights."""
+    """Chooses z and the first token; also gives the prior and the codes' weights.
+
+    ``numbers`` of prompts seed their tokens, ``seeds`` the draws of z.
+    """
     decoder, latent = nnx.merge(graph, params)
-    # Room for as many tokens as the cache has slots: `limit` is no shape.
-    room = hidden.shape[0], cache.keys[0].shape[1]
-    key = jax.random.key(rows.seed)
+    key = jax.random.key(seed)
     prior = weights = vector = None
     if latent is not None:
-        codes = draws.codes(latent, hidden, steering, key, rows.draw)
+        codes = draws.codes(latent, hidden, steering, key, seeds)
         prior, weights = jax.nn.softmax(codes.logits, axis=-1), codes.weights
         vector = codes.vector
-    state = State(
-        cache=cache,
-        first=rows.first,
-        slot=rows.slot,
-        tokens=jnp.zeros(room, jnp.int32),
-        count=jnp.int32(0),
-        done=rows.unused,
-        vector=vector,
-        keys=jax.vmap(functools.partial(jax.random.fold_in, key))(rows.number),
-        choice=choice,
-        ends=ends,
-    )
-    state = _with_token(decoder, state, hidden)
-    return state, _everywhere(prior), _everywhere(weights)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
+    state = dataclasses.replace(state, vector=vector, keys=keys)
+    return _with_token(decoder, state, hidden), *_everywhere(prior, weights)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -208,33 +126,21 @@ def _with_token(
     """One more token in each row: pi(y_t | x, y_<t, z) = softmax(head (h + z))."""
     if state.vector is not None:
         hidden = hidden + state.vector.astype(hidden.dtype)
-    logits = jnp.einsum(
-        "RD,VD->RV",
-        hidden,
-        decoder.head_weight.astype(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    head = decoder.head_weight.astype(hidden.dtype)
+    logits = jnp.einsum("RD,VD->RV", hidden, head, preferred_element_type=jnp.float32)
     logits = axes.constrain(logits, "R V")
     # Of the row's key and the count alone: the batch does not change a draw.
     keys = jax.vmap(lambda key: jax.random.fold_in(key, state.count))(state.keys)
     # A row that has ended repeats an end token, which the host cuts off.
     token = jnp.where(state.done, state.ends[0], state.choice.pick(logits, keys))
-    ended = jnp.isin(token, jnp.asarray(state.ends))
     tokens = jax.lax.dynamic_update_slice_in_dim(
         state.tokens, token[:, None], state.count, axis=1
     )
-    tokens, count, done = map(
-        _everywhere, (tokens, state.count + 1, state.done | ended)
-    )
+    done = state.done | jnp.isin(token, jnp.asarray(state.ends))
+    tokens, count, done = _everywhere(tokens, state.count + 1, done)
     return dataclasses.replace(state, tokens=tokens, count=count, done=done)
 
 
-def _everywhere(x: Any) -> Any:
-    """Replicated on all devices, so that every process can read it."""
-    if x is None or jax.sharding.get_abstract_mesh().empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec())
-
-
-def _round_up(count: int, unit: int) -> int:
-    return count + -count % unit
+def _everywhere(*arrays: Array | None) -> Any:
+    """Replicated on all devices, so that every process can read them."""
+    return jax.lax.with_sharding_constraint(arrays, PartitionSpec())

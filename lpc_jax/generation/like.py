@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, assert_never, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 import scipy.special
@@ -14,8 +14,6 @@ from lpc_jax import config as cfg
 from lpc_jax import loss_table
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.data.examples import PreferenceExample
-from lpc_jax.data.report import Drops
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import reading
 from lpc_jax.runtime.policy import Policy
@@ -25,43 +23,34 @@ By = Literal["posterior", "bayes"]
 BY: tuple[By, ...] = get_args(By)
 
 
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Judged pairs of one reader; ``by``: how the mix follows from them."""
+def read(
+    file: str, by: By, latent: cfg.Latent | None, name: str
+) -> Callable[[Policy], Steering]:
+    """Reads pairs, in any form that training reads, before a policy is loaded.
 
-    judged: list[PreferenceExample]
-    drops: Drops
-    by: By
-
-
-def read(file: str, by: By, latent: cfg.Latent | None, name: str) -> Examples:
-    """The pairs of a file, in any form that training reads, before a policy is loaded.
-
-    ``latent`` and ``name`` are the policy's, which must have codes.
+    ``latent`` and ``name`` are the policy's, which must have codes. Returns how its z
+    is chosen once it is loaded.
     """
     codes = None if latent is None else latent.num_codes
     require_codes(codes, f"--like {file}", name)
-    judged, drops = pair_data.read([file], split="train", limit=None)
-    return Examples(judged, drops, by)
+    texts, drops = pair_data.read([file], split="train", limit=None)
+
+    def steering(policy: Policy) -> Steering:
+        rules = pair_data.rules(policy.config.data)
+        judged, _ = pair_data.tokenize(texts, policy.tokenizer, drops, **rules)
+        return of_pairs(policy, judged, by)
+
+    return steering
 
 
-def steering(system: Policy, examples: Examples) -> Steering:
-    """The mix of codes that examples from ``read`` call for."""
-    rules = pair_data.rules(system.config.data)
-    tokens, _ = pair_data.tokenize(
-        examples.judged, system.tokenizer, examples.drops, **rules
-    )
-    return of_pairs(system, tokens, examples.by)
-
-
-def of_pairs(system: Policy, judged: Sequence[TokenizedPair], by: By) -> Steering:
+def of_pairs(policy: Policy, judged: Sequence[TokenizedPair], by: By) -> Steering:
     """The mix of codes that judged pairs call for."""
-    mix = weights(evidence(system, judged, by), by)
+    mix = weights(evidence(policy, judged, by), by)
     return Steering("mix", tuple(enumerate(mix.tolist())))
 
 
 def evidence(
-    system: Policy, judged: Sequence[TokenizedPair], by: By
+    policy: Policy, judged: Sequence[TokenizedPair], by: By
 ) -> Float[np.ndarray, "B C"]:
     """Evidence of each judged pair for each code.
 
@@ -71,16 +60,18 @@ def evidence(
     per token where the loss is, less what it adds to the rejected one's.
     """
     if by == "posterior":
-        return reading.believe(system, judged).posterior.astype(np.float64)
-    assert system.latent is not None
-    count = system.latent.num_codes
-    mixes = np.concatenate([np.zeros((1, count)), np.eye(count)])  # none, then each
-    logp = reading.score_under(system, judged, mixes)
-    reward = loss_table.reward(None, system.config.loss)
+        return reading.believe(policy, judged).posterior.astype(np.float64)
+    assert policy.latent is not None
+    count = policy.latent.num_codes
+    mixes = np.eye(count + 1, count, -1)  # no code, then each
+    logp = reading.score_under(policy, judged, mixes)
     # A reference would cancel: it is the same with and without the code.
-    alone = dataclasses.replace(reward, over_reference=False)
-    rewards = np.stack([alone.of(x, pair_data.lengths(judged), None) for x in logp])
-    added = rewards[1:] - rewards[:1]
+    reward = dataclasses.replace(
+        loss_table.reward(None, policy.config.loss), over_reference=False
+    )
+    lengths = pair_data.lengths(judged)
+    none, *each = (reward.of(under, lengths, None) for under in logp)
+    added = np.stack(each) - none
     # log sigmoid(m) = -log(1 + exp(-m)), which logaddexp gives without overflow.
     return -np.logaddexp(0, added[..., 1] - added[..., 0]).T
 
@@ -91,10 +82,5 @@ def weights(evidence: Float[np.ndarray, "B C"], by: By) -> Float[np.ndarray, "C"
     By ``posterior`` as ``latent.pool = "user"`` pools in training; by ``bayes`` Bayes'
     rule from a uniform prior over codes.
     """
-    match by:
-        case "posterior":
-            return scipy.special.softmax(evidence.mean(axis=0))
-        case "bayes":
-            return scipy.special.softmax(evidence.sum(axis=0))
-        case _:
-            assert_never(by)
+    pool = {"posterior": np.mean, "bayes": np.sum}[by]
+    return scipy.special.softmax(pool(evidence, axis=0))

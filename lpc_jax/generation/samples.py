@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,17 +52,13 @@ def choose(
     pairs: Sequence[TokenizedPair], count: int, *, most_tokens: int
 ) -> list[TokenizedPair]:
     """Pairs with different prompts of at most ``most_tokens``, sources in turn."""
-    by_source: dict[str, dict[bytes, TokenizedPair]] = {}
+    by_source = collections.defaultdict(dict)  # and by prompt
     for pair in pairs:
         if len(pair.prompt) <= most_tokens:
-            of_source = by_source.setdefault(pair.source, {})
-            of_source.setdefault(pair.prompt.tobytes(), pair)
-    in_turn = sorted(
-        (turn, source, pair.id, pair)
-        for source, of_source in by_source.items()
-        for turn, pair in enumerate(of_source.values())
-    )
-    return [pair for *_, pair in in_turn[:count]]
+            by_source[pair.source].setdefault(pair.prompt.tobytes(), pair)
+    in_turn = itertools.zip_longest(*(by_source[s].values() for s in sorted(by_source)))
+    chosen = (pair for turn in in_turn for pair in turn if pair is not None)
+    return list(itertools.islice(chosen, count))
 
 
 def answer(
@@ -112,27 +110,27 @@ def read(file: Path) -> list[Sample]:
     """The samples of a file; a last line cut off by a crash is skipped."""
     if not file.exists():
         return []
-    *whole, _cut_off = file.read_text(encoding="utf-8").split("\n")
-    return [Sample(**json.loads(line)) for line in whole]
+    *lines, _cut_off = file.read_text(encoding="utf-8").split("\n")
+    return [Sample(**json.loads(line)) for line in lines]
 
 
 def append(file: Path, samples: Sequence[Sample]) -> None:
     """Appends samples to the file, one JSON object a line."""
     with file.open("a", encoding="utf-8") as opened:
-        opened.writelines(map(_line, samples))
+        opened.write(_lines(samples))
 
 
-def _line(sample: Sample) -> str:
-    return json.dumps(dataclasses.asdict(sample)) + "\n"
+def _lines(samples: Sequence[Sample]) -> str:
+    return "".join(json.dumps(dataclasses.asdict(s)) + "\n" for s in samples)
 
 
 def rewind(file: Path, resume_from: int | None) -> None:
     """Removes samples of later steps than ``resume_from``; None, a new run: all."""
     kept = [s for s in read(file) if resume_from is not None and s.step <= resume_from]
-    if not kept:
+    if kept:
+        whole.write(file, _lines(kept))
+    else:
         file.unlink(missing_ok=True)
-        return
-    whole.write(file, "".join(map(_line, kept)))
 
 
 def before_and_after(samples: Sequence[Sample]) -> list[str]:

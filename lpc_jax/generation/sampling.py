@@ -39,13 +39,11 @@ class Sampling:
     @property
     def choice(self) -> Choice:
         """The settings that a compiled program takes."""
+        # NumPy's scalars: every process of several hands in the same.
         return Choice(
-            # NumPy's: every process of several hands in the same.
-            temperature=np.float32(self.temperature or 1.0),
-            top_p=np.float32(self.top_p),
-            greedy=self.temperature == 0,
+            temperature=np.float32(self.temperature) if self.temperature else None,
+            top_p=np.float32(self.top_p) if self.top_p < 1 else None,
             top_k=self.top_k,
-            nucleus=self.top_p < 1,
         )
 
 
@@ -54,21 +52,19 @@ class Sampling:
 class Choice:
     """Sampling inside jit; another temperature or top_p does not recompile."""
 
-    temperature: Scalar
-    top_p: Scalar
-    greedy: bool = dataclasses.field(metadata={"static": True})
+    temperature: Scalar | None  # None: greedy
+    top_p: Scalar | None
     top_k: int | None = dataclasses.field(metadata={"static": True})
-    nucleus: bool = dataclasses.field(metadata={"static": True})
 
     def pick(self, logits: Float[Array, "R V"], keys: Any) -> Int32[Array, "R"]:
         """A token for each row, drawn with the row's own key."""
-        if self.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        top_p = self.top_p if self.nucleus else None
-        kept = keep_likeliest(logits / self.temperature, top_k=self.top_k, top_p=top_p)
-        # Gumbel-max: argmax(logits + noise) is a draw from softmax(logits).
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-        return jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
+        if self.temperature is not None:
+            logits = logits / self.temperature
+            logits = keep_likeliest(logits, top_k=self.top_k, top_p=self.top_p)
+            # Gumbel-max: argmax(logits + noise) is a draw from softmax(logits).
+            shape = logits.shape[1:]
+            logits += jax.vmap(lambda key: jax.random.gumbel(key, shape))(keys)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def keep_likeliest(

@@ -1,4 +1,4 @@
-"""Jitted forward passes over packed pairs, cached by graph, mesh and settings."""
+"""Jitted forward passes, cached by graph, mesh and settings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, UInt32
 
 from lpc_jax import objective
 from lpc_jax.models.latent import Steering
 from lpc_jax.models.network import Network
+from lpc_jax.runtime import draws
 from lpc_jax.types import Batch
 
 _KEPT = 16  # programs cached of a kind
@@ -29,9 +30,9 @@ def _program(forward: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
     ) -> Callable[..., Any]:
         # Replicated, so that every process reads all of it.
         @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        def program(params: dict[str, Any], batch: Batch, *arrays: Array) -> Any:
+        def program(params: dict[str, Any], *arrays: Any) -> Any:
             # Parameters are arguments, so that no program keeps a policy's alive.
-            return forward(nnx.merge(graph, params), batch, *arrays, **statics)
+            return forward(nnx.merge(graph, params), *arrays, **statics)
 
         return program
 
@@ -92,3 +93,32 @@ def latent_inputs(
 def hidden(network: Network, batch: Batch) -> Float[Array, "R T D"]:
     """The decoder's last hidden states."""
     return network.hidden(batch)
+
+
+@_program
+def code_weights(
+    network: Network,
+    tokens: Int[Array, "R T"],
+    length: Int[Array, ""],
+    seeds: UInt32[Array, "R"],
+    *,
+    steering: Steering,
+) -> Float[Array, "R C"]:
+    """The codes' weights at the end of prompts of one ``length``."""
+    positions, same = jnp.arange(tokens.shape[1])[None], jnp.zeros_like(tokens)
+    # Padding is on the right, where no token of the prompt looks.
+    end = network.decoder(tokens, positions, same, same)[:, length - 1]
+    assert network.latent is not None
+    return draws.codes(network.latent, end, steering, jax.random.key(0), seeds).weights
+
+
+@_program
+def code_bias(network: Network) -> Float[Array, "C V"]:
+    """Logits that each code alone adds to every token of an answer, in fp32."""
+    assert network.latent is not None
+    return jnp.einsum(
+        "CD,VD->CV",
+        network.latent.codebook[...].astype(jnp.float32),
+        network.decoder.head_weight.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )

@@ -8,6 +8,7 @@ import safetensors.numpy
 
 from lpc_jax.data import chat
 from lpc_jax.export import bias
+from lpc_jax.generation import answers
 from lpc_jax.generation.answering import Generator
 from lpc_jax.generation.sampling import Sampling
 from lpc_jax.models.latent import Steering
@@ -21,16 +22,19 @@ def lpc() -> Policy:
     return exports.with_codes("tiny_llama")
 
 
+def encoded(policy: Policy, *texts: str) -> list[np.ndarray]:
+    turns = [[{"role": "user", "content": text}] for text in texts]
+    return [chat.encode_prompt(turn, policy.tokenizer) for turn in turns]
+
+
 def test_weights_times_biases_are_what_z_adds_to_the_logits(lpc, tmp_path):
     file = tmp_path / "codes.safetensors"
-    turns = [
-        [{"role": "user", "content": text}] for text in ("Which bird?", "Why " * 8)
-    ]
-    bias.write(lpc, turns, Steering("mean"), file)
+    prompts = encoded(lpc, "Which bird?", "Why " * 8)
+    bias.write(lpc, prompts, Steering("mean"), file)
     held = safetensors.numpy.load_file(file)
     head = np.asarray(lpc.params["decoder"]["head"], np.float64)
-    for conversation, row in zip(turns, held["weights"], strict=True):
-        ids = chat.encode_prompt(conversation, lpc.tokenizer).tolist()
+    for prompt, row in zip(prompts, held["weights"], strict=True):
+        ids = prompt.tolist()
         z = exports.vector(lpc, ids, Steering("mean"))
         wanted = np.asarray(z, np.float64) @ head.T
         np.testing.assert_allclose(row @ held["code_bias"], wanted, atol=1e-5)
@@ -43,13 +47,12 @@ def test_weights_times_biases_are_what_z_adds_to_the_logits(lpc, tmp_path):
 
 def test_drawn_weights_are_those_that_answers_are_generated_under(lpc, tmp_path):
     file, sample = tmp_path / "codes.safetensors", Steering("sample", temperature=0.5)
-    turns = [[{"role": "user", "content": text}] for text in ("Why?", "Which bird?")]
-    bias.write(lpc, turns, sample, file)
-    ids = [chat.encode_prompt(turn, lpc.tokenizer) for turn in turns]
-    answers = Generator(lpc, batch=2).generate(
-        ids, sampling=Sampling(1), steering=sample
+    prompts = encoded(lpc, "Why?", "Which bird?")
+    bias.write(lpc, prompts, sample, file)
+    completions = Generator(lpc, batch=2).generate(
+        prompts, sampling=Sampling(1), steering=sample
     )
-    wanted = np.stack([answer.weights for answer in answers])
+    wanted = np.stack([completion.weights for completion in completions])
     weights = safetensors.numpy.load_file(file)["weights"]
     np.testing.assert_allclose(weights, wanted, atol=1e-5)
 
@@ -63,9 +66,11 @@ def test_drawn_weights_are_those_that_answers_are_generated_under(lpc, tmp_path)
         ('{"prompt": []}', "prompt must end with a message of the user, got []"),
     ],
 )
-def test_a_line_that_is_no_prompt_is_named(tmp_path, line, said):
+def test_a_line_that_is_no_prompt_is_named(lpc, tmp_path, line, said):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "Why?"}\n\n' + line + "\n")
-    message = message_of(bias.read_prompts, file)
+    message = message_of(
+        answers.read_prompts, str(file), lpc.tokenizer, setting="--bias"
+    )
     assert "prompts.jsonl:3: " in message
     assert said in message

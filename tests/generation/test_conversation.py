@@ -49,7 +49,7 @@ def talk(generator: Generator, *lines: str) -> tuple[str, Conversation]:
 def test_an_answer_is_streamed_whole_and_both_turns_are_kept(generator):
     said, conversation = talk(generator, "Why?")
     ids = chat.encode_prompt(
-        [{"role": "user", "content": "Why?"}], generator.system.tokenizer
+        [{"role": "user", "content": "Why?"}], generator.policy.tokenizer
     )
     (expected,) = generator.generate(
         [ids], sampling=Sampling(8), steering=Steering("mean")

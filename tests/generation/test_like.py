@@ -29,11 +29,9 @@ def coded():
 
 @pytest.fixture(scope="module")
 def some(coded):
-    examples = like.read(str(runs.PAIRS), "posterior", coded.latent, coded.name)
+    texts, drops = pair_data.read([str(runs.PAIRS)], split="train", limit=None)
     rules = pair_data.rules(coded.config.data)
-    found, _ = pair_data.tokenize(
-        examples.judged, coded.tokenizer, examples.drops, **rules
-    )
+    found, _ = pair_data.tokenize(texts, coded.tokenizer, drops, **rules)
     return found[:5]
 
 
@@ -122,6 +120,8 @@ def test_the_flag_steers_as_the_mix_that_it_finds(coded, tmp_path):
     for by in like.BY:
         asked = parser.parse_args(["--like", str(file), "--like-by", by])
         found = flags.choose_z(asked, coded.latent, coded.name)(coded)
-        examples = like.read(str(file), by, coded.latent, coded.name)
-        assert found == like.steering(coded, examples)
+        rules = pair_data.rules(coded.config.data)
+        texts, drops = pair_data.read([str(file)], split="train", limit=None)
+        judged, _ = pair_data.tokenize(texts, coded.tokenizer, drops, **rules)
+        assert found == like.of_pairs(coded, judged, by)
         assert sum(weight for _, weight in found.mix) == pytest.approx(1.0)

@@ -215,8 +215,7 @@ def test_a_mix_like_judged_pairs_is_ours(posterior_input, torch, tmp_path):
     write(ours, folder, plain=False)
     file = tmp_path / "judged.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in judged_pairs()))
-    examples = like.read(str(file), "posterior", latent, "ours")
-    expected = like.steering(ours, examples)
+    expected = like.read(str(file), "posterior", latent, "ours")(ours)
     model = loaded(torch, folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for given in (file, judged_pairs()):
@@ -386,15 +385,16 @@ def bias_file(ours, tmp_path):
     from safetensors.numpy import load_file
 
     texts = ["Which bird sings?", "Say it in one word: how many ships?"]
-    conversations = [[{"role": "user", "content": text}] for text in texts]
     file = tmp_path / "codes.safetensors"
-    bias.write(ours, conversations, MEAN, file)
     ids = [
         ours.tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_dict=False
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_dict=False,
         )
-        for turns in conversations
+        for text in texts
     ]
+    bias.write(ours, [np.asarray(row, np.int32) for row in ids], MEAN, file)
     return file, ids, load_file(file)
 
 

@@ -102,7 +102,7 @@ GOLDEN = exports.GOLDEN / "tiny_llama"
             [GOLDEN, "out", "--bias", "full/file"],
             f"--bias needs codes, got {GOLDEN}, which has none",
         ),
-        (["LPC", "out", "--bias", "absent"], "--bias absent: no such file."),
+        (["LPC", "out", "--bias", "absent"], "--bias = 'absent': no such file"),
         (
             ["LPC", "out", "--bias", "full/file"],
             "--bias = 'full/file' must be a file ending in .jsonl",

@@ -9,6 +9,7 @@ runs. ``generate`` reads z at the prompt's end and keeps it for the answer (Gong
 which never imports this file.
 """
 
+import itertools
 import json
 import math
 
@@ -54,11 +55,12 @@ class CodeMlp(nn.Module):
 class LatentHead(nn.Module):
     """Codebook, prior and posterior; only pairs of answers have a posterior."""
 
-    def __init__(self, width, hidden_width, num_codes, posterior_inputs):
+    def __init__(self, width, lpc):
         super().__init__()
-        self.codebook = nn.Parameter(torch.zeros(num_codes, width))
-        self.prior_mlp = CodeMlp(width, hidden_width, num_codes)
-        self.posterior_mlp = CodeMlp(posterior_inputs, hidden_width, num_codes)
+        sizes = lpc["hidden_width"], lpc["num_codes"]
+        self.codebook = nn.Parameter(torch.zeros(lpc["num_codes"], width))
+        self.prior_mlp = CodeMlp(width, *sizes)
+        self.posterior_mlp = CodeMlp(lpc["posterior_inputs"], *sizes)
 
 
 class LpcMixin:
@@ -85,13 +87,7 @@ class LpcMixin:
 
     def __init__(self, config):
         super().__init__(config)
-        lpc = config.lpc
-        self.latent = LatentHead(
-            config.hidden_size,
-            lpc["hidden_width"],
-            lpc["num_codes"],
-            lpc["posterior_inputs"],
-        )
+        self.latent = LatentHead(config.hidden_size, config.lpc)
         self.post_init()
 
     def forward(
@@ -114,7 +110,8 @@ class LpcMixin:
     ):
         """Logits under z; see the class."""
         past = kwargs.get("cache", kwargs.get("past_key_values"))
-        if code_vector is None and not lpc_continues_prompt and _length(past):
+        unread = code_vector is None and not lpc_continues_prompt
+        if unread and past is not None and int(past.get_seq_length()):
             raise ValueError(
                 "code_vector must be given with a cache that holds something: z is the"
                 " prompt's, which is not read again. Hand on that of the output that"
@@ -131,8 +128,9 @@ class LpcMixin:
         if code_vector is None:
             end = prompt_end(hidden, attention_mask, prompt_lengths, labels)
             at_end = hidden[torch.arange(len(hidden), device=hidden.device), end]
-            how = lpc_how, lpc_temperature, lpc_code, lpc_mix
-            weights = self.code_weights(at_end, *how)
+            weights = self.code_weights(
+                at_end, lpc_how, lpc_temperature, lpc_code, lpc_mix
+            )
             code_vector = weights @ self.latent.codebook.float()
         hidden = hidden + code_vector[:, None].to(hidden.dtype)
         if isinstance(logits_to_keep, int):
@@ -158,8 +156,8 @@ class LpcMixin:
         """
         lpc = self.config.lpc
         if code is not None or mix is not None:
-            given = mix_weights({code: 1.0} if mix is None else mix, lpc["num_codes"])
-            return given.to(hidden.device).expand(len(hidden), -1)
+            row = mix_weights({code: 1.0} if mix is None else mix, lpc["num_codes"])
+            return row.to(hidden.device).expand(len(hidden), -1)
         how = lpc["how"] if how is None else how
         temperature = lpc["temperature"] if temperature is None else temperature
         if how not in HOW or not temperature > 0:
@@ -203,14 +201,14 @@ class LpcMixin:
             means.append(hidden[len(prompt) :].mean(0))
             at_prompt = hidden[len(prompt) - 1]
         of_end, of_mean = ends[0] - ends[1], means[0] - means[1]
-        parts = {
+        reads = {
             "concat": ends,
             "difference": [of_end],
             "mean_difference": [of_mean],
             "both": [of_end, of_mean],
             "all": [of_end, of_mean, at_prompt],
-        }[self.config.lpc["settings"]["posterior_input"]]
-        return torch.cat(parts)
+        }
+        return torch.cat(reads[self.config.lpc["settings"]["posterior_input"]])
 
     def code_bias(self, code_weights):
         """What z adds to all logits of an answer: weights [rows, C] -> [rows, V]."""
@@ -230,11 +228,6 @@ class LpcMixin:
         )
         updated["code_vector"] = outputs["code_vector"]
         return updated
-
-
-def _length(cache):
-    """Tokens that a cache holds."""
-    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def prompt_end(hidden, attention_mask=None, prompt_lengths=None, labels=None):
@@ -283,21 +276,16 @@ def pair_ids(row, tokenizer):
 
     prompt = messages(row["prompt"], "user")
     header = encoded(prompt, add_generation_prompt=True)
-    sides = "chosen", "rejected"
-    whole = [encoded(prompt + messages(row[side], "assistant")) for side in sides]
-    shared = min(_shared(header, ids) for ids in whole)
-    eos, answers = tokenizer.eos_token_id, []
+    sides = messages(row["chosen"], "assistant"), messages(row["rejected"], "assistant")
+    whole = [encoded(prompt + side) for side in sides]
+    columns = zip(header, *whole)  # noqa: B905 - up to the shortest
+    alike = itertools.takewhile(lambda ids: len(set(ids)) == 1, columns)
+    shared, eos, answers = len(list(alike)), tokenizer.eos_token_id, []
     for ids in whole:
         answer = ids[shared:]
         length = answer.index(eos) if eos in answer else len(answer)
         answers.append([*answer[:length], eos])
     return header[:shared], *answers
-
-
-def _shared(a, b):
-    """Items that two lists begin with alike."""
-    differ = [i for i, (x, y) in enumerate(zip(a, b)) if x != y]  # noqa: B905
-    return differ[0] if differ else min(len(a), len(b))
 
 
 def mix_weights(mix, num_codes):
