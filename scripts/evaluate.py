@@ -208,9 +208,9 @@ def compare_readers(
         limit=data.limit if arguments.like is None else None,
         user=data.user,
     )
-    loaded = flags.load_system(arguments)
+    policy = flags.load_system(arguments)
     results = readers.measure(
-        loaded,
+        policy,
         known,
         held_out,
         counts=arguments.like_own,
@@ -221,7 +221,7 @@ def compare_readers(
         "command": command,
         "readers": [dataclasses.asdict(result) for result in results],
     }
-    lines = [f"system: {loaded.name}"]
+    lines = [f"system: {policy.name}"]
     lines += [line for result in results for line in readers.lines(result)]
     _tell(arguments, console, "readers", record, lines, *map(readers.table, results))
 

@@ -212,8 +212,7 @@ class LanguageModel(TemplateLM):
     def sampling(self, settings: Mapping[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
         """A task's generation settings as ``Sampling``, and its stop strings.
 
-        Raises:
-            UserError: An unknown setting, or answers of ``max_length`` tokens or more.
+        ``UserError`` for an unknown setting, or answers of ``max_length`` tokens.
         """
         known: Any = normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)
         if unknown := sorted(known.keys() - _GENERATION):
@@ -234,20 +233,18 @@ class LanguageModel(TemplateLM):
             top_k=known.get("top_k") or None,
             top_p=float(known.get("top_p") or 1.0),
         )
-        return sampling, tuple(text for text in known["until"] if text)
+        return sampling, tuple(filter(None, known["until"]))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as text; without the header its last message is continued."""
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
+            text = self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
             )
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in chat_history)
@@ -257,6 +254,7 @@ class LanguageModel(TemplateLM):
                 " Leave out --system-instruction if that is it, or name another"
                 " template with model.chat_template."
             ) from error
+        return str(text)
 
 
 def evaluate(
@@ -270,14 +268,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """The harness's results, for JSON with ``default=float``.
 
-    Args:
-        model: Answers.
-        tasks: From ``tasks.load``, with its ``num_fewshot``.
-        num_fewshot: As of ``tasks.load``.
-        log_samples: Also gives each request and its log-likelihood.
-        apply_chat_template: Asks in the chat format instead of as text to continue;
-            ``UserError`` where the tokenizer has none.
-        settings: More of ``lm_eval.simple_evaluate``.
+    ``tasks`` are of ``tasks.load`` with this ``num_fewshot``; ``log_samples`` also
+    gives each request and its log-likelihood; ``settings`` are more of the harness's
+    ``simple_evaluate``. ``UserError`` for a template to apply where there is none.
     """
     start = time.monotonic()
     if apply_chat_template and not model.tokenizer.chat_template:

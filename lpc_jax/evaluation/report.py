@@ -30,7 +30,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 class Line:
     """A policy's accuracy and margin on a group of pairs, or a paired difference."""
 
-    who: str  # a role, LONGER, or "system - " one of these
+    who: str  # a role or LONGER; of a difference "system - " another
     accuracy: Estimate  # share of pairs whose chosen answer has the greater reward
     margin: Estimate | None  # mean of chosen over rejected; None for LONGER
     ties: int | None  # of rewards or, for LONGER, of lengths; None for a difference

@@ -73,9 +73,8 @@ def score(
     """A score for each request, in their order, whatever else is in its batch.
 
     Args:
-        policy: ``steering`` is not read if it has no codes.
-        requests: Each has at least one unscored id of context and one scored id, and
-            fits the model's context.
+        policy: Without codes, ``steering`` is not read.
+        requests: Each has an unscored and a scored id, and fits the model.
         steering: How z is chosen.
         seed: A context's draw of z depends on it and the context alone.
         batch_tokens: Of a batch, padding included; None: by device.

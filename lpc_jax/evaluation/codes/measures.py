@@ -148,6 +148,6 @@ def beside_chance(
     _, source = np.unique(sources, return_inverse=True)
     # With few prompts codes tell sources apart by accident: information is above 0 even
     # where they are independent.
-    dealt = [measure(rng.permutation(source)) for _ in range(SHUFFLES)]
-    mean, high = np.mean(dealt), np.quantile(dealt, LEVEL)
+    by_chance = [measure(rng.permutation(source)) for _ in range(SHUFFLES)]
+    mean, high = np.mean(by_chance), np.quantile(by_chance, LEVEL)
     return BesideChance(measure(source), float(mean), float(high))
