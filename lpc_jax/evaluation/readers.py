@@ -80,10 +80,8 @@ def measure(
     judged = reading.with_states(policy, judged)
     reward = loss_table.reward(None, policy.config.loss)
     reference = _reference_logp(policy, judged) if reward.over_reference else None
-    logp, lengths = (
-        reading.score_under(policy, judged, mixes),
-        pair_data.lengths(judged),
-    )
+    lengths = pair_data.lengths(judged)
+    logp = reading.score_under(policy, judged, mixes)
     rewards = np.stack([reward.of(x, lengths, reference) for x in logp])
     right = rewards[..., 0] > rewards[..., 1]
     prompts = [pair_data.prompt_key(held_out[0][pair.id]) for pair in judged]
