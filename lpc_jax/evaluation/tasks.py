@@ -56,7 +56,8 @@ def load(
         _require(names, manager.all_tasks, "")
     else:
         _require(names, list(FILES), f" with --tasks-data, {', '.join(FILES)}")
-        folders = [str(Path(lm_eval.__path__[0], "tasks", name)) for name in _FOLDERS]
+        above = Path(lm_eval.__path__[0]) / "tasks"
+        folders: list[str | Path] = [above / name for name in _FOLDERS]
         manager = TaskManager(include_defaults=False, include_path=folders)
         with_files = []
         for name in names:
