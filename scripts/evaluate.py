@@ -40,10 +40,11 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
         argv: The command line; None: the process's own.
         console: Where to print; None: standard output.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    asked = _parser().parse_args(arguments)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(argv)
+    command = ["scripts/evaluate.py", *argv]
     try:
-        _mode(asked)(asked, arguments, console or Console())
+        _mode(arguments)(arguments, command, console or Console())
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
@@ -79,20 +80,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _mode(asked: argparse.Namespace) -> Callable[..., None]:
+def _mode(arguments: argparse.Namespace) -> Callable[..., None]:
     """The evaluation whose flag is given."""
-    if asked.codes and not asked.pairs:
+    if arguments.codes and not arguments.pairs:
         raise UserError("--codes needs --pairs FILE, whose prompts it looks at.")
-    if bool(asked.pairs) == bool(asked.tasks):
+    if bool(arguments.pairs) == bool(arguments.tasks):
         raise UserError(
             "exactly one of --pairs and --tasks is required, got"
-            f" {'both' if asked.tasks else 'neither'}. Name what to evaluate on."
+            f" {'both' if arguments.tasks else 'neither'}. Name what to evaluate on."
         )
-    if asked.tasks:
+    if arguments.tasks:
         return evaluate_tasks
-    if asked.like_own is not None:
+    if arguments.like_own is not None:
         return compare_readers
-    return look_at_codes if asked.codes else evaluate_pairs
+    return look_at_codes if arguments.codes else evaluate_pairs
 
 
 # --- preference pairs -----------------------------------------------------------------
@@ -141,18 +142,15 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate_pairs(
-    asked: argparse.Namespace, arguments: Sequence[str], console: Console
+    arguments: argparse.Namespace, command: list[str], console: Console
 ) -> None:
     """Accuracy and margin on preference pairs, beside length and the start model."""
     from rich.progress import Progress
 
     from lpc_jax.evaluation import comparison, flags, intervals, report
 
-    _require_writable(asked)
-    names = {field.name for field in dataclasses.fields(comparison.Options)}
-    given = {name: value for name, value in vars(asked).items() if name in names}
-    options = comparison.Options(**given, model=flags.model_of(asked))
-    mesh = flags.make_mesh(asked)
+    _require_writable(arguments)
+    mesh = flags.make_mesh(arguments)
     terminal = Console(stderr=True)
     shown = Progress(console=terminal, transient=True, disable=not terminal.is_terminal)
     with shown as progress:
@@ -163,18 +161,17 @@ def evaluate_pairs(
                 tasks[who] = progress.add_task(who, total=total)
             progress.update(tasks[who], completed=done)
 
-        compared = comparison.compare(options, mesh, on_progress=advance)
-    resamples = asked.resamples or intervals.RESAMPLES
-    drawn = {"resamples": resamples, "seed": asked.seed}
+        compared = comparison.compare(arguments, mesh, on_progress=advance)
+    resamples = arguments.resamples or intervals.RESAMPLES
+    drawn = {"resamples": resamples, "seed": arguments.seed}
     groups = report.summarize(compared, **drawn)
-    command = ["scripts/evaluate.py", *arguments]
     record = report.as_json(compared, groups, command=command, **drawn)
     table = report.table(groups, resamples=resamples)
-    _tell(asked, console, "pairs", record, report.header(compared), table)
+    _tell(arguments, console, "pairs", record, report.header(compared), table)
 
 
 def compare_readers(
-    asked: argparse.Namespace, arguments: Sequence[str], console: Console
+    arguments: argparse.Namespace, command: list[str], console: Console
 ) -> None:
     """Whether a few of a reader's judgements say what that reader wants."""
     from lpc_jax import config as cfg
@@ -182,85 +179,85 @@ def compare_readers(
     from lpc_jax.evaluation import flags, readers
     from lpc_jax.runtime import steering
 
-    _require_writable(asked)
+    _require_writable(arguments)
     _refuse(
-        asked,
+        arguments,
         ("z", "code", "mix", "against"),
         "--like-own",
         "chooses z from judgements",
     )
-    outline = flags.outline_system(asked)
+    outline = flags.outline_system(arguments)
     latent = outline.latent
-    steering.require_codes(latent and latent.num_codes, "--like-own", asked.system)
+    steering.require_codes(latent and latent.num_codes, "--like-own", arguments.system)
     run = outline.run
-    if asked.like is None and run is None:
+    if arguments.like is None and run is None:
         raise UserError(
             "--like-own takes examples from a run's training pairs, got"
-            f" {asked.system}, which is no run. Name a file of them with --like."
+            f" {arguments.system}, which is no run. Name a file of them with --like."
         )
-    data = cfg.Data(train=asked.like or "") if run is None else run.data
+    data = cfg.Data(train=arguments.like or "") if run is None else run.data
     held_out = pairs.read(
-        asked.pairs, split=asked.pairs_split, limit=asked.limit, user=data.user
-    )
-    known = pairs.read(
-        [asked.like or data.train],
-        split=data.train_split,
-        limit=data.limit if asked.like is None else None,
+        arguments.pairs,
+        split=arguments.pairs_split,
+        limit=arguments.limit,
         user=data.user,
     )
-    loaded = flags.load_system(asked)
+    known = pairs.read(
+        [arguments.like or data.train],
+        split=data.train_split,
+        limit=data.limit if arguments.like is None else None,
+        user=data.user,
+    )
+    policy = flags.load_system(arguments)
     results = readers.measure(
-        loaded,
+        policy,
         known,
         held_out,
-        counts=asked.like_own,
-        by=asked.like_by,
-        seed=asked.seed,
+        counts=arguments.like_own,
+        by=arguments.like_by,
+        seed=arguments.seed,
     )
     record = {
-        "command": ["scripts/evaluate.py", *arguments],
-        "readers": [readers.as_json(result) for result in results],
+        "command": command,
+        "readers": [dataclasses.asdict(result) for result in results],
     }
-    lines = [f"system: {loaded.name}"]
+    lines = [f"system: {policy.name}"]
     lines += [line for result in results for line in readers.lines(result)]
-    _tell(asked, console, "readers", record, lines, *map(readers.table, results))
+    _tell(arguments, console, "readers", record, lines, *map(readers.table, results))
 
 
 def look_at_codes(
-    asked: argparse.Namespace, arguments: Sequence[str], console: Console
+    arguments: argparse.Namespace, command: list[str], console: Console
 ) -> None:
     """Writes a page about a system's codes, and says the most of it."""
     from lpc_jax.evaluation import flags
-    from lpc_jax.evaluation.codes import page
-    from lpc_jax.runtime import steering
+    from lpc_jax.evaluation.codes import look, page
 
-    if asked.output is None or len(asked.pairs) != 1:
+    if arguments.output is None or len(arguments.pairs) != 1:
         raise UserError(
             "--codes needs --output FOLDER and one --pairs FILE, got"
-            f" {asked.output} and {len(asked.pairs)}."
+            f" {arguments.output} and {len(arguments.pairs)}."
         )
-    _refuse(asked, ("z", "code", "mix", "like"), "--codes", "looks at all of them")
-    page.require(asked.output)
-    latent = flags.outline_system(asked).latent
-    steering.require_codes(latent and latent.num_codes, "--codes", asked.system)
-    looked, file = page.make(
-        flags.load_system(asked),
-        asked.pairs[0],
-        asked.output,
-        split=asked.pairs_split,
-        limit=asked.limit,
-        seed=asked.seed,
-        on_progress=lambda _: None,
+    _refuse(arguments, ("z", "code", "mix", "like"), "--codes", "looks at all of them")
+    latent = flags.outline_system(arguments).latent
+    page.require(latent and latent.num_codes, arguments.system, arguments.output)
+    codes = look.look(
+        flags.load_system(arguments),
+        arguments.pairs[0],
+        split=arguments.pairs_split,
+        limit=arguments.limit,
+        seed=arguments.seed,
     )
-    _print(console, *page.summary(looked), f"written: {file}")
+    file = page.write(codes, arguments.output)
+    _print(console, *page.summary(codes), f"written: {file}")
 
 
 def _refuse(
-    asked: argparse.Namespace, flags: Sequence[str], by: str, reason: str
+    arguments: argparse.Namespace, flags: Sequence[str], by: str, reason: str
 ) -> None:
     """Refuses flags that another one makes void."""
     for flag in flags:
-        if getattr(asked, flag) is not None:
+        if getattr(arguments, flag) is not None:
             raise UserError(
                 f"--{flag} has no effect with {by}, which {reason}. Leave it out."
             )
@@ -300,46 +297,46 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate_tasks(
-    asked: argparse.Namespace, arguments: Sequence[str], console: Console
+    arguments: argparse.Namespace, command: list[str], console: Console
 ) -> None:
     """Scores of lm-eval's tasks."""
     from lpc_jax.evaluation import flags, lm_eval, tasks
     from lpc_jax.models.latent import Steering
 
-    _require_writable(asked)
-    names = [name.strip() for name in asked.tasks.split(",")]
+    _require_writable(arguments)
+    names = [name.strip() for name in arguments.tasks.split(",")]
     if not all(names):
         raise UserError(
-            f"--tasks must be names with commas between, got {asked.tasks!r}."
+            f"--tasks must be names with commas between, got {arguments.tasks!r}."
             " Write them as arc_easy,gsm8k."
         )
-    num_fewshot = asked.num_fewshot
-    loaded = tasks.load(names, data=asked.tasks_data, num_fewshot=num_fewshot)
-    outline = flags.outline_system(asked)
-    choose = flags.choose_z(asked, outline.latent, outline.name)
-    system = flags.load_system(asked)
-    steering = choose(system) or Steering("mean")
+    num_fewshot = arguments.num_fewshot
+    loaded = tasks.load(names, data=arguments.tasks_data, num_fewshot=num_fewshot)
+    outline = flags.outline_system(arguments)
+    choose = flags.choose_z(arguments, outline.latent, outline.name)
+    policy = flags.load_system(arguments)
+    steering = choose(policy) or Steering("mean")
     model = lm_eval.LanguageModel(
-        system, steering=steering, max_length=asked.max_length, seed=asked.seed
+        policy, steering=steering, max_length=arguments.max_length, seed=arguments.seed
     )
     results = lm_eval.evaluate(
         model,
         loaded,
         num_fewshot=num_fewshot,
-        log_samples=asked.log_samples,
-        limit=asked.limit,
-        apply_chat_template=asked.apply_chat_template,
-        fewshot_as_multiturn=asked.fewshot_as_multiturn,
-        system_instruction=asked.system_instruction,
+        log_samples=arguments.log_samples,
+        limit=arguments.limit,
+        apply_chat_template=arguments.apply_chat_template,
+        fewshot_as_multiturn=arguments.fewshot_as_multiturn,
+        system_instruction=arguments.system_instruction,
     )
-    results["settings"]["tasks_data"] = asked.tasks_data and "local files"
+    results["settings"]["tasks_data"] = arguments.tasks_data and "local files"
     console.print(lm_eval.table(results))
     if model.cut:
         console.print(
             f"{model.cut} requests are longer than {model.max_length} tokens: their"
             " contexts were cut at the start."
         )
-    files = [asked.json, asked.output and asked.output / "tasks.json"]
+    files = [arguments.json, arguments.output and arguments.output / "tasks.json"]
     for file in filter(None, files):
         whole.write(file, json.dumps(results, indent=1, default=float) + "\n")
         _print(console, f"written: {file}")
@@ -356,18 +353,18 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _require_writable(asked: argparse.Namespace) -> None:
+def _require_writable(arguments: argparse.Namespace) -> None:
     """Refuses a place that cannot be written, before anything is computed."""
     from lpc_jax.evaluation import flags
 
-    if asked.output is not None:
-        flags.require_writable(asked.output, flag="--output")
-    if asked.json is not None:
-        flags.require_new_file(asked.json, overwrite=True, flag="--json")
+    if arguments.output is not None:
+        flags.require_writable(arguments.output, flag="--output")
+    if arguments.json is not None:
+        flags.require_new_file(arguments.json, overwrite=True, flag="--json")
 
 
 def _tell(
-    asked: argparse.Namespace,
+    arguments: argparse.Namespace,
     console: Console,
     name: str,
     record: dict[str, Any],
@@ -381,11 +378,11 @@ def _tell(
         for table in tables:
             where.print(table)
     files: dict[Path, str] = {}
-    if asked.json is not None:
-        files[asked.json] = json.dumps(record, indent=1) + "\n"
-    if asked.output is not None:
-        files[asked.output / f"{name}.json"] = json.dumps(record, indent=1) + "\n"
-        files[asked.output / f"{name}.txt"] = text.getvalue()
+    if arguments.json is not None:
+        files[arguments.json] = json.dumps(record, indent=1) + "\n"
+    if arguments.output is not None:
+        files[arguments.output / f"{name}.json"] = json.dumps(record, indent=1) + "\n"
+        files[arguments.output / f"{name}.txt"] = text.getvalue()
     for file, content in files.items():
         whole.write(file, content)
         _print(console, f"written: {file}")

@@ -12,8 +12,6 @@ MOST_OF_ALL = 18_650
 # Forward passes over pairs are in runtime/programs. The others: the answers' loop, an
 # update, parameters from a seed, what is read of a start, and sums over arrays.
 COMPILED = {
-    "evaluation/codes/look.py",
-    "evaluation/scoring.py",
     "generation/decode.py",
     "runtime/loading.py",
     "runtime/programs.py",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -26,37 +27,12 @@ from lpc_jax.runtime.policy import Policy
 from lpc_jax.runtime.steering import Steering
 
 SYSTEM, START, AGAINST = "system", "start", "against"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Flags of ``scripts/evaluate.py``; None: the run's setting, else the default."""
-
-    system: str
-    step: str = "latest"
-    # Fields of cfg.Model for `system`; compute_dtype is for all policies.
-    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    against: str | None = None
-    against_step: str = "latest"
-    start: str | None = None
-    no_start: bool = False
-    pairs: Sequence[str]
-    pairs_split: str | None = None
-    limit: int | None = None
-    z: Literal["mean", "sample", "argmax"] | None = None
-    code: str | None = None
-    mix: str | None = None
-    like: str | None = None
-    like_by: Literal["posterior", "bayes"] = "posterior"
-    reward: str | None = None
-    max_length: int | None = None
-    max_prompt_length: int | None = None
-    truncation: Literal["drop", "cut_prompt", "cut_prompt_then_answer"] | None = None
-    seed: int = 0
+# Role, policy, how its z is chosen, its reward and that reward's reference.
+_Entrant = tuple[str, Policy, Steering | None, Reward, Policy | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Contestant:
+class Entry:
     """A policy and its scores of every pair's chosen and rejected answer."""
 
     role: str  # SYSTEM, START or AGAINST
@@ -91,77 +67,62 @@ class Contestant:
 class Comparison:
     """Scores of the same pairs under every policy."""
 
-    contestants: tuple[Contestant, ...]  # `Options.system` first
+    entries: tuple[Entry, ...]  # SYSTEM first
     texts: tuple[PreferenceExample, ...]  # the pairs that all of them scored, in order
     rules: dict[str, Any]  # of tokenization: data.pairs.RULES
     report: Report  # of the first policy's tokens
     left_out: int  # the first policy's pairs that another tokenizer dropped
 
 
-class _Entrant(NamedTuple):
-    role: str
-    system: Policy
-    steering: Steering | None
-    reward: Reward
-    reference: Policy | None
-
-
 def compare(
-    options: Options, mesh: Mesh, *, on_progress: Callable[[str, int, int], None]
+    arguments: argparse.Namespace,
+    mesh: Mesh,
+    *,
+    on_progress: Callable[[str, int, int], None],
 ) -> Comparison:
     """Scores every pair under every policy; settings are checked before the first.
 
-    ``on_progress`` gets a role, its pairs done and the number of pairs.
+    ``arguments`` are of ``scripts/evaluate.py``. ``on_progress`` gets a role, its pairs
+    done and the number of pairs.
 
     Raises:
         UserError: The tokenizers keep no pair in common.
     """
-    run = _run_of(options.system, options.step)
-    if run is not None:  # before anything is loaded
-        flags.choose_z(options, run.latent, options.system)
+    run = None
+    if (Path(arguments.system).expanduser() / loading.CHECKPOINTS).is_dir():
+        # Its config alone: flags are checked before anything is loaded.
+        run = loading.find(arguments.system, step=arguments.step).run
+    if run is not None:
+        flags.choose_z(arguments, run.latent, arguments.system)
     texts, drops = pair_data.read(
-        options.pairs,
-        split=options.pairs_split,
-        limit=options.limit,
+        arguments.pairs, split=arguments.pairs_split, limit=arguments.limit
     )
-    rules = _rules(options, run)
-    systems = _Systems(options, mesh, on_progress)
-    entrants = _entrants(options, run, systems)
-    tokens, reports = zip(
-        *(
-            pair_data.tokenize(texts, entrant.system.tokenizer, drops, **rules)
-            for entrant in entrants
-        ),
-        strict=True,
-    )
-    kept = set.intersection(*({pair.id for pair in pairs} for pairs in tokens))
+    rules = _rules(arguments, run)
+    policies = _Policies(arguments, run, mesh, on_progress)
+    entrants = _entrants(policies)
+    tokenized = [
+        pair_data.tokenize(texts, policy.tokenizer, drops, **rules)
+        for _, policy, *_ in entrants
+    ]
+    kept = set.intersection(*({pair.id for pair in pairs} for pairs, _ in tokenized))
     if not kept:
         raise UserError(
             "the systems' tokenizers must keep some pair in common, got none. Raise"
             " --max-length."
         )
-    return Comparison(
-        contestants=tuple(
-            _contestant(entrant, [pair for pair in pairs if pair.id in kept], systems)
-            for entrant, pairs in zip(entrants, tokens, strict=True)
-        ),
-        texts=tuple(text for text in texts if text.index in kept),
-        rules=rules,
-        report=reports[0],
-        left_out=len(tokens[0]) - len(kept),
-    )
+    entries = [
+        _entry(entrant, [pair for pair in pairs if pair.id in kept], policies)
+        for entrant, (pairs, _) in zip(entrants, tokenized, strict=True)
+    ]
+    pairs, report = tokenized[0]
+    shared = tuple(text for text in texts if text.index in kept)
+    return Comparison(tuple(entries), shared, rules, report, len(pairs) - len(kept))
 
 
-def _run_of(path: str, step: str) -> cfg.Config | None:
-    """A run's config, without its arrays; None for a model that is no run."""
-    is_run = (Path(path).expanduser() / loading.CHECKPOINTS).is_dir()
-    return loading.find(path, step=step).run if is_run else None
-
-
-def _rules(options: Options, run: cfg.Config | None) -> dict[str, Any]:
+def _rules(arguments: argparse.Namespace, run: cfg.Config | None) -> dict[str, Any]:
     rules = pair_data.rules(cfg.Data(train="none") if run is None else run.data)
-    given = {name: getattr(options, name, None) for name in rules}
-    rules |= {name: value for name, value in given.items() if value is not None}
+    flagged = {k: v for k, v in vars(arguments).items() if k in rules}
+    rules |= {name: value for name, value in flagged.items() if value is not None}
     cfg.Data(train="none", **rules)  # refuses what is no rule
     return rules
 
@@ -174,118 +135,119 @@ def model_for(path: str, run: cfg.Config) -> dict[str, Any]:
     return model
 
 
-class _Systems:
+class _Policies:
     """Loads each policy once, and scores the same policy, z and pairs once."""
 
     def __init__(
-        self, options: Options, mesh: Mesh, on_progress: Callable[[str, int, int], None]
+        self,
+        arguments: argparse.Namespace,
+        run: cfg.Config | None,
+        mesh: Mesh,
+        on_progress: Callable[[str, int, int], None],
     ) -> None:
-        self._mesh, self._seed, self._on_progress = mesh, options.seed, on_progress
-        dtype = options.model.get("compute_dtype")
-        self._for_all = {} if dtype is None else {"compute_dtype": dtype}
+        self.arguments, self.run = arguments, run
+        self._mesh, self._on_progress = mesh, on_progress
         self._loaded: dict[tuple[str, str], Policy] = {}
-        self._scored: dict[tuple[int, Steering | None, str], np.ndarray] = {}
+        self._scores: dict[tuple[int, Steering | None, str], np.ndarray] = {}
+        self.reward = loss_table.reward(
+            arguments.reward, None if run is None else run.loss
+        )
+        self.start = arguments.start
+        if self.start is None and run is not None:
+            self.start = run.model.path
+        if self.reward.over_reference and self.start is None:
+            raise UserError(
+                f"--reward {self.reward.name} compares with a reference, got"
+                f" {arguments.system}, a model that is no run. Name what it started"
+                " from with --start, or use --reward mean_logp."
+            )
 
-    def load(self, path: str, step: str = "latest", model: Any = None) -> Policy:
+    def load(self, path: str, step: str = "latest", **model: Any) -> Policy:
         if (path, step) not in self._loaded:
-            model = self._for_all if model is None else model
+            if self.arguments.compute_dtype is not None:  # of all policies
+                model["compute_dtype"] = self.arguments.compute_dtype
             self._loaded[path, step] = loading.load(
                 path, mesh=self._mesh, step=step, model=model
             )
         return self._loaded[path, step]
 
     def load_start(self, path: str, run: cfg.Config | None) -> Policy:
-        if run is None:
-            return self.load(path)
-        # With the run's tokenizer and precision, as in training.
-        return self.load(path, model=model_for(path, run) | self._for_all)
+        """With its run's tokenizer and precision, as in training."""
+        return self.load(path, **({} if run is None else model_for(path, run)))
+
+    def reference(self, policy: Policy, run: cfg.Config | None) -> Policy | None:
+        """A run's own; a model that is no run gets the first policy's."""
+        if not self.reward.over_reference:
+            return None
+        path = None if run is None else run.reference.path or run.model.path
+        if path is None or (run is self.run and self.arguments.start is not None):
+            path = self.start
+        reference = self.load_start(path, self.run if run is None else run)
+        _require_vocabulary(reference, policy)
+        return reference
 
     def score(
-        self, who: str, asked: Policy, how: Steering | None, pairs: list[TokenizedPair]
+        self, role: str, policy: Policy, z: Steering | None, pairs: list[TokenizedPair]
     ) -> Float[np.ndarray, "B 2"]:
-        key = (id(asked), how, pair_data.tokens_digest(pairs))
-        if key not in self._scored:
-            self._scored[key] = reading.score(
-                asked,
+        key = (id(policy), z, pair_data.tokens_digest(pairs))
+        if key not in self._scores:
+            self._scores[key] = reading.score(
+                policy,
                 pairs,
-                steering=how,
-                seed=self._seed,
-                on_progress=lambda done: self._on_progress(who, done, len(pairs)),
+                steering=z,
+                seed=self.arguments.seed,
+                on_progress=lambda done: self._on_progress(role, done, len(pairs)),
             )
-        return self._scored[key]
+        return self._scores[key]
 
 
-def _entrants(
-    options: Options, run: cfg.Config | None, systems: _Systems
-) -> list[_Entrant]:
-    reward = loss_table.reward(options.reward, None if run is None else run.loss)
-    start = options.start
-    if start is None and run is not None:
-        start = run.model.path
-    if reward.over_reference and start is None:
-        raise UserError(
-            f"--reward {reward.name} compares with a reference, got {options.system},"
-            " a model that is no run. Name what it started from with --start, or use"
-            " --reward mean_logp."
-        )
+def _entrants(policies: _Policies) -> list[_Entrant]:
+    arguments, run, reward = policies.arguments, policies.run, policies.reward
 
-    def reference(asked: Policy, of: cfg.Config | None) -> Policy | None:
-        """A run's own; a model that is no run gets the first policy's."""
-        if not reward.over_reference:
-            return None
-        own = None if of is None else of.reference.path or of.model.path
-        if own is None or (of is run and options.start is not None):
-            own = start
-        assert own is not None
-        loaded = systems.load_start(own, run if of is None else of)
-        _require_vocabulary(loaded, asked)
-        return loaded
+    def own_z(policy: Policy) -> Steering | None:
+        return steering.choose(None, None, None, policy.latent, policy.name)
 
-    def own_z(asked: Policy) -> Steering | None:
-        return steering.choose(None, None, None, asked.latent, asked.name)
-
-    main = systems.load(options.system, options.step, options.model)
-    how = flags.choose_z(options, main.latent, options.system)(main)
-    entrants = [_Entrant(SYSTEM, main, how, reward, reference(main, run))]
-    if not options.no_start and start is not None:
-        begun = systems.load_start(start, run if options.start is None else None)
+    model = flags.model_of(arguments)
+    main = policies.load(arguments.system, arguments.step, **model)
+    z = flags.choose_z(arguments, main.latent, arguments.system)(main)
+    entrants = [(SYSTEM, main, z, reward, policies.reference(main, run))]
+    if not arguments.no_start and policies.start is not None:
+        of = run if arguments.start is None else None
+        start = policies.load_start(policies.start, of)
         # Under a log-ratio to itself every answer has reward 0.
         own = loss_table.reward("mean_logp", None) if reward.over_reference else reward
-        entrants.append(_Entrant(START, begun, own_z(begun), own, None))
-    if options.against is not None:
-        of = _run_of(options.against, options.against_step)
-        other = systems.load(options.against, options.against_step)
-        its = reference(other, of)
-        entrants.append(_Entrant(AGAINST, other, own_z(other), reward, its))
+        entrants.append((START, start, own_z(start), own, None))
+    if arguments.against is not None:
+        other = policies.load(arguments.against, arguments.against_step)
+        reference = policies.reference(other, other.run)
+        entrants.append((AGAINST, other, own_z(other), reward, reference))
     return entrants
 
 
-def _contestant(
-    entrant: _Entrant, pairs: list[TokenizedPair], systems: _Systems
-) -> Contestant:
-    role, asked, how, reward, reference = entrant
+def _entry(entrant: _Entrant, pairs: list[TokenizedPair], policies: _Policies) -> Entry:
+    role, policy, z, reward, reference = entrant
     reference_logp = None
     if reference is not None:
-        reference_logp = systems.score(f"reference of {role}", reference, None, pairs)
-    return Contestant(
+        reference_logp = policies.score(f"reference of {role}", reference, None, pairs)
+    return Entry(
         role=role,
-        name=asked.name,
+        name=policy.name,
         reference=None if reference is None else reference.name,
-        z=None if how is None else how.said(),
+        z=None if z is None else z.said(),
         reward=reward,
-        weights_digest=asked.digest(),
-        tokenizer_digest=tokenizers.digest(asked.tokenizer),
-        logp=systems.score(role, asked, how, pairs),
+        weights_digest=policy.digest(),
+        tokenizer_digest=tokenizers.digest(policy.tokenizer),
+        logp=policies.score(role, policy, z, pairs),
         lengths=pair_data.lengths(pairs),
         reference_logp=reference_logp,
     )
 
 
-def _require_vocabulary(reference: Policy, asked: Policy) -> None:
-    ours, theirs = asked.architecture.vocabulary, reference.architecture.vocabulary
-    if ours != theirs:
+def _require_vocabulary(reference: Policy, policy: Policy) -> None:
+    expected, got = (x.architecture.vocabulary for x in (policy, reference))
+    if expected != got:
         raise UserError(
             f"the reference {reference.name} must share the vocabulary of"
-            f" {asked.name}, {ours} tokens, got {theirs}. Name its start model with"
+            f" {policy.name}, {expected} tokens, got {got}. Name its start model with"
             " --start, or use --reward mean_logp."
         )

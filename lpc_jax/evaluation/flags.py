@@ -39,12 +39,8 @@ LIKE_BY: dict[str, Any] = {
 def add_system(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the policy and of the devices that hold it."""
     add = parser.add_argument
-    add(
-        "system",
-        metavar="SYSTEM",
-        help="a run folder, an exported or Hugging Face folder, a .gguf file, a hub id,"
-        " or package:NAME/FILE",
-    )
+    what = "a run folder, an exported or Hugging Face folder, a .gguf file, a hub id,"
+    add("system", metavar="SYSTEM", help=f"{what} or package:NAME/FILE")
     add("--step", default="latest", help="of a run: latest, best or a number")
     add("--revision", help="branch, tag or commit of a hub id")
     add("--tokenizer", help="where it is, when not beside the weights")
@@ -71,58 +67,59 @@ def add_system(parser: argparse.ArgumentParser) -> None:
 
 def add_steering(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that choose z."""
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument(
-        "--z", choices=("mean", "sample", "argmax"), help="from the prior [mean]"
-    )
-    chosen.add_argument("--code", metavar="7", help="this code, whatever the prompt")
-    chosen.add_argument("--mix", metavar="3:0.7,12:0.3", help="these, likewise")
-    chosen.add_argument("--like", **LIKE)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--z", choices=("mean", "sample", "argmax"), help="from the prior [mean]")
+    add("--code", metavar="7", help="this code, whatever the prompt")
+    add("--mix", metavar="3:0.7,12:0.3", help="these, likewise")
+    add("--like", **LIKE)
     parser.add_argument("--like-by", **LIKE_BY)
 
 
-def model_of(given: argparse.Namespace) -> dict[str, Any]:
-    """The model settings that are given, as ``loading.load`` takes them."""
-    settings = {name: getattr(given, name) for name in _OF_MODEL}
-    return {name: value for name, value in settings.items() if value is not None}
+def model_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The model settings among the flags, as ``loading.load`` takes them."""
+    flags = vars(arguments)
+    return {name: flags[name] for name in _OF_MODEL if flags[name] is not None}
 
 
-def make_mesh(given: argparse.Namespace) -> Mesh:
+def make_mesh(arguments: argparse.Namespace) -> Mesh:
     """A mesh of all devices; turns on the compilation cache that is named."""
-    if given.compilation_cache not in (None, "none"):
-        compute.keep_compiled(Path(given.compilation_cache))
+    if arguments.compilation_cache not in (None, "none"):
+        compute.keep_compiled(Path(arguments.compilation_cache))
     return sharding.make_mesh(
-        data=1, fsdp=-1, tensor=given.tensor, devices=jax.devices()
+        data=1, fsdp=-1, tensor=arguments.tensor, devices=jax.devices()
     )
 
 
-def outline_system(given: argparse.Namespace) -> Origin:
+def outline_system(arguments: argparse.Namespace) -> Origin:
     """The policy that the flags name, without reading its arrays."""
-    return loading.find(given.system, step=given.step, model=model_of(given))
+    model = model_of(arguments)
+    return loading.find(arguments.system, step=arguments.step, model=model)
 
 
-def load_system(given: argparse.Namespace, *, dtype: jnp.dtype | None = None) -> Policy:
+def load_system(
+    arguments: argparse.Namespace, *, dtype: jnp.dtype | None = None
+) -> Policy:
     """The policy that the flags name, on all devices; see ``loading.load``."""
     return loading.load(
-        given.system,
-        mesh=make_mesh(given),
-        step=given.step,
-        model=model_of(given),
+        arguments.system,
+        mesh=make_mesh(arguments),
+        step=arguments.step,
+        model=model_of(arguments),
         dtype=dtype,
     )
 
 
 def choose_z(
-    given: Any, latent: cfg.Latent | None, name: str
+    arguments: argparse.Namespace, latent: cfg.Latent | None, name: str
 ) -> Callable[[Policy], Steering | None]:
     """Checks the flags of ``add_steering``; returns how a loaded policy's z is chosen.
 
     ``latent`` and ``name`` are the policy's. Without codes its steering is None.
     """
-    if given.like is not None:
-        return like.read(given.like, given.like_by, latent, name)
-    chosen = steering.choose(given.z, given.code, given.mix, latent, name)
-    return lambda _: chosen
+    if arguments.like is not None:
+        return like.read(arguments.like, arguments.like_by, latent, name)
+    z = steering.choose(arguments.z, arguments.code, arguments.mix, latent, name)
+    return lambda _: z
 
 
 def require_new_file(path: Path, *, overwrite: bool, flag: str) -> None:

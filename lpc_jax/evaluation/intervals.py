@@ -43,26 +43,20 @@ def estimates(
 ) -> list[Estimate]:
     """The mean of each quantity with its percentile interval (Efron 1979).
 
-    All quantities share the draws, so a paired difference is one of them. The interval
-    has no width where all pairs are equal, and is too narrow below about 20 prompts.
-
-    Args:
-        values: At least one pair.
-        prompts: The number of each pair's prompt.
-        resamples: Draws, each of as many prompts as there are.
-        seed: Of the draws.
-        level: Share of the draws within the interval.
+    ``prompts`` numbers each pair's prompt; of the ``resamples`` draws, each of as many
+    prompts as there are, the share ``level`` lies within the interval. All quantities
+    share the draws, so a paired difference is one of them. The interval has no width
+    where all pairs are equal, and is too narrow below about 20 prompts.
     """
     means = values.mean(axis=0).tolist()
-    _, place = np.unique(prompts, return_inverse=True)
-    groups = int(place.max()) + 1
-    if groups < 2:
+    _, place, counts = np.unique(prompts, return_inverse=True, return_counts=True)
+    if len(counts) < 2:
         return [Estimate(mean, None, None) for mean in means]
     # Per-prompt sums suffice: a draw's mean is the ratio of two sums over its prompts.
-    sums = np.zeros((groups, values.shape[1]))
+    sums = np.zeros((len(counts), values.shape[1]))
     np.add.at(sums, place, values)
     interval = scipy.stats.bootstrap(
-        (sums.T, np.bincount(place)[None]),
+        (sums.T, counts[None]),
         lambda of_prompts, pairs, axis: of_prompts.sum(axis) / pairs.sum(axis),
         paired=True,  # a prompt's pairs are counted where their values are summed
         n_resamples=resamples,

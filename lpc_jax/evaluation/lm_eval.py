@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from lpc_jax.data.tokenizer import TEMPLATE_REMEDY
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation.scoring import Ids, Request, Score, Scorer
+from lpc_jax.evaluation import scoring
+from lpc_jax.evaluation.scoring import Ids, Request
 from lpc_jax.files import untrusted
 from lpc_jax.generation.answering import Generator
 from lpc_jax.generation.sampling import Sampling
@@ -67,43 +68,38 @@ class LanguageModel(TemplateLM):
 
     def __init__(
         self,
-        system: Policy,
+        policy: Policy,
         *,
         steering: Steering,
         max_length: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        longest = system.architecture.context_length
-        if max_length is not None and not 2 <= max_length <= longest:
+        self.policy, self.steering, self.seed = policy, steering, seed
+        self.tokenizer, self.tokenizer_name = policy.tokenizer, policy.name
+        self.cut = 0
+        longest = policy.architecture.context_length
+        self.max_length = longest if max_length is None else max_length
+        if not 2 <= self.max_length <= longest:
             raise UserError(
                 f"--max-length must be from 2 to the model's {longest} positions, got"
                 f" {max_length}."
             )
-        self.system, self.tokenizer = system, system.tokenizer
-        self.max_length, self.seed = max_length or longest, seed
-        self.steering, self.cut = steering, 0
-        self.tokenizer_name = system.name
-        self.eot_token_id, bos = (
-            self.tokenizer.eos_token_id,
-            self.tokenizer.bos_token_id,
-        )
+        self.eot_token_id = self.tokenizer.eos_token_id
         # What stands before a text without context.
-        self.prefix_token_id = self.eot_token_id if bos is None else bos
+        self.prefix_token_id = self.tokenizer.bos_token_id
+        if self.prefix_token_id is None:
+            self.prefix_token_id = self.eot_token_id
         if self.prefix_token_id is None:
             raise UserError(
-                f"{system.name}: the tokenizer must have a BOS or EOS token to stand"
+                f"{policy.name}: the tokenizer must have a BOS or EOS token to stand"
                 " before a text, got neither. Set one in its tokenizer_config.json."
             )
 
     @functools.cached_property
-    def _scorer(self) -> Scorer:
-        return Scorer(self.system, steering=self.steering, seed=self.seed)
-
-    @functools.cached_property
     def _generator(self) -> Generator:
         # Made on first use: it copies the decoder's layers.
-        return Generator(self.system, batch=_GENERATED_AT_ONCE)
+        return Generator(self.policy, batch=_GENERATED_AT_ONCE)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -122,13 +118,8 @@ class LanguageModel(TemplateLM):
     ) -> Request:
         """What is read and scored; the context is cut at its start to fit the model.
 
-        Args:
-            texts: The context and its continuation.
-            context: The context's ids, as the harness splits them.
-            scored: The continuation's.
-
-        Raises:
-            UserError: A continuation of no tokens, or too long for the model.
+        ``context`` and ``scored`` are the ids of both ``texts``, as the harness splits
+        them; ``UserError`` for no scored ids, or too many for the model.
         """
         # The harness scores white space at a context's end with the continuation, as it
         # may be part of its first token. Where it is not, as after a chat template's
@@ -158,28 +149,32 @@ class LanguageModel(TemplateLM):
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        scores = self._score([self.request(*request) for request in requests])
-        return [(score.logp, score.greedy) for score in scores]
-
-    def _score(self, requests: Sequence[Request]) -> list[Score]:
         with tqdm(total=len(requests), desc="Scoring", disable=None) as bar:
-            return self._scorer.score(requests, done=bar.update)
+            scores = scoring.score(
+                self.policy,
+                [self.request(*request) for request in requests],
+                steering=self.steering,
+                seed=self.seed,
+                done=bar.update,
+            )
+        return [*scores]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
         """Each text's log-likelihood, over windows with a z each where it is long."""
-        totals, windows = [0.0] * len(requests), []
+        numbers, windows = [], []
         for number, request in enumerate(requests):
             (text,) = request.args
             for window in utils.get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, self.max_length, 1
             ):
-                read, scored = utils.make_disjoint_window(window)
-                windows.append((number, self.request(("", text), read, scored)))
-        scores = self._score([window for _, window in windows])
-        for (number, _), score in zip(windows, scores, strict=True):
-            totals[number] += score.logp
+                numbers.append(number)
+                windows.append((("", text), *utils.make_disjoint_window(window)))
+        totals = [0.0] * len(requests)
+        scores = self._loglikelihood_tokens(windows)
+        for number, (logp, _) in zip(numbers, scores, strict=True):
+            totals[number] += logp
         return totals
 
     def generate_until(
@@ -193,8 +188,10 @@ class LanguageModel(TemplateLM):
         bar = tqdm(total=len(requests), desc="Answering", disable=None)
         for (sampling, stop), numbers in groups.items():
             room = self.max_length - sampling.max_new_tokens
-            contexts = {i: self.tok_encode(requests[i].args[0]) for i in numbers}
-            prompts = {i: self._cut(ids, room) for i, ids in contexts.items()}
+            prompts = {
+                i: self._cut(self.tok_encode(requests[i].args[0]), room)
+                for i in numbers
+            }
             # Longest first, so that a batch pads little.
             numbers.sort(key=lambda i: -len(prompts[i]))
             for start in range(0, len(numbers), _GENERATED_AT_ONCE):
@@ -215,10 +212,9 @@ class LanguageModel(TemplateLM):
     def sampling(self, settings: Mapping[str, Any]) -> tuple[Sampling, tuple[str, ...]]:
         """A task's generation settings as ``Sampling``, and its stop strings.
 
-        Raises:
-            UserError: An unknown setting, or answers of ``max_length`` tokens or more.
+        ``UserError`` for an unknown setting, or answers of ``max_length`` tokens.
         """
-        known: dict[str, Any] = {**normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)}
+        known: Any = normalize_gen_kwargs(dict(settings), MAX_NEW_TOKENS)
         if unknown := sorted(known.keys() - _GENERATION):
             raise UserError(
                 f"a task's generation_kwargs may set {', '.join(sorted(_GENERATION))},"
@@ -237,20 +233,18 @@ class LanguageModel(TemplateLM):
             top_k=known.get("top_k") or None,
             top_p=float(known.get("top_p") or 1.0),
         )
-        return sampling, tuple(text for text in known["until"] if text)
+        return sampling, tuple(filter(None, known["until"]))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as text; without the header its last message is continued."""
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
+            text = self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
             )
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in chat_history)
@@ -260,6 +254,7 @@ class LanguageModel(TemplateLM):
                 " Leave out --system-instruction if that is it, or name another"
                 " template with model.chat_template."
             ) from error
+        return str(text)
 
 
 def evaluate(
@@ -273,60 +268,54 @@ def evaluate(
 ) -> dict[str, Any]:
     """The harness's results, for JSON with ``default=float``.
 
-    Args:
-        model: Answers.
-        tasks: From ``tasks.load``, with its ``num_fewshot``.
-        num_fewshot: Examples in each prompt; None: the task's own.
-        log_samples: Also gives each request and its log-likelihood.
-        apply_chat_template: Asks in the chat format instead of as text to continue.
-        settings: More of ``lm_eval.simple_evaluate``.
-
-    Raises:
-        UserError: The tokenizer has no chat template to apply.
+    ``tasks`` are of ``tasks.load`` with this ``num_fewshot``; ``log_samples`` also
+    gives each request and its log-likelihood; ``settings`` are more of the harness's
+    ``simple_evaluate``. ``UserError`` for a template to apply where there is none.
     """
     start = time.monotonic()
     if apply_chat_template and not model.tokenizer.chat_template:
         raise UserError(
-            f"--apply-chat-template needs a chat template, got {model.system.name},"
+            f"--apply-chat-template needs a chat template, got {model.policy.name},"
             f" which has none. {TEMPLATE_REMEDY}"
         )
     for task in tasks:
         if task.config.output_type == "generate_until":
             model.sampling(task.config.generation_kwargs)
     settings["apply_chat_template"] = apply_chat_template
-    found: Any = evaluator.simple_evaluate(
+    output: Any = evaluator.simple_evaluate(
         model=model, tasks=list(tasks), num_fewshot=num_fewshot, **settings
     )
     results = {
-        "system": model.system.name,
-        "z": None if model.system.latent is None else model.steering.said(),
-        "tasks": {name: _of_task(found, name) for name in found["n-samples"]},
+        "system": model.policy.name,
+        "z": None if model.policy.latent is None else model.steering.said(),
+        "tasks": {
+            name: {
+                "questions": count["effective"],
+                "examples": output["n-shot"][name],
+                "version": output["versions"].get(name),
+                "metrics": _metrics(output["results"][name]),
+            }
+            for name, count in output["n-samples"].items()
+        },
         "settings": {**settings, "max_length": model.max_length, "seed": model.seed},
         "cut_requests": model.cut,
-        "lm_eval": found["lm_eval_version"],
+        "lm_eval": output["lm_eval_version"],
         "seconds": round(time.monotonic() - start, 1),
     }
     if log_samples:
         results["samples"] = {
             task: [{name: x[name] for name in (*_OF_SAMPLE, *x["metrics"])} for x in of]
-            for task, of in found["samples"].items()
+            for task, of in output["samples"].items()
         }
     return results
 
 
-def _of_task(found: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A task's number of questions and examples, and its metrics."""
-
-    def number(value: Any) -> float | None:  # text stands where there is none
-        known = isinstance(value, int | float) and math.isfinite(value)
-        return float(value) if known else None
-
-    metrics = {k: v for k, v in found["results"][name].items() if k not in _NO_METRICS}
+def _metrics(results: Mapping[str, Any]) -> dict[str, float | None]:
+    """A task's metrics; None where the harness has a text or no finite number."""
     return {
-        "questions": found["n-samples"][name]["effective"],
-        "examples": found["n-shot"][name],
-        "version": found["versions"].get(name),
-        "metrics": {metric: number(value) for metric, value in metrics.items()},
+        name: float(x) if isinstance(x, int | float) and math.isfinite(x) else None
+        for name, x in results.items()
+        if name not in _NO_METRICS
     }
 
 
@@ -337,18 +326,15 @@ def table(results: Mapping[str, Any]) -> Table:
     for name in ("task", "n", "n-shot", "metric", "value", "±"):
         is_text = name in ("task", "metric")
         made.add_column(name, justify="left" if is_text else "right", no_wrap=True)
-
-    def shown(value: float | None) -> str:
-        return "" if value is None else f"{value:.4f}"
-
     for task, of_task in results["tasks"].items():
-        first = (task, str(of_task["questions"]), str(of_task["examples"]))
+        first = (task, of_task["questions"], of_task["examples"])
         for name, value in of_task["metrics"].items():
             metric, _, extraction = name.partition(",")
             if metric.endswith("_stderr"):
                 continue
             error = of_task["metrics"].get(f"{metric}_stderr,{extraction}")
             label = metric if extraction == "none" else f"{metric} ({extraction})"
-            made.add_row(*first, label, shown(value), shown(error))
+            numbers = ("" if x is None else f"{x:.4f}" for x in (value, error))
+            made.add_row(*map(str, first), label, *numbers)
             first = ("", "", "")
     return made

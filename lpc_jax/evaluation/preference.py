@@ -47,26 +47,20 @@ def evaluate(
         if "prior" in by_pair:
             priors |= zip(ids, by_pair["prior"][mask], strict=True)
     assert totals is not None, "no batches to evaluate"
-    by_source: dict[str, list[int]] = {}
-    for pair_id in sorted(margins):
-        by_source.setdefault(sources[pair_id], []).append(pair_id)
-    metrics = values(totals)
-    if priors and len(by_source) > 1:
-        # How far the prior's largest code tells the source.
-        metrics["code/source_nmi"] = measures.normalized_mutual_information(
-            [int(np.argmax(prior)) for prior in priors.values()],
-            [sources[i] for i in priors],
-        )
-    return Evaluation(
-        metrics=metrics,
-        accuracy_by_source={
-            source: float(np.mean([margins[i] > 0 for i in ids]))
-            for source, ids in sorted(by_source.items())
-        },
-        usage_by_source={
-            source: np.mean([priors[i] for i in ids], axis=0)
-            for source, ids in sorted(by_source.items())
-            if priors
-        },
-        margins=margins,
-    )
+    metrics, ids = values(totals), sorted(margins)
+    of_pairs = [sources[i] for i in ids]
+    right = np.asarray([margins[i] > 0 for i in ids])
+    accuracy = {
+        source: float(right[np.asarray(of_pairs) == source].mean())
+        for source in sorted(set(of_pairs))
+    }
+    usage: dict[str, Float[np.ndarray, "C"]] = {}
+    if priors:
+        prior = np.stack([priors[i] for i in ids])
+        usage = measures.usage_by_source(prior, of_pairs)
+        if len(usage) > 1:
+            # How far the prior's largest code tells the source.
+            metrics["code/source_nmi"] = measures.normalized_mutual_information(
+                prior.argmax(axis=1), of_pairs
+            )
+    return Evaluation(metrics, accuracy, usage, margins)

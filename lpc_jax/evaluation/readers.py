@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lpc_jax import loss_table
@@ -40,7 +39,7 @@ class Readers:
     names: list[str]
     count: int  # judgements for a z
     by: By
-    accuracy: Float[np.ndarray, "readers readers"]  # row's pairs, column's z
+    accuracy: list[list[float]]  # of each reader's pairs under each reader's z
     own: Estimate  # under their own reader's z
     other: Estimate  # mean over the other readers' z
     difference: Estimate  # own less other, pair by pair
@@ -48,7 +47,7 @@ class Readers:
 
 
 def measure(
-    asked: Policy,
+    policy: Policy,
     known: Texts,
     held_out: Texts,
     *,
@@ -59,84 +58,77 @@ def measure(
     """Ranks every reader's pairs under z of every reader's judgements.
 
     Args:
-        asked: A policy with codes.
+        policy: With codes.
         known: Pairs to draw judgements from, as ``data.pairs.read`` gives them.
         held_out: Pairs to be ranked, likewise.
         counts: Judgements for a z; each count gives a result.
         by: How z follows from them, as in ``generation.like``.
         seed: Of the drawn judgements and of the intervals.
     """
-    examples, known_by = _by_reader(asked, known)
-    judged, judged_by = _by_reader(asked, held_out)
+    examples, known_by = _by_reader(policy, known)
+    judged, judged_by = _by_reader(policy, held_out)
     names = sorted(set(judged_by.tolist()))
     _require(names, known_by, max(counts))
-    mixes = _mixes(asked, examples, known_by, names, counts, by, seed)
-    judged = reading.with_states(asked, judged)
-    reward = loss_table.reward(None, asked.config.loss)
-    reference = _reference_logp(asked, judged) if reward.over_reference else None
-    rewards = np.stack(
-        [
-            reward.of(logp, pair_data.lengths(judged), reference)
-            for logp in reading.score_under(asked, judged, mixes)
-        ]
-    )
-    right = rewards[..., 0] > rewards[..., 1]
-    right = right.reshape(len(counts), len(names), DRAWS, -1)
-    prompts = [pair_data.prompt_key(held_out[0][pair.id]) for pair in judged]
-    return [
-        _summary(names, judged_by, of_count, prompts, count, by, seed)
-        for count, of_count in zip(counts, right, strict=True)
-    ]
-
-
-def _mixes(
-    asked: Policy,
-    examples: Sequence[TokenizedPair],
-    known_by: np.ndarray,
-    names: list[str],
-    counts: Sequence[int],
-    by: By,
-    seed: int,
-) -> Float[np.ndarray, "M C"]:
-    """Weights of the codes for each count, reader and draw of judgements."""
     rng = np.random.default_rng(seed)
-    drawn = [
+    draws = [
         rng.choice(np.flatnonzero(known_by == name), count, replace=False)
         for count in counts
         for name in names
         for _ in range(DRAWS)
     ]
-    used = np.unique(np.concatenate(drawn))
-    with_states = reading.with_states(asked, [examples[i] for i in used])
-    evidence = like.evidence(asked, with_states, by)
-    places = (np.searchsorted(used, draw) for draw in drawn)
+    mixes = _mixes(policy, examples, draws, by)
+    judged = reading.with_states(policy, judged)
+    reward = loss_table.reward(None, policy.config.loss)
+    reference = _reference_logp(policy, judged) if reward.over_reference else None
+    lengths = pair_data.lengths(judged)
+    logp = reading.score_under(policy, judged, mixes)
+    rewards = np.stack([reward.of(x, lengths, reference) for x in logp])
+    right = rewards[..., 0] > rewards[..., 1]
+    prompts = [pair_data.prompt_key(held_out[0][pair.id]) for pair in judged]
+    by_count = right.reshape(len(counts), len(names), DRAWS, -1)
+    return [
+        _summary(names, judged_by, of_count, prompts, count, by, seed)
+        for count, of_count in zip(counts, by_count, strict=True)
+    ]
+
+
+def _mixes(
+    policy: Policy,
+    examples: Sequence[TokenizedPair],
+    draws: Sequence[np.ndarray],
+    by: By,
+) -> Float[np.ndarray, "M C"]:
+    """Weights of the codes by each draw of the examples."""
+    used = np.unique(np.concatenate(draws))
+    read = reading.with_states(policy, [examples[i] for i in used])
+    evidence = like.evidence(policy, read, by)
+    places = (np.searchsorted(used, draw) for draw in draws)
     return np.stack([like.weights(evidence[place], by) for place in places])
 
 
 def _by_reader(
-    asked: Policy, texts: Texts
+    policy: Policy, texts: Texts
 ) -> tuple[Sequence[TokenizedPair], np.ndarray]:
     """Tokenized pairs and their users, or sources if any pair has no user."""
     examples, drops = texts
-    tokens, _ = pair_data.tokenize(
-        examples, asked.tokenizer, drops, **pair_data.rules(asked.config.data)
-    )
+    rules = pair_data.rules(policy.config.data)
+    tokens, _ = pair_data.tokenize(examples, policy.tokenizer, drops, **rules)
     field = "user" if all(text.user for text in examples) else "source"
     return tokens, np.asarray([getattr(examples[pair.id], field) for pair in tokens])
 
 
 def _reference_logp(
-    asked: Policy, judged: Sequence[TokenizedPair]
+    policy: Policy, judged: Sequence[TokenizedPair]
 ) -> Float[np.ndarray, "B 2"]:
-    config = asked.config
+    config = policy.config
     path = config.reference.path or config.model.path
     if path == config.model.path and config.decoder == "frozen":
         # A frozen decoder without z is its own reference.
-        assert asked.latent is not None
-        nothing = np.zeros((1, asked.latent.num_codes))
-        return reading.score_under(asked, judged, nothing)[0]
+        assert policy.latent is not None
+        nothing = np.zeros((1, policy.latent.num_codes))
+        return reading.score_under(policy, judged, nothing)[0]
     model = comparison.model_for(path, config)
-    reference = loading.load(path, mesh=asked.mesh, model=model)
+    reference = loading.load(path, mesh=policy.mesh, model=model)
     # Cached hidden states are of the policy's decoder, not of the reference.
     bare = [dataclasses.replace(pair, states=None) for pair in judged]
     return reading.score(reference, bare, steering=None)
@@ -148,13 +140,14 @@ def _require(names: list[str], known_by: np.ndarray, count: int) -> None:
             f"--like-own {count} compares readers, expected at least two users or"
             f" sources among the pairs, got {', '.join(names) or 'none'}."
         )
-    few = [name for name in names if np.sum(known_by == name) < count]
-    if few:
-        raise UserError(
-            f"--like-own {count} needs {count} training pairs of every reader, got"
-            f" {int(np.sum(known_by == few[0]))} of {few[0]!r}. Ask for fewer, or name"
-            " a file of examples with --like."
-        )
+    for name in names:
+        number = int(np.sum(known_by == name))
+        if number < count:
+            raise UserError(
+                f"--like-own {count} needs {count} training pairs of every reader, got"
+                f" {number} of {name!r}. Ask for fewer, or name a file of examples with"
+                " --like."
+            )
 
 
 def _summary(
@@ -173,22 +166,18 @@ def _summary(
     _, number = np.unique(prompts, return_inverse=True)
     columns = np.stack([own, other, own - other], axis=1)
     estimates = intervals.estimates(columns, number, seed=seed)
-    accuracy = np.stack(
-        [by_reader[:, own_row == row].mean(axis=1) for row in range(len(names))]
-    )
+    accuracy = [
+        by_reader[:, own_row == row].mean(axis=1).tolist() for row in range(len(names))
+    ]
     return Readers(names, count, by, accuracy, *estimates, pairs=len(judged_by))
 
 
 def table(result: Readers) -> Table:
     """Accuracies: rows are the pairs' readers, columns the judgements'."""
-    made = Table(
-        title=f"Ranked right under z of {result.count} judgements of ...",
-        title_justify="left",
-    )
+    title = f"Ranked right under z of {result.count} judgements of ..."
     names = [Text(untrusted.shown(name)) for name in result.names]
-    made.add_column("pairs of")
-    for name in names:
-        made.add_column(name, justify="right")
+    columns = [Column(name, justify="right") for name in names]
+    made = Table("pairs of", *columns, title=title, title_justify="left")
     for name, row in zip(names, result.accuracy, strict=True):
         made.add_row(name, *(f"{value:.3f}" for value in row))
     return made
@@ -203,8 +192,3 @@ def lines(result: Readers) -> list[str]:
         f"under another reader's: {result.other.text()}",
         f"own less other: {result.difference.text()}",
     ]
-
-
-def as_json(result: Readers) -> dict[str, Any]:
-    """The result as JSON."""
-    return dataclasses.asdict(result) | {"accuracy": result.accuracy.tolist()}

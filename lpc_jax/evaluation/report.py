@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import itertools
 import platform
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.evaluation import intervals
-from lpc_jax.evaluation.comparison import SYSTEM, Comparison, Contestant
+from lpc_jax.evaluation.comparison import SYSTEM, Comparison, Entry
 from lpc_jax.evaluation.intervals import Estimate
 
-ALL, LONGER = "all", "longer"
+LONGER = "longer"
+ACCURACY, MARGIN = "accuracy", "margin"
+_CUTS = ("cut_prompts", "cut_chosen", "cut_rejected")
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 
 
@@ -29,7 +30,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers")
 class Line:
     """A policy's accuracy and margin on a group of pairs, or a paired difference."""
 
-    who: str  # a role, LONGER, or "system - " one of these
+    who: str  # a role or LONGER; of a difference "system - " another
     accuracy: Estimate  # share of pairs whose chosen answer has the greater reward
     margin: Estimate | None  # mean of chosen over rejected; None for LONGER
     ties: int | None  # of rewards or, for LONGER, of lengths; None for a difference
@@ -45,76 +46,69 @@ class Group:
     lines: tuple[Line, ...]
 
 
-def longer_is_better(lengths: Int[np.ndarray, "B 2"]) -> Float[np.ndarray, "B"]:
-    """1 where the chosen answer is longer, 1/2 where equal, else 0."""
-    chosen, rejected = lengths.T
-    return (chosen > rejected) + 0.5 * (chosen == rejected)
-
-
-def summarize(comparison: Comparison, *, resamples: int, seed: int) -> list[Group]:
-    """Estimates of all pairs, then of each source; see ``intervals.estimates``."""
+def summarize(comparison: Comparison, **drawn: int) -> list[Group]:
+    """Estimates of all pairs, then of each source; ``drawn`` is resamples and seed."""
     texts = comparison.texts
     sources = np.asarray([text.source for text in texts])
-    _, prompts = np.unique(
-        [pair_data.prompt_key(text) for text in texts], return_inverse=True
-    )
+    keys = [pair_data.prompt_key(text) for text in texts]
+    _, prompts = np.unique(keys, return_inverse=True)
     names = sorted(set(sources.tolist()))
-    groups: list[Group] = []
+    groups = []
     for source in [None, *(names if len(names) > 1 else [])]:
-        of = np.ones(len(sources), bool) if source is None else sources == source
-        lines = _lines(comparison.contestants, of, prompts[of], resamples, seed)
-        count = len(np.unique(prompts[of]))
-        groups.append(Group(source, int(of.sum()), count, lines))
+        where = np.ones(len(sources), bool) if source is None else sources == source
+        columns, ties = _columns(comparison.entries, where)
+        # One call, so that all intervals share the draws.
+        joined = np.stack([*columns.values()], axis=1)
+        estimates = intervals.estimates(joined, prompts[where], **drawn)
+        of = dict(zip(columns, estimates, strict=True))
+        lines = tuple(
+            Line(who, of[who, ACCURACY], of.get((who, MARGIN)), ties.get(who))
+            for who in dict.fromkeys(who for who, _ in columns)
+        )
+        count = len(np.unique(prompts[where]))
+        groups.append(Group(source, int(where.sum()), count, lines))
     return groups
 
 
-def _lines(
-    contestants: Sequence[Contestant],
-    of: Bool[np.ndarray, "all"],
-    prompts: Int[np.ndarray, "B"],
-    resamples: int,
-    seed: int,
-) -> tuple[Line, ...]:
-    main, *others = contestants
-    # By role, columns of each pair: accuracy and, where there is one, margin. A tie
-    # counts as wrong, as in training.
-    columns: dict[str, np.ndarray] = {}
-    ties: dict[str, int] = {}
-    for contestant in contestants:
-        margins = contestant.margins[of]
-        columns[contestant.role] = np.stack([margins > 0.0, margins], axis=1)
-        ties[contestant.role] = int(np.sum(margins == 0))
-    columns[LONGER] = longer_is_better(main.lengths)[of][:, None]
-    ties[LONGER] = int(np.sum(columns[LONGER] == 0.5))
-    for role in [LONGER, *(one.role for one in others if one.reward == main.reward)]:
-        width = columns[role].shape[1]
-        columns[f"{SYSTEM} - {role}"] = columns[SYSTEM][:, :width] - columns[role]
-    joined = np.concatenate(list(columns.values()), axis=1)
-    # One call, so that all intervals share the draws.
-    drawn = intervals.estimates(joined, prompts, resamples=resamples, seed=seed)
-    lines, rest = [], iter(drawn)
-    for who, values in columns.items():
-        accuracy, *margin = itertools.islice(rest, values.shape[1])
-        lines.append(Line(who, accuracy, margin[0] if margin else None, ties.get(who)))
-    return tuple(lines)
+def _columns(
+    entries: Sequence[Entry], where: Bool[np.ndarray, "all"]
+) -> tuple[dict[tuple[str, str], Float[np.ndarray, "B"]], dict[str, int]]:
+    """Each line's accuracy and margin on every pair, and the ties of each policy."""
+    main, *others = entries
+    columns, ties = {}, {}
+    for entry in entries:
+        margins = entry.margins[where]
+        # A tie counts as wrong, as in training.
+        columns[entry.role, ACCURACY] = (margins > 0).astype(np.float64)
+        columns[entry.role, MARGIN] = margins
+        ties[entry.role] = int(np.sum(margins == 0))
+    longer = np.sign(main.lengths[where] @ [1, -1])
+    columns[LONGER, ACCURACY] = (longer + 1) / 2
+    ties[LONGER] = int(np.sum(longer == 0))
+    alike = [other.role for other in others if other.reward == main.reward]
+    for role in [LONGER, *alike]:
+        for quantity in [ACCURACY] if role == LONGER else [ACCURACY, MARGIN]:
+            difference = columns[SYSTEM, quantity] - columns[role, quantity]
+            columns[f"{SYSTEM} - {role}", quantity] = difference
+    return columns, ties
 
 
 def header(comparison: Comparison) -> list[str]:
     """The policies, their rewards, and what became of the pairs."""
     lines = []
-    for one in comparison.contestants:
-        z = "" if one.z is None else f"; z: {one.z}"
-        lines.append(f"{one.role}: {one.name}{z}")
-        against = "" if one.reference is None else f"; pi_ref: {one.reference}"
-        lines.append(f"  reward: {one.formula}{against}")
-    main, *others = comparison.contestants
-    if any(one.reward != main.reward for one in others):
+    for entry in comparison.entries:
+        z = "" if entry.z is None else f"; z: {entry.z}"
+        reference = "" if entry.reference is None else f"; pi_ref: {entry.reference}"
+        lines.append(f"{entry.role}: {entry.name}{z}")
+        lines.append(f"  reward: {entry.formula}{reference}")
+    main, *others = comparison.entries
+    if any(other.reward != main.reward for other in others):
         lines.append(
             "  (under the system's reward the start model has 0 everywhere if it is the"
             " reference, so its own log-probs rank here; --reward mean_logp asks both"
             " alike)"
         )
-    if any(one.tokenizer_digest != main.tokenizer_digest for one in others):
+    if any(other.tokenizer_digest != main.tokenizer_digest for other in others):
         lines.append(
             "tokenizers differ: lengths, cuts and margins are in each one's own tokens"
         )
@@ -123,8 +117,7 @@ def header(comparison: Comparison) -> list[str]:
         f"data: at most {rules['max_length']} tokens of prompt and answer,"
         f" {rules['max_prompt_length']} of a prompt that is cut; {rules['truncation']}"
     )
-    kept = ("pairs:", "  dropped:", "cut:")
-    lines += [line for line in comparison.report.lines() if line.startswith(kept)]
+    lines += comparison.report.lines()
     if comparison.left_out:
         lines.append(f"  left out, dropped in other tokens: {comparison.left_out:,}")
     return lines
@@ -132,11 +125,18 @@ def header(comparison: Comparison) -> list[str]:
 
 def table(groups: Sequence[Group], *, resamples: int) -> Table:
     """A line for every role and difference in every group."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("", "", "accuracy, %", "margin"):
-        made.add_column(name, justify="right" if name else "left")
+    caption = (
+        f"In brackets {100 * intervals.LEVEL:g} % intervals: {resamples:,} bootstrap"
+        f" draws of prompts.\n'{LONGER}' prefers the answer of more tokens, a tie is a"
+        " half; of rewards a tie is wrong."
+    )
+    numbers = [Column(name, justify="right") for name in ("accuracy, %", "margin")]
+    made = Table(
+        "", "", *numbers, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    made.caption, made.caption_justify = caption, "left"
     for group in groups:
-        heads = [ALL if group.source is None else group.source]
+        heads = ["all" if group.source is None else group.source]
         for count, noun in ((group.pairs, "pair"), (group.prompts, "prompt")):
             heads.append(f"{count:,} {noun}{'s' * (count != 1)}")
         heads += [""] * (len(group.lines) - len(heads))
@@ -147,12 +147,6 @@ def table(groups: Sequence[Group], *, resamples: int) -> Table:
             # As Text: rich would take brackets in a source's name for markup.
             made.add_row(*map(Text, (head, line.who, accuracy, margin)))
         made.add_section()
-    made.caption = (
-        f"In brackets {100 * intervals.LEVEL:g} % intervals: {resamples:,} bootstrap"
-        f" draws of prompts.\n'{LONGER}' prefers the answer of more tokens, a tie is a"
-        " half; of rewards a tie is wrong."
-    )
-    made.caption_justify = "left"
     return made
 
 
@@ -160,15 +154,15 @@ def as_json(
     comparison: Comparison,
     groups: Sequence[Group],
     *,
-    command: Sequence[str],
-    resamples: int,
-    seed: int,
+    command: list[str],
+    **drawn: int,
 ) -> dict[str, Any]:
-    """The estimates and every pair's scores; ``groups`` are of ``summarize``."""
+    """The estimates and scores; ``groups`` are of ``summarize``, as is ``drawn``."""
     report = comparison.report
+    scores = {entry.role: _scores(entry) for entry in comparison.entries}
     return {
-        "command": list(command),
-        "contestants": {one.role: _who(one) for one in comparison.contestants},
+        "command": command,
+        "contestants": {entry.role: _settings(entry) for entry in comparison.entries},
         "data": {
             "digest": pair_data.digest(comparison.texts),
             "settings": dict(sorted(comparison.rules.items())),
@@ -176,45 +170,36 @@ def as_json(
             "scored": len(comparison.texts),
             "dropped": dict(report.drops.counts),
             "dropped_in_other_tokens": comparison.left_out,
-            "cut_prompts": report.cut_prompts,
-            "cut_chosen": report.cut_chosen,
-            "cut_rejected": report.cut_rejected,
+            **{name: getattr(report, name) for name in _CUTS},
         },
-        "bootstrap": {
-            "level": intervals.LEVEL,
-            "resamples": resamples,
-            "seed": seed,
-            "drawn": "prompts",
-        },
+        "bootstrap": {"level": intervals.LEVEL, **drawn, "drawn": "prompts"},
         "groups": [dataclasses.asdict(group) for group in groups],
-        "pairs": _pairs(comparison),
+        "pairs": [
+            {
+                "origin": text.origin,
+                "source": text.source,
+                "prompt": pair_data.prompt_key(text),
+                "said": {role: of_pairs[i] for role, of_pairs in scores.items()},
+            }
+            for i, text in enumerate(comparison.texts)
+        ],
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "devices": [device.device_kind for device in jax.devices()],
     }
 
 
-def _who(contestant: Contestant) -> dict[str, Any]:
+def _settings(entry: Entry) -> dict[str, Any]:
     names = ("name", "z", "reference", "weights_digest", "tokenizer_digest")
-    reward = dataclasses.asdict(contestant.reward) | {"formula": contestant.formula}
-    return {name: getattr(contestant, name) for name in names} | {"reward": reward}
+    reward = dataclasses.asdict(entry.reward) | {"formula": entry.formula}
+    return {name: getattr(entry, name) for name in names} | {"reward": reward}
 
 
-def _pairs(comparison: Comparison) -> list[dict[str, Any]]:
-    said: dict[str, dict[str, list[Any]]] = {}
-    for one in comparison.contestants:
-        values = {"logp": one.logp, "lengths": one.lengths, "rewards": one.rewards}
-        values |= {"margin": one.margins, "reference_logp": one.reference_logp}
-        said[one.role] = {k: v.tolist() for k, v in values.items() if v is not None}
+def _scores(entry: Entry) -> list[dict[str, Any]]:
+    """Of each pair."""
+    columns = {"logp": entry.logp, "lengths": entry.lengths, "rewards": entry.rewards}
+    columns |= {"margin": entry.margins, "reference_logp": entry.reference_logp}
+    lists = {name: x.tolist() for name, x in columns.items() if x is not None}
     return [
-        {
-            "origin": text.origin,
-            "source": text.source,
-            "prompt": pair_data.prompt_key(text),
-            "said": {
-                role: {name: values[place] for name, values in of_role.items()}
-                for role, of_role in said.items()
-            },
-        }
-        for place, text in enumerate(comparison.texts)
+        dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)
     ]

@@ -49,24 +49,16 @@ def load(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"--num-fewshot must be at least 0, got {num_fewshot}.")
-    folders: list[str | Path] = [
-        Path(lm_eval.__path__[0]) / "tasks" / f for f in _FOLDERS
-    ]
-    manager = TaskManager(
-        include_defaults=data is None, include_path=None if data is None else folders
-    )
-    known = manager.all_tasks if data is None else list(FILES)
     names = list(dict.fromkeys(names))
-    if unknown := [name for name in names if name not in known]:
-        where = "" if data is None else f" with --tasks-data, {', '.join(known)}"
-        near = difflib.get_close_matches(unknown[0], known, n=3)
-        hint = f"Did you mean {' or '.join(near)}?" if near else "See lm-eval ls tasks."
-        raise UserError(
-            f"--tasks {','.join(unknown)}: expected tasks of lm-eval"
-            f" {lm_eval.__version__}{where}, got none of that name. {hint}"
-        )
     specs: list[Any] = names
-    if data is not None:
+    if data is None:
+        manager = TaskManager()
+        _require(names, manager.all_tasks, "")
+    else:
+        _require(names, list(FILES), f" with --tasks-data, {', '.join(FILES)}")
+        above = Path(lm_eval.__path__[0]) / "tasks"
+        folders: list[str | Path] = [above / name for name in _FOLDERS]
+        manager = TaskManager(include_defaults=False, include_path=folders)
         with_files = []
         for name in names:
             default = (manager.task_index[name].cfg or {}).get("num_fewshot")
@@ -84,6 +76,16 @@ def load(
         ) from error
 
 
+def _require(names: Sequence[str], known: Sequence[str], where: str) -> None:
+    if unknown := [name for name in names if name not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=3)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "See lm-eval ls tasks."
+        raise UserError(
+            f"--tasks {','.join(unknown)}: expected tasks of lm-eval"
+            f" {lm_eval.__version__}{where}, got none of that name. {hint}"
+        )
+
+
 def _with_file(name: str, folder: Path, shots: int) -> dict[str, Any]:
     """A task's settings where its data are of a file.
 
@@ -92,15 +94,15 @@ def _with_file(name: str, folder: Path, shots: int) -> dict[str, Any]:
     are near the standard's. Without examples (ARC, TruthfulQA) they are the standard's.
     """
     questions = rows(name, folder)
-    asked = len(questions) - shots
-    if asked <= 0:
+    count = len(questions) - shots
+    if count <= 0:
         raise UserError(
             f"--num-fewshot must be less than the {len(questions)} questions of"
             f" {FILES[name]}, of which examples are taken, got {shots}."
         )
-    splits = {"test": datasets.Dataset.from_list(questions[:asked])}
+    splits = {"test": datasets.Dataset.from_list(questions[:count])}
     if shots:
-        splits["examples"] = datasets.Dataset.from_list(questions[asked:])
+        splits["examples"] = datasets.Dataset.from_list(questions[count:])
     return {
         "task": name,
         "custom_dataset": lambda **metadata: splits,
@@ -132,24 +134,20 @@ def rows(name: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def _question(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    made: dict[str, Any] = {"question": row["question"]}
     match name:
         case "gsm8k":
-            made["answer"] = row["answer"]
-            texts = list(made.values())
+            more, texts = {"answer": row["answer"]}, [row["answer"]]
         case "truthfulqa_mc2":
-            targets = row["mc2_targets"]
-            texts, labels = [row["question"], *targets], list(targets.values())
-            made["mc2_targets"] = {"choices": texts[1:], "labels": labels}
+            texts, labels = list(row["mc2_targets"]), [*row["mc2_targets"].values()]
+            more = {"mc2_targets": {"choices": texts, "labels": labels}}
             if set(labels) != {0, 1}:
                 raise ValueError("mc2_targets must have true answers (1) and false (0)")
-        case _:
-            choices, labels = row["choices"]["text"], row["choices"]["label"]
-            made["choices"] = {"text": choices, "label": labels}
-            made["answerKey"] = row["answerKey"]
-            texts = [row["question"], *choices, *labels]
-            if len(choices) != len(labels) or row["answerKey"] not in labels:
+        case _:  # ARC
+            choices = {key: row["choices"][key] for key in ("text", "label")}
+            more = {"choices": choices, "answerKey": row["answerKey"]}
+            texts, labels = [*choices["text"], *choices["label"]], choices["label"]
+            if len(texts) != 2 * len(labels) or row["answerKey"] not in labels:
                 raise ValueError("answerKey is no label of a choice")
-    if not all(isinstance(text, str) and text for text in texts):
+    if not all(isinstance(text, str) and text for text in [row["question"], *texts]):
         raise TypeError(f"expected texts, got {texts!r:.40}")
-    return made
+    return {"question": row["question"], **more}

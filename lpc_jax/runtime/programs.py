@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from lpc_jax import objective
+from lpc_jax.losses import sequence
 from lpc_jax.models.latent import Steering
-from lpc_jax.models.network import Network
+from lpc_jax.models.network import Network, read_at
 from lpc_jax.runtime import draws
-from lpc_jax.types import Batch
+from lpc_jax.types import NO_PAIR, PADDING, PROMPT, Batch, HostOrDevice
 
 _KEPT = 16  # programs cached of a kind
 
@@ -114,11 +115,50 @@ def code_weights(
 
 @_program
 def code_bias(network: Network) -> Float[Array, "C V"]:
-    """Logits that each code alone adds to every token of an answer, in fp32."""
+    """Logits that each code alone adds to every token of an answer, in fp32.
+
+    LMHead(h + e_k) = LMHead(h) + LMHead(e_k) (LPC eq. 10).
+    """
     assert network.latent is not None
     return jnp.einsum(
         "CD,VD->CV",
         network.latent.codebook[...].astype(jnp.float32),
         network.decoder.head_weight.astype(jnp.float32),
         precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+class Continuations(NamedTuple):
+    """Rows of a context and its continuations; an unused row is padding."""
+
+    tokens: Int[HostOrDevice, "R T"]
+    positions: Int[HostOrDevice, "R T"]  # every continuation goes on from the context
+    branch: Int[HostOrDevice, "R T"]  # PROMPT, PADDING, or a number of a continuation
+    seed: UInt32[HostOrDevice, "R"]  # of the context alone
+    score_from: Int[HostOrDevice, "R S"]  # index of the hidden state that predicts
+    score_token: Int[HostOrDevice, "R S"]
+
+
+@_program
+def score_continuations(
+    network: Network, rows: Continuations, key: Array, *, steering: Steering, chunk: int
+) -> tuple[Float[Array, "R S"], Bool[Array, "R S"]]:
+    """Log-probability of each scored id given z (eq. 10), and whether it is greedy."""
+    pair = jnp.where(rows.branch == PADDING, NO_PAIR, 0)
+    hidden = network.decoder(rows.tokens, rows.positions, pair, rows.branch)
+    scored = read_at(hidden, rows.score_from)
+    if network.latent is not None:
+        end = jnp.sum(rows.branch == PROMPT, axis=1, keepdims=True) - 1
+        at_end = read_at(hidden, end)[:, 0]
+        codes = draws.codes(network.latent, at_end, steering, key, rows.seed)
+        # z is for what the prior could not read: ids after the context's end.
+        has_z = (rows.score_from >= end)[..., None]
+        vector = jnp.where(has_z, codes.vector[:, None], 0.0)
+        scored = scored + vector.astype(scored.dtype)
+    return sequence.token_logp_and_greedy(
+        scored,
+        network.decoder.head_weight,
+        rows.score_token,
+        jnp.ones_like(rows.score_token, bool),  # what is not read is not masked either
+        chunk=chunk,
     )

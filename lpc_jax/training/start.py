@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -55,7 +56,8 @@ def prepare_latent(
     )
     if clustered:
         networks = {name: latent[name] | fitted[name] for name in inputs}
-        begun = policy.with_params(policy.params | {"latent": latent | networks})
+        params = policy.params | {"latent": latent | networks}
+        begun = dataclasses.replace(policy, params=params)
         of_users = None if users is None else users[np.sort(indices)]
         outputs = _cluster_outputs(begun, inputs, settings.num_codes, of_users)
         fitted = {name: fitted[name] | outputs[name] for name in inputs}

@@ -22,6 +22,7 @@ from lpc_jax.data.report import Drops
 from lpc_jax.evaluation import comparison, report
 from lpc_jax.runtime import loading, reading, steering
 from lpc_jax.runtime.policy import Policy
+from scripts import evaluate
 from tests import runs
 from tests.data import tiny_tokenizers
 
@@ -187,10 +188,10 @@ def test_weights_that_are_not_finite_are_refused(plain):
 
 
 def compare(**options: Any) -> comparison.Comparison:
-    files = options.pop("pairs", (str(runs.PAIRS),))
-    return comparison.compare(
-        comparison.Options(pairs=files, **options), mesh(), on_progress=quiet
-    )
+    flags = [options.pop("system"), "--pairs", str(runs.PAIRS)]
+    arguments = evaluate._parser().parse_args(flags)
+    vars(arguments).update(options)
+    return comparison.compare(arguments, mesh(), on_progress=quiet)
 
 
 def line(groups: list[report.Group], source: str | None, who: str) -> Any:
@@ -217,7 +218,7 @@ def test_a_run_has_the_numbers_that_training_logged(trained):
         group.source: pytest.approx(line(groups, group.source, "system").accuracy.mean)
         for group in groups[1:]
     }
-    main, start = held.contestants
+    main, start = held.entries
     np.testing.assert_allclose(main.reference_logp, start.logp, rtol=1e-6)
     assert (start.role, start.reward.name) == ("start", "mean_logp")
     assert {one.who for one in groups[0].lines} == {
@@ -230,7 +231,7 @@ def test_a_run_has_the_numbers_that_training_logged(trained):
 
 def test_under_one_reward_the_start_is_compared_pair_by_pair(trained, plain):
     held = compare(system=str(trained.folder), reward="mean_logp", limit=8)
-    main, start = held.contestants
+    main, start = held.entries
     np.testing.assert_allclose(
         start.logp, score(plain, tokenized(plain), None), rtol=1e-6
     )
@@ -251,7 +252,7 @@ def test_another_system_has_the_same_reward_and_reference(trained):
         code="3",
         limit=4,
     )
-    main, other = held.contestants
+    main, other = held.entries
     assert main.z == "codes 3: 1"
     assert other.z is None
     assert other.reward == main.reward
@@ -265,7 +266,7 @@ def test_pairs_that_another_tokenizer_drops_are_left_out_for_all(tmp_path, plain
     held = compare(
         system=str(runs.MODEL), against=str(copy), truncation="drop", **LENGTHS
     )
-    main, other = held.contestants
+    main, other = held.entries
     assert 0 < held.left_out < 40
     assert len(held.texts) == 40 - held.left_out == len(main.logp) == len(other.logp)
     assert np.all(other.lengths >= main.lengths)  # a token a byte
@@ -316,10 +317,10 @@ def test_no_pair_is_too_long_for_its_row(plain):
 # --- the report -----------------------------------------------------------------------
 
 
-def made_up(**changes: Any) -> comparison.Contestant:
+def made_up(**changes: Any) -> comparison.Entry:
     """Of six pairs on four prompts; margins 1, -1, 0, 2, 3, -4 by mean_logp."""
     return dataclasses.replace(
-        comparison.Contestant(
+        comparison.Entry(
             role="system",
             name="made up",
             reference=None,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lpc_jax.evaluation import lm_eval, tasks
+from lpc_jax.evaluation import lm_eval, scoring, tasks
 from lpc_jax.evaluation.lm_eval import LanguageModel
 from lpc_jax.evaluation.scoring import Request
 from lpc_jax.runtime import compute
@@ -327,7 +327,7 @@ def test_what_a_system_cannot_be_asked_is_refused_before_any_compute(
         loaded = tasks.load([name], data=tmp_path, num_fewshot=0)
         return lm_eval.evaluate(of, loaded, **options)
 
-    monkeypatch.setattr(LanguageModel, "_scorer", None)  # would fail otherwise
+    monkeypatch.setattr(scoring, "score", None)  # would fail otherwise
     short = model(coded, tiny_tokenizers.chatml(), max_length=4)
     with pytest.raises(ValueError, match="a task asks for answers of 256 tokens"):
         ask(short, "gsm8k", SUM)

@@ -162,7 +162,7 @@ def test_texts_longer_than_the_model_reads_have_the_hf_models_likelihood(
     tiny, their_tiny, monkeypatch
 ):
     most = 24
-    short = LanguageModel(tiny.system, steering=MEAN, max_length=most)
+    short = LanguageModel(tiny.policy, steering=MEAN, max_length=most)
     monkeypatch.setattr(their_tiny, "_max_length", most)
     text = "Ice is frozen water. It is lighter than what it is made of, and so it" * 2
     texts = [Asked(text), Asked("Ice.")]

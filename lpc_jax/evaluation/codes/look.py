@@ -6,23 +6,23 @@ Prior statistics count each prompt once, posterior statistics each pair.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from lpc_jax.data import examples
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
-from lpc_jax.data.report import Drops, Report
+from lpc_jax.data.report import Report
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.evaluation.codes import map as maps
 from lpc_jax.evaluation.codes import measures
 from lpc_jax.evaluation.codes.measures import Measures
-from lpc_jax.runtime import reading
+from lpc_jax.runtime import programs, reading
 from lpc_jax.runtime.policy import Policy
 
 PROMPTS_SHOWN, TOKENS_SHOWN = 8, 16
@@ -92,40 +92,36 @@ class Look:
 
 
 def look(
-    system: Policy,
-    rows: Sequence[PreferenceExample],
-    drops: Drops,
-    *,
-    pairs: str,
-    seed: int,
-    on_progress: Callable[[int], None],
+    policy: Policy, pairs: str, *, split: str | None, limit: int | None, seed: int
 ) -> Look:
     """Reads prior, posterior and z of every pair of a policy with codes.
 
-    ``index`` of a row is its place in what was read; ``pairs`` names the data; ``seed``
-    is of the shuffled sources and of t-SNE; ``on_progress`` gets the pairs read.
+    ``pairs`` is a file or a hub data set with a ``split``, of which the first ``limit``
+    rows are read; ``seed`` is of the shuffled sources and of t-SNE.
     """
-    rules = pair_data.rules(system.config.data)
-    kept, report = pair_data.tokenize(rows, system.tokenizer, drops, **rules)
-    beliefs = reading.believe(system, kept, on_progress=on_progress)
-    first, counts = unique_prompts(kept)
-    by_index = {example.index: example for example in rows}
+    texts, drops = examples.read(pairs, setting="--pairs", split=split, limit=limit)
+    rules = pair_data.rules(policy.config.data)
+    kept, report = pair_data.tokenize(texts, policy.tokenizer, drops, **rules)
+    beliefs = reading.believe(policy, kept)
+    by_prompt = _by_prompt(kept)
+    first = [places[0] for places in by_prompt]
+    by_index = {text.index: text for text in texts}
     prompts = [by_index[kept[i].id] for i in first]
-    sources = [example.source for example in prompts]
+    sources = [text.source for text in prompts]
     prior = measures.softmax(beliefs.prior[first])
     largest = np.argmax(prior, axis=1).tolist()
-    places = maps.places(beliefs.vector[first], seed=seed)
-    codes, average = _codes(system, prior, sources)
+    on_map = maps.places(beliefs.vector[first], seed=seed)
+    codes, average = _codes(policy, prior, sources)
     return Look(
-        system=system.name,
+        system=policy.name,
         pairs=pairs,
-        pairs_digest=pair_data.digest(rows),
+        pairs_digest=pair_data.digest(texts),
         report=report,
         sources=measures.count_sources(sources),
         prompts=tuple(
-            Prompt(prompt_text(x), x.source, count, code, place)
-            for x, count, code, place in zip(
-                prompts, counts, largest, places, strict=True
+            Prompt(_text(prompt), prompt.source, len(places), code, place)
+            for prompt, places, code, place in zip(
+                prompts, by_prompt, largest, on_map, strict=True
             )
         ),
         codes=codes,
@@ -137,85 +133,65 @@ def look(
     )
 
 
-def _codes(
-    system: Policy, prior: Float[np.ndarray, "prompts C"], sources: Sequence[str]
-) -> tuple[tuple[Code, ...], Effect]:
-    usage, by_source = prior.mean(axis=0), measures.usage_by_source(prior, sources)
-    often = np.bincount(np.argmax(prior, axis=1), minlength=prior.shape[1])
-    effects = _effects(system)
-    average = usage @ effects
-    codes = tuple(
-        Code(
-            index=index,
-            usage=float(usage[index]),
-            usage_by_source={
-                n: float(shares[index]) for n, shares in by_source.items()
-            },
-            largest_share=float(often[index] / len(prior)),
-            prompts=measures.callers(prior[:, index], most=PROMPTS_SHOWN),
-            effect=extremes(effect, system.tokenizer),
-            likeness=cosine(effect, average),
-            own_effect=extremes(effect - average, system.tokenizer),
-        )
-        for index, effect in enumerate(effects)
-    )
-    return codes, extremes(average, system.tokenizer)
+def _by_prompt(pairs: Sequence[TokenizedPair]) -> list[list[int]]:
+    """Places of the pairs of each prompt of a source, in the order of their first."""
+    places: dict[tuple[bytes, str], list[int]] = {}
+    for i, pair in enumerate(pairs):
+        places.setdefault((pair.prompt.tobytes(), pair.source), []).append(i)
+    return list(places.values())
 
 
-def prompt_text(example: PreferenceExample) -> str:
+def _text(example: PreferenceExample) -> str:
     """A conversation as text; a single message goes without its role."""
     if len(example.prompt) == 1:
         return example.prompt[0]["content"]
     return "\n\n".join(f"{m['role']}: {m['content']}" for m in example.prompt)
 
 
-def unique_prompts(pairs: Sequence[TokenizedPair]) -> tuple[list[int], list[int]]:
-    """Each prompt's first pair, by source, and how many pairs share it."""
-    places: dict[tuple[bytes, str], list[int]] = {}
-    for i, pair in enumerate(pairs):
-        places.setdefault((pair.prompt.tobytes(), pair.source), []).append(i)
-    return [at[0] for at in places.values()], [len(at) for at in places.values()]
+def _codes(
+    policy: Policy, prior: Float[np.ndarray, "prompts C"], sources: Sequence[str]
+) -> tuple[tuple[Code, ...], Effect]:
+    """Every code, and the effect of all by their usage."""
+    usage, by_source = prior.mean(axis=0), measures.usage_by_source(prior, sources)
+    largest = np.eye(len(usage))[np.argmax(prior, axis=1)].mean(axis=0)
+    effects = _effects(policy)
+    average = usage @ effects
+    lengths = np.linalg.norm(effects, axis=1) * np.linalg.norm(average)
+    # 0 where an effect is zero.
+    likeness = effects @ average / np.where(lengths > 0, lengths, 1.0)
+    codes = tuple(
+        Code(
+            index=index,
+            usage=float(usage[index]),
+            usage_by_source={name: float(u[index]) for name, u in by_source.items()},
+            largest_share=float(largest[index]),
+            prompts=measures.callers(prior[:, index], most=PROMPTS_SHOWN),
+            effect=extremes(effect, policy.tokenizer),
+            likeness=float(likeness[index]),
+            own_effect=extremes(effect - average, policy.tokenizer),
+        )
+        for index, effect in enumerate(effects)
+    )
+    return codes, extremes(average, policy.tokenizer)
 
 
-@jax.jit
-def token_effects(
-    codebook: Float[Array, "C D"], head: Float[Array, "V D"]
-) -> Float[Array, "C V"]:
-    """Logits that each code alone adds to every token, less their mean over tokens.
-
-    LMHead(h + e_k) = LMHead(h) + LMHead(e_k) (LPC eq. 10). A constant over the
-    vocabulary cancels in the softmax, so each code's mean is taken out.
-    """
-    logits = jnp.einsum("CD,VD->CV", codebook, head, precision="highest")
-    return logits - jnp.mean(logits, axis=-1, keepdims=True)
-
-
-def _effects(system: Policy) -> Float[np.ndarray, "C known"]:
-    """``token_effects`` of the tokenizer's tokens; the head may have more rows."""
-    with jax.set_mesh(system.mesh):
-        network = system.network
-        assert network.latent is not None
-        codebook = network.latent.codebook[...]
-        effects = token_effects(codebook, network.decoder.head_weight)
+def _effects(policy: Policy) -> Float[np.ndarray, "C known"]:
+    """Each code's effect on the tokenizer's tokens; the head may have more rows."""
+    with jax.set_mesh(policy.mesh):
+        logits = programs.code_bias(policy.graph, policy.mesh)(policy.whole)
+    effects = np.asarray(jax.device_get(logits), np.float64)
+    # A constant over the vocabulary cancels in the softmax.
+    effects -= effects.mean(axis=-1, keepdims=True)
     # Special tokens stay: a code that raises the turn's end asks for shorter answers.
-    known = len(system.tokenizer)
-    return np.asarray(jax.device_get(effects), np.float64)[:, :known]
-
-
-def cosine(a: Float[np.ndarray, "known"], b: Float[np.ndarray, "known"]) -> float:
-    """Cosine of the angle between two effects; 0 where either is zero."""
-    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / norm if norm > 0 else 0.0
+    return effects[:, : len(policy.tokenizer)]
 
 
 def extremes(effect: Float[np.ndarray, "known"], tokenizer: Tokenizer) -> Effect:
     """The tokens with the largest and with the smallest effects."""
-    orders = (np.argsort(sign * effect, kind="stable") for sign in (-1, 1))
-    raised, lowered = (
-        tuple(
-            Token(i, tokenizers.token_text(tokenizer, i), float(effect[i]))
-            for i in order[:TOKENS_SHOWN].tolist()
-        )
-        for order in orders
-    )
-    return Effect(raised, lowered)
+
+    def first(order: Float[np.ndarray, "known"]) -> tuple[Token, ...]:
+        ids = np.argsort(order, kind="stable")[:TOKENS_SHOWN].tolist()
+        texts = [tokenizers.token_text(tokenizer, i) for i in ids]
+        return tuple(map(Token, ids, texts, effect[ids].tolist()))
+
+    return Effect(raised=first(-effect), lowered=first(effect))

@@ -12,8 +12,7 @@ from lpc_jax.errors import UserError
 
 # t-SNE takes about a minute for this many; a picture cannot show more of them.
 MAPPED = 3000
-# Fewer points have no neighbourhoods to keep.
-FEWEST_MAPPED = 5
+FEWEST_MAPPED = 5  # fewer have no neighbourhoods to keep
 # van der Maaten & Hinton 2008, section 2, call 5 to 50 typical; scikit-learn's default.
 _NEIGHBOURS = 30.0
 
@@ -63,8 +62,9 @@ def places(
     if len(vectors) > MAPPED:
         rng = np.random.default_rng(seed)
         mapped = np.sort(rng.choice(len(vectors), MAPPED, replace=False))
+    on_map: list[tuple[float, float] | None] = [None] * len(vectors)
     drawn = draw(vectors[mapped], seed=seed)
-    if drawn is None:
-        return [None] * len(vectors)
-    place = {int(i): (float(x), float(y)) for i, (x, y) in zip(mapped, drawn)}  # noqa: B905 -- of one length
-    return [place.get(i) for i in range(len(vectors))]
+    if drawn is not None:
+        for i, (x, y) in zip(mapped, drawn.tolist(), strict=True):
+            on_map[i] = x, y
+    return on_map

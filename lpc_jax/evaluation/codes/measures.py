@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import special, stats
 
-from lpc_jax import metrics
 from lpc_jax.losses import latent as latent_losses
+from lpc_jax.metrics import DEAD_SHARE
 
 # Permutations of the sources, and the quantile of them that is `high`.
 SHUFFLES, LEVEL = 200, 0.95
@@ -34,7 +35,7 @@ class Measures:
     perplexity: float  # exp of the usage's entropy: codes in use
     posterior_perplexity: float  # the same of the mean posterior
     codes_per_prompt: float  # exp of the prior's mean entropy: codes a prompt mixes
-    dead: tuple[int, ...]  # ``dead_codes`` of the usage
+    dead: tuple[int, ...]  # with less than DEAD_SHARE of a uniform code's usage
     agreement: float  # share of pairs with one largest code in prior and posterior
     agreement_by_chance: float  # the same if both were independent
     kl: float  # mean KL(posterior || prior) over pairs
@@ -53,26 +54,25 @@ def measure(
 ) -> Measures:
     """All measures: ``prior`` and ``sources`` are of prompts, the logits of pairs."""
     usage, largest = prior.mean(axis=0), np.argmax(prior, axis=1)
-    one_code = np.eye(prior.shape[1])[largest]
-    agreement, by_chance = agreements(prior_logits, posterior_logits)
+    one_hot = np.eye(prior.shape[1])
+    beside = functools.partial(beside_chance, sources=sources, seed=seed)
+    # The largest code of each pair, and how often each code is it.
+    p, q = (np.argmax(logits, axis=1) for logits in (prior_logits, posterior_logits))
+    p_share, q_share = (one_hot[codes].mean(axis=0) for codes in (p, q))
     kl = latent_losses.categorical_kl(
         jnp.asarray(posterior_logits), jnp.asarray(prior_logits)
     )
-
-    def deal(measured: Callable[[Int[np.ndarray, "prompts"]], float]) -> BesideChance:
-        return beside_chance(measured, sources=sources, seed=seed)
-
     return Measures(
         perplexity=perplexity(usage),
         posterior_perplexity=perplexity(softmax(posterior_logits).mean(axis=0)),
         codes_per_prompt=float(np.exp(np.mean(stats.entropy(prior, axis=1)))),
-        dead=dead_codes(usage),
-        agreement=agreement,
-        agreement_by_chance=by_chance,
+        dead=tuple(np.flatnonzero(usage < DEAD_SHARE / len(usage)).tolist()),
+        agreement=float(np.mean(p == q)),
+        agreement_by_chance=float(p_share @ q_share),
         kl=float(np.mean(np.asarray(kl, np.float64))),
-        information=deal(lambda dealt: mutual_information(one_code, dealt)),
-        soft_information=deal(lambda dealt: mutual_information(prior, dealt)),
-        nmi=deal(lambda dealt: normalized_mutual_information(largest, dealt)),
+        information=beside(functools.partial(mutual_information, one_hot[largest])),
+        soft_information=beside(functools.partial(mutual_information, prior)),
+        nmi=beside(functools.partial(normalized_mutual_information, largest)),
     )
 
 
@@ -86,16 +86,9 @@ def perplexity(usage: Float[np.ndarray, "C"]) -> float:
     return float(np.exp(stats.entropy(usage)))
 
 
-def dead_codes(usage: Float[np.ndarray, "C"]) -> tuple[int, ...]:
-    """Codes with less than ``metrics.DEAD_SHARE`` of a uniform code's usage."""
-    least = metrics.DEAD_SHARE / len(usage)
-    return tuple(np.flatnonzero(usage / usage.sum() < least).tolist())
-
-
 def count_sources(sources: Sequence[str]) -> dict[str, int]:
     """Prompts of each source, the most first, then by name."""
-    counts = collections.Counter(sources).items()
-    return dict(sorted(counts, key=lambda item: (-item[1], item[0])))
+    return dict(collections.Counter(sorted(sources)).most_common())
 
 
 def usage_by_source(
@@ -112,15 +105,6 @@ def callers(
     """Index and probability of the ``most`` prompts that give a code most."""
     first = np.argsort(-probability, kind="stable")[:most]
     return tuple((int(i), float(probability[i])) for i in first)
-
-
-def agreements(
-    prior: Float[np.ndarray, "B C"], posterior: Float[np.ndarray, "B C"]
-) -> tuple[float, float]:
-    """Share of pairs with one largest code, and sum_k P(prior's k) P(posterior's k)."""
-    p, q = np.argmax(prior, axis=1), np.argmax(posterior, axis=1)
-    shares = [np.bincount(k, minlength=prior.shape[1]) / len(k) for k in (p, q)]
-    return float(np.mean(p == q)), float(shares[0] @ shares[1])
 
 
 def mutual_information(
@@ -164,6 +148,6 @@ def beside_chance(
     _, source = np.unique(sources, return_inverse=True)
     # With few prompts codes tell sources apart by accident: information is above 0 even
     # where they are independent.
-    dealt = [measure(source[rng.permutation(len(source))]) for _ in range(SHUFFLES)]
-    mean, high = np.mean(dealt), np.quantile(dealt, LEVEL)
+    by_chance = [measure(rng.permutation(source)) for _ in range(SHUFFLES)]
+    mean, high = np.mean(by_chance), np.quantile(by_chance, LEVEL)
     return BesideChance(measure(source), float(mean), float(high))

@@ -13,7 +13,6 @@ import pytest
 from jax.sharding import Mesh
 
 from lpc_jax import sharding
-from lpc_jax.data import examples
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.evaluation.codes import look as looks
 from lpc_jax.evaluation.codes import map as maps
@@ -46,13 +45,8 @@ def loaded(trained: runs.Run) -> Policy:
     return loading.load(str(trained.folder), mesh=mesh())
 
 
-def silent(done: int) -> None:
-    """No progress."""
-
-
-def look(asked: Policy, file: Path) -> Look:
-    found, drops = examples.read(str(file), setting="--pairs", split=None, limit=None)
-    return looks.look(asked, found, drops, pairs=file.name, seed=0, on_progress=silent)
+def look(policy: Policy, file: Path) -> Look:
+    return looks.look(policy, str(file), split=None, limit=None, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -133,17 +127,6 @@ def test_the_prompts_of_a_code_are_those_of_the_largest_probability(looked):
     assert best.code == looked.prompts[0].code
 
 
-def test_a_code_that_is_a_token_s_row_of_the_head_raises_that_token():
-    head = 2 * np.eye(7, dtype=np.float32)
-    codebook = np.stack([3 * head[5], -3 * head[2]])
-    found = np.asarray(looks.token_effects(codebook, head))
-    # 12 at the token, less the mean over 7 tokens.
-    expected = np.stack([12 * np.eye(7)[5], -12 * np.eye(7)[2]])
-    expected -= expected.mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-5)
-
-
 def test_the_tokens_of_a_system_are_codebook_times_head(loaded, looked):
     codebook = np.asarray(loaded.params["latent"]["codebook"], np.float64)
     head = np.asarray(loaded.network.decoder.head_weight, np.float64)
@@ -214,11 +197,10 @@ def test_of_very_many_prompts_a_part_is_mapped(monkeypatch):
     assert sum(place is not None for place in places) == 12
 
 
-def make(asked: Policy, pairs: Path, output: Path) -> Path:
-    _, page = pages.make(
-        asked, str(pairs), output, split=None, limit=None, seed=0, on_progress=silent
-    )
-    return page
+def make(policy: Policy, pairs: Path, output: Path) -> Path:
+    codes = None if policy.latent is None else policy.latent.num_codes
+    pages.require(codes, policy.name, output)
+    return pages.write(look(policy, pairs), output)
 
 
 def test_the_report_of_a_run(loaded, looked, folder):

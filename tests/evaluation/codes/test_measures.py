@@ -38,21 +38,14 @@ def test_the_perplexity_of_a_usage():
 
 def test_a_code_is_dead_below_a_tenth_of_its_uniform_share():
     # Of 4 codes a tenth of a share is 0.025.
-    usage = np.asarray([0.95, 0.024, 0.026, 0.0])
-    assert measures.dead_codes(usage) == (1, 3)
+    usage = np.asarray([[0.95, 0.024, 0.026, 0.0]])
+    pairs = logits(usage)
+    assert measures.measure(usage, ["a"], pairs, pairs, seed=0).dead == (1, 3)
 
 
 def test_the_prompts_that_call_for_a_code_come_in_order():
     found = measures.callers(np.asarray([0.1, 0.8, 0.3, 0.8]), most=3)
     assert found == ((1, 0.8), (3, 0.8), (2, 0.3))
-
-
-def test_agreement_and_what_chance_would_give():
-    posterior = PRIOR[[0, 2, 2, 2]]
-    # The largest of the prior: 0 0 1 2; of the posterior: 0 1 1 1.
-    found, by_chance = measures.agreements(PRIOR, posterior)
-    assert found == pytest.approx(2 / 4)
-    assert by_chance == pytest.approx(2 / 4 * 1 / 4 + 1 / 4 * 3 / 4)
 
 
 @pytest.mark.parametrize("count", [12, 200])
