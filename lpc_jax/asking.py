@@ -68,7 +68,8 @@ class Policy(policies.Policy):
             like: Judged pairs of one reader, whose posterior mix is used.
 
         Raises:
-            UserError: No such code, a mix that is none, or numbers that are not finite.
+            UserError: No such code, a mix that is none, a reference of another
+                vocabulary, or numbers that are not finite.
         """
         policy = self.merged()
         chosen = _steering(policy, z, code, mix, like)
@@ -76,6 +77,7 @@ class Policy(policies.Policy):
         reward = loss_table.reward(None, self.run and self.run.loss)
         start_logp = None
         if reference is not None and reward.over_reference:
+            self.require_vocabulary(reference, "Choose one of the same family.")
             start_logp = reading.score(reference.plain(), pairs.tokens, steering=None)
         reward = dataclasses.replace(reward, over_reference=start_logp is not None)
         rewards = reward.of(logp, pair_data.lengths(pairs.tokens), start_logp)

@@ -219,6 +219,8 @@ def start(
         run=dataclasses.replace(writing, folder=str(place.parent), resume=resume),
         **sections,
     )
+    if reference is not None:
+        policy.require_vocabulary(reference, "Choose one of the same family.")
     sharding.require_rows_divide(config.packing.rows, policy.mesh)
     unit = math.gcd(config.packing.row_length, policy.compute.row_unit)
     if policy.compute.attention == "splash" and unit < policy.compute.row_unit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -124,6 +125,13 @@ def test_rewards_over_a_reference_are_those_of_the_run(pairs, tmp_path, monkeypa
     assert scores.accuracy == pytest.approx(run.after["reward/accuracy"])
     alone = run.policy.score(pairs).rewards
     np.testing.assert_allclose(alone, 0.1 * scores.logp, rtol=1e-6)
+    fewer = dataclasses.replace(base.architecture, vocabulary=500)
+    other = dataclasses.replace(base, architecture=fewer)
+    refusal = "must share the vocabulary of .* 512 tokens, got 500"
+    with pytest.raises(lpc.UserError, match=refusal):
+        run.policy.score(pairs, reference=other)
+    with pytest.raises(lpc.UserError, match=refusal):
+        lpc.start(base, pairs, lpc.Dpo(beta=0.1), reference=other, **options)
 
 
 def test_a_run_with_a_folder_is_loaded_and_resumed(policy, pairs, metrics, tmp_path):

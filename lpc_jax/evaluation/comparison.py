@@ -183,7 +183,8 @@ class _Policies:
         if path is None or (run is self.run and self.arguments.start is not None):
             path = self.start
         reference = self.load_start(path, self.run if run is None else run)
-        _require_vocabulary(reference, policy)
+        remedy = "Name its start model with --start, or use --reward mean_logp."
+        policy.require_vocabulary(reference, remedy)
         return reference
 
     def score(
@@ -241,13 +242,3 @@ def _entry(entrant: _Entrant, pairs: list[TokenizedPair], policies: _Policies) -
         lengths=pair_data.lengths(pairs),
         reference_logp=reference_logp,
     )
-
-
-def _require_vocabulary(reference: Policy, policy: Policy) -> None:
-    expected, got = (x.architecture.vocabulary for x in (policy, reference))
-    if expected != got:
-        raise UserError(
-            f"the reference {reference.name} must share the vocabulary of"
-            f" {policy.name}, {expected} tokens, got {got}. Name its start model with"
-            " --start, or use --reward mean_logp."
-        )

@@ -18,6 +18,7 @@ from jaxtyping import Array
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.data.tokenizer import Tokenizer
+from lpc_jax.errors import UserError
 from lpc_jax.models import adapters as adapter_models
 from lpc_jax.models import leaves, network, weights
 from lpc_jax.models.architectures import Architecture
@@ -130,6 +131,15 @@ class Policy:
             content.update(f"{path} {leaf.dtype} {leaf.shape}\n".encode())
             content.update(np.asarray(jax.device_get(leaf)).tobytes())
         return content.hexdigest()
+
+    def require_vocabulary(self, reference: Policy, remedy: str) -> None:
+        """Raises ``UserError`` for a reference with another number of token ids."""
+        expected, got = (x.architecture.vocabulary for x in (self, reference))
+        if expected != got:
+            raise UserError(
+                f"the reference {reference.name} must share the vocabulary of"
+                f" {self.name}, {expected} tokens, got {got}. {remedy}"
+            )
 
 
 def build(
