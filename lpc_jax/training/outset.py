@@ -91,6 +91,7 @@ def compile_ahead(run: Run) -> int:
         ),
         run.policy.frozen,
     )
+    companions = run.companions([])  # as updates pass them, or it compiles once more
     compiled: dict[str, Any] = {}
     for length in shape.row_lengths:
         batch = sharding.abstract_batch(
@@ -103,7 +104,7 @@ def compile_ahead(run: Run) -> int:
             mesh,
         )
         compiled[f"gradients {length}"] = run.programs.gradients.lower(
-            state.params, frozen, batch, state.key, state.step
+            state.params, frozen, batch, state.key, state.step, companions
         ).compile()
         if len(run.held_out):
             compiled[f"evaluate {length}"] = run.programs.evaluate.lower(

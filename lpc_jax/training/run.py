@@ -178,7 +178,7 @@ class Run:
         assert self._prepared is not None
         number, (batches, pairs, tokens) = self._prepared
         gradients, sums = self.programs.summed_gradients(
-            self.state, self.policy.frozen, batches, self._companions(batches)
+            self.state, self.policy.frozen, batches, self.companions(batches)
         )
         self.state, norm, finite = self.programs.update(
             self.state, gradients, np.int32(pairs), self.policy.frozen
@@ -225,8 +225,11 @@ class Run:
             reference_logp=None if self.reference is None else self.reference[indices],
         )
 
-    def _companions(self, batches: list[Batch]) -> Companions | None:
-        """The posterior's inputs of all pairs of a step, if it pools over users."""
+    def companions(self, batches: list[Batch]) -> Companions | None:
+        """The posterior's inputs of all pairs of a step, if it pools over users.
+
+        Zeros without a micro-batch.
+        """
         latent = self.config.latent
         if latent is None or self.users is None:
             return None
