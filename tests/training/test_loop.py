@@ -831,15 +831,22 @@ def test_the_first_batch_is_made_before_the_first_update(tmp_path):
     assert made.calls == [*first, "update", "log", "evaluate", "wait"]
 
 
-def test_speed_is_of_the_updates_since_the_line_before(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("eval_every", "updates"), [(None, 2), (1, 1)])
+def test_speed_is_of_the_updates_since_a_line_or_an_evaluation(
+    tmp_path, monkeypatch, eval_every, updates
+):
     clock = iter(range(100))
     monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
-    made = fake_run.Fake(tmp_path, losses(4), training={"log_every": 2})
+    made = fake_run.Fake(
+        tmp_path,
+        losses(4),
+        evaluations=[{"reward/accuracy": 0.5}] * 5,
+        training={"log_every": 2, "eval_every": eval_every},
+    )
     made.drive()
     for line in made.lines("train"):
-        tokens, pairs = fake_run.TOKENS, fake_run.PAIRS
-        assert line["speed/tokens_per_second"] == 2 * tokens / 1.0
-        assert line["speed/pairs_per_second"] == 2 * pairs / 1.0
+        assert line["speed/tokens_per_second"] == updates * fake_run.TOKENS / 1.0
+        assert line["speed/pairs_per_second"] == updates * fake_run.PAIRS / 1.0
 
 
 @pytest.mark.parametrize(("done", "left"), [(0, 2), (4, 2)])
