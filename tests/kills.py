@@ -16,6 +16,9 @@ from lpc_jax import config as cfg
 # A process that does nothing for so long hangs.
 PATIENCE = 300
 
+# What transformers imports once a tokenizer is read.
+TOKENIZERS = "transformers.models.auto.tokenization_auto"
+
 # How Orbax names what is not yet a checkpoint.
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
 
@@ -74,7 +77,7 @@ def kill_until_done(
     # Children fork from a process that has imported everything and touched no device.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.conftest", "lpc_jax.training.loop", "rich.console", "tests.runs"]
+        ["tests.conftest", "tests.runs", "matplotlib.pyplot", TOKENIZERS]
     )
     moments = random.Random(seed)
     outcome = Outcome([], 0, 0)

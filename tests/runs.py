@@ -113,6 +113,24 @@ def train(made: cfg.Config, *, on: int = 1) -> Run:
     return Run(made, result, console.file.getvalue())
 
 
+@contextmanager
+def prepared(made: cfg.Config, console: Console | None = None) -> Iterator[run.Run]:
+    """A run before its first update, on one device: nothing is compiled for it yet."""
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        console = console or Console(quiet=True)
+        yield program.prepare(made, mesh, Path("unused"), console)
+
+
+def said_before_training(made: cfg.Config) -> str:
+    """What a run says of its pairs, model and reference."""
+    console = Console(file=io.StringIO(), width=100)
+    with prepared(made, console):
+        pass
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
 def without_clock(record: dict[str, Any]) -> dict[str, Any]:
     """A log line without what differs between two equal runs."""
     return {

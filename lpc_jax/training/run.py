@@ -19,6 +19,7 @@ from lpc_jax.data.pairs import Pairs
 from lpc_jax.evaluation import preference
 from lpc_jax.generation import samples
 from lpc_jax.generation.answering import Generator
+from lpc_jax.models import latent as latent_models
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import processes, reading
 from lpc_jax.runtime.policy import Policy
@@ -164,7 +165,7 @@ class Run:
         assert self._prepared is not None
         number, (batches, pairs, tokens) = self._prepared
         gradients, sums = self.programs.summed_gradients(
-            self.state, self.policy.frozen, batches, self._companions(batches)
+            self.state, self.policy.frozen, batches, self.companions(batches)
         )
         self.state, norm, finite = self.programs.update(
             self.state, gradients, np.int32(pairs), self.policy.frozen
@@ -201,26 +202,33 @@ class Run:
             reference_logp=None if self.reference is None else self.reference[indices],
         )
 
-    def _companions(self, batches: list[Batch]) -> Companions | None:
-        """The posterior's inputs of all pairs of a step, if it pools over users."""
-        if self.users is None:
+    def companions(self, batches: list[Batch]) -> Companions | None:
+        """The posterior's inputs of all pairs of a step, if it pools over users.
+
+        Zeros without a micro-batch.
+        """
+        latent = self.config.latent
+        if latent is None or self.users is None:
             return None
-        params, frozen = self.state.params, self.policy.frozen
-        read = [
-            jax.device_get(self.programs.judged(params, frozen, batch))
-            for batch in batches
-        ]
-        judged = np.concatenate([inputs[mask] for inputs, mask, _ in read])
-        ids = np.concatenate([pair_id[mask] for _, mask, pair_id in read])
-        user_of = dict(zip([pair.id for pair in self.train], self.users, strict=True))
-        users = np.asarray([user_of[i] for i in ids.tolist()], np.int32)
-        # An epoch's last step may have fewer pairs; the program has one size.
-        absent = (0, self.config.packing.pairs_per_step - len(ids))
-        return Companions(
-            np.pad(judged, (absent, (0, 0))),
-            np.pad(users, absent, constant_values=-1),
-            np.pad(ids, absent, constant_values=-1),
+        size = self.config.packing.pairs_per_step
+        width = latent_models.judged_width(
+            latent.posterior_input, self.policy.architecture.width
         )
+        judged = np.zeros((size, width), np.float32)
+        ids = np.full(size, -1, np.int32)
+        done = 0
+        for batch in batches:
+            read, mask, pair_id = jax.device_get(
+                self.programs.judged(self.state.params, self.policy.frozen, batch)
+            )
+            read_now = slice(done, done + int(mask.sum()))
+            judged[read_now], ids[read_now] = read[mask], pair_id[mask]
+            done = read_now.stop
+        user_of = {
+            pair.id: user for pair, user in zip(self.train, self.users, strict=True)
+        }
+        user = np.asarray([user_of.get(i, -1) for i in ids.tolist()], np.int32)
+        return Companions(judged, user, ids)
 
     def evaluate(self) -> preference.Evaluation:
         """Evaluates all held-out pairs, z from the prior."""

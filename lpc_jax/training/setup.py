@@ -160,6 +160,7 @@ def compile_ahead(run: Run) -> int:
     """Compiles the run's programs, reports their memory; returns the peak in bytes."""
     config, shape, mesh = run.config, run.shape, run.policy.mesh
     state, frozen, programs = run.state, run.policy.frozen, run.programs
+    companions = run.companions([])  # as updates pass them, or it compiles once more
     compiled: dict[str, Any] = {}
     for length in shape.row_lengths:
         batch = packing.empty_batch(
@@ -170,7 +171,7 @@ def compile_ahead(run: Run) -> int:
         )
         arguments = (state.params, frozen, sharding.abstract_batch(batch, mesh))
         compiled[f"gradients {length}"] = programs.gradients.lower(
-            *arguments, state.key, state.step
+            *arguments, state.key, state.step, companions
         ).compile()
         if len(run.held_out):
             compiled[f"evaluate {length}"] = programs.evaluate.lower(

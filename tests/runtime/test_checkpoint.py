@@ -427,6 +427,32 @@ def test_a_damaged_latest_checkpoint_is_named_and_the_one_before_used(
     kept.close()
 
 
+def test_of_several_processes_each_must_start_again_after_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints"
+    kept = checkpoint.Checkpoints(folder, best_metric=None, say=lambda _: None)
+    save(kept, 1)
+    save(kept, 2)
+    with monkeypatch.context() as patch:
+
+        def reads_damage(_: dict[str, Any]) -> None:
+            patch.setattr(jax, "process_count", lambda: 2)  # and not for Orbax before
+            raise damage.DamagedError("its arrays are others")
+
+        with pytest.raises(damage.DamagedError) as error:
+            kept.restore_latest(abstract(state()), accept=reads_damage)
+    kept.close()
+    assert str(error.value) == (
+        "the checkpoint of step 2 is damaged (its arrays are others): moved to"
+        f" {folder}.damaged/2. Start all processes again with --resume to continue from"
+        " the one before it."
+    )
+    again = checkpoint.Checkpoints(folder, best_metric=None, say=lambda _: None)
+    assert again.latest() == 1
+    again.close()
+
+
 def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for _ in range(2):

@@ -1,16 +1,24 @@
-"""What launchers tell a process, and what it makes of it. Real ones are in training."""
+"""What launchers tell a process, and what processes tell each other, by stand-ins.
+
+Real ones are in training/test_many_processes.py.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
+from lpc_jax.errors import UserError
 from lpc_jax.runtime import processes
 
 # As SLURM 23 and Open MPI 4 set them, in a step of two tasks on two nodes.
@@ -181,3 +189,101 @@ def test_sigterm_is_noted_while_watched_and_then_as_before():
         os.kill(os.getpid(), signal.SIGTERM)
         assert termination.reached(2)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --- one of two -----------------------------------------------------------------------
+
+Begin = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def one_of_two(monkeypatch: pytest.MonkeyPatch) -> Begin:
+    """This is process 0 or 1 of two; returns all that it has broadcast."""
+
+    def begin(process: int, *, main_says: Any = None, wrong: Any = ()) -> list[Any]:
+        text = np.frombuffer(json.dumps(main_says).encode(), np.uint8)
+        from_main, sent = iter((np.int32(len(text)), text)), []
+
+        def broadcast(value: Any) -> Any:
+            sent.append(value)
+            return value if process == 0 else next(from_main)
+
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+        monkeypatch.setattr(
+            multihost_utils, "process_allgather", lambda _: np.asarray(wrong)
+        )
+        return sent
+
+    return begin
+
+
+@pytest.mark.parametrize(
+    ("process", "beta", "details"),
+    [(0, 2.0, ""), (1, 0.2, "\n  loss.beta: 2.0 in process 0, 0.2 here")],
+)
+def test_other_settings_of_one_process_are_refused_in_all(
+    one_of_two, process, beta, details
+):
+    one_of_two(process, main_says={"loss.beta": 2.0, "jax": "1"}, wrong=[0, 1])
+    with pytest.raises(UserError) as error:
+        processes.require_agreement({"loss.beta": beta, "jax": "1"}, "Start again.")
+    assert str(error.value) == (
+        "every process must have the same settings and files, got others in process"
+        f" 1.{details}\nStart again."
+    )
+
+
+def test_equal_settings_are_agreed_upon(one_of_two):
+    one_of_two(1, main_says={"a": [1]}, wrong=[0, 0])
+    processes.require_agreement({"a": (1,)}, "never said")
+
+
+@pytest.mark.parametrize("kind", [UserError, OSError])
+def test_an_error_of_the_main_process_is_raised_in_all(one_of_two, kind):
+    def fails() -> None:
+        raise kind("no room")
+
+    sent = one_of_two(0)
+    with pytest.raises(kind, match="no room"):
+        processes.from_main(fails)
+    assert json.loads(sent[1].tobytes()) == {kind.__name__: "no room"}
+    one_of_two(1, main_says={kind.__name__: "no room"})
+    with pytest.raises(kind, match="no room"):
+        processes.from_main(lambda: pytest.fail("only the main process makes it"))
+
+
+def test_what_the_main_process_makes_all_have(one_of_two):
+    one_of_two(1, main_says={"value": ["made"]})
+    assert processes.from_main(lambda: pytest.fail("made twice")) == ["made"]
+    assert processes.name() == "process 1 of 2"
+    assert not processes.is_main()
+
+
+def test_a_failed_computation_of_several_is_a_lost_process(one_of_two):
+    def fail() -> None:
+        with processes.together():
+            raise jax.errors.JaxRuntimeError("Connection reset by peer\nat 0x7f")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        fail()  # alone it is what it is
+    one_of_two(0)
+    with pytest.raises(processes.LostError) as error:
+        fail()
+    assert str(error.value) == (
+        "what the processes compute together failed, most likely since one of them has"
+        " ended (Connection reset by peer). See what the others said; start all of them"
+        " again with --resume."
+    )
+
+
+def test_several_processes_agree_after_which_step_they_end(one_of_two, monkeypatch):
+    one_of_two(1)
+    agreed = {3}.__contains__
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", agreed)
+    before = signal.getsignal(signal.SIGTERM)
+    with processes.Termination().watched() as termination:
+        assert signal.getsignal(signal.SIGTERM) == before  # JAX watches for it
+        assert [termination.reached(step) for step in (1, 2, 3)] == [False, False, True]

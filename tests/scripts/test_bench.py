@@ -40,7 +40,7 @@ def spec(folder, **changes):
             "attention": "auto",
             "remat": "dots",
             "score_chunk": None,
-            "row_lengths": (32, 64),
+            "row_lengths": (64,),
         },
         "started": time.time(),
     }

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from lpc_jax import config as cfg
+from lpc_jax.errors import UserError
+from lpc_jax.runtime import damage, processes
 from lpc_jax.training import log as logs
 from lpc_jax.training import program, trackers
 from scripts import train
@@ -350,3 +352,39 @@ def test_an_interrupted_run_says_how_to_go_on(command, monkeypatch):
     assert said == (
         "interrupted: --resume continues from the latest checkpoint, if there is one\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (processes.LostError("one has ended"), 4),
+        (damage.DamagedError("moved away"), 4),
+        (UserError("of this process alone"), 2),
+        (OSError("no room"), 2),
+        (ZeroDivisionError("a fault"), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_in_one_of_several_processes_names_it_and_ends_all(
+    command, monkeypatch, error, status
+):
+    class Ended(BaseException):
+        """As os._exit does not return."""
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(processes, "name", lambda: "process 1 of 2")
+    monkeypatch.setattr(processes, "end", end)
+    monkeypatch.setattr(program, "train", fails)
+    with pytest.raises(Ended) as ended:
+        command()
+    assert ended.value.args == (status,)
+    said = command.capsys.readouterr().err
+    if status == 1:
+        assert said.endswith("ZeroDivisionError: a fault\n")
+    else:
+        assert said == f"process 1 of 2: error: {error}\n"

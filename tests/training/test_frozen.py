@@ -12,18 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.runtime import loading
-from lpc_jax.training import program, start
+from lpc_jax.training import start
 from scripts import evaluate, export, generate
 from tests import runs
 
 LOSSES = {
     "dpo": cfg.Dpo(beta=0.1, sft_weight=0.5),
-    "ipo": cfg.Ipo(beta=0.1),
     "simpo": cfg.Simpo(beta=2.0, gamma=0.5, label_smoothing=0.1),
 }
 
@@ -38,7 +36,7 @@ def config(folder: Path, name: str, **changes: Any) -> cfg.Config:
         "name": name,
         "decoder": "frozen",
         "model": {"states_cache": str(folder / "states")},
-        "training": {"steps": 4, "checkpoint_every": None},
+        "training": {"steps": 3, "checkpoint_every": None},
     }
     return runs.config(folder, **(sections | changes))
 
@@ -63,7 +61,7 @@ def test_updates_are_those_that_a_decoder_at_rate_0_gives(folder, name):
         name,
         loss=LOSSES[name],
         optimizer=cfg.Optimizer(learning_rate=3e-3, clip_norm=None),
-        latent={"pool": "user" if name == "ipo" else "pair"},
+        latent={"pool": "user" if name == "dpo" else "pair"},
         data={"user": "source"},
     )
     mesh = cfg.Mesh(fsdp=2, tensor=2)
@@ -100,7 +98,7 @@ def test_states_are_read_once_for_all_runs_over_the_same_pairs(folder, run):
         latent={"posterior_input": "concat", "num_codes": 3},
         packing={"pairs_per_step": 5},
     )
-    said = runs.train(other).said
+    said = runs.said_before_training(other)
     assert re.search(r"hidden states: 40 pairs, .*; 0 pairs \(0\.00 GB\) to read", said)
     assert "schedule/learning_rate" not in run.lines("train")[0]
 
@@ -137,10 +135,7 @@ def test_the_decoder_is_the_start_s_and_everything_follows_from_the_run(run, tmp
 def test_a_start_from_clusters_reads_every_pair(folder, monkeypatch):
     monkeypatch.setattr(start, "STANDARDIZATION_PAIRS", 3)
     monkeypatch.setattr(start, "_PAIRS_PER_CLUSTER", 1)
-    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        made = config(folder, "start")
-        run = program.prepare(made, mesh, Path("unused"), Console(quiet=True))
+    with runs.prepared(config(folder, "start")) as run:
         run.begin()
         latent = jax.device_get(run.state.params["latent"])
     prompts = [np.asarray(pair.states)[0] for pair in run.train]

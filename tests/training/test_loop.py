@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,34 @@ import pytest
 
 from lpc_jax import config as cfg
 from lpc_jax.data import packing, pairs
-from lpc_jax.runtime import policy, reader
+from lpc_jax.runtime import policy
 from lpc_jax.training import log as logs
-from lpc_jax.training import trackers
+from lpc_jax.training import loop, run_folder, trackers
 from lpc_jax.training.run import Run
-from tests import runs
+from tests import fake_run, runs
 
 STEPS = 6
 VARIANTS = {
     "LPC-DPO": {},
-    "DPO": {"latent": None},
-    "LPC-SimPO": {
-        "loss": cfg.Simpo(beta=2.0, gamma=0.5),
+    "DPO": {"latent": None, "run": {"profile": 1}},
+    "LPC-DPO with adapters": {
+        "adapters": cfg.Adapters(rank=8, alpha=16.0),
         # Every source of randomness that a resumed run must find again.
         "latent": cfg.Latent(
             num_codes=8,
-            effect=0.1,
+            effect=1.0,
+            learning_rate=3e-3,
             draw="straight_through",
             inference="sample",
             temperature_schedule="linear",
             final_temperature=0.5,
         ),
-    },
-    "LPC-DPO with adapters": {
-        "adapters": cfg.Adapters(rank=8, alpha=16.0),
         "optimizer": {"learning_rate": 3e-2},
+        "training": {"best": "reward/accuracy"},
     },
 }
+# Those that a crash interrupts.
+RESUMED = ("DPO", "LPC-DPO with adapters")
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("loop")
 
 
+def variant_config(folder: Path, name: str, **changes: Any) -> cfg.Config:
+    sections = VARIANTS[name] | changes
+    training = {"eval_every": 2, "steps": STEPS} | sections.get("training", {})
+    return runs.config(folder, name=name, **(sections | {"training": training}))
+
+
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> dict[str, runs.Run]:
     """Each variant, from start to end; the reference is scored by the first."""
-    return {
-        name: runs.train(
-            runs.config(
-                folder, name=name, training={"eval_every": 2, "steps": STEPS}, **changes
-            )
-        )
-        for name, changes in VARIANTS.items()
-    }
+    return {name: runs.train(variant_config(folder, name)) for name in VARIANTS}
 
 
 @pytest.fixture(scope="module")
@@ -84,20 +85,17 @@ def test_a_run_leaves_its_config_manifest_metrics_plot_and_checkpoints(lpc_dpo):
     assert str(STEPS) in steps
 
 
-@pytest.mark.parametrize("best", ["loss/preference", "reward/accuracy"])
-def test_the_best_checkpoint_is_by_the_metric_that_is_named(folder, best):
-    run = runs.train(
-        runs.config(
-            folder,
-            name=f"best by {best.replace('/', ' ')}",
-            latent=None,
-            training={"best": best, "eval_every": 1, "checkpoint_every": 1},
-        )
-    )
-    found = int(reader.find(run.folder / "checkpoints", "best").name)
-    values = {line["step"]: line[best] for line in run.lines("eval") if line["step"]}
-    wanted = (min if best.startswith("loss/") else max)(values.values())
-    assert found == max(step for step, value in values.items() if value == wanted)
+@pytest.mark.parametrize(
+    ("variant", "best", "sign"),
+    [("LPC-DPO", "loss/preference", -1), (RESUMED[1], "reward/accuracy", 1)],
+)
+def test_a_checkpoint_is_ranked_by_the_metric_that_is_named(
+    straight, variant, best, sign
+):
+    run = straight[variant]
+    file = run.folder / "checkpoints" / str(STEPS) / "metrics" / "metrics"
+    found = json.loads(file.read_text())
+    assert found == {best: pytest.approx(sign * run.lines("eval")[-1][best])}
 
 
 def test_the_config_left_behind_runs_again_as_it_is(lpc_dpo, folder):
@@ -224,43 +222,38 @@ def test_without_codes_the_same_path_logs_no_code(straight):
     assert "no latent" in plain.said
 
 
-def test_adapters_and_latent_are_trained_over_a_frozen_decoder(straight, folder):
-    config = runs.config(
-        folder,
-        name="adapters without codes",
-        adapters=cfg.Adapters(rank=2),
-        latent=None,
-        training={"steps": 2},
-        optimizer={"warmup_fraction": 0.0},
-    )
-    run, beside = runs.train(config), straight["LPC-DPO with adapters"]
+def test_adapters_and_latent_are_trained_over_a_frozen_decoder(straight):
+    beside = straight["LPC-DPO with adapters"]
     assert beside.result.run.state.params.keys() == {"adapters", "latent"}
     # The reference was scored by full runs: the frozen decoder is the same weights.
-    assert "reference: 0 pairs scored, 53 found in" in run.said
-    first, second = run.lines("train")
-    assert first["loss/preference"] == pytest.approx(math.log(2), abs=1e-6)
-    assert abs(second["loss/preference"] - math.log(2)) > 1e-3  # other pairs, moved
+    assert "reference: 0 pairs scored, 53 found in" in beside.said
     # r (inputs + outputs) of each matrix, by hand: D = N H = 32, K H = 16, F = 72.
-    by_hand = 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 72)) * 2
-    leaves = jax.tree.leaves(run.result.run.state.params["adapters"])
-    assert sum(leaf.size for leaf in leaves) == by_hand
-    assert "M latent, 0.00 M trained" in run.said
+    by_hand = 8 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 72)) * 2
+    adapters, latent = (
+        sum(leaf.size for leaf in jax.tree.leaves(part))
+        for part in beside.result.run.state.params.values()
+    )
+    assert adapters == by_hand
+    assert f"M latent, {(by_hand + latent) / 1e6:.2f} M trained" in beside.said
 
 
 def test_the_first_dpo_loss_is_ln_2(straight, folder):
     config = runs.config(
         folder,
         name="zero codebook",
+        adapters=cfg.Adapters(rank=2),
         latent={"effect": 0.0},
-        training={"steps": 1},
+        training={"steps": 2},
+        optimizer={"warmup_fraction": 0.0},
     )
     zero = runs.train(config)
-    assert "reference: 0 pairs scored, 53 found in" in zero.said
     for run in (zero, straight["DPO"]):
         for line in (run.lines("eval")[0], run.lines("train")[0]):
             assert line["loss/preference"] == pytest.approx(math.log(2), abs=1e-5)
             assert line["reward/chosen"] == pytest.approx(0, abs=1e-4)
             assert line["reward/rejected"] == pytest.approx(0, abs=1e-4)
+    second = zero.lines("train")[1]
+    assert abs(second["loss/preference"] - math.log(2)) > 1e-3  # other pairs, moved
 
 
 # --- held-out pairs -------------------------------------------------------------------
@@ -288,28 +281,6 @@ def test_held_out_accuracy_is_of_each_pair_exactly_once(straight, variant):
     assert run.result.after.accuracy_by_source == pytest.approx(by_source)
 
 
-def test_evaluation_does_not_depend_on_packing(straight, folder):
-    config = runs.config(
-        folder,
-        name="one pair a row",
-        training={"steps": 1},
-        packing={"pairs_per_row": 1, "rows": 1},
-    )
-    alone = runs.train(config).result.before
-    assert alone.margins == pytest.approx(
-        straight["LPC-DPO"].result.before.margins, abs=1e-4
-    )
-
-
-def test_without_held_out_pairs_there_is_no_evaluation(folder):
-    config = runs.config(
-        folder, name="no eval", data={"eval": None}, training={"steps": 1}
-    )
-    run = runs.train(config)
-    assert run.lines("eval") == []
-    assert (run.result.before, run.result.after) == (None, None)
-
-
 # --- a crash costs nothing ------------------------------------------------------------
 
 
@@ -329,19 +300,33 @@ def crash_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs.RunLog, "train", dies)
 
 
-def interrupted(config: cfg.Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs until after step 5, with checkpoints at 3 and, unless it crashed, 6."""
-    with monkeypatch.context() as patch:
-        crash_after(5, patch)
-        with pytest.raises(Crash):
-            runs.train(config)
+@pytest.fixture(scope="module")
+def crashed(folder: Path) -> dict[str, cfg.Config]:
+    """Runs killed after step 5, with a checkpoint of step 3."""
+    configs = {}
+    for name in RESUMED:
+        where = cfg.Run(folder=str(folder / "crashed"), compilation_cache=None)
+        configs[name] = variant_config(folder, name, run=where)
+        with pytest.MonkeyPatch.context() as patch:
+            crash_after(5, patch)
+            with pytest.raises(Crash):
+                runs.train(configs[name])
+    return configs
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_resuming_continues_bit_by_bit(straight, folder, variant, monkeypatch):
+def resumed(config: cfg.Config, tmp_path: Path) -> cfg.Config:
+    """The config that continues a copy of the run, which stays as it is."""
+    copy = tmp_path / "copy"
+    shutil.copytree(Path(config.run.folder) / config.name, copy / config.name)
+    run = dataclasses.replace(config.run, folder=str(copy))
+    return runs.resumed(dataclasses.replace(config, run=run))
+
+
+@pytest.mark.parametrize("variant", RESUMED)
+def test_resuming_continues_bit_by_bit(
+    straight, crashed, variant, tmp_path, monkeypatch
+):
     whole = straight[variant]
-    config = dataclasses.replace(whole.config, name=f"{variant} resumed")
-    interrupted(config, monkeypatch)
     read = []
     indices = packing.step_indices
     monkeypatch.setattr(
@@ -351,7 +336,7 @@ def test_resuming_continues_bit_by_bit(straight, folder, variant, monkeypatch):
             read.append(settings["step"]) or indices(*args, **settings)
         ),
     )
-    run = runs.train(runs.resumed(config))
+    run = runs.train(resumed(crashed[variant], tmp_path))
     assert read == [3, 4, 5]
     assert "resumed after step 3" in run.said
     assert runs.bits(run.result.run.state) == runs.bits(whole.result.run.state)
@@ -365,25 +350,13 @@ def test_resuming_continues_bit_by_bit(straight, folder, variant, monkeypatch):
 
 
 def test_resuming_a_run_without_a_checkpoint_starts_it_again(
-    straight, folder, monkeypatch
+    straight, crashed, tmp_path
 ):
     whole = straight["DPO"]
-    config = dataclasses.replace(whole.config, name="early crash")
-    with monkeypatch.context() as patch:
-        crash_after(2, patch)
-        with pytest.raises(Crash):
-            runs.train(config)
-    run = runs.train(runs.resumed(config))
+    config = resumed(crashed["DPO"], tmp_path)
+    shutil.rmtree(Path(config.run.folder) / config.name / "checkpoints")
+    run = runs.train(config)
     assert runs.log_of(run.folder) == runs.log_of(whole.folder)
-
-
-@pytest.fixture(scope="module")
-def crashed(folder: Path) -> cfg.Config:
-    """A run that has a checkpoint of step 3 and was killed after step 5."""
-    config = runs.config(folder, name="crashed", latent=None)
-    with pytest.MonkeyPatch.context() as patch:
-        interrupted(config, patch)
-    return config
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -402,10 +375,11 @@ def refusal(config: cfg.Config) -> str:
 
 
 def test_resuming_under_another_setting_is_refused(crashed):
+    config = crashed["DPO"]
     other = dataclasses.replace(
-        crashed,
+        config,
         loss=cfg.Dpo(beta=0.2),
-        optimizer=dataclasses.replace(crashed.optimizer, learning_rate=1e-3),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-3),
     )
     assert refusal(runs.resumed(other)) == (
         "a resumed run must have the settings, weights and data that it was started"
@@ -423,7 +397,8 @@ def digests(config: cfg.Config) -> dict[str, str]:
 
 @pytest.mark.parametrize("changed_set", ["data", "held_out"])
 def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch, changed_set):
-    path = crashed.data.train if changed_set == "data" else crashed.data.eval
+    config = crashed["DPO"]
+    path = config.data.train if changed_set == "data" else config.data.eval
     rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     rows[7]["chosen"][0]["content"] += " Indeed."
     read = pairs.examples.read
@@ -433,22 +408,23 @@ def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch, chang
         return read(str(changed) if read_path == path else read_path, **settings)
 
     monkeypatch.setattr(pairs.examples, "read", edited)
-    message = refusal(runs.resumed(crashed))
+    message = refusal(runs.resumed(config))
     head, digest, tail = message.split("\n")
     assert head == (
         "a resumed run must have the settings, weights and data that it was started"
         " with; these differ:"
     )
     name = f"{changed_set}_digest"
-    old = digests(crashed)[name]
+    old = digests(config)[name]
     assert digest.startswith(f"  {name}: checkpoint '{old}', now '")
     assert tail == "Drop what overrides them, or start a new run with another --name."
 
 
 def test_resuming_from_other_weights_is_refused(crashed, monkeypatch):
     monkeypatch.setattr(policy.weights, "digest", lambda path: "f" * 64)
-    old = digests(crashed)["weights_digest"]
-    assert refusal(runs.resumed(crashed)) == (
+    config = crashed["DPO"]
+    old = digests(config)["weights_digest"]
+    assert refusal(runs.resumed(config)) == (
         "a resumed run must have the settings, weights and data that it was started"
         " with; these differ:\n"
         f"  weights_digest: checkpoint '{old}', now '{'f' * 64}'\n"
@@ -457,13 +433,15 @@ def test_resuming_from_other_weights_is_refused(crashed, monkeypatch):
     )
 
 
-def test_what_alters_no_update_may_change_on_resume(crashed, straight, monkeypatch):
+def test_what_alters_no_update_may_change_on_resume(crashed, straight, tmp_path):
+    config = resumed(crashed["DPO"], tmp_path)
     free = dataclasses.replace(
-        crashed,
-        training=dataclasses.replace(crashed.training, log_every=3, eval_every=1),
+        config,
+        training=dataclasses.replace(config.training, log_every=3, eval_every=1),
     )
-    copied = dataclasses.replace(free, name="crashed")
-    run = runs.train(runs.resumed(copied))
+    run = runs.train(free)
+    assert [line["step"] for line in run.lines("train")] == [1, 2, 3, 6]
+    assert [line["step"] for line in run.lines("eval")] == [0, 2, 4, 5, 6]
     assert runs.bits(run.result.run.state.params) == runs.bits(
         straight["DPO"].result.run.state.params
     )
@@ -480,25 +458,21 @@ def test_a_folder_in_use_is_refused(lpc_dpo):
     )
 
 
-def test_overwriting_replaces_the_older_run(folder):
-    config = runs.config(
-        folder,
-        name="replaced",
-        latent=None,
-        training={"steps": 2},
-        run={"overwrite": True},
+def test_overwriting_replaces_the_older_run(crashed, tmp_path):
+    older = resumed(crashed["DPO"], tmp_path)
+    config = dataclasses.replace(
+        older,
+        training=dataclasses.replace(older.training, steps=1),
+        run=dataclasses.replace(older.run, resume=False, overwrite=True),
     )
-    first = runs.train(config)
-    (first.folder / "notes.txt").write_text("of the older run")
-    shorter = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, steps=1)
-    )
-    second = runs.train(shorter)
-    assert second.folder == first.folder
-    assert not (second.folder / "notes.txt").exists()
-    assert [line["step"] for line in second.lines("train")] == [1]
-    assert (second.folder / "checkpoints" / "1").exists()
-    assert not (second.folder / "checkpoints" / "2").exists()
+    folder = Path(config.run.folder) / config.name
+    (folder / "notes.txt").write_text("of the older run")
+    run = runs.train(config)
+    assert run.folder == folder
+    assert not (folder / "notes.txt").exists()
+    assert [line["step"] for line in run.lines("train")] == [1]
+    assert (folder / "checkpoints" / "1").exists()
+    assert not (folder / "checkpoints" / "3").exists()
 
 
 @pytest.mark.parametrize(
@@ -521,18 +495,12 @@ def test_a_mistake_does_not_cost_the_run_to_be_overwritten(
     refusal(runs.config(folder, name=lpc_dpo.config.name, **changes))
 
 
-def test_a_folder_of_another_kind_is_never_replaced(folder):
-    config = runs.config(
-        folder,
-        name="papers",
-        latent=None,
-        training={"steps": 1},
-        run={"overwrite": True},
-    )
+def test_a_folder_of_another_kind_is_never_replaced(tmp_path):
+    config = runs.config(tmp_path, name="papers", run={"overwrite": True})
     kept = Path(config.run.folder) / "papers" / "thesis.txt"
     kept.parent.mkdir(parents=True)
     kept.write_text("years of work")
-    runs.train(config)
+    run_folder.make(config, kept.parent)
     assert kept.read_text() == "years of work"
 
 
@@ -557,17 +525,12 @@ def test_a_full_disk_is_refused_before_the_first_update(folder, monkeypatch):
 # --- the machine ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [{}, {"data": 2, "fsdp": 2, "tensor": 2}],
-    ids=["fsdp 8", "data 2 x fsdp 2 x tensor 2"],
-)
-def test_eight_devices_give_the_run_of_one(lpc_dpo, folder, mesh):
+def test_eight_devices_give_the_run_of_one(lpc_dpo, folder):
     config = dataclasses.replace(
         lpc_dpo.config,
-        name=f"eight {mesh}",
+        name="eight",
         packing=dataclasses.replace(lpc_dpo.config.packing, rows=8),
-        mesh=cfg.Mesh(**mesh),
+        mesh=cfg.Mesh(data=2, fsdp=2, tensor=2),
     )
     run = runs.train(config, on=8)
     assert "mesh: 8 x cpu" in run.said
@@ -578,106 +541,85 @@ def test_eight_devices_give_the_run_of_one(lpc_dpo, folder, mesh):
             assert ours["reward/accuracy"] == theirs["reward/accuracy"]
 
 
-def test_the_host_waits_for_the_devices_only_where_something_is_logged(
-    folder, monkeypatch
-):
-    array = type(jax.numpy.ones(()))
-    read: list[int] = []
-    done: list[int] = []
+@dataclasses.dataclass
+class Watched:
+    """What a run of six updates did, logging every third."""
 
-    def watch(method: str) -> None:
-        of = getattr(array, method)
-
-        def counting(self, *arguments, **named):
-            read.append(len(done))
-            return of(self, *arguments, **named)
-
-        monkeypatch.setattr(array, method, counting)
-
-    for method in ("__float__", "__int__", "__bool__", "__array__"):
-        watch(method)
-    get = jax.device_get
-
-    def counting_get(tree):
-        read.append(len(done))
-        return get(tree)
-
-    monkeypatch.setattr(jax, "device_get", counting_get)
-    update = Run.update
-
-    def counted(self, *arguments):
-        done.append(len(done))
-        return update(self, *arguments)
-
-    monkeypatch.setattr(Run, "update", counted)
-    config = runs.config(
-        folder,
-        name="waits",
-        latent=None,
-        training={"steps": 6, "log_every": 3, "checkpoint_every": None},
-    )
-    runs.train(config)
-    # Between updates 1 to 3 and 4 to 6 nothing was read; after 3 and 6 the log was.
-    assert {1, 2, 4, 5}.isdisjoint(read)
-    assert {3, 6} <= set(read)
+    order: list[str]  # of making batches, updates and log lines
+    read: set[int]  # updates begun when the host read from a device
+    states: list[Any]  # before each update
 
 
-def test_the_next_batch_is_made_before_the_log_waits_for_this_one(folder, monkeypatch):
-    order: list[str] = []
+@pytest.fixture(scope="module")
+def watched(folder: Path) -> Watched:
+    seen = Watched([], set(), [])
 
-    def watch(owner: type, name: str) -> None:
+    def reads(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
         of = getattr(owner, name)
 
-        def noted(self, *arguments):
-            order.append(name)
+        def noted(*arguments: Any, **named: Any) -> Any:
+            seen.read.add(len(seen.states))
+            return of(*arguments, **named)
+
+        patch.setattr(owner, name, noted)
+
+    def calls(patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        of = getattr(owner, name)
+
+        def noted(self: Any, *arguments: Any) -> Any:
+            seen.order.append(name)
+            if name == "update":
+                seen.states.append(self.state)
             return of(self, *arguments)
 
-        monkeypatch.setattr(owner, name, noted)
+        patch.setattr(owner, name, noted)
 
-    watch(Run, "step_batches")
-    watch(Run, "update")
-    watch(logs.RunLog, "train")
-    runs.train(runs.config(folder, name="ahead", training={"steps": 3}))
-    ahead = ["update", "step_batches", "train"]
-    assert order == ["step_batches", *ahead, *ahead, "update", "train"]
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("__float__", "__int__", "__bool__", "__array__"):
+            reads(patch, type(jax.numpy.ones(())), method)
+        reads(patch, jax, "device_get")
+        calls(patch, Run, "step_batches")
+        calls(patch, Run, "update")
+        calls(patch, logs.RunLog, "train")
+        runs.train(
+            runs.config(
+                folder,
+                name="watched",
+                latent=None,
+                training={"steps": 6, "log_every": 3, "checkpoint_every": None},
+            )
+        )
+    return seen
 
 
-def test_parameters_and_optimizer_state_are_donated(folder, monkeypatch):
-    before = []
-    update = Run.update
+def test_the_host_waits_for_the_devices_only_where_something_is_logged(watched):
+    # Between updates 1 to 3 and 4 to 6 nothing was read; after 3 and 6 the log was.
+    assert {1, 2, 4, 5}.isdisjoint(watched.read)
+    assert {3, 6} <= watched.read
 
-    def kept(self):
-        before.append(self.state)
-        return update(self)
 
-    monkeypatch.setattr(Run, "update", kept)
-    runs.train(runs.config(folder, name="donated", training={"steps": 2}))
-    for state in before:
+def test_the_next_batch_is_made_before_the_log_waits_for_this_one(watched):
+    ahead = ["update", "step_batches"]
+    assert watched.order == [
+        *("step_batches", *ahead, *ahead, *ahead, "train"),
+        *(*ahead, *ahead, "update", "train"),
+    ]
+
+
+def test_parameters_and_optimizer_state_are_donated(watched):
+    assert len(watched.states) == 6
+    for state in watched.states:
         leaves = jax.tree.leaves((state.params, state.opt_state))
         assert all(leaf.is_deleted() for leaf in leaves)
 
 
-def test_a_profile_of_so_many_updates_lies_in_the_run_folder(folder):
-    config = runs.config(
-        folder, name="profiled", training={"steps": 4}, run={"profile": 1}
-    )
-    run = runs.train(config)
+def test_a_profile_of_so_many_updates_lies_in_the_run_folder(straight):
+    run = straight["DPO"]
     assert list((run.folder / "profile").rglob("*.xplane.pb"))
     assert f"step 3: trace in {run.folder / 'profile'}" in run.said
 
 
-def test_a_run_too_short_for_a_profile_says_so(folder):
-    config = runs.config(
-        folder, name="short", training={"steps": 2}, run={"profile": 1}
-    )
-    said = " ".join(runs.train(config).said.split())
-    assert (
-        "run.profile: nothing is traced, since 2 updates go before a trace and the run"
-        " has 2 left" in said
-    )
-
-
-def test_a_second_run_finds_compiled_programs(folder, tmp_path, monkeypatch):
+def test_a_second_run_finds_compiled_programs(tmp_path):
     before = jax.config.jax_compilation_cache_dir
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     hits: list[str] = []
@@ -690,15 +632,17 @@ def test_a_second_run_finds_compiled_programs(folder, tmp_path, monkeypatch):
     jax.monitoring.register_event_listener(listen)
     try:
         for name in ("compiled", "found again"):
-            cache = str(tmp_path / "cache")
             config = runs.config(
-                folder,
+                tmp_path,
                 name=name,
+                # The fewest programs.
+                latent=None,
+                loss=cfg.Simpo(beta=2.0, gamma=0.5),
+                data={"eval": None},
                 training={"steps": 1},
-                run={"compilation_cache": cache},
+                run={"compilation_cache": str(tmp_path / "cache")},
             )
             hits.clear()
-            jax.clear_caches()
             runs.train(config)
         assert hits
     finally:
@@ -710,6 +654,7 @@ def test_a_second_run_finds_compiled_programs(folder, tmp_path, monkeypatch):
 def test_nothing_compiles_once_all_programs_are_compiled_ahead(folder, monkeypatch):
     """From the second step on, but for the first checkpoint, not one compilation."""
     compiled: list[str] = []
+    traced: list[str] = []
     at: dict[tuple[str, int], int] = {}
     for method in ("train", "evaluation"):
         log = getattr(logs.RunLog, method)
@@ -720,9 +665,11 @@ def test_nothing_compiles_once_all_programs_are_compiled_ahead(folder, monkeypat
 
         monkeypatch.setattr(logs.RunLog, method, counting)
 
-    def listen(event: str, _: float, **__: Any) -> None:
+    def listen(event: str, _: float, *, fun_name: str = "", **__: Any) -> None:
         if "backend_compile" in event:
-            compiled.append(event)
+            compiled.append(fun_name)
+        if "jaxpr_trace" in event:
+            traced.append(fun_name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -739,19 +686,175 @@ def test_nothing_compiles_once_all_programs_are_compiled_ahead(folder, monkeypat
     assert at["train", 12] == at["train", 4], at
     assert at["evaluation", 12] == at["evaluation", 4], at
     assert at["train", 3] == at["train", 2], at
+    # What was compiled ahead is what runs.
+    for program in ("gradients", "update", "evaluate"):
+        assert traced.count(program) == 1, traced
 
 
-# --- warnings -------------------------------------------------------------------------
+# --- the loop itself, over updates that compute nothing -------------------------------
 
 
-def test_a_warning_is_said_once(folder):
-    # Chosen answers fall fast under a rate far too large.
-    config = runs.config(
-        folder,
-        name="falling",
-        latent=None,
-        optimizer={"learning_rate": 0.3, "warmup_fraction": 0.0},
+def losses(count: int, **more: float) -> list[dict[str, float]]:
+    return [{"loss/total": float(number)} | more for number in range(1, count + 1)]
+
+
+def test_how_often_a_run_logs_evaluates_and_saves(tmp_path):
+    made = fake_run.Fake(
+        tmp_path,
+        losses(7),
+        evaluations=[{"reward/accuracy": share / 10} for share in range(4)],
+        training={"log_every": 2, "eval_every": 3, "checkpoint_every": 4},
     )
-    said = runs.train(config).said
+    yielded = made.drive(manifest={"of": "this run"})
+    # The last step is always among them.
+    lines = made.lines("train")
+    assert [line["step"] for line in lines] == [2, 4, 6, 7]
+    assert [line["step"] for line in yielded] == [2, 4, 6, 7]
+    # Means over the updates since the line before; the rate of the last of them.
+    assert [line["loss/total"] for line in lines] == [1.5, 3.5, 5.5, 7.0]
+    assert [line["schedule/learning_rate"] for line in lines] == [1, 3, 5, 6]
+    assert [line["gradient/norm"] for line in lines] == [2, 4, 6, 7]
+    assert yielded[0]["loss/total"] == 1.5
+    shares = {line["step"]: line["reward/accuracy"] for line in made.lines("eval")}
+    assert shares == {0: 0.0, 3: 0.1, 6: 0.2, 7: 0.3}
+    assert made.lines("eval")[0]["reward/accuracy/facts"] == 0.5
+    assert made.checkpoints.saved == [
+        (4, "after 4", {"of": "this run"}, None),
+        (7, "after 7", {"of": "this run"}, {"reward/accuracy": 0.3}),
+    ]
+    assert made.calls[-1] == "wait"
+    assert made.loop.before.metrics == {"reward/accuracy": 0.0}
+    assert made.loop.after.metrics == {"reward/accuracy": 0.3}
+
+
+def test_by_default_every_update_is_logged_and_only_the_last_is_saved(tmp_path):
+    made = fake_run.Fake(
+        tmp_path,
+        losses(3),
+        evaluations=[{"reward/accuracy": 0.5}] * 2,
+        training={"checkpoint_every": None},
+    )
+    made.drive()
+    assert [line["step"] for line in made.lines("train")] == [1, 2, 3]
+    assert [line["step"] for line in made.lines("eval")] == [0, 3]
+    assert [step for step, *_ in made.checkpoints.saved] == [3]
+
+
+def test_without_held_out_pairs_there_is_no_evaluation(tmp_path):
+    logp = "logp_per_token/chosen"
+    made = fake_run.Fake(tmp_path, [{logp: -1.0}, {logp: -1.25}])
+    made.drive()
+    assert made.lines("eval") == []
+    assert (made.loop.before, made.loop.after) == (None, None)
+    # The first line of training is then the start that later ones are held against.
+    over_start = "logp_per_token/chosen_over_start"
+    assert [line[over_start] for line in made.lines("train")] == [0, -0.25]
+    assert [metrics for *_, metrics in made.checkpoints.saved] == [None]
+
+
+def test_a_resumed_loop_makes_only_what_is_left(tmp_path):
+    made = fake_run.Fake(
+        tmp_path, losses(5), evaluations=[{"reward/accuracy": 0.5}] * 2, done=3
+    )
+    made.log.evaluation(0, {"reward/accuracy": 0.25})
+    made.drive()
+    assert made.log.said[1] == "resumed after step 3"
+    assert made.calls.count("update") == 2
+    assert [line["step"] for line in made.lines("train")] == [4, 5]
+    assert [line["step"] for line in made.lines("eval")] == [0, 5]
+    assert made.loop.before is None  # read back from the log
+
+
+def test_a_finished_run_makes_nothing_more(tmp_path):
+    made = fake_run.Fake(tmp_path, losses(3), done=3)
+    assert made.drive() == []
+    assert made.calls == ["wait"]
+
+
+def test_a_warning_is_said_once(tmp_path):
+    fallen = "logp_per_token/chosen_over_reference"
+    made = fake_run.Fake(
+        tmp_path,
+        losses(4, **{fallen: -0.5}),
+        evaluations=[{fallen: -0.1}, {fallen: -0.6}, {fallen: -0.7}],
+        training={"eval_every": 2},
+    )
+    made.drive()
     falling = "warning: chosen answers have lost more than 0.3 nats per token since"
-    assert said.count(falling) == 1
+    (said,) = [line for line in made.log.said if falling in line]
+    assert said.startswith(f"step 1: {falling}")
+
+
+def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(tmp_path):
+    made = fake_run.Fake(
+        tmp_path,
+        losses(9),
+        skipped=(1, 2, 4, 5, 6, 7),
+        training={"log_every": 2, "max_skipped": 3},
+    )
+    told = []
+
+    def report(update: Any, number: int, in_a_row: int) -> str:
+        told.append((float(update.norm), number, in_a_row))
+        return "look there"
+
+    with pytest.raises(loop.StoppedError, match="look there") as stopped:
+        made.drive(report=report)
+    assert stopped.value.status == 3
+    # 4, 5 and 6: known when step 6 is logged. Checkpoints are whole before it ends.
+    assert told == [(6.0, 5, 3)]
+    assert made.calls[-1] == "wait"
+    shares = [line["gradient/skipped"] for line in made.lines("train")]
+    assert shares == [1.0, 0.5, 1.0]
+    said = [line for line in made.log.said if "skipped" in line]
+    assert said[1] == "step 4: 50% of updates skipped: gradient not finite"
+
+
+def test_a_run_that_is_asked_to_end_saves_first(tmp_path):
+    made = fake_run.Fake(tmp_path, losses(5), training={"checkpoint_every": None})
+    with pytest.raises(loop.StoppedError) as stopped:
+        made.drive(ends_after=lambda done: done == 2)
+    assert stopped.value.status == 143
+    assert str(stopped.value) == (
+        "terminated after step 2 of 5, which is saved: --resume continues from there."
+    )
+    assert [step for step, *_ in made.checkpoints.saved] == [2]
+    assert made.calls[-1] == "wait"
+
+
+def test_the_first_batch_is_made_before_the_first_update(tmp_path):
+    made = fake_run.Fake(
+        tmp_path, losses(2), evaluations=[{"reward/accuracy": 0.5}] * 2
+    )
+    made.drive()
+    first = ["evaluate", "prepare", "update", "log"]
+    assert made.calls == [*first, "update", "log", "evaluate", "wait"]
+
+
+@pytest.mark.parametrize(("eval_every", "updates"), [(None, 2), (1, 1)])
+def test_speed_is_of_the_updates_since_a_line_or_an_evaluation(
+    tmp_path, monkeypatch, eval_every, updates
+):
+    clock = iter(range(100))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(clock)))
+    made = fake_run.Fake(
+        tmp_path,
+        losses(4),
+        evaluations=[{"reward/accuracy": 0.5}] * 5,
+        training={"log_every": 2, "eval_every": eval_every},
+    )
+    made.drive()
+    for line in made.lines("train"):
+        assert line["speed/tokens_per_second"] == updates * fake_run.TOKENS / 1.0
+        assert line["speed/pairs_per_second"] == updates * fake_run.PAIRS / 1.0
+
+
+@pytest.mark.parametrize(("done", "left"), [(0, 2), (4, 2)])
+def test_a_run_too_short_for_a_profile_says_so(tmp_path, done, left):
+    made = fake_run.Fake(tmp_path, losses(done + left), done=done, run={"profile": 1})
+    made.drive(trace=tmp_path / "profile")
+    assert (
+        "run.profile: nothing is traced, since 2 updates go before a trace and the run"
+        f" has {left} left"
+    ) in made.log.said
+    assert not (tmp_path / "profile").exists()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lpc_jax import config as cfg
+from lpc_jax import metrics
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.runtime import reading
@@ -224,14 +225,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first(folder: Path) -> runs.Run:
-    return one_step(folder, name="first")
+def first(folder: Path) -> str:
+    """What the first run over the pairs says before it trains."""
+    return runs.said_before_training(config(folder))
 
 
-def one_step(folder: Path, **changes: Any) -> runs.Run:
-    return runs.train(
-        runs.config(folder, latent=None, training={"steps": 1}, **changes)
-    )
+def config(folder: Path, **changes: Any) -> cfg.Config:
+    return runs.config(folder, **({"latent": None, "training": {"steps": 1}} | changes))
+
+
+def first_loss(made: cfg.Config) -> dict[str, float]:
+    with runs.prepared(made) as run:
+        run.begin()
+        return metrics.values(run.update().sums)
 
 
 @pytest.mark.parametrize(
@@ -244,24 +250,24 @@ def one_step(folder: Path, **changes: Any) -> runs.Run:
     ids=["beta and rate", "loss and packing", "codes and seed"],
 )
 def test_another_run_on_the_same_pairs_scores_none(first, folder, changes):
-    assert "reference: 53 pairs scored, 0 found" in first.said
-    name = str(sorted(changes))
-    sections = {"latent": None, "training": {"steps": 1}} | changes
-    run = runs.train(runs.config(folder, name=name, **sections))
-    assert "reference: 0 pairs scored, 53 found" in run.said
+    assert "reference: 53 pairs scored, 0 found" in first
+    said = runs.said_before_training(config(folder, **changes))
+    assert "reference: 0 pairs scored, 53 found" in said
 
 
 def test_another_compute_dtype_scores_all(first, folder):
-    run = one_step(folder, name="bf16", model={"compute_dtype": "bfloat16"})
-    assert "reference: 53 pairs scored, 0 found" in run.said
+    made = config(folder, model={"compute_dtype": "bfloat16"})
+    said = runs.said_before_training(made)
+    assert "reference: 53 pairs scored, 0 found" in said
 
 
 def test_another_reference_is_scored_by_its_own_weights(first, folder):
     path = str(runs.GOLDEN / "tiny_llama_tied")
-    run = one_step(folder, name="other", reference={"path": path})
-    assert "reference: 53 pairs scored, 0 found" in run.said
-    assert run.lines("train")[0]["loss/preference"] != pytest.approx(math.log(2))
-    assert first.lines("train")[0]["loss/preference"] == pytest.approx(math.log(2))
+    made = config(folder, reference={"path": path})
+    said = runs.said_before_training(made)
+    assert "reference: 53 pairs scored, 0 found" in said
+    assert first_loss(made)["loss/preference"] != pytest.approx(math.log(2))
+    assert first_loss(config(folder))["loss/preference"] == pytest.approx(math.log(2))
 
 
 def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path):
@@ -269,7 +275,7 @@ def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path):
     file = other / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 500}))
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
-        one_step(folder, name="refused", reference={"path": str(other)})
+        runs.said_before_training(config(folder, reference={"path": str(other)}))
     assert str(error.value) == (
         "reference.path must share the policy's tokenizer: vocabulary 512 expected, got"
         " 500. Choose a reference of the same family."
@@ -277,6 +283,6 @@ def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path):
 
 
 def test_simpo_scores_no_reference(folder):
-    run = one_step(folder, name="simpo", loss=cfg.Simpo(beta=2.0, gamma=0.5))
-    assert "reference:" not in run.said
-    assert not any("over_reference" in name for name in run.lines("train")[0])
+    made = config(folder, loss=cfg.Simpo(beta=2.0, gamma=0.5))
+    assert "reference:" not in runs.said_before_training(made)
+    assert not any("over_reference" in name for name in first_loss(made))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -123,10 +124,12 @@ def rows(of: runs.Run) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_answers_are_what_the_generator_gives_of_the_checkpoint(run):
+@pytest.mark.parametrize("devices", [1, 4])
+def test_answers_are_what_the_generator_gives_of_the_checkpoint(run, devices):
     kept = [samples.Sample(**row) for row in rows(run)]
     assert [one.step for one in kept] == [0] * 3 + [2] * 3 + [4] * 3
-    loaded = loading.load(str(run.folder), mesh=systems.mesh())  # of the last step
+    # Of the last step.
+    loaded = loading.load(str(run.folder), mesh=systems.mesh(devices))
     _, held_out = setup.read_pairs(run.config, loaded.tokenizer)
     assert held_out is not None
     by_id = {pair.id: pair for pair in held_out}
@@ -152,30 +155,15 @@ def test_measures_are_logged_and_said_with_the_answers(run):
     assert f"  after:  {' '.join(last['answer'].split())}"[:60] in run.said
 
 
-def test_answers_are_the_same_on_a_mesh(run, folder):
-    spread = runs.train(config(folder, "mesh", packing={"rows": 4}, **ADAPTERS), on=4)
-    assert [r["answer"] for r in rows(spread)] == [r["answer"] for r in rows(run)]
-
-
-def test_a_resumed_run_keeps_the_answers_of_the_steps_that_it_keeps(folder, run):
-    made = config(folder, "resumed", **ADAPTERS)
-    runs.train(made)
-    file = Path(made.run.folder) / "resumed" / "samples.jsonl"
+def test_a_resumed_run_keeps_the_answers_of_the_steps_that_it_keeps(run, tmp_path):
+    where = dataclasses.replace(run.config.run, folder=str(tmp_path))
+    shutil.copytree(run.folder, tmp_path / run.config.name)
+    file = tmp_path / run.config.name / "samples.jsonl"
     whole = file.read_text()
     with file.open("a") as opened:
         opened.write(json.dumps(dataclasses.asdict(sample(step=7))) + "\n{cut off")
-    runs.train(runs.resumed(made))
+    runs.train(runs.resumed(dataclasses.replace(run.config, run=where)))
     assert file.read_text() == whole
-
-
-def test_no_samples_look_at_nothing(folder):
-    made = config(folder, "none")
-    made = dataclasses.replace(
-        made, training=dataclasses.replace(made.training, samples=0)
-    )
-    run = runs.train(made)
-    assert not (run.folder / "samples.jsonl").exists()
-    assert not any("answers/" in name for line in run.lines("eval") for name in line)
 
 
 def test_samples_without_held_out_pairs_are_refused(folder):

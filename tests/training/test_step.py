@@ -17,6 +17,7 @@ from tests import tiny
 from tests.harness import TRL_LOSSES, Harness, follow, recorded
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+SHAPE = packing.RowShape(rows=2, row_lengths=(48,), pair_slots=4, scored=32)
 TRL = json.loads((GOLDEN / "trl_trajectories.json").read_text())
 
 
@@ -38,17 +39,17 @@ def test_eight_updates_follow_trl(run):
     )
 
 
-def five_losses(*, devices, tensor=1):
+def three_losses(*, devices, tensor=1):
     config = tiny.config(
         optimizer=cfg.Optimizer(
             learning_rate=1e-3, schedule="constant", warmup_fraction=0.0
         )
     )
     graph, params = tiny.split_policy()
-    harness = Harness(graph, params, config, steps=5, devices=devices, tensor=tensor)
+    harness = Harness(graph, params, config, steps=3, devices=devices, tensor=tensor)
     losses = []
     with jax.set_mesh(harness.mesh):
-        for number in range(5):
+        for number in range(3):
             some = tiny.pairs(10, seed=number)
             batches = tiny.batches(some, rows=8, row_length=36, pairs_per_row=2)
             metrics, _, _ = harness.update(batches, len(some))
@@ -58,24 +59,22 @@ def five_losses(*, devices, tensor=1):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    return five_losses(devices=1)[1]
+    return three_losses(devices=1)[1]
 
 
-@pytest.mark.parametrize(("devices", "tensor"), [(4, 1), (8, 1), (2, 2), (8, 2)])
+@pytest.mark.parametrize(("devices", "tensor"), [(8, 1), (4, 2)])
 def test_losses_are_the_same_on_any_mesh(devices, tensor, on_one_device):
-    harness, losses = five_losses(devices=devices, tensor=tensor)
+    harness, losses = three_losses(devices=devices, tensor=tensor)
     np.testing.assert_allclose(losses, on_one_device, rtol=1e-5)
     query = harness.state.params["decoder"]["blocks"]["attention"]["query"]
-    fsdp = "fsdp" if devices > tensor else None
     shard = query.sharding.shard_shape(query.shape)
-    assert query.sharding.spec[1:3] == ("fsdp", "tensor"), fsdp
+    assert query.sharding.spec[1:3] == ("fsdp", "tensor")
     assert shard == (2, 32 // (devices // tensor), 4 // tensor, 8)
 
 
 def test_nothing_compiles_after_the_first_step_whatever_its_pairs():
     graph, params = tiny.split_policy()
     harness = Harness(graph, params, tiny.config(), steps=4)
-    shape = packing.RowShape(rows=2, row_lengths=(48,), pair_slots=4, scored=32)
     compiled = []
 
     def listen(event, _, **__):
@@ -86,7 +85,7 @@ def test_nothing_compiles_after_the_first_step_whatever_its_pairs():
     with jax.set_mesh(harness.mesh):
         for number, count in enumerate((12, 3, 7, 12)):
             some = tiny.pairs(count, seed=number)
-            batches = packing.micro_batches(some, shape, reference_logp=None)
+            batches = packing.micro_batches(some, SHAPE, reference_logp=None)
             harness.update(batches, len(some))
             if number == 0:
                 assert compiled
@@ -123,7 +122,8 @@ def test_the_latent_group_has_its_own_learning_rate():
     with jax.set_mesh(harness.mesh):
         before = jax.device_get(harness.state.params)
         some = tiny.pairs(4)
-        harness.update(tiny.batches(some), len(some))
+        batches = packing.micro_batches(some, SHAPE, reference_logp=None)
+        harness.update(batches, len(some))
     after = jax.device_get(harness.state.params)
     chex.assert_trees_all_equal(before["decoder"], after["decoder"])
     moved = jax.tree.map(
@@ -136,14 +136,13 @@ def test_the_latent_group_has_its_own_learning_rate():
     assert all(m == pytest.approx(1e-2, rel=0.01) for m in jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_an_effect_limit_holds_after_every_update(devices):
+def test_an_effect_limit_holds_after_every_update():
     graph, params = tiny.split_policy()
     limit = 0.05
     config = tiny.config(
         latent=cfg.Latent(num_codes=6, codebook_rate=1.0, effect_limit=limit)
     )
-    harness = Harness(graph, params, config, steps=4, devices=devices)
+    harness = Harness(graph, params, config, steps=4, devices=8)
     with jax.set_mesh(harness.mesh):
         for number in range(3):
             some = tiny.pairs(4, seed=number)
