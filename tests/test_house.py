@@ -6,8 +6,8 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "lpc_jax"
 MOST_LINES = 400
-# Not to grow; 15,000 is where it is to go.
-MOST_OF_ALL = 18_650
+# Not to grow; 15,000 was the goal.
+MOST_OF_ALL = 17_230
 
 # Forward passes over pairs are in runtime/programs. The others: the answers' loop, an
 # update, parameters from a seed, what is read of a start, and sums over arrays.

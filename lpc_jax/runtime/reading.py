@@ -42,23 +42,23 @@ def each(
     run: Callable[[Batch], Any],
     *,
     on_progress: Progress = lambda _: None,
-    at_once: int = GROUP,
+    at_once: int | None = None,
     take: Callable[[Any, Batch, int, int], Any] = _of_slot,
 ) -> list[Any]:
     """A program's result for each pair, in the order of the pairs; ids may repeat.
 
     Args:
         run: From a micro-batch to arrays.
-        at_once: Pairs packed together.
+        at_once: Pairs packed together; None: ``GROUP``.
         take: A pair's part of the arrays, by its row and slot.
     """
     ids = np.asarray([pair.id for pair in pairs], np.int32)
     # Ids may repeat across data sets: while packed, pairs are known by their place.
     placed = [dataclasses.replace(pair, id=i) for i, pair in enumerate(pairs)]
     results: list[Any] = [None] * len(pairs)
-    done = 0
-    for first in range(0, len(pairs), at_once):
-        group = placed[first : first + at_once]
+    done, size = 0, at_once or GROUP
+    for first in range(0, len(pairs), size):
+        group = placed[first : first + size]
         for batch in packing.micro_batches(group, shape, reference_logp=None):
             places, used = batch.pair_id, batch.pair_mask
             batch = dataclasses.replace(batch, pair_id=np.where(used, ids[places], 0))

@@ -14,6 +14,7 @@ import pytest
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
+from lpc_jax.models import leaves
 from lpc_jax.training import optimizer as optimizers
 from tests import tiny
 
@@ -205,7 +206,9 @@ SPARED = re.compile(r".*(norm/scale|bias|codebook|input_mean|input_spread)")
 
 
 def test_decay_is_of_all_but_norms_biases_codes_and_what_is_fixed(params):
-    decays = sharding.by_path(optimizers._decay_mask(params))
+    decays = sharding.by_path(
+        jax.tree.map(lambda leaf: leaf.decays, leaves.known(params))
+    )
     assert {path for path, decayed in decays.items() if not decayed} == {
         path for path in sharding.by_path(params) if SPARED.fullmatch(path)
     }
