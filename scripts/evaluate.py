@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_system(parser)
+    flags.add_policy(parser)
     flags.add_steering(parser)
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument(
@@ -186,7 +186,7 @@ def compare_readers(
         "--like-own",
         "chooses z from judgements",
     )
-    outline = flags.outline_system(arguments)
+    outline = flags.find_policy(arguments)
     latent = outline.latent
     steering.require_codes(latent and latent.num_codes, "--like-own", arguments.system)
     run = outline.run
@@ -208,7 +208,7 @@ def compare_readers(
         limit=data.limit if arguments.like is None else None,
         user=data.user,
     )
-    policy = flags.load_system(arguments)
+    policy = flags.load_policy(arguments)
     results = readers.measure(
         policy,
         known,
@@ -239,10 +239,10 @@ def look_at_codes(
             f" {arguments.output} and {len(arguments.pairs)}."
         )
     _refuse(arguments, ("z", "code", "mix", "like"), "--codes", "looks at all of them")
-    latent = flags.outline_system(arguments).latent
+    latent = flags.find_policy(arguments).latent
     page.require(latent and latent.num_codes, arguments.system, arguments.output)
     codes = look.look(
-        flags.load_system(arguments),
+        flags.load_policy(arguments),
         arguments.pairs[0],
         split=arguments.pairs_split,
         limit=arguments.limit,
@@ -312,9 +312,9 @@ def evaluate_tasks(
         )
     num_fewshot = arguments.num_fewshot
     loaded = tasks.load(names, data=arguments.tasks_data, num_fewshot=num_fewshot)
-    outline = flags.outline_system(arguments)
+    outline = flags.find_policy(arguments)
     choose = flags.choose_z(arguments, outline.latent, outline.name)
-    policy = flags.load_system(arguments)
+    policy = flags.load_policy(arguments)
     steering = choose(policy) or Steering("mean")
     model = lm_eval.LanguageModel(
         policy, steering=steering, max_length=arguments.max_length, seed=arguments.seed

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_system(parser)
+    flags.add_policy(parser)
     parser.add_argument("output", type=Path, help="a folder that is new or empty")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the stored decoder"
@@ -87,12 +87,12 @@ def _export(arguments: argparse.Namespace) -> None:
         )
     output, plain = arguments.output, arguments.plain
     folder.require_output(output)
-    outline = flags.outline_system(arguments)
+    outline = flags.find_policy(arguments)
     if arguments.bias is not None:
         _export_bias(arguments, outline)
         return
     folder.require_space(output, outline, dtype=arguments.dtype, plain=plain)
-    policy = flags.load_system(arguments, dtype=jnp.dtype("float32"))
+    policy = flags.load_policy(arguments, dtype=jnp.dtype("float32"))
     options = {"dtype": arguments.dtype, "shard_bytes": arguments.shard_size}
     folder.write(policy, output, plain=plain, **options)
     print(folder.summary(policy, output, plain=plain))
@@ -115,7 +115,7 @@ def _export_bias(arguments: argparse.Namespace, outline: Origin) -> None:
     prompts = answers.read_prompts(
         str(arguments.bias), outline.tokenizer(), setting="--bias"
     )
-    policy = flags.load_system(arguments, dtype=jnp.dtype("float32"))
+    policy = flags.load_policy(arguments, dtype=jnp.dtype("float32"))
     chosen = steering.of_settings(latent) if z_of is None else z_of(policy)
     ids = [prompt.ids for prompt in prompts]
     bias.write(policy, ids, chosen, arguments.output)

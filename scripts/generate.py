@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    flags.add_system(parser)
+    flags.add_policy(parser)
     flags.add_steering(parser)
     parser.add_argument("--prompts", metavar="FILE", help="none: a conversation")
     parser.add_argument("--split", default="train", help="of a hub data set")
@@ -94,9 +94,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         top_k=arguments.top_k,
         top_p=(CHAT_TOP_P if talks else 1.0) if top_p is None else top_p,
     )
-    outline = flags.outline_system(arguments)
+    outline = flags.find_policy(arguments)
     choose = flags.choose_z(arguments, outline.latent, outline.name)
-    policy = flags.load_system(arguments)
+    policy = flags.load_policy(arguments)
     steering = choose(policy) or Steering("mean")
     use = _talk if talks else _answer
     use(arguments, policy, sampling, steering, console)
@@ -137,7 +137,7 @@ def _answer(arguments, policy, sampling, steering, console) -> None:
     )
     generator = Generator(policy, batch=min(arguments.batch, len(prompts)))
     generator.require_room([prompt.ids for prompt in prompts])
-    how = "" if policy.latent is None else f", z: {steering.said()}"
+    how = "" if policy.latent is None else f", z: {steering.words()}"
     _say(console, f"{policy.name}: {len(prompts)} prompts{how}")
     tokens, since = 0, time.perf_counter()
 

@@ -30,33 +30,33 @@ PROMPTS = OUTPUT_FOLDER / "quickstart.test.jsonl"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Answers, scores and prints a line for each system."""
+    """Answers, scores and prints a line for each policy."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_system(parser)
+    flags.add_policy(parser)
     flags.add_steering(parser)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--limit", type=int, help="only the first prompts")
-    asked = parser.parse_args(argv)
-    system = flags.load_system(asked)
+    arguments = parser.parse_args(argv)
+    policy = flags.load_policy(arguments)
     prompts = answers.read_prompts(
         str(PROMPTS),
-        system.tokenizer,
+        policy.tokenizer,
         system_prompt=None,
-        limit=asked.limit,
+        limit=arguments.limit,
         split="test",
     )
-    found = Generator(system, batch=30).generate(
+    texts = Generator(policy, batch=30).generate(
         [prompt.ids for prompt in prompts],
-        sampling=Sampling(max_new_tokens=asked.max_new_tokens),
-        steering=flags.choose_z(asked, system.latent, system.name)(system)
+        sampling=Sampling(max_new_tokens=arguments.max_new_tokens),
+        steering=flags.choose_z(arguments, policy.latent, policy.name)(policy)
         or Steering("mean"),
     )
     by_kind: dict[str, list[float]] = defaultdict(list)
     scores: list[float] = []
     refused = harmless = 0
-    for prompt, answer in zip(prompts, found, strict=True):
+    for prompt, answer in zip(prompts, texts, strict=True):
         kind = prompt.row["source"]
         scores.append(RULES[kind](answer.text))
         by_kind[kind].append(scores[-1])
@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         refused += kind != "refusal" and refuses(answer.text)
     kinds = ", ".join(f"{k} {np.mean(v):.2f}" for k, v in sorted(by_kind.items()))
     print(
-        f"{system.name}: rule {np.mean(scores):.3f} ({kinds});"
-        f" in a circle {np.mean([samples.in_circle(a.tokens) for a in found]):.1%},"
-        f" ended {np.mean([a.reason == 'end' for a in found]):.1%},"
-        f" {np.mean([len(a.tokens) for a in found]):.0f} tokens,"
+        f"{policy.name}: rule {np.mean(scores):.3f} ({kinds});"
+        f" in a circle {np.mean([samples.in_circle(a.tokens) for a in texts]):.1%},"
+        f" ended {np.mean([a.reason == 'end' for a in texts]):.1%},"
+        f" {np.mean([len(a.tokens) for a in texts]):.0f} tokens,"
         f" {refused} of {harmless} harmless requests refused"
     )
 

@@ -64,9 +64,9 @@ def row_shape(
         )
     scored = lengths[:, 1:].sum(axis=1)
     typical = row_length * scored.sum() / totals.sum() * _SCORED_SLACK
-    wanted = max(int(scored.max()), int(typical))
-    wanted += -wanted % score_chunk
-    return RowShape(rows, (row_length,), pairs_per_row, min(wanted, row_length))
+    positions = max(int(scored.max()), int(typical))
+    positions += -positions % score_chunk
+    return RowShape(rows, (row_length,), pairs_per_row, min(positions, row_length))
 
 
 def choose_row_lengths(

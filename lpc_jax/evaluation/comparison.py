@@ -234,7 +234,7 @@ def _entry(entrant: _Entrant, pairs: list[TokenizedPair], policies: _Policies) -
         role=role,
         name=policy.name,
         reference=None if reference is None else reference.name,
-        z=None if z is None else z.said(),
+        z=None if z is None else z.words(),
         reward=reward,
         weights_digest=policy.digest(),
         tokenizer_digest=tokenizers.digest(policy.tokenizer),

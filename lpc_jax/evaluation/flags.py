@@ -36,7 +36,7 @@ LIKE_BY: dict[str, Any] = {
 }
 
 
-def add_system(parser: argparse.ArgumentParser) -> None:
+def add_policy(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the policy and of the devices that hold it."""
     add = parser.add_argument
     what = "a run folder, an exported or Hugging Face folder, a .gguf file, a hub id,"
@@ -90,13 +90,13 @@ def make_mesh(arguments: argparse.Namespace) -> Mesh:
     )
 
 
-def outline_system(arguments: argparse.Namespace) -> Origin:
+def find_policy(arguments: argparse.Namespace) -> Origin:
     """The policy that the flags name, without reading its arrays."""
     model = model_of(arguments)
     return loading.find(arguments.system, step=arguments.step, model=model)
 
 
-def load_system(
+def load_policy(
     arguments: argparse.Namespace, *, dtype: jnp.dtype | None = None
 ) -> Policy:
     """The policy that the flags name, on all devices; see ``loading.load``."""

@@ -287,7 +287,7 @@ def evaluate(
     )
     results = {
         "system": model.policy.name,
-        "z": None if model.policy.latent is None else model.steering.said(),
+        "z": None if model.policy.latent is None else model.steering.words(),
         "tasks": {
             name: {
                 "questions": count["effective"],

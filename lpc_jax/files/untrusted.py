@@ -22,9 +22,9 @@ _LONGEST_SHOWN = 200  # characters of a file's own words in a message
 _BLOBS, _DIGEST = "blobs", re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-def shown(said: object, *, most: int = _LONGEST_SHOWN) -> str:
+def shown(value: object, *, most: int = _LONGEST_SHOWN) -> str:
     """A file's text, fit for a line of a message: printable, and cut where long."""
-    text = str(said)
+    text = str(value)
     short = text if len(text) <= most else text[:most] + "..."
     # A terminal obeys control characters, and cannot write half a surrogate pair.
     return "".join(
@@ -85,18 +85,18 @@ def read_object(file: Path, *, most: int) -> dict[str, Any]:
     return fields
 
 
-def read_arrays(file: Path, wanted: dict[str, str]) -> dict[str, np.ndarray] | None:
-    """Arrays of an .npz file in the wanted dtypes, by name; None where it is broken."""
+def read_arrays(file: Path, dtypes: dict[str, str]) -> dict[str, np.ndarray] | None:
+    """Arrays of an .npz file by name, in these dtypes; None where it is broken."""
     try:
         # Arrays of objects are pickles, which can run code: NumPy refuses them.
         with np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in wanted}
+            arrays = {name: stored[name] for name in dtypes}
     except (
         *(ValueError, EOFError, LookupError, TypeError, MemoryError),
         *(zipfile.BadZipFile, zlib.error, RuntimeError, OSError),
     ):
         return None
-    right = all(arrays[name].dtype == np.dtype(kind) for name, kind in wanted.items())
+    right = all(arrays[name].dtype == np.dtype(kind) for name, kind in dtypes.items())
     return arrays if right else None
 
 

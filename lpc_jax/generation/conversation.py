@@ -134,7 +134,7 @@ class Conversation:
 
     def _steer(self, chosen: Steering) -> None:
         self.steering = chosen
-        self._print(f"z from here on: {chosen.said()}")
+        self._print(f"z from here on: {chosen.words()}")
 
     def _show_codes(self) -> None:
         if self.last is None:

@@ -210,7 +210,7 @@ class Steering:
         weights = jnp.vectorize(self.weights, signature="(C),()->(C)")(logits, keys)
         return latent.codes(logits, weights)
 
-    def said(self) -> str:
+    def words(self) -> str:
         """In words, for messages."""
         kind = "one code" if self.one_code else "a draw"
         mix = ", ".join(f"{code}: {weight:g}" for code, weight in self.mix)

@@ -280,8 +280,8 @@ def test_a_reference_must_share_the_vocabulary(plain):
     known = plain.architecture.vocabulary
     other = dataclasses.replace(plain.architecture, vocabulary=known + 1)
     wide = dataclasses.replace(plain, architecture=other)
-    with pytest.raises(ValueError, match=f"{known} tokens, got {known + 1}"):
-        comparison._require_vocabulary(wide, plain)
+    with pytest.raises(ValueError, match=f"{known} tokens, got {known + 1}. Leave it"):
+        plain.require_vocabulary(wide, "Leave it.")
 
 
 # --- pairs as text --------------------------------------------------------------------

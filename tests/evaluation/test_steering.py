@@ -78,8 +78,8 @@ def test_codes_of_a_system_without_any_are_refused():
 
 
 def test_it_says_what_it_is():
-    assert steering.mix("3:0.7,12:0.3", 16).said() == "codes 3: 0.7, 12: 0.3"
-    assert Steering("mean").said() == "the prior's mean"
+    assert steering.mix("3:0.7,12:0.3", 16).words() == "codes 3: 0.7, 12: 0.3"
+    assert Steering("mean").words() == "the prior's mean"
 
 
 @pytest.mark.parametrize("draw", ["soft", "straight_through"])
