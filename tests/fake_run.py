@@ -51,6 +51,7 @@ class Log(logs.RunLog):
     """A log that is kept, with all that it said and when it was written."""
 
     def __init__(self, folder: Path, calls: list[str], **settings: Any) -> None:
+        self.said: list[str] = []
         super().__init__(
             folder,
             name="fake",
@@ -58,13 +59,10 @@ class Log(logs.RunLog):
             trackers=(),
             settings={},
             console=None,
+            say=self.said.append,
             **settings,
         )
-        self.said: list[str] = []
         self._calls = calls
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         self._calls.append("log")

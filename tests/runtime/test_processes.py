@@ -227,7 +227,7 @@ def one_of_two(monkeypatch: pytest.MonkeyPatch) -> Begin:
 def test_other_settings_of_one_process_are_refused_in_all(
     one_of_two, process, beta, details
 ):
-    one_of_two(process, main_says={"loss.beta": 2.0, "jax": "1"}, wrong=[0, 1])
+    one_of_two(process, main_says=["", {"loss.beta": 2.0, "jax": "1"}], wrong=[0, 1])
     with pytest.raises(UserError) as error:
         processes.require_agreement({"loss.beta": beta, "jax": "1"}, "Start again.")
     assert str(error.value) == (
@@ -237,7 +237,7 @@ def test_other_settings_of_one_process_are_refused_in_all(
 
 
 def test_equal_settings_are_agreed_upon(one_of_two):
-    one_of_two(1, main_says={"a": [1]}, wrong=[0, 0])
+    one_of_two(1, main_says=["", {"a": [1]}], wrong=[0, 0])
     processes.require_agreement({"a": (1,)}, "never said")
 
 
@@ -249,14 +249,14 @@ def test_an_error_of_the_main_process_is_raised_in_all(one_of_two, kind):
     sent = one_of_two(0)
     with pytest.raises(kind, match="no room"):
         processes.from_main(fails)
-    assert json.loads(sent[1].tobytes()) == {kind.__name__: "no room"}
-    one_of_two(1, main_says={kind.__name__: "no room"})
+    assert json.loads(sent[1].tobytes()) == [kind.__name__, "no room"]
+    one_of_two(1, main_says=[kind.__name__, "no room"])
     with pytest.raises(kind, match="no room"):
         processes.from_main(lambda: pytest.fail("only the main process makes it"))
 
 
 def test_what_the_main_process_makes_all_have(one_of_two):
-    one_of_two(1, main_says={"value": ["made"]})
+    one_of_two(1, main_says=["", ["made"]])
     assert processes.from_main(lambda: pytest.fail("made twice")) == ["made"]
     assert processes.name() == "process 1 of 2"
     assert not processes.is_main()
