@@ -46,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         client.execute()
     finally:
         for cell in notebook.cells:
-            for output in cell.get("outputs", ()):
-                print(output.get("text", ""), end="")
+            if cell.cell_type == "code":
+                # Warnings name folders of the machine that ran it.
+                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+                for output in cell.outputs:
+                    print(output.get("text", ""), end="")
     print(f"ran in {time.monotonic() - start:.0f} s")
     if flags.write:
         nbformat.write(notebook, NOTEBOOK)
