@@ -26,17 +26,15 @@ def report(run: Run, update: Update, number: int, in_a_row: int) -> str:
     scored alone, and the names of non-finite parameters and gradients. ``step-N.npz``
     has the micro-batches as packed. ``number`` counts from 0, N from 1.
     """
-    rows, frozen, state = (
-        run.pack(run.step_indices(number)),
-        run.policy.frozen,
-        run.state,
-    )
+    rows = run.pack(run.step_indices(number))
+    frozen, state = run.policy.frozen, run.state
+    companions = run.companions(update.batches)
     gradients: set[str] = set()
     suspects: list[int] = []
     for packed, batch in zip(rows, update.batches, strict=True):
         # Draws are seeded by the step.
         gradient, _ = run.programs.gradients(
-            state.params, frozen, batch, state.key, state.step - 1
+            state.params, frozen, batch, state.key, state.step - 1, companions
         )
         if wrong := _not_finite(gradient):
             gradients |= set(wrong)
