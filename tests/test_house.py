@@ -7,17 +7,16 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "lpc_jax"
 MOST_LINES = 400
 # Not to grow; 15,000 was the goal.
-MOST_OF_ALL = 17_230
+MOST_OF_ALL = 17_210
 
 # Forward passes over pairs are in runtime/programs. The others: the answers' loop, an
-# update, parameters from a seed, what is read of a start, and sums over arrays.
+# update, parameters from a seed, and sums over arrays.
 COMPILED = {
     "generation/decode.py",
     "runtime/loading.py",
     "runtime/programs.py",
     "runtime/record.py",
     "training/nonfinite.py",
-    "training/start.py",
     "training/step.py",
 }
 

@@ -91,6 +91,16 @@ def latent_inputs(
 
 
 @_program
+def latent_layers(
+    network: Network, inputs: dict[str, Float[Array, "B _"]]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Standardised inputs and hidden layer of the latent's networks, by their names."""
+    networks = {name: getattr(network.latent, name) for name in inputs}
+    standard = {name: mlp.standard(inputs[name]) for name, mlp in networks.items()}
+    return standard, {name: networks[name].hidden(x) for name, x in standard.items()}
+
+
+@_program
 def hidden(network: Network, batch: Batch) -> Float[Array, "R T D"]:
     """The decoder's last hidden states."""
     return network.hidden(batch)

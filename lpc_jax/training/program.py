@@ -200,12 +200,10 @@ def _resume(run: Run, checkpoints: Checkpoints) -> int | None:
     if checkpoints.latest() is None:
         return None
     run.forget_start()
-    restored = checkpoints.restore_latest(
+    step, run.state = checkpoints.restore_latest(
         run.abstract_state(),
         accept=lambda saved: require_same(_fixed(saved), _fixed(run.manifest)),
     )
-    assert restored is not None, "there is a latest"
-    step, run.state = restored
     return step
 
 

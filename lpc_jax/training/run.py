@@ -64,6 +64,10 @@ class Run:
         self.config, self.policy, self.folder, self.say = config, policy, folder, say
         self.train, self.held_out = train, held_out or Pairs([])
         self.users = setup.users(config, train.tokens)
+        self._user_of: dict[int, int] = {}  # by pair id, if the latent pools over users
+        if self.users is not None:
+            ids = [pair.id for pair in train]
+            self._user_of = dict(zip(ids, self.users.tolist(), strict=True))
         self.total_steps = setup.total_steps(config, len(train))
         self.shape = setup.row_shape(self)
         setup.describe(self)
@@ -224,11 +228,8 @@ class Run:
             read_now = slice(done, done + int(mask.sum()))
             judged[read_now], ids[read_now] = read[mask], pair_id[mask]
             done = read_now.stop
-        user_of = {
-            pair.id: user for pair, user in zip(self.train, self.users, strict=True)
-        }
-        user = np.asarray([user_of.get(i, -1) for i in ids.tolist()], np.int32)
-        return Companions(judged, user, ids)
+        users = [self._user_of.get(i, -1) for i in ids.tolist()]
+        return Companions(judged, np.asarray(users, np.int32), ids)
 
     def evaluate(self) -> preference.Evaluation:
         """Evaluates all held-out pairs, z from the prior."""

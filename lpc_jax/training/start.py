@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
@@ -95,17 +91,7 @@ def _cluster_outputs(
     users: Int[np.ndarray, "_"] | None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Output layers of both networks for clusters of the posterior's inputs."""
-
-    # Whole on every device, so that every process reads all of it.
-    @functools.partial(
-        jax.jit, out_shardings=NamedSharding(policy.mesh, PartitionSpec())
-    )
-    def layers(params: Params, inputs: dict[str, Array]) -> tuple[Any, Any]:
-        latent = nnx.merge(policy.graph, params).latent
-        mlps = {name: getattr(latent, name) for name in inputs}
-        standard = {name: mlp.standard(inputs[name]) for name, mlp in mlps.items()}
-        return standard, {name: mlps[name].hidden(x) for name, x in standard.items()}
-
+    layers = programs.latent_layers(policy.graph, policy.mesh)
     standard, hidden = jax.device_get(layers(policy.whole, inputs))
     judged = np.asarray(standard["posterior_mlp"])
     if users is not None:
