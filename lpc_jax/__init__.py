@@ -6,6 +6,7 @@ Names are imported when first used: ``import lpc_jax`` alone imports no JAX.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("lpc-jax")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'lpc_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -35,6 +35,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, packing, tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.models import leaves, network, weights
@@ -162,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    cfg.add_version(parser)
     groups = sorted({entry.group for entry in ENTRIES})
     parser.add_argument("--pairs", default=str(PAIRS), help="preference pairs to read")
     parser.add_argument("--only", choices=groups, help="one part of the benchmark")

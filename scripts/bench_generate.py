@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.generation.answering import Generator
 from lpc_jax.generation.sampling import Sampling
@@ -36,6 +37,7 @@ SHARD_BYTES = 1 << 30
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints tokens a second of both, for each batch."""
     parser = argparse.ArgumentParser(prog="bench_generate.py", allow_abbrev=False)
+    cfg.add_version(parser)
     parser.add_argument("system", metavar="SYSTEM")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt-tokens", type=int, default=64)

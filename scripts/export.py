@@ -2,13 +2,15 @@
 
 python scripts/export.py runs/quickstart exported/quickstart
 python scripts/export.py runs/quickstart exported/plain --plain --dtype bfloat16
+python scripts/export.py runs/quickstart exported/quickstart --push owner/name
 python scripts/export.py runs/quickstart codes.safetensors --bias prompts.jsonl
 
 SYSTEM is a run folder, or a model as model.path names it. With codes, the folder is
 loaded with trust_remote_code=True; --plain leaves them out, and its answers are then
-those of the decoder without z. --bias writes, for another engine's logits processor,
-the codes' biases over the vocabulary and each prompt's weights of the codes; a line of
-its file is {"prompt": TEXT or MESSAGES}.
+those of the decoder without z. A run's folder has a model card, README.md; --push
+owner/name sends the folder to the hub, where you are logged in. --bias writes, for
+another engine's logits processor, the codes' biases over the vocabulary and each
+prompt's weights of the codes; a line of its file is {"prompt": TEXT or MESSAGES}.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-size", type=_shard_bytes, default="5GB", help="largest file: 5GB"
     )
     parser.add_argument("--plain", action="store_true", help="without the codes")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="to the hub, see above")
+    parser.add_argument("--private", action="store_true", help="of --push, if new")
     parser.add_argument("--bias", type=Path, metavar="PROMPTS", help="see above")
     parser.add_argument("--like", **flags.LIKE)
     parser.add_argument("--like-by", **flags.LIKE_BY)
@@ -79,23 +83,36 @@ def _export(arguments: argparse.Namespace) -> None:
 
     from lpc_jax.evaluation import flags
     from lpc_jax.export import folder
+    from lpc_jax.files import upload
+    from lpc_jax.training import card
 
     if arguments.like is not None and arguments.bias is None:
         raise UserError(
             f"--like {arguments.like} is of --bias PROMPTS, got none. Name prompts, or"
             " leave it out: an exported folder has all codes."
         )
-    output, plain = arguments.output, arguments.plain
+    if arguments.push is not None and arguments.bias is not None:
+        raise UserError(
+            f"--push {arguments.push} sends a folder, got --bias, which writes a file."
+            " Leave one out."
+        )
+    output, plain, pushed = arguments.output, arguments.plain, arguments.push
     folder.require_output(output)
     outline = flags.find_policy(arguments)
+    if pushed is not None:
+        upload.require_access(pushed, setting="--push")
     if arguments.bias is not None:
         _export_bias(arguments, outline)
         return
     folder.require_space(output, outline, dtype=arguments.dtype, plain=plain)
     policy = flags.load_policy(arguments, dtype=jnp.dtype("float32"))
     options = {"dtype": arguments.dtype, "shard_bytes": arguments.shard_size}
-    folder.write(policy, output, plain=plain, **options)
+    about = card.of(outline, plain=plain)
+    folder.write(policy, output, plain=plain, card=about, **options)
     print(folder.summary(policy, output, plain=plain))
+    if pushed is not None:
+        private = arguments.private
+        print(upload.push(output, pushed, private=private, setting="--push"))
 
 
 def _export_bias(arguments: argparse.Namespace, outline: Origin) -> None:

@@ -9,6 +9,7 @@ script does not know how the pairs are trained on.
 
 import argparse
 import copy
+import importlib.metadata
 import json
 import random
 import re
@@ -664,6 +665,8 @@ def report(rows: Sequence[dict], prompts: Sequence[Prompt]) -> str:
 def main() -> None:
     """Samples, labels, writes the two files and prints the report."""
     parser = argparse.ArgumentParser(description=__doc__)
+    version = importlib.metadata.version("lpc-jax")
+    parser.add_argument("--version", action="version", version=version)
     parser.add_argument("--out", type=Path, default=OUTPUT_FOLDER)
     parser.add_argument(
         "--cache", type=Path, default=Path("runs/quickstart_answers.jsonl")

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(
         prog="plan.py", add_help=False, allow_abbrev=False, description=__doc__
     )
+    cfg.add_version(own)
     own.add_argument("--topology", help="a TPU slice: v5e:8x8, v5p:2x2x1, v6e-8")
     own.add_argument("--devices", help="by arithmetic: gpu:8xh100, tpu:8xv5e")
     own.add_argument("--json", type=Path, help="write everything to this file")

@@ -11,6 +11,7 @@ A row is {"instruction", "source", "completions": [{"response", "overall_score" 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gzip
 import hashlib
@@ -25,6 +26,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
+from lpc_jax import config as cfg
 from lpc_jax.data import examples, rows
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
@@ -60,7 +62,10 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
         argv: The command line; None: the process's own.
         console: Where to print; None: standard output.
     """
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    cfg.add_version(own)
+    _, rest = own.parse_known_args(argv)
+    options = tyro.cli(Options, args=rest, description=__doc__)
     try:
         for line in prepare(options):
             (console or Console()).print(line, markup=False, highlight=False)

@@ -17,6 +17,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from lpc_jax import config as cfg
+
 NOTEBOOK = Path(__file__).resolve().parents[1] / "docs" / "tutorial.ipynb"
 SIZES = re.compile(r"^(STEPS, HELD_OUT, ANSWER_TOKENS) = .*$", re.MULTILINE)
 
@@ -24,6 +26,7 @@ SIZES = re.compile(r"^(STEPS, HELD_OUT, ANSWER_TOKENS) = .*$", re.MULTILINE)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the notebook; a cell that fails raises ``CellExecutionError``."""
     parser = argparse.ArgumentParser(description=__doc__)
+    cfg.add_version(parser)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--write", action="store_true")
     flags = parser.parse_args(argv)

@@ -1,11 +1,13 @@
 """A hub of one machine: what huggingface_hub and datasets ask of one, and its faults.
 
 Serves folders under ids over loopback, as the real one does: model info, the tree of
-files, and each file by HEAD and GET with ETag, commit, length and ranges.
+files, and each file by HEAD and GET with ETag, commit, length and ranges. Takes
+uploads of whom ``TOKEN`` names, who writes for himself and for his team.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import http.server
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 COMMIT = "a" * 40
+TOKEN, ACCOUNT = "hf_abc", {"name": "someone", "orgs": [{"name": "team"}]}
 # For what is no download, or must not be tried again.
 _API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(/.*)?")
 _FILE = re.compile(r"(/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)")
@@ -60,6 +63,8 @@ class Hub:
     folders: Mapping[str, Path]
     faults: Mapping[str, Fault]
     requests: list[Request]
+    # By repository and path.
+    uploads: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
 
     def asked(self, name: str, method: str = "GET") -> list[Request]:
         """Requests whose path holds a name."""
@@ -99,7 +104,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self._answer()
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -129,6 +134,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             fault = None
         folder = self.hub.folders.get(name)
+        if fault is None and self._upload(path, name):
+            return
         if folder is None:
             self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif api:
@@ -138,6 +145,38 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}
             self._send(404, b"{}", headers)
+
+    def _upload(self, path: str, name: str) -> bool:
+        """Answers what belongs to an upload; whether it did."""
+        reply: Any = {}
+        match path.rpartition("/api")[2].split("/")[1:]:
+            case ["whoami-v2"]:
+                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    self._send(401, b"{}", {})
+                    return True
+                reply = ACCOUNT
+            case ["validate-yaml"]:
+                reply = {"errors": [], "warnings": []}
+            case ["repos", "create"]:
+                asked = json.loads(self._body)
+                name = f"{asked.get('organization') or ACCOUNT['name']}/{asked['name']}"
+                self.hub.uploads.setdefault(name, {})
+                reply = {"url": f"{self.hub.endpoint}/{name}"}
+            case ["models", _, _, "preupload", _]:
+                files = json.loads(self._body)["files"]
+                mode = {"uploadMode": "regular", "shouldIgnore": False}
+                reply = {"files": [{"path": file["path"]} | mode for file in files]}
+            case ["models", _, _, "commit", _]:
+                for line in map(json.loads, self._body.splitlines()):
+                    if line["key"] == "file":
+                        content = base64.b64decode(line["value"]["content"])
+                        self.hub.uploads[name][line["value"]["path"]] = content
+                url = f"{self.hub.endpoint}/{name}/commit/{COMMIT}"
+                reply = {"success": True, "commitOid": COMMIT, "commitUrl": url}
+            case _:
+                return False
+        self._send(200, json.dumps(reply).encode(), {})
+        return True
 
     def _api(self, name: str, folder: Path, rest: str) -> None:
         files = sorted(f for f in folder.rglob("*") if f.is_file())

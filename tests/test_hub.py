@@ -65,8 +65,7 @@ class Outcome:
     warned: list[str]
 
 
-def fetch(home: Path, endpoint: str, names: list[str]) -> tuple[list[Any], str]:
-    """Each id's outcome in a process of its own, and what it wrote to stderr."""
+def environment_of(home: Path, endpoint: str, **others: str) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     environment |= {
         "HF_ENDPOINT": endpoint,
@@ -75,6 +74,12 @@ def fetch(home: Path, endpoint: str, names: list[str]) -> tuple[list[Any], str]:
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
+    return environment | others
+
+
+def fetch(home: Path, endpoint: str, names: list[str]) -> tuple[list[Any], str]:
+    """Each id's outcome in a process of its own, and what it wrote to stderr."""
+    environment = environment_of(home, endpoint)
     command = [sys.executable, "-c", FETCH, *names]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -315,3 +320,98 @@ def test_a_hub_that_refuses_connections_is_one_line_after_four_tries(tmp_path):
         f"model.path = 'someone/whole': {cause}. Trying again in {pause:g} s."
         for pause in PAUSES
     ]
+
+
+# --- uploads --------------------------------------------------------------------------
+
+PUSH = """
+import contextlib, io, json, os, sys
+from scripts import export
+outcomes = []
+for name, token, folder in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        status = export.main([sys.argv[2], folder, "--push", name])
+    outcomes.append([status, said.getvalue()])
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the hub has and what the command said, by the name of its folder."""
+    base = tmp_path_factory.mktemp("push")
+    tries = {
+        "whole": ("team/new", fake_hub.TOKEN),
+        "nobody": ("someone/new", ""),
+        "stranger": ("someone/new", "hf_wrong"),
+        "other": ("other/new", fake_hub.TOKEN),
+        "no-name": ("new", fake_hub.TOKEN),
+        "refused": ("someone/refused", fake_hub.TOKEN),
+    }
+    faults = {"someone/refused": Fault("/commit/", EVER, 403)}
+    listed = [[*one, str(base / folder)] for folder, one in tries.items()]
+    with fake_hub.serve({}, faults) as hub:
+        command = [sys.executable, "-c", PUSH, json.dumps(listed), str(runs.MODEL)]
+        environment = environment_of(base / "home", hub.endpoint)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    return base, hub, dict(zip(tries, outcomes, strict=True))
+
+
+def test_a_push_sends_the_folder_with_its_card(pushed):
+    base, hub, outcomes = pushed
+    status, said = outcomes["whole"]
+    assert status == 0
+    assert said.splitlines()[-1] == f"{hub.endpoint}/team/new/commit/{fake_hub.COMMIT}"
+    folder = base / "whole"
+    files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.iterdir()}
+    assert hub.uploads["team/new"] == files
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {
+        *files
+    }
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        (
+            "nobody",
+            "--push someone/new needs a login on the hub, which failed: no token is on"
+            " this machine. Run `hf auth login` or set HF_TOKEN.",
+        ),
+        (
+            "stranger",
+            "--push someone/new needs a login on the hub, which failed: the hub refuses"
+            " it (answer 401). Run `hf auth login` or set HF_TOKEN.",
+        ),
+        (
+            "other",
+            "--push other/new: owner must be one of someone, team, who are logged in,"
+            " got other. Name one, or log in as other.",
+        ),
+        ("no-name", "--push must be owner/name on the hub, got 'new'. Name one."),
+    ],
+)
+def test_a_push_that_will_be_refused_is_one_line_before_anything_is_written(
+    pushed, folder, message
+):
+    base, hub, outcomes = pushed
+    assert outcomes[folder] == [2, f"error: {message}\n"]
+    assert not (base / folder).exists()
+    assert set(hub.uploads) == {"team/new", "someone/refused"}
+
+
+def test_a_push_that_fails_leaves_the_folder_and_says_how_to_send_it(pushed):
+    base, _, outcomes = pushed
+    status, said = outcomes["refused"]
+    folder = base / "refused"
+    assert status == 2
+    assert said.splitlines()[-1] == (
+        "error: --push someone/refused: the hub refuses it (answer 403)."
+        f" {folder} is whole: Check the name and your access, run `hf auth login`, and"
+        f" send it with: hf upload someone/refused {folder}"
+    )
+    assert (folder / "model.safetensors").exists()

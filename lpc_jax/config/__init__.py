@@ -5,7 +5,14 @@ folders import the names below from here.
 """
 
 from lpc_jax.config.checks import Settings
-from lpc_jax.config.command_line import flat, from_flat, load, read, source
+from lpc_jax.config.command_line import (
+    add_version,
+    flat,
+    from_flat,
+    load,
+    read,
+    source,
+)
 from lpc_jax.config.fields import (
     Adapters,
     Config,

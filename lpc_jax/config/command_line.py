@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.metadata
 import os
+import platform
 import re
 import sys
 import traceback
@@ -77,6 +79,7 @@ def load(argv: Sequence[str] | None = None) -> Config:
             which and what comes near.
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_version(own)
     own.add_argument("--config", nargs="?")
     own.add_argument("--latent", nargs="?", default="as in the file")
     short, rest = own.parse_known_args(argv)
@@ -100,6 +103,14 @@ def load(argv: Sequence[str] | None = None) -> Config:
         prog=f"{os.path.basename(sys.argv[0])} --config {short.config}",
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Adds --version: of this package and of those that its numbers depend on."""
+    packages = ("lpc-jax", "jax", "flax", "transformers")
+    versions = (f"{name} {importlib.metadata.version(name)}" for name in packages)
+    text = ", ".join((*versions, f"Python {platform.python_version()}"))
+    parser.add_argument("--version", action="version", version=text)
 
 
 def source(config: Config) -> str:

@@ -40,6 +40,7 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the policy and of the devices that hold it."""
     add = parser.add_argument
     what = "a run folder, an exported or Hugging Face folder, a .gguf file, a hub id,"
+    cfg.add_version(parser)
     add("system", metavar="SYSTEM", help=f"{what} or package:NAME/FILE")
     add("--step", default="latest", help="of a run: latest, best or a number")
     add("--revision", help="branch, tag or commit of a hub id")

@@ -26,6 +26,7 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = ("float32", "bfloat16", "float16")
 # The module for transformers, which is copied and never imported.
 MODULE = "modeling_lpc.py"
+CARD = "README.md"
 # Tokenizer, config and module; the largest known tokenizer.json has some 35 MB.
 _MARGIN_BYTES = 50_000_000
 _GIGABYTE = 1e9
@@ -77,7 +78,13 @@ def require_space(output: Path, outline: Origin, *, dtype: str, plain: bool) -> 
 
 
 def write(
-    policy: Policy, output: Path, *, dtype: str, shard_bytes: int, plain: bool
+    policy: Policy,
+    output: Path,
+    *,
+    dtype: str,
+    shard_bytes: int,
+    plain: bool,
+    card: str | None = None,
 ) -> None:
     """Writes a folder, all or nothing.
 
@@ -87,6 +94,7 @@ def write(
         dtype: Of the decoder, one of ``DTYPES``; the latent is stored in float32.
         shard_bytes: Above this the weights are split over several files.
         plain: Leaves out the codes: the decoder alone, without z.
+        card: A model card, Markdown; None: the folder has none.
 
     Raises:
         UserError: The tokenizer's digest changes when it is saved.
@@ -108,6 +116,8 @@ def write(
         file.write_text(generation + "\n", encoding="utf-8")
         if latent is not None:
             shutil.copyfile(Path(__file__).parent / "out" / MODULE, partial / MODULE)
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")
         policy.tokenizer.save_pretrained(partial)
         # The template is in the folder, also one that replaced the tokenizer's own.
         again = tokenizers.load(partial, chat_template=None)

@@ -30,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class _Cause(NamedTuple):
+class Cause(NamedTuple):
     """Why a download failed, and what a user can do."""
 
     what: str
@@ -38,17 +38,18 @@ class _Cause(NamedTuple):
     wait: float | None = None  # seconds that the hub asks for; None if it can't pass
 
 
-_GATED = _Cause("it is gated", "Accept its licence on the hub and run `hf auth login`")
-_ABSENT = _Cause(
+_GATED = Cause("it is gated", "Accept its licence on the hub and run `hf auth login`")
+_ABSENT = Cause(
     "not found on the hub, or private",
     "Check the name, run `hf auth login` if it is private",
 )
 # What no further try can mend, the special before the general.
 _FINAL = {
-    hub_errors.OfflineModeIsEnabled: _Cause("HF_HUB_OFFLINE is set", "Unset it"),
+    hub_errors.OfflineModeIsEnabled: Cause("HF_HUB_OFFLINE is set", "Unset it"),
+    hub_errors.LocalTokenNotFoundError: Cause("no token is on this machine", "Log in"),
     hub_errors.GatedRepoError: _GATED,
     hub_errors.RepositoryNotFoundError: _ABSENT,
-    hub_errors.RevisionNotFoundError: _Cause(
+    hub_errors.RevisionNotFoundError: Cause(
         "the hub has no such revision of it", "Check the revision"
     ),
 }
@@ -56,7 +57,12 @@ _FINAL = {
 
 def is_hub_id(path: str) -> bool:
     """Whether a path that does not exist locally reads as ``owner/name``."""
-    if path.count("/") != 1 or exists(path):
+    return not exists(path) and names_repository(path)
+
+
+def names_repository(path: str) -> bool:
+    """Whether a text has the form ``owner/name`` that the hub takes."""
+    if path.count("/") != 1:
         return False
     try:
         validate_repo_id(path)  # no part can be .. or leave a folder
@@ -137,7 +143,7 @@ def download(
         try:
             return fetch()
         except failures as e:
-            cause, pause = _cause(e), next(pauses, None)
+            cause, pause = cause_of(e), next(pauses, None)
             if pause is None or cause.wait is None:
                 raise UserError(_refusal(path, setting, kind, cause)) from e
         pause = min(cause.wait or pause, _LONGEST_PAUSE)
@@ -147,7 +153,7 @@ def download(
         time.sleep(pause)
 
 
-def _refusal(path: str, setting: str, kind: str, cause: _Cause) -> str:
+def _refusal(path: str, setting: str, kind: str, cause: Cause) -> str:
     tries = "" if cause.wait is None else f", tried {len(_PAUSES) + 1} times"
     option, argument = {
         MODEL: ("", "FOLDER"),
@@ -160,8 +166,8 @@ def _refusal(path: str, setting: str, kind: str, cause: _Cause) -> str:
     )
 
 
-def _cause(error: BaseException) -> _Cause:
-    """The cause by the first telling error of a chain, the last raised first."""
+def cause_of(error: BaseException) -> Cause:
+    """Why the hub failed: the first telling error of a chain, the last raised first."""
     chain = [error]
     while link := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(link)
@@ -169,10 +175,10 @@ def _cause(error: BaseException) -> _Cause:
         if any(isinstance(link, kind) for link in chain):
             return cause
     causes = filter(None, map(_cause_of_link, chain))
-    return next(causes, _Cause(_in_words(error), "See to that"))
+    return next(causes, Cause(_in_words(error), "See to that"))
 
 
-def _cause_of_link(link: BaseException) -> _Cause | None:
+def _cause_of_link(link: BaseException) -> Cause | None:
     name, response = type(link).__name__, getattr(link, "response", None)
     if name == "DatasetNotFoundError":  # says both, and drops the hub's error
         return _GATED if "gated" in str(link) else _ABSENT
@@ -180,26 +186,26 @@ def _cause_of_link(link: BaseException) -> _Cause | None:
         return _answered(response.status_code, response.headers.get("retry-after", ""))
     if isinstance(link, ConnectionError | TimeoutError) or "Connect" in name:
         what = f"the hub cannot be reached ({_in_words(link)})"
-        return _Cause(what, "Check the network", wait=0)
+        return Cause(what, "Check the network", wait=0)
     # An OSError with a number is this machine's, such as a full disk; huggingface_hub
     # raises one without when a file has not the length that was announced.
     local = isinstance(link, FileNotFoundError) or getattr(link, "errno", None)
     if isinstance(link, FAILURES) and not local:
         what = f"the download broke off ({_in_words(link)})"
-        return _Cause(what, "Check the network", wait=0)
+        return Cause(what, "Check the network", wait=0)
     return None
 
 
-def _answered(status: int, retry_after: str) -> _Cause:
+def _answered(status: int, retry_after: str) -> Cause:
     wait = float(retry_after) if retry_after.strip().isdigit() else 0.0
     answer = f"(answer {status})"
     if status == _RATE_LIMITED:
         remedy = "Wait, or run `hf auth login` for a higher limit"
-        return _Cause(f"the hub limits the rate of requests {answer}", remedy, wait)
+        return Cause(f"the hub limits the rate of requests {answer}", remedy, wait)
     if status == _TIMEOUT or status >= _SERVER_ERROR:
-        return _Cause(f"the hub fails {answer}", "Wait", wait)
+        return Cause(f"the hub fails {answer}", "Wait", wait)
     remedy = "Check the name and your access, run `hf auth login`"
-    return _Cause(f"the hub refuses it {answer}", remedy)
+    return Cause(f"the hub refuses it {answer}", remedy)
 
 
 def _in_words(error: BaseException) -> str:

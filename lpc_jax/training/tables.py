@@ -26,6 +26,7 @@ _ROWS = {
     "logp_per_token/chosen": "log-prob per chosen token",
     "latent/kl": "KL(posterior || prior)",
     "latent/effect": "KL(under z || without)",
+    "code/perplexity": "codes in use (perplexity)",
     "code/source_nmi": "NMI of code and source",
     "answers/ended": "answers that ended",
     "answers/circle": "answers in a circle",
@@ -49,18 +50,28 @@ def summary(before: Mapping[str, Any], after: Mapping[str, float]) -> Table:
     table.add_column("metric", no_wrap=True)
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right", no_wrap=True)
+    for row in changes(before, after):
+        table.add_row(*row)
+    return table
+
+
+def changes(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[tuple[str, str, str, str]]:
+    """Rows of held-out metrics: what it is, before, after and change."""
+    rows = []
     for path, label in _ROWS.items():
         names = {path: label} if path in after else {}
         if path == SOURCE_ACCURACY:
             sources = sorted(name for name in after if name.startswith(path))
             names = {name: f"  {name.removeprefix(path)}" for name in sources}
         for name, shown in names.items():
-            row = ["-", f"{after[name]:.4f}", "-"]
+            old, change = "-", "-"
             if name in before:
-                old = before[name]
-                row = [f"{old:.4f}", row[1], f"{after[name] - old:+.4f}"]
-            table.add_row(shown, *row)
-    return table
+                old = f"{before[name]:.4f}"
+                change = f"{after[name] - before[name]:+.4f}"
+            rows.append((shown, old, f"{after[name]:.4f}", change))
+    return rows
 
 
 def usage(usage_by_source: Mapping[str, Float[np.ndarray, "C"]]) -> Table:

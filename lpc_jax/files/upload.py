@@ -1,0 +1,52 @@
+"""Uploads a folder to the hub, and asks before whether that will be allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+
+from lpc_jax.errors import UserError
+from lpc_jax.files import sources
+
+
+def require_access(repository: str, *, setting: str) -> None:
+    """Raises ``UserError`` unless a login may write to ``owner/name`` on the hub."""
+    if not sources.names_repository(repository):
+        raise UserError(
+            f"{setting} must be owner/name on the hub, got {repository!r}. Name one."
+        )
+    try:
+        account = huggingface_hub.HfApi().whoami()
+    except sources.FAILURES as error:
+        cause = sources.cause_of(error)
+        raise UserError(
+            f"{setting} {repository} needs a login on the hub, which failed:"
+            f" {cause.what}. Run `hf auth login` or set HF_TOKEN."
+        ) from error
+    owners = [account["name"], *(org["name"] for org in account.get("orgs", ()))]
+    owner = repository.partition("/")[0]
+    if owner not in owners:
+        raise UserError(
+            f"{setting} {repository}: owner must be one of {', '.join(owners)}, who are"
+            f" logged in, got {owner}. Name one, or log in as {owner}."
+        )
+
+
+def push(folder: Path, repository: str, *, private: bool, setting: str) -> str:
+    """Makes the repository if need be and uploads a folder; returns the commit's URL.
+
+    Raises:
+        UserError: The hub refuses or fails; the folder is whole and can be sent again.
+    """
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder)
+    except sources.FAILURES as error:
+        cause = sources.cause_of(error)
+        raise UserError(
+            f"{setting} {repository}: {cause.what}. {folder} is whole: {cause.remedy},"
+            f" and send it with: hf upload {repository} {folder}"
+        ) from error
+    return commit.commit_url
