@@ -140,11 +140,7 @@ class _Encoder:
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Any], notes: list[str]
     ) -> str:
-        """The templated prompt with the assistant's header.
-
-        ``notes`` gets what it leaves out that no answer depends on; ``Dropped`` if it
-        leaves out more.
-        """
+        """The templated prompt with the assistant's header; ``notes`` gets its gaps."""
         self._require_plain(messages, tools)
         text = self.text(messages, header=True, tools=tools)
         notes += templates.require_messages(text, messages)
@@ -153,10 +149,7 @@ class _Encoder:
         return text
 
     def texts(self, example: PreferenceExample, notes: list[str]) -> list[str]:
-        """The templated prompt with the assistant's header, and both conversations.
-
-        ``notes`` gets what is worth a count though the pair is kept.
-        """
+        """The templated prompt with the assistant's header, and both conversations."""
         eos = str(self._tokenizer.eos_token)
         # An answer's text may end in EOS, as some data sets write it.
         answers = example.answers(
@@ -308,10 +301,17 @@ def tokenize(
         mismatches += mismatch
     drops += Drops(events)
     if not pairs:
+        roles = [message["role"] for e in examples[:1] for message in e.prompt]
+        first = (
+            f" The first's prompt is of {untrusted.shown(', '.join(roles))}."
+            if roles
+            else ""
+        )
         raise UserError(
             f"No preference pair is left of {drops.total}, expected at least one:"
             f" {'; '.join(drops.lines()) or 'none came in'}. Raise data.max_length and"
             " packing.row_length, choose another data.truncation, or mend the data."
+            f"{first}"
         )
     unread = collections.Counter(name for e in examples for name in e.unread)
     return pairs, _report(pairs, drops, mismatches, notes=Drops(notes), unread=unread)

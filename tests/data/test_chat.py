@@ -143,11 +143,12 @@ def test_an_answer_that_spells_eos_at_its_end_ends_once():
         ("Who?", "Me.<|im_end|> Or you."),
         ("Who?", "<|im_start|>Me."),
         ("Who?<|im_end|>", "Me."),
+        ("Who?", "</s>"),  # neither BOS nor EOS here
     ],
 )
-def test_text_that_spells_bos_or_eos_drops_its_pair(prompt, chosen):
+def test_text_that_spells_a_control_token_drops_its_pair(prompt, chosen):
     rule = dropped(example(prompt, chosen, "You."), tiny.chatml())
-    assert rule == "text spells the BOS or EOS token"
+    assert rule == "text spells a control token"
 
 
 # A line feed at the end of the header merges with one at the start of an answer.
@@ -194,13 +195,15 @@ def test_answers_that_begin_alike_do_not_lengthen_the_prompt():
 
 def test_a_template_that_shares_no_tokens_drops_the_pair():
     template = (
-        "{% if add_generation_prompt %}?{% else %}{{ messages[-1].content }}{% endif %}"
+        "{% if add_generation_prompt %}?{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     loaded = tiny.chatml(template=template)
     assert refusal([example("Who?", "Me.", "You.")], loaded) == (
         "No preference pair is left of 1, expected at least one: 1 prompt and answers"
         " share no tokens (pairs.jsonl:1). Raise data.max_length and"
         " packing.row_length, choose another data.truncation, or mend the data."
+        " The first's prompt is of user."
     )
 
 
@@ -313,7 +316,7 @@ def test_answers_that_the_template_makes_equal_drop_the_pair():
 def test_an_answer_that_the_template_leaves_empty_drops_the_pair():
     template = tiny.CHATML.replace("m.content", "m.content.strip('-')")
     rule = dropped(example("p", "--", "r"), tiny.chatml(template=template))
-    assert rule == "empty answer"
+    assert rule == "the chat template does not write all of the answer"
 
 
 def test_a_pair_longer_than_a_row_drops():
@@ -361,7 +364,9 @@ def test_a_template_whose_expression_fails_drops_the_pair_with_its_reason(
 def test_a_tokenizer_without_a_chat_template_is_refused():
     assert refusal([LONG], tiny.chatml(template=None)) == (
         "The tokenizer must have a chat template to turn conversations into tokens, got"
-        " none. Set model.chat_template to a file with a Jinja chat template."
+        " none. Set model.chat_template to a file with a Jinja chat template, or"
+        " data.template to None for pairs of plain text, which are then read as they"
+        " stand."
     )
 
 
@@ -380,7 +385,7 @@ def test_no_pair_left_is_refused_with_the_counts_of_reading_too():
         "No preference pair is left of 2, expected at least one: 1 empty answer"
         " (pairs.jsonl:9); 1 prompt longer than packing.row_length (pairs.jsonl:1)."
         " Raise data.max_length and packing.row_length, choose another data.truncation,"
-        " or mend the data."
+        " or mend the data. The first's prompt is of user."
     )
 
 
@@ -398,7 +403,7 @@ def test_the_report_counts_what_happened():
     assert (report.read, report.kept) == (6, 4)
     assert report.drops.counts == {
         "empty answer": 1,
-        "text spells the BOS or EOS token": 1,
+        "text spells a control token": 1,
     }
     assert report.duplicates == 1
     assert (report.chosen_longer, report.same_length) == (0.5, 0.25)

@@ -76,6 +76,7 @@ def test_an_explicit_prompt_is_kept_turn_by_turn():
         source="greetings",
         origin="pairs.jsonl:3",
         index=2,
+        unread=("prompt_id",),
     )
 
 
@@ -165,8 +166,9 @@ def test_an_unknown_form_is_named_with_what_was_seen():
     assert parse_refusal({**PLAIN, "chosen": [assistant("Me.")], "id": 1}) == (
         "pairs.jsonl:3: expected prompt, chosen and rejected as three strings, or"
         " prompt as a list of messages and each answer as a list of one, or two full"
-        " transcripts (lists of messages) as chosen and rejected; got prompt (str),"
-        " chosen (list), rejected (str), id (int). Convert or remove the row."
+        " transcripts (lists of messages) as chosen and rejected; got prompt (text),"
+        " chosen (messages of assistant), rejected (text), id (int). Convert"
+        " or remove the row."
     )
 
 
@@ -292,7 +294,8 @@ def test_a_file_with_no_preference_is_refused_with_the_counts(write):
     assert refusal(file) == (
         f"data.train = {str(file)!r} holds no preference pair, expected at least one: 7"
         " chosen equals rejected (a.jsonl:1, a.jsonl:2, a.jsonl:3, a.jsonl:4,"
-        " a.jsonl:5, ...). Give rows with a prompt and two different answers."
+        " a.jsonl:5, ...). Give rows with a prompt and two different answers. The first"
+        " row, a.jsonl:1, has prompt (text), chosen (text), rejected (text)."
     )
 
 
