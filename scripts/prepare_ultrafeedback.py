@@ -206,7 +206,11 @@ def _faults(row: dict[str, Any], score: str) -> Iterator[str]:
     both = [(_score(item, score), _score(item, other)) for item in row["completions"]]
     if any(own is None for own, _ in both):
         yield f"without the completions that have no {score}"
-    ranked = [(own, of_other) for own, of_other in both if None not in (own, of_other)]
+    ranked = [
+        (own, of_other)
+        for own, of_other in both
+        if own is not None and of_other is not None
+    ]
     best = max((own for own, _ in ranked), default=None)
     of_best = [of_other for own, of_other in ranked if own == best]
     if ranked and max(of_best) < max(of_other for _, of_other in ranked):

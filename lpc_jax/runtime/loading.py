@@ -72,7 +72,7 @@ def find(
     rendering = {n: changes.pop(n) for n in tokenizers.RENDERING if n in changes}
     cfg.Data(train="none", **rendering)  # refuses what is no value of theirs
     origin = _find(path, run, step, changes)
-    return dataclasses.replace(origin, rendering=origin.rendering | rendering)
+    return dataclasses.replace(origin, rendering={**origin.rendering, **rendering})
 
 
 def _find(path: str, run: Path, step: str, model: dict[str, Any]) -> Origin:

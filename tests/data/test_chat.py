@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from lpc_jax.data import chat, examples, templates, tokenizer
 from lpc_jax.data.report import Drops
@@ -675,6 +677,26 @@ def test_plain_text_is_the_tokenizer_s_own_with_eos_behind(adds_bos):
     prompt = chat.encode_prompt([{"role": "user", "content": row["prompt"]}], loaded)
     assert [*prompt] == [*pair.prompt]
     assert chat.end_of_answer(loaded) == loaded.eos_token_id
+
+
+def test_plain_text_behind_bos_is_parted_as_at_a_start():
+    # As Llama 2's in its later form: ▁ goes before the very first text alone.
+    words = {w: i for i, w in enumerate(["<s>", "</s>", "▁a", "a", "▁b", "▁c"])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="</s>"))
+    spaces = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.pre_tokenizer = spaces
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    loaded = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>"
+    )
+    loaded.chat_template = templates.plain(bos=True)
+    assert loaded("<s>a", add_special_tokens=False)["input_ids"] == [0, 3]
+    pair, _ = one(parsed({"prompt": "a", "chosen": " b", "rejected": " c"}), loaded)
+    whole = [[*pair.prompt, *answer] for answer in (pair.chosen, pair.rejected)]
+    assert whole == [loaded(text)["input_ids"] for text in ("a b</s>", "a c</s>")]
+    assert whole[0] == [0, 2, 4, 1]
 
 
 @pytest.mark.parametrize(
