@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -79,15 +80,11 @@ class _Encoder:
         bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.bos = bos if opens_with_bos(tokenizer) else None
         added = tokenizer.added_tokens_decoder.items()
-        self._special = {
-            *tokenizer.all_special_ids,
-            *(index for index, token in added if token.special),
-        }
-        texts = {
-            *tokenizer.all_special_tokens,
-            *(str(t) for _, t in added if t.special),
-        }
-        self._control_texts = [str(text) for text in texts if text.strip()]
+        special = {index: str(token) for index, token in added if token.special}
+        self._special = {*tokenizer.all_special_ids, *special}
+        texts = map(str, {*tokenizer.all_special_tokens, *special.values()})
+        spelled = "|".join(re.escape(text) for text in texts if text.strip())
+        self._control_text = re.compile(spelled or "(?!)")
         template = templates.default(tokenizer.chat_template)
         plain = (str(token) for _, token in added if not token.special)
         self._written = [text for text in plain if text.strip() and text in template]
@@ -103,7 +100,7 @@ class _Encoder:
 
     def _require_plain(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
         for text in strings([*messages, tools]):
-            if any(control in text for control in self._control_texts):
+            if self._control_text.search(text):
                 raise Dropped(CONTROL_TEXT)
 
     def text(
