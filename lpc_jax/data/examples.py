@@ -18,7 +18,7 @@ Message = dict[str, Any]
 _Parts = tuple[list[Message], Message, Message]  # prompt, chosen, rejected
 _ANSWERS = ("chosen", "rejected")
 # Fields that can hold the prompt, of which the first that is there does.
-_PROMPTS = ("prompt", "messages", "conversations", "instruction", "question")
+_PROMPTS = ("prompt", "messages", "conversations", "instruction")
 _SYSTEMS = ("system", "system_prompt")  # likewise the system message
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _ROLES = {"human": "user", "gpt": "assistant"} | {

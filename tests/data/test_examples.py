@@ -438,7 +438,6 @@ HI = [user("Hi"), assistant("Hello")]
         ({"prompt": "Who?", **SIDES}, [user("Who?")]),
         ({**TEXT, "prompt": [user("Who?")]}, [user("Who?")]),
         ({"messages": [user("Who?")], **SIDES}, [user("Who?")]),
-        ({"question": "Who?", **SIDES}, [user("Who?")]),
         (
             {"instruction": "Say", "input": "who", "chosen": "Me.", "rejected": "You."},
             [user("Say\nwho")],
