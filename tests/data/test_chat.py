@@ -717,3 +717,11 @@ def test_plain_text_refuses_conversations(change):
     assert str(raised.value).startswith("pairs.jsonl:1: ")
     with pytest.raises(ValueError, match="got a conversation"):
         chat.encode_prompt(MULTI_TURN, plain(add_bos_token=True))
+
+
+def test_an_answer_that_stands_in_its_prompt_alone_drops_the_pair():
+    only_answers = "m.content if m.role == 'user' else m.content.split('</think>')[-1]"
+    template = tiny.CHATML.replace("m.content", only_answers)
+    item = example("Say <think>a</think>b", "<think>a</think>b", "c")
+    rule = dropped(item, tiny.chatml(template=template))
+    assert rule == "the chat template does not write all of the answer"
