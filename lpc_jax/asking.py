@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lpc_jax import loss_table
-from lpc_jax.data import chat
+from lpc_jax.data import chat, examples
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
@@ -89,7 +89,7 @@ class Policy(policies.Policy):
 
     def generate(
         self,
-        prompts: str | Sequence[str | Sequence[Mapping[str, str]]],
+        prompts: str | Sequence[str | Sequence[Mapping[str, Any]]],
         *,
         z: Z | None = None,
         code: int | None = None,
@@ -114,9 +114,9 @@ class Policy(policies.Policy):
         chosen = _steering(policy, z, code, mix, like) or Steering("mean")
         ids = []
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            if isinstance(prompt, str):
-                prompt = [{"role": "user", "content": prompt}]
-            messages = [dict(message) for message in prompt]
+            if not isinstance(prompt, str):
+                prompt = [dict(message) for message in prompt]
+            messages = examples.parse_prompt({"prompt": prompt}, origin="prompts")
             ids.append(chat.encode_prompt(messages, policy.tokenizer))
         completions = Generator(policy, batch=min(len(ids), 16) or 1).generate(
             ids,

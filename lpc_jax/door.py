@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.asking import Policy, to_ask
 from lpc_jax.data import pairs as pair_data
+from lpc_jax.data import tokenizer
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
 from lpc_jax.runtime import loading, policy
@@ -49,7 +50,8 @@ def load(
         step: Of a run: ``latest``, ``best`` or a checkpoint's step.
         mesh: None: the mesh that ``jax.set_mesh`` set, or one over all devices.
         row_length: The longest row it will be trained in, tokens.
-        **model: Fields of ``Model``, such as ``compute_dtype`` or ``tokenizer``.
+        **model: Fields of ``Model``, such as ``compute_dtype`` or ``tokenizer``, and
+            ``template`` and ``template_arguments`` of ``Data``.
 
     Raises:
         UserError: No such model or run, one that cannot be read, or new codes or
@@ -79,7 +81,7 @@ def load(
 
 
 def read_pairs(
-    source: str | Path,
+    source: str | Path | Sequence[dict[str, Any]],
     policy: policy.Policy,
     *,
     split: str | None = "train",
@@ -89,7 +91,7 @@ def read_pairs(
     """Reads preference pairs and encodes them with the policy's tokenizer.
 
     Args:
-        source: A .jsonl, .jsonl.gz, .json or .parquet file, or a hub data set.
+        source: A .jsonl, .jsonl.gz, .json or .parquet file, a hub data set, or rows.
         split: Of a hub data set.
         limit: Reads only this many rows, from the first.
         **data: Fields of ``Data``, such as ``max_length``, ``truncation`` or ``user``.
@@ -97,9 +99,16 @@ def read_pairs(
     Raises:
         UserError: Data that cannot be read, by file and line, or no pair left.
     """
-    settings = cfg.Data(train=str(source), **data)
+    for name in tokenizer.RENDERING:
+        if name in data:
+            raise UserError(
+                f"{name} goes with the policy, whose prompts it changes too, got it for"
+                " its pairs. Give it to load."
+            )
+    rows = str(source) if isinstance(source, str | Path) else source
+    settings = cfg.Data(train="given", **data)
     return pair_data.load(
-        str(source),
+        rows,
         policy.tokenizer,
         setting="pairs",
         split=split,
@@ -214,7 +223,11 @@ def start(
         latent=policy.latent,
         adapters=policy.adapters,
         decoder="frozen" if policy.frozen and not policy.adapters else "trained",
-        data=cfg.Data(train="given", eval=None if held_out is None else "given"),
+        data=cfg.Data(
+            train="given",
+            eval=None if held_out is None else "given",
+            **policy.rendering,
+        ),
         training=dataclasses.replace(settings, steps=steps or settings.steps),
         run=dataclasses.replace(writing, folder=str(place.parent), resume=resume),
         **sections,

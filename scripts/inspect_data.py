@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lpc_jax import config as cfg
-from lpc_jax.data import chat, examples, tokenizer
+from lpc_jax.data import chat, examples, rows, templates, tokenizer
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
 from lpc_jax.files import sources
@@ -55,13 +55,20 @@ def inspect(config: cfg.Config, console: Console, *, pairs: int) -> None:
     Raises:
         UserError: Data or tokenizer cannot be had or used.
     """
-    loaded = _tokenizer(config.model)
     data = config.data
+    loaded = _tokenizer(config.model, data)
+    if templates.writes_date(loaded.chat_template):
+        day = data.date or templates.today()
+        console.print(f"The chat template writes today's date: here {day} (data.date).")
     train = (data.train, "data.train", data.train_split, data.limit)
     held_out = (data.eval, "data.eval", data.eval_split, data.eval_limit)
     for path, setting, split, limit in (train, held_out):
         if path is None:
             continue
+        origin, row = next(rows.read(path, setting=setting, split=split), ("", None))
+        console.rule(f"{setting} = {path}")
+        first = f"first row, {origin}: {examples.form(row)}"
+        console.print(first, markup=False, highlight=False)
         found, drops = examples.read(path, setting=setting, split=split, limit=limit)
         kept, report = chat.tokenize(
             found,
@@ -72,8 +79,8 @@ def inspect(config: cfg.Config, console: Console, *, pairs: int) -> None:
             row_length=config.packing.row_length,
             truncation=data.truncation,
             prefix_mismatch=data.prefix_mismatch,
+            date=data.date,
         )
-        console.rule(f"{setting} = {path}")
         for table in report.tables():
             console.print(table)
         if setting == "data.train":
@@ -101,7 +108,7 @@ def _take_pairs(arguments: list[str]) -> tuple[int, list[str]]:
     return int(value), rest
 
 
-def _tokenizer(model: cfg.Model) -> tokenizer.Tokenizer:
+def _tokenizer(model: cfg.Model, data: cfg.Data) -> tokenizer.Tokenizer:
     path, setting, revision = model.path, "model.path", model.revision
     if model.tokenizer is not None:
         path, setting, revision = model.tokenizer, "model.tokenizer", None
@@ -111,7 +118,9 @@ def _tokenizer(model: cfg.Model) -> tokenizer.Tokenizer:
         revision=revision,
         patterns=TOKENIZER_PATTERNS,
     )
-    return tokenizer.load(found, chat_template=model.chat_template)
+    return tokenizer.load(
+        found, chat_template=model.chat_template, **tokenizer.rendering(data)
+    )
 
 
 def _show(

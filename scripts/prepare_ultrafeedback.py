@@ -5,6 +5,8 @@ python scripts/prepare_ultrafeedback.py --input openbmb/UltraFeedback \
 
 The best-scored answer is chosen (the first of equals), a random other one rejected.
 Which one depends on the seed and the row's own instruction, not on the order of rows.
+Faults of the public data are counted: rows of truthful_qa, scores that are missing or
+disagree; and dropped where an overall_score of 10 stands for 1.
 A row is {"instruction", "source", "completions": [{"response", "overall_score" or
 "fine-grained_score"}, ...]}.
 """
@@ -33,6 +35,18 @@ from lpc_jax.errors import UserError
 from lpc_jax.files import whole
 
 FEW = "fewer than two completions"
+UNSCORED = "fewer than two completions with a score"
+SCORES = ("overall_score", "fine-grained_score")
+# https://github.com/OpenBMB/UltraFeedback/issues/8
+WRONG_TEN = (
+    "best by an overall_score of 10 beside a fine-grained_score of at most 2"
+    " (OpenBMB/UltraFeedback issue 8)"
+)
+TRUTHFUL = "truthful_qa"
+FROM_TRUTHFUL = (
+    f"from {TRUTHFUL}, whose questions a benchmark asks; HuggingFaceH4 left them out of"
+    f" ultrafeedback_binarized, as --leave-out {TRUTHFUL} does"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +61,8 @@ class Options:
     """Split of a hub dataset."""
     score: Literal["overall_score", "fine-grained_score"] = "overall_score"
     """The field by which completions are ranked."""
+    leave_out: tuple[str, ...] = ()
+    """Sources of rows to leave out, such as truthful_qa."""
     seed: int = 42
     """Seeds the choice of the rejected answer."""
     limit: int | None = None
@@ -84,13 +100,16 @@ def prepare(options: Options) -> list[str]:
     """
     output = Path(options.output).expanduser()
     _require_output(output, overwrite=options.overwrite)
-    pairs, events = [], []
+    pairs, events, notes = [], [], []
     for origin, row in _rows(options):
         pair = to_pair(row, origin=origin, score=options.score, seed=options.seed)
+        if isinstance(pair, dict) and pair["source"] in options.leave_out:
+            pair = f"from {pair['source']}, left out"
         if isinstance(pair, str):
             events.append((pair, origin))
         else:
             pairs.append(pair)
+            notes += ((note, origin) for note in _faults(row, options.score))
     drops = Drops(events)
     if not pairs:
         raise UserError(
@@ -103,6 +122,7 @@ def prepare(options: Options) -> list[str]:
         f"{len(pairs) + drops.total:,} rows read, {len(pairs):,} pairs written to"
         f" {output}",
         *(f"  dropped: {line}" for line in drops.lines()),
+        *(f"  kept: {line}" for line in Drops(notes).lines()),
         f"  kept though both answers have the same score: {ties:,}",
     ]
 
@@ -123,15 +143,17 @@ def to_pair(row: Any, *, origin: str, score: str, seed: int) -> dict[str, Any] |
     completions = _field(row, "completions", list, origin)
     if len(completions) < 2:
         return FEW
-    answers = [
+    for number, item in enumerate(completions, 1):
         _field(item, "response", str, f"{origin}, completion {number}")
-        for number, item in enumerate(completions, 1)
-    ]
-    scores = [
-        _score(item, score, f"{origin}, completion {number}")
-        for number, item in enumerate(completions, 1)
-    ]
+    completions = [item for item in completions if _score(item, score) is not None]
+    if len(completions) < 2:
+        return UNSCORED
+    answers = [item["response"] for item in completions]
+    scores = [item[score] for item in completions]
     best = scores.index(max(scores))
+    fine = _score(completions[best], SCORES[1])
+    if score == SCORES[0] and scores[best] == 10 and fine is not None and fine <= 2:
+        return WRONG_TEN
     others = [index for index in range(len(answers)) if index != best]
     digest = hashlib.sha256(f"{seed}\n{instruction}".encode()).digest()
     worse = random.Random(digest).choice(others)
@@ -146,8 +168,8 @@ def to_pair(row: Any, *, origin: str, score: str, seed: int) -> dict[str, Any] |
         "rejected": [{"role": "assistant", "content": answers[worse]}],
         "source": source if isinstance(source, str) else examples.NO_SOURCE,
         "prompt_id": hashlib.sha256(instruction.encode()).hexdigest(),
-        "score_chosen": scores[best],
-        "score_rejected": scores[worse],
+        "score_chosen": float(scores[best]),
+        "score_rejected": float(scores[worse]),
     }
 
 
@@ -174,14 +196,30 @@ def _field(row: Any, name: str, kind: type, origin: str) -> Any:
     return value
 
 
-def _score(completion: dict[str, Any], name: str, origin: str) -> float:
+def _score(completion: dict[str, Any], name: str) -> float | None:
     value = completion.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise UserError(
-            f"{origin}: {name} must be a number, got {value!r}. Name another field"
-            " with --score, or mend or remove the row."
-        )
+        return None
     return float(value)
+
+
+def _faults(row: dict[str, Any], score: str) -> Iterator[str]:
+    """What is known to be wrong with public rows, of one that is kept."""
+    if row.get("source") == TRUTHFUL:
+        yield FROM_TRUTHFUL
+    (other,) = (name for name in SCORES if name != score)
+    both = [(_score(item, score), _score(item, other)) for item in row["completions"]]
+    if any(own is None for own, _ in both):
+        yield f"without the completions that have no {score}"
+    ranked = [
+        (own, of_other)
+        for own, of_other in both
+        if own is not None and of_other is not None
+    ]
+    best = max((own for own, _ in ranked), default=None)
+    of_best = [of_other for own, of_other in ranked if own == best]
+    if ranked and max(of_best) < max(of_other for _, of_other in ranked):
+        yield f"though {other} finds another answer best"
 
 
 def _require_output(output: Path, *, overwrite: bool) -> None:

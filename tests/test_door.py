@@ -92,6 +92,28 @@ def test_an_iterated_run_is_the_same(policy, pairs, metrics, run):
     assert losses == [one["loss/total"] for one in metrics]
 
 
+def test_plain_text_is_read_trained_and_answered_as_it_stands(tmp_path):
+    base = load(template=None)
+    texts = [{"prompt": f"{n}:", "chosen": " a", "rejected": " b"} for n in range(8)]
+    pairs = lpc.read_pairs(texts, base, **SHORT)
+    assert base.tokenizer.decode(pairs.tokens[3].prompt) == "<|begin|>3:"
+    packing = dataclasses.replace(PACKING, row_length=32)
+    options = {"steps": 1, "folder": tmp_path / "run", "packing": packing}
+    run = lpc.train(base, pairs, lpc.Simpo(gamma=1.0), **options)
+    for again in (load(tmp_path / "run"), load(run.policy.save(tmp_path / "out"))):
+        tokens = lpc.read_pairs(texts, again, **SHORT).tokens
+        assert [pair.key() for pair in tokens] == [p.key() for p in pairs.tokens]
+        assert len(again.generate("3:", max_new_tokens=2)) == 1
+    with pytest.raises(lpc.UserError, match=r"data\.template=None reads texts"):
+        lpc.read_pairs(runs.PAIRS, base, **SHORT)
+    with pytest.raises(lpc.UserError, match="template goes with the policy"):
+        lpc.read_pairs(texts, base, template=None)
+    with pytest.raises(lpc.UserError, match="must read 'thinking'"):
+        load(template_arguments={"thinking": False})
+    with pytest.raises(lpc.UserError, match="template_arguments must be a dict"):
+        load(template_arguments={"thinking": [False]})
+
+
 def test_z_is_chosen_in_one_way(run, pairs):
     ask = {"prompts": ["Why?", [{"role": "user", "content": "And?"}]]}
     for how in ({"z": "mean"}, {"code": 7}, {"mix": {3: 0.7, 1: 0.3}}, {"like": pairs}):

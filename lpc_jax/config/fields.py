@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import operator
 import os
@@ -28,6 +29,13 @@ def _names_folder(text: str) -> bool:
     return plain and text.isprintable() and len(text.encode()) <= 255
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 _FOLDER = "must be a plain folder name, printable and of at most 255 bytes"
 FolderName = Annotated[str, Bound(_names_folder, _FOLDER)]
 NumCodes = Annotated[int, at_least(2, "Use latent=None for a run without codes.")]
@@ -37,6 +45,7 @@ Truncation = Literal["drop", "cut_prompt", "cut_prompt_then_answer"]
 Best = Literal["loss/preference", "loss/total", "reward/accuracy", "reward/margin"]
 Fraction = Annotated[float, Bound(lambda x: 0 <= x <= 1, "must lie in [0, 1]")]
 Address = Annotated[str, Bound(re.compile(r".+:\d+").fullmatch, "must be host:port")]
+Date = Annotated[str, Bound(_is_date, "must be a date, YYYY-MM-DD")]
 Axis = Annotated[int, Bound(lambda x: x == -1 or x > 0, "must be -1 or above 0")]
 _ONCE = Bound(
     lambda x: 0 < len(x) == len(set(x)),
@@ -169,7 +178,24 @@ class Data(Settings):
     prefix_mismatch: Literal["cut", "error"] = "cut"
     """Where the prompt's tokens are no prefix of the whole: cut to those, or stop."""
 
+    template: Literal["chat"] | None = "chat"
+    """chat: the tokenizer's, or model.chat_template. None: pairs of plain text are read
+    as they stand, EOS behind the answer, BOS as the tokenizer adds it."""
+    template_arguments: dict[str, bool | int | float | str] = dataclasses.field(
+        default_factory=dict
+    )
+    """Variables of the chat template, such as {"enable_thinking": False}."""
+    date: Date | None = None
+    """What a template that writes today's date writes, YYYY-MM-DD; None: the day of the
+    run's start, which the run keeps. Exports and answers have the day's own."""
+
     def _check(self) -> None:
+        self._require(
+            self.template or not self.template_arguments,
+            "template_arguments",
+            "has no effect with data.template=None, expected {}",
+            "Leave it out.",
+        )
         self._require(
             self.max_prompt_length < self.max_length,
             "max_prompt_length",
@@ -352,6 +378,12 @@ class Config(Settings, section=""):
                 "has no effect without data.eval, expected None",
                 "Name held-out pairs, or leave it out.",
             )
+        self._require(
+            self.data.template or self.model.chat_template is None,
+            "model.chat_template",
+            "has no effect with data.template=None, expected None",
+            "Leave one of them out.",
+        )
         self._require(
             self.loss.needs_reference or self.reference.path is None,
             "reference.path",

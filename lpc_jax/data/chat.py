@@ -11,15 +11,17 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
 from jaxtyping import Float
 
+from lpc_jax.data import templates
 from lpc_jax.data import truncation as truncations
-from lpc_jax.data.examples import Dropped, Message, PreferenceExample
+from lpc_jax.data.examples import Dropped, Message, PreferenceExample, strings
 from lpc_jax.data.report import Drops, Report, quantiles
 from lpc_jax.data.tokenizer import TEMPLATE_REMEDY, Tokenizer, opens_with_bos
 from lpc_jax.data.truncation import Ids, Truncation
@@ -27,7 +29,7 @@ from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
 
 PrefixMismatch = Literal["cut", "error"]
-CONTROL_TEXT = "text spells the BOS or EOS token"
+CONTROL_TEXT = "text spells a control token"
 # Examples tokenized at a time: bounds the memory of token lists in Python.
 _CHUNK = 1024
 
@@ -62,7 +64,7 @@ class TokenizedPair:
 class _Encoder:
     """A tokenizer, its chat template, and the control tokens that they write."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, date: str | None = None) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 "The tokenizer must have a chat template to turn conversations into"
@@ -78,12 +80,16 @@ class _Encoder:
         bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.bos = bos if opens_with_bos(tokenizer) else None
         added = tokenizer.added_tokens_decoder.items()
-        self._special = {
-            *tokenizer.all_special_ids,
-            *(index for index, token in added if token.special),
-        }
-        named = (tokenizer.bos_token, tokenizer.eos_token)
-        self._control_texts = [str(token) for token in named if token is not None]
+        special = {index: str(token) for index, token in added if token.special}
+        self._special = {*tokenizer.all_special_ids, *special}
+        texts = map(str, {*tokenizer.all_special_tokens, *special.values()})
+        spelled = "|".join(re.escape(text) for text in texts if text.strip())
+        self._control_text = re.compile(spelled or "(?!)")
+        template = templates.default(tokenizer.chat_template)
+        plain = (str(token) for _, token in added if not token.special)
+        self._written = [text for text in plain if text.strip() and text in template]
+        self.is_plain = templates.is_plain(tokenizer.chat_template)
+        self._date = date or templates.today().isoformat()
         self._closes = functools.cache(self._may_close)
 
     def _may_close(self, token: int) -> bool:
@@ -92,18 +98,31 @@ class _Encoder:
             token in self._special or not str(self._tokenizer.decode([token])).strip()
         )
 
-    def _require_plain(self, *texts: str) -> None:
-        if any(control in text for text in texts for control in self._control_texts):
-            raise Dropped(CONTROL_TEXT)
+    def _require_plain(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
+        for text in strings([*messages, tools]):
+            if self._control_text.search(text):
+                raise Dropped(CONTROL_TEXT)
 
-    def text(self, messages: list[Message], *, header: bool = False) -> str:
+    def text(
+        self,
+        messages: Sequence[Message],
+        *,
+        header: bool = False,
+        tools: Sequence[Any] = (),
+    ) -> str:
         """The templated conversation; ``header`` opens the next answer."""
-        if header:
-            self._require_plain(*(message["content"] for message in messages))
+        own = list(tools) or None
         try:
+            template = self._tokenizer.get_chat_template(tools=own)
+            if templates.DATE in template:
+                template = templates.dated(template, self._date)
             return str(
                 self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=header
+                    list(messages),
+                    tools=own,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=header,
                 )
             )
         except (
@@ -115,22 +134,68 @@ class _Encoder:
             reason = f"refused by the chat template: {untrusted.shown(e)}"
             raise Dropped(reason) from e
 
-    def texts(self, example: PreferenceExample) -> list[str]:
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Any], notes: list[str]
+    ) -> str:
+        """The templated prompt with the assistant's header; ``notes`` gets its gaps."""
+        self._require_plain(messages, tools)
+        text = self.text(messages, header=True, tools=tools)
+        notes += templates.require_messages(text, messages)
+        if tools and self.text(messages, header=True) == text:
+            raise Dropped(f"{templates.NOT_WRITTEN} the tools")
+        return text
+
+    def texts(self, example: PreferenceExample, notes: list[str]) -> list[str]:
         """The templated prompt with the assistant's header, and both conversations."""
         eos = str(self._tokenizer.eos_token)
         # An answer's text may end in EOS, as some data sets write it.
-        answers = [
-            a.rstrip().removesuffix(eos) if a.rstrip().endswith(eos) else a
-            for a in (example.chosen, example.rejected)
-        ]
-        self._require_plain(*answers)
-        prompt = list(example.prompt)
-        texts = [self.text(prompt, header=True)]
-        turns = [{"role": "assistant", "content": answer} for answer in answers]
-        return texts + [self.text([*prompt, turn]) for turn in turns]
+        answers = example.answers(
+            *(
+                a.rstrip().removesuffix(eos) if a.rstrip().endswith(eos) else a
+                for a in (example.chosen, example.rejected)
+            )
+        )
+        self._require_plain(answers, ())
+        prompt = self.prompt(example.prompt, example.tools, notes)
+        whole = [[*example.prompt, answer] for answer in answers]
+        texts = [self.text(messages, tools=example.tools) for messages in whole]
+        for answer, text in zip(answers, texts, strict=True):
+            templates.require_answer(text, answer, prompt)
+        notes += self._unread(whole, texts, example.tools)
+        contents = list(strings(whole))
+        for token in self._written:
+            if any(token in content for content in contents):
+                notes.append(f"text spells {token}, which the chat template writes too")
+        return [prompt, *texts]
+
+    def _unread(
+        self, whole: list[list[Message]], texts: list[str], tools: Sequence[Any]
+    ) -> Iterator[str]:
+        """Notes of messages' fields without which the texts are the same."""
+        fields = {name for messages in whole for m in messages for name in m}
+        for name in sorted(fields - {"role", "content"}):
+            without = [
+                [
+                    {k: x for k, x in message.items() if k != name}
+                    for message in messages
+                ]
+                for messages in whole
+            ]
+            try:
+                if [self.text(m, tools=tools) for m in without] != texts:
+                    continue
+            except Dropped:  # it cannot do without
+                continue
+            if name == "tool_calls":
+                raise Dropped(f"{templates.NOT_WRITTEN} tool_calls")
+            yield f"not read: {untrusted.shown(name)} of messages"
 
     def ids(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of templated texts, each with exactly one BOS or none."""
+        if self.is_plain and self.bos is not None:
+            # Some tokenizers part text behind a BOS in it otherwise than at a start.
+            bos = str(self._tokenizer.bos_token)
+            texts = [text.removeprefix(bos) for text in texts]
         lists = self._tokenizer(
             list(texts),
             add_special_tokens=False,  # the template writes BOS itself
@@ -176,6 +241,7 @@ def tokenize(
     row_length: int | None = None,
     truncation: Truncation,
     prefix_mismatch: PrefixMismatch,
+    date: str | None = None,
 ) -> tuple[list[TokenizedPair], Report]:
     """Tokenizes pairs in order; the report counts those dropped and cut.
 
@@ -189,11 +255,13 @@ def tokenize(
             answers' ends, which then have no end-of-turn token.
         prefix_mismatch: When the prompt's tokens are no prefix of prompt plus answer:
             ``cut`` it to the prefix common to both answers, or ``error``.
+        date: The day that a template writes as today, ``YYYY-MM-DD``.
 
     Raises:
-        UserError: A prompt is no prefix under ``error``, or no pair is left.
+        UserError: A prompt is no prefix under ``error``, a conversation where text is
+            read as it stands, or no pair is left.
     """
-    encoder = _Encoder(tokenizer)
+    encoder = _Encoder(tokenizer, date)
     fit = functools.partial(
         truncations.fit,
         max_length=max_length,
@@ -205,8 +273,9 @@ def tokenize(
     )
     pairs: list[TokenizedPair] = []
     events: list[tuple[str, str]] = []
+    notes: list[tuple[str, str]] = []
     mismatches = 0
-    for example, ids in _token_strings(examples, encoder, events):
+    for example, ids in _token_strings(examples, encoder, events, notes):
         whole = encoder.split(*ids)
         mismatch = len(whole[0]) < len(ids[0])
         if mismatch and prefix_mismatch == "error":
@@ -229,19 +298,29 @@ def tokenize(
         mismatches += mismatch
     drops += Drops(events)
     if not pairs:
+        roles = [message["role"] for e in examples[:1] for message in e.prompt]
+        first = (
+            f" The first's prompt is of {untrusted.shown(', '.join(roles))}."
+            if roles
+            else ""
+        )
         raise UserError(
             f"No preference pair is left of {drops.total}, expected at least one:"
             f" {'; '.join(drops.lines()) or 'none came in'}. Raise data.max_length and"
             " packing.row_length, choose another data.truncation, or mend the data."
+            f"{first}"
         )
-    return pairs, _report(pairs, drops, mismatches)
+    unread = collections.Counter(name for e in examples for name in e.unread)
+    return pairs, _report(pairs, drops, mismatches, notes=Drops(notes), unread=unread)
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> Ids:
+def encode_prompt(
+    messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Any] = ()
+) -> Ids:
     """A conversation as a prompt's ids; ``UserError`` if the template refuses it."""
     encoder = _Encoder(tokenizer)
     try:
-        text = encoder.text([dict(message) for message in messages], header=True)
+        text = encoder.prompt([dict(message) for message in messages], tools, notes=[])
     except Dropped as drop:
         raise UserError(f"this conversation cannot be a prompt: {drop}.") from drop
     (ids,) = encoder.ids([text])
@@ -263,17 +342,26 @@ def _token_strings(
     examples: Sequence[PreferenceExample],
     encoder: _Encoder,
     events: list[tuple[str, str]],
+    notes: list[tuple[str, str]],
 ) -> Iterator[tuple[PreferenceExample, list[Ids]]]:
-    """Ids of the prompt and of prompt plus either answer; drops go to ``events``."""
+    """Ids of the prompt and of prompt plus either answer; lists get drops and notes."""
     for start in range(0, len(examples), _CHUNK):
         kept, texts = [], []
         for example in examples[start : start + _CHUNK]:
+            if encoder.is_plain and not example.is_text:
+                raise UserError(
+                    f"{example.origin}: data.template=None reads texts as they stand,"
+                    " got messages or a system text. Give prompt, chosen and rejected"
+                    ' as texts, or use data.template="chat".'
+                )
+            of_pair: list[str] = []
             try:
-                texts += encoder.texts(example)
+                texts += encoder.texts(example, of_pair)
             except Dropped as drop:
                 events.append((str(drop), example.origin))
             else:
                 kept.append(example)
+                notes += ((note, example.origin) for note in dict.fromkeys(of_pair))
         ids = encoder.ids(texts) if texts else []
         for index, example in enumerate(kept):
             yield example, ids[3 * index : 3 * index + 3]
@@ -284,7 +372,9 @@ def _common_prefix(a: Ids, b: Ids) -> int:
     return int(np.logical_and.accumulate(a[:shorter] == b[:shorter]).sum())
 
 
-def _report(pairs: list[TokenizedPair], drops: Drops, mismatches: int) -> Report:
+def _report(
+    pairs: list[TokenizedPair], drops: Drops, mismatches: int, **counts: Any
+) -> Report:
     by_pair = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
     prompt, chosen, rejected = np.asarray(by_pair).T
     lengths = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -302,4 +392,5 @@ def _report(pairs: list[TokenizedPair], drops: Drops, mismatches: int) -> Report
         chosen_longer=float(np.mean(chosen > rejected)),
         same_length=float(np.mean(chosen == rejected)),
         sources=dict(collections.Counter(pair.source for pair in pairs).most_common()),
+        **counts,
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lpc_jax.data import rows
@@ -11,9 +13,17 @@ from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
 
-Message = dict[str, str]
+# Role and content, and what more a template may read, such as tool_calls.
+Message = dict[str, Any]
 _Parts = tuple[list[Message], Message, Message]  # prompt, chosen, rejected
 _ANSWERS = ("chosen", "rejected")
+# Fields that can hold the prompt, of which the first that is there does.
+_PROMPTS = ("prompt", "messages", "conversations", "instruction")
+_SYSTEMS = ("system", "system_prompt")  # likewise the system message
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_ROLES = {"human": "user", "gpt": "assistant"} | {
+    role: role for role in ("system", "user", "assistant", "tool")
+}
 NO_SOURCE = "unknown"
 USER = "user"  # the field of a row that says who judged
 # Rules that drop a pair in more than one place.
@@ -25,13 +35,22 @@ EQUAL = "chosen equals rejected"
 class PreferenceExample:
     """A conversation and two answers to its last turn, which is the user's."""
 
-    prompt: tuple[Message, ...]  # {"role", "content"} each
+    prompt: tuple[Message, ...]
     chosen: str
     rejected: str
     source: str  # where the prompt comes from, for reports
     origin: str  # the row as file:line, for messages
     index: int  # of the row in what was read, dropped rows counted
     user: str = ""  # who judged, where the row says so
+    more: tuple[Message, Message] = ({}, {})  # the answers' fields besides their text
+    tools: tuple[Any, ...] = ()  # that the assistant may call
+    is_text: bool = False  # prompt and answers were texts, not messages
+    unread: tuple[str, ...] = ()  # fields of the row that nothing reads
+
+    def answers(self, *texts: str) -> list[Message]:
+        """Both answers as messages, with other texts if these are given."""
+        pairs = zip(texts or (self.chosen, self.rejected), self.more, strict=True)
+        return [{"role": "assistant", "content": text} | more for text, more in pairs]
 
 
 class Dropped(Exception):
@@ -39,17 +58,24 @@ class Dropped(Exception):
 
 
 def read(
-    path: str,
+    source: str | Sequence[Any],
     *,
     setting: str,
     split: str | None,
     limit: int | None,
     user: str = USER,
 ) -> tuple[list[PreferenceExample], Drops]:
-    """Pairs of the first ``limit`` rows and drops; ``UserError`` if no pair is left."""
+    """Pairs of the first ``limit`` rows and drops; ``UserError`` if no pair is left.
+
+    ``source`` is a path, or rows in memory.
+    """
     examples, events = [], []
-    first = itertools.islice(rows.read(path, setting=setting, split=split), limit)
-    for index, (origin, row) in enumerate(first):
+    named = ((f"{setting}:{number}", row) for number, row in enumerate(source, 1))
+    if isinstance(source, str):
+        named = rows.read(source, setting=setting, split=split)
+    first = ""
+    for index, (origin, row) in enumerate(itertools.islice(named, limit)):
+        first = first or f" The first row, {origin}, has {form(row)}."
         try:
             examples.append(parse(row, origin=origin, index=index, user=user))
         except Dropped as drop:
@@ -57,71 +83,144 @@ def read(
     drops = Drops(events)
     if not examples:
         reasons = "; ".join(drops.lines()) or "it has no rows"
+        path = f" = {source!r}" if isinstance(source, str) else ""
         raise UserError(
-            f"{setting} = {path!r} holds no preference pair, expected at least one:"
-            f" {reasons}. Give rows with a prompt and two different answers."
+            f"{setting}{path} holds no preference pair, expected at least one:"
+            f" {reasons}. Give rows with a prompt and two different answers.{first}"
         )
     return examples, drops
+
+
+def form(row: Any) -> str:
+    """The fields of a row and what they hold, with the roles of messages, in words."""
+    if not isinstance(row, dict):
+        return f"no fields ({type(row).__name__})"
+    fields = ", ".join(f"{name} ({_kind(value)})" for name, value in row.items())
+    return untrusted.shown(fields)
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "missing"
+        case str():
+            return "text"
+        case [{"role": _} | {"from": _}, *_]:
+            roles = (str(m.get("role", m.get("from"))) for m in value if m)
+            return f"messages of {', '.join(dict.fromkeys(roles))}"
+        case _:
+            return type(value).__name__
 
 
 def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceExample:
     """One row as a pair; ``UserError`` where its form is not known."""
     if not isinstance(row, dict):
         raise _wrong(origin, "expected an object with chosen and rejected", row)
-    prompt, chosen, rejected = _parts(row, origin)
-    source, judge = row.get("source"), row.get(user)
+    (prompt, chosen, rejected), names = _parts(row, origin)
+    prompt, source = _introduced(row, prompt, origin), row.get("source")
+    judge, name = row.get(user), _first(row, _PROMPTS)
     pair = PreferenceExample(
         prompt=tuple(prompt),
-        chosen=chosen["content"],
-        rejected=rejected["content"],
+        chosen=chosen["content"] or "",
+        rejected=rejected["content"] or "",
         source=source if isinstance(source, str) and source else NO_SOURCE,
         origin=origin,
         index=index,
         user=str(judge) if isinstance(judge, str | int) else "",
+        more=(_more(chosen), _more(rejected)),
+        tools=tools(row, origin),
+        is_text=len(prompt) == 1
+        and {type(row.get(name)), type(row["chosen"])} == {str},
+        unread=_unread(row, names | {*_ANSWERS, "source", user}, origin),
     )
-    texts = [text for m in (*prompt, chosen, rejected) for text in m.values()]
-    _require_characters(origin, *texts, pair.source, pair.user)
+    texts = strings([*prompt, chosen, rejected, pair.tools, pair.source, pair.user])
+    _require_characters(origin, *texts)
     _require_preference(prompt, chosen, rejected)
     return pair
 
 
-def _parts(row: dict[str, Any], origin: str) -> _Parts:
-    match row.get("prompt"), row.get("chosen"), row.get("rejected"):
-        case (str(prompt), str(chosen), str(rejected)):
+def _more(answer: Message) -> Message:
+    """What a message holds besides its role and text."""
+    left_out = {"role"} if answer["content"] is None else {"role", "content"}
+    return {name: value for name, value in answer.items() if name not in left_out}
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in nested lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
+def _first(row: dict[str, Any], names: Sequence[str]) -> str:
+    """The first of these fields that the row has, or nothing."""
+    return next((name for name in names if row.get(name) is not None), "")
+
+
+def _unread(row: dict[str, Any], read: set[str], origin: str) -> tuple[str, ...]:
+    """Names of fields that hold something and are not read."""
+    read |= {_first(row, _SYSTEMS), "history", "tools"}
+    filled = [
+        name for name, x in row.items() if x is not None and x not in ("", [], {})
+    ]
+    for name in filled:
+        if name in _MEDIA:
+            raise _wrong(origin, f"{name} cannot be read, text alone can", row[name])
+    return _shared(tuple(name for name in filled if name not in read))
+
+
+@functools.cache
+def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
+    """One object for the same names of every row."""
+    return names
+
+
+def _parts(row: dict[str, Any], origin: str) -> tuple[_Parts, set[str]]:
+    """Prompt, chosen and rejected, and the fields that hold the prompt."""
+    name = _first(row, _PROMPTS)
+    match row.get(name), row.get("chosen"), row.get("rejected"):
+        case (str() | list(), str(chosen), str(rejected)):
             answers = [{"role": "assistant", "content": c} for c in (chosen, rejected)]
-            return [{"role": "user", "content": prompt}], answers[0], answers[1]
-        case (list(prompt), list(), list()):
-            chosen, rejected = (_answer(row, name, origin) for name in _ANSWERS)
-            return _messages(prompt, "prompt", origin), chosen, rejected
-        # A string beside two transcripts repeats the first user turn and is not used.
-        case (None | str(), list(), list()):
-            return _implied(row, origin)
-    fields = dict.fromkeys(("prompt", *_ANSWERS)) | row
-    types = ", ".join(
-        f"{name} ({'missing' if value is None else type(value).__name__})"
-        for name, value in fields.items()
-    )
+            prompt, names = _prompt(row, name, origin)
+            return (prompt, answers[0], answers[1]), names
+        case (value, list() | dict() as chosen, list() | dict() as rejected):
+            chosen, rejected = (
+                _messages(x if isinstance(x, list) else [x], side, origin)
+                for side, x in zip(_ANSWERS, (chosen, rejected), strict=True)
+            )
+            single = len(chosen) == len(rejected) == 1
+            if (single and value is not None) or (
+                name == "prompt" and isinstance(value, list)
+            ):
+                _require_one(chosen, rejected, origin)
+                prompt, names = _prompt(row, name, origin)
+                return (prompt, chosen[0], rejected[0]), names
+            parts = _implied(chosen, rejected)
+            # A text beside two transcripts repeats a turn, or is not read.
+            repeats = any(value == message["content"] for message in parts[0])
+            return parts, {name} if repeats else set()
+    got = form(dict.fromkeys(("prompt", *_ANSWERS)) | row)
     raise UserError(
         f"{origin}: expected prompt, chosen and rejected as three strings, or prompt as"
         " a list of messages and each answer as a list of one, or two full transcripts"
-        f" (lists of messages) as chosen and rejected; got {untrusted.shown(types)}."
-        " Convert or remove the row."
+        f" (lists of messages) as chosen and rejected; got {got}. Convert or remove the"
+        " row."
     )
 
 
-def _answer(row: dict[str, Any], name: str, origin: str) -> Message:
-    messages = _messages(row[name], name, origin)
-    if len(messages) != 1:
-        raise UserError(
-            f"{origin}: beside a prompt list, {name} must hold one message, got"
-            f" {len(messages)}. Move earlier turns to prompt, or leave prompt out."
-        )
-    return messages[0]
+def _require_one(chosen: list[Message], rejected: list[Message], origin: str) -> None:
+    for name, messages in zip(_ANSWERS, (chosen, rejected), strict=True):
+        if len(messages) != 1:
+            raise UserError(
+                f"{origin}: beside a prompt list, {name} must hold one message, got"
+                f" {len(messages)}. Move earlier turns to prompt, or leave prompt out."
+            )
 
 
-def _implied(row: dict[str, Any], origin: str) -> _Parts:
+def _implied(chosen: list[Message], rejected: list[Message]) -> _Parts:
     """Two full transcripts; what they share is the prompt."""
-    chosen, rejected = (_messages(row[name], name, origin) for name in _ANSWERS)
     if not chosen or not rejected:
         raise Dropped(EMPTY)
     if chosen[:-1] != rejected[:-1]:
@@ -129,16 +228,95 @@ def _implied(row: dict[str, Any], origin: str) -> _Parts:
     return chosen[:-1], chosen[-1], rejected[-1]
 
 
+def _prompt(
+    row: dict[str, Any], name: str, origin: str
+) -> tuple[list[Message], set[str]]:
+    """The prompt in a field, and the fields that it was read from."""
+    value, more = row[name], row.get("input")
+    if isinstance(value, list):
+        return _messages(value, name, origin), {name}
+    if not isinstance(value, str):
+        raise _wrong(origin, f"{name} must be a text or a list of messages", value)
+    if name == "instruction" and isinstance(more, str) and more:
+        # As LLaMA-Factory joins the two fields of Alpaca's rows.
+        return [{"role": "user", "content": f"{value}\n{more}"}], {name, "input"}
+    return [{"role": "user", "content": value}], {name}
+
+
+def _introduced(
+    row: dict[str, Any], prompt: list[Message], origin: str
+) -> list[Message]:
+    """The prompt behind the row's system message and its history, if it has them."""
+    history, before = row.get("history"), []
+    if history is not None and not isinstance(history, list):
+        raise _wrong(origin, "history must be a list of turns", history)
+    for turn in history or ():
+        match turn:
+            case [str(question), str(answer)]:
+                before += [{"role": "user", "content": question}]
+                before += [{"role": "assistant", "content": answer}]
+            case _:
+                before += _messages([turn], "history", origin)
+    name = _first(row, _SYSTEMS)
+    system, whole = row.get(name), [*before, *prompt]
+    if not system:
+        return whole
+    if not isinstance(system, str):
+        raise _wrong(origin, f"{name} must be a text", system)
+    message = {"role": "system", "content": system}
+    if any(turn["role"] == "system" and turn != message for turn in whole):
+        raise _wrong(origin, f"beside {name}, expected no other system message", whole)
+    return whole if message in whole else [message, *whole]
+
+
+def tools(row: Any, origin: str) -> tuple[Any, ...]:
+    """The tools that a row names, as objects or as JSON, as TRL takes them."""
+    value = row.get("tools") if isinstance(row, dict) else None
+    if isinstance(value, str) and value:
+        try:
+            value = untrusted.parse_json(value.encode(), repeats=True)
+        except ValueError as e:
+            raise _wrong(origin, "tools must be a list or JSON of one", value) from e
+    if value and not (
+        isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
+    ):
+        raise _wrong(origin, "tools must be a list of objects", value)
+    return tuple(value or ())
+
+
 def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
     messages = []
     for number, item in enumerate(items, 1):
+        where = f"message {number} of {name}"
         match item:
-            case {"role": str(role), "content": str(content)}:
-                messages.append({"role": role, "content": content})
+            case {"role": str(role), **fields}:
+                pass
+            case {"from": str(role), "value": value, **fields}:
+                fields |= {"content": value}
             case _:
-                form = "must be an object with the strings role and content"
-                raise _wrong(origin, f"message {number} of {name} {form}", item)
+                role, fields = None, {}
+        content = _content(fields.pop("content", None), where, origin)
+        if role is None or (content is None and not fields.get("tool_calls")):
+            form = "must be an object with the strings role and content"
+            raise _wrong(origin, f"{where} {form}", item)
+        filled = {name: value for name, value in fields.items() if value is not None}
+        role = _ROLES.get(role.lower(), role)
+        messages.append({"role": role, "content": content} | filled)
     return messages
+
+
+def _content(value: Any, where: str, origin: str) -> str | None:
+    """The text of a message, its parts joined; None for what is no text."""
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else None
+    texts = []
+    for part in value:
+        match part:
+            case str(text) | {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case _:
+                raise _wrong(origin, f"{where} must be of text parts alone", part)
+    return "".join(texts)
 
 
 def _wrong(origin: str, expected: str, value: Any) -> UserError:
@@ -163,28 +341,24 @@ def _require_preference(
 ) -> None:
     if chosen["role"] != "assistant" or rejected["role"] != "assistant":
         raise Dropped("answer is not the assistant's")
-    if not prompt or prompt[-1]["role"] != "user":
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         raise Dropped("prompt does not end with the user's turn")
-    if not chosen["content"].strip() or not rejected["content"].strip():
-        raise Dropped(EMPTY)
-    if chosen["content"] == rejected["content"]:
+    for answer in (chosen, rejected):
+        if not (answer["content"] or "").strip() and not answer.get("tool_calls"):
+            raise Dropped(EMPTY)
+    if chosen == rejected:
         raise Dropped(EQUAL)
 
 
 def parse_prompt(row: Any, *, origin: str) -> list[Message]:
-    """The messages of a row with ``prompt``, ``messages`` or ``instruction``."""
-    names = ("prompt", "messages", "instruction")
-    name = next((n for n in names if isinstance(row, dict) and n in row), None)
-    if name is None:
-        raise _wrong(origin, f"expected an object with {' or '.join(names)}", row)
-    value = row[name]
-    if isinstance(value, str):
-        messages = [{"role": "user", "content": value}]
-    elif isinstance(value, list) and name != "instruction":
-        messages = _messages(value, name, origin)
-    else:
-        raise _wrong(origin, f"{name} must be a text or a list of messages", value)
-    if not messages or messages[-1]["role"] != "user":
-        raise _wrong(origin, f"{name} must end with a message of the user", value)
-    _require_characters(origin, *(message["content"] for message in messages))
+    """The messages of a row's prompt, with its system message and history."""
+    name = _first(row, _PROMPTS) if isinstance(row, dict) else ""
+    if not name:
+        names = " or ".join(_PROMPTS)
+        raise _wrong(origin, f"expected an object with {names}", row)
+    _unread(row, set(), origin)
+    messages = _introduced(row, _prompt(row, name, origin)[0], origin)
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise _wrong(origin, f"{name} must end with a message of the user", row[name])
+    _require_characters(origin, *strings(messages))
     return messages

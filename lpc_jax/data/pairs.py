@@ -17,7 +17,7 @@ from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.report import Drops, Report
 from lpc_jax.data.tokenizer import Tokenizer
 
-RULES = ("max_length", "max_prompt_length", "truncation", "prefix_mismatch")
+RULES = ("max_length", "max_prompt_length", "truncation", "prefix_mismatch", "date")
 
 
 def read(
@@ -64,7 +64,7 @@ class Pairs:
 
 
 def load(
-    path: str,
+    source: str | Sequence[Any],
     tokenizer: Tokenizer,
     *,
     setting: str,
@@ -73,12 +73,12 @@ def load(
     user: str,
     **rules: Any,
 ) -> Pairs:
-    """Reads and tokenizes the pairs of one file or hub data set."""
+    """Reads and tokenizes the pairs of one file or hub data set, or of rows."""
     texts, drops = examples.read(
-        path, setting=setting, split=split, limit=limit, user=user
+        source, setting=setting, split=split, limit=limit, user=user
     )
     tokens, report = tokenize(texts, tokenizer, drops, **rules)
-    prompts = {text.index: text.prompt[-1]["content"] for text in texts}
+    prompts = {text.index: text.prompt[-1]["content"] or "" for text in texts}
     return Pairs(tokens, report, prompts)
 
 
@@ -93,6 +93,8 @@ def digest(texts: Sequence[PreferenceExample]) -> str:
     content = hashlib.sha256()
     for text in texts:
         row = (text.prompt, text.chosen, text.rejected, text.source)
+        if text.tools or any(text.more):
+            row += (text.more, text.tools)
         content.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return content.hexdigest()
 

@@ -12,19 +12,21 @@ from jaxtyping import Int
 from rich.table import Table
 from rich.text import Text
 
+from lpc_jax.files import untrusted
+
 _ORIGINS_SHOWN = 5
 QUANTILES = {"least": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Drops:
-    """Dropped rows, as ``(rule, file:line)`` each."""
+    """Rows that are dropped, or noted and kept, as ``(rule, file:line)`` each."""
 
     events: Sequence[tuple[str, str]] = ()
 
     @property
     def total(self) -> int:
-        """Rows dropped by any rule."""
+        """Rows by any rule."""
         return len(self.events)
 
     @property
@@ -33,7 +35,7 @@ class Drops:
         return dict(collections.Counter(rule for rule, _ in self.events))
 
     def origins(self, rule: str) -> str:
-        """The first few rows that a rule dropped."""
+        """The first few rows of a rule."""
         origins = (origin for by, origin in self.events if by == rule)
         return ", ".join(itertools.islice(origins, _ORIGINS_SHOWN))
 
@@ -65,6 +67,15 @@ class Report:
     chosen_longer: float  # share: the accuracy of preferring the longer answer
     same_length: float  # share
     sources: Mapping[str, int]
+    notes: Drops = Drops()  # what is worth a count in pairs that are kept
+    unread: Mapping[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # rows, by field
+
+    def _unread(self) -> list[str]:
+        """One line for all fields that nothing reads, if there are any."""
+        fields = (f"{untrusted.shown(n)} ({c:,})" for n, c in self.unread.items())
+        return [f"fields not read (rows): {', '.join(fields)}"] if self.unread else []
 
     def lines(self) -> list[str]:
         """How many pairs were read, kept, dropped and cut, as plain text."""
@@ -72,6 +83,8 @@ class Report:
             f"pairs: {self.read:,} read, {self.kept:,} kept, {self.drops.total:,}"
             " dropped",
             *(f"  dropped: {line}" for line in self.drops.lines()),
+            *(f"  kept: {line}" for line in self.notes.lines()),
+            *self._unread(),
             f"cut: {self.cut_prompts:,} prompts, {self.cut_chosen:,} chosen,"
             f" {self.cut_rejected:,} rejected",
         ]
@@ -94,6 +107,10 @@ class Report:
         }
         for name, count in of_these.items():
             rules.add_row(f"  of these {name}", f"{count:,}", "")
+        for note, count in self.notes.counts.items():
+            origins = Text(self.notes.origins(note))
+            rules.add_row(Text(f"  of these {note}"), f"{count:,}", origins)
+        rules.caption = Text("".join(self._unread()))
         lengths = _table("Lengths", "tokens", *QUANTILES, numbers=len(QUANTILES))
         for name, values in self.lengths.items():
             lengths.add_row(name, *(f"{value:,}" for value in values))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lpc_jax.data import gguf_tokenizer
+from lpc_jax.data import gguf_tokenizer, templates
 from lpc_jax.errors import UserError
 from lpc_jax.files import gguf as gguf_files
 from lpc_jax.files import untrusted
@@ -21,13 +22,31 @@ Tokenizer = transformers.PreTrainedTokenizerBase
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _LARGEST_JSON = 1 << 29  # the largest known tokenizer.json has some 35 MB
 _READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-TEMPLATE_REMEDY = "Set model.chat_template to a file with a Jinja chat template."
+TEMPLATE_REMEDY = (
+    "Set model.chat_template to a file with a Jinja chat template, or data.template to"
+    " None for pairs of plain text, which are then read as they stand."
+)
+RENDERING = ("template", "template_arguments")
 _LONGEST_TOKEN = 40
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
-def load(path: Path, *, chat_template: str | None) -> Tokenizer:
-    """The tokenizer of a folder or GGUF file; a Jinja file may replace its template."""
+def rendering(settings: object) -> dict[str, Any]:
+    """The fields of a run's data settings that ``load`` takes."""
+    return {name: getattr(settings, name) for name in RENDERING}
+
+
+def load(
+    path: Path,
+    *,
+    chat_template: str | None,
+    template: Literal["chat"] | None = "chat",
+    template_arguments: Mapping[str, bool | int | float | str] | None = None,
+) -> Tokenizer:
+    """The tokenizer of a folder or GGUF file; a Jinja file may replace its template.
+
+    ``template`` and ``template_arguments`` are of ``Data``.
+    """
     if path.is_dir():
         loaded = _from_folder(path)
     elif path.suffix == ".gguf":
@@ -39,9 +58,15 @@ def load(path: Path, *, chat_template: str | None) -> Tokenizer:
             f"{path}: expected a folder with {' or '.join(TOKENIZER_FILES)}, or a .gguf"
             " file, got neither. Set model.tokenizer to one."
         )
-    if chat_template is not None:
+    if template is None:
+        loaded.chat_template = templates.plain(bos=_adds_bos(loaded))
+    elif chat_template is not None:
         loaded.chat_template = _read_template(chat_template)
     _check_template(loaded.chat_template, path)
+    if template_arguments:
+        loaded.chat_template = templates.with_arguments(
+            loaded.chat_template, template_arguments
+        )
     return loaded
 
 
@@ -104,13 +129,13 @@ def digest(tokenizer: Tokenizer) -> str:
 
 def opens_with_bos(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer adds BOS to plain text, or its chat template writes it."""
-    bos, template = tokenizer.bos_token_id, tokenizer.chat_template
-    if bos is None:
-        return False
-    if isinstance(template, dict):
-        template = template.get("default")
-    adds = tokenizer("a")["input_ids"][:1] == [bos]
-    return adds or (template is not None and "bos_token" in template)
+    writes = "bos_token" in templates.default(tokenizer.chat_template)
+    return tokenizer.bos_token_id is not None and (writes or _adds_bos(tokenizer))
+
+
+def _adds_bos(tokenizer: Tokenizer) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def _from_folder(folder: Path) -> Tokenizer:

@@ -129,7 +129,7 @@ def _rules(arguments: argparse.Namespace, run: cfg.Config | None) -> dict[str, A
 
 def model_for(path: str, run: cfg.Config) -> dict[str, Any]:
     """A run's model settings for ``path``; the revision holds for its own alone."""
-    model = dataclasses.asdict(run.model)
+    model = dataclasses.asdict(run.model) | tokenizers.rendering(run.data)
     if model.pop("path") != path:
         model["revision"] = None
     return model

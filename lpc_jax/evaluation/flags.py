@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,10 @@ from lpc_jax.runtime.policy import Policy
 from lpc_jax.runtime.steering import Steering
 
 # Flags that replace fields of cfg.Model.
-_OF_MODEL = ("revision", "tokenizer", "chat_template", "compute_dtype")
+_OF_MODEL = (
+    *("revision", "tokenizer", "chat_template", "compute_dtype"),
+    "template_arguments",
+)
 LIKE: dict[str, Any] = {
     "metavar": "FILE",
     "help": "that of the reader who judged these pairs",
@@ -46,6 +50,8 @@ def add_policy(parser: argparse.ArgumentParser) -> None:
     add("--revision", help="branch, tag or commit of a hub id")
     add("--tokenizer", help="where it is, when not beside the weights")
     add("--chat-template", help="a file with a Jinja template")
+    add("--template", choices=("none",), help="none: a prompt is text as it stands")
+    add("--template-arguments", type=_json_object, metavar="JSON", help="its variables")
     add(
         "--compute-dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -79,7 +85,15 @@ def add_steering(parser: argparse.ArgumentParser) -> None:
 def model_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The model settings among the flags, as ``loading.load`` takes them."""
     flags = vars(arguments)
-    return {name: flags[name] for name in _OF_MODEL if flags[name] is not None}
+    plain = {} if flags["template"] is None else {"template": None}
+    return plain | {n: flags[n] for n in _OF_MODEL if flags[n] is not None}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError('must be like {"enable_thinking": false}')
+    return value
 
 
 def make_mesh(arguments: argparse.Namespace) -> Mesh:

@@ -59,7 +59,8 @@ def read_prompts(
         if system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system_prompt}, *messages]
         try:
-            ids = chat.encode_prompt(messages, tokenizer)
+            tools = examples.tools(row, origin)
+            ids = chat.encode_prompt(messages, tokenizer, tools)
         except UserError as error:
             raise UserError(f"{origin}: {error} Mend or remove the row.") from error
         prompts.append(Prompt(messages, ids, row))

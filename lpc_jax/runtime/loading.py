@@ -41,6 +41,8 @@ class Origin:
     # Of a run, with the model settings that replace its own; None for a model.
     run: cfg.Config | None = None
     checkpoint: Path | None = None  # likewise
+    # How conversations become text: fields of cfg.Data.
+    rendering: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, with its chat template."""
@@ -49,7 +51,9 @@ class Origin:
             path = weights.find(
                 self.model.tokenizer, setting="model.tokenizer", revision=None
             )
-        return tokenizers.load(path, chat_template=self.model.chat_template)
+        return tokenizers.load(
+            path, chat_template=self.model.chat_template, **self.rendering
+        )
 
 
 def find(
@@ -61,18 +65,25 @@ def find(
         path: A run folder; or, as ``model.path``, a Hugging Face folder, a GGUF file,
             ``package:NAME/FILE`` or a hub id.
         step: ``latest``, ``best`` or a checkpoint's step; ``UserError`` for a model.
-        model: Fields of ``cfg.Model``, except ``path``, that replace a run's or the
-            defaults.
+        model: Fields of ``cfg.Model``, except ``path``, and of
+            ``tokenizers.RENDERING``, that replace a run's or the defaults.
     """
-    run = Path(path).expanduser()
+    run, changes = Path(path).expanduser(), dict(model or {})
+    rendering = {n: changes.pop(n) for n in tokenizers.RENDERING if n in changes}
+    cfg.Data(train="none", **rendering)  # refuses what is no value of theirs
+    origin = _find(path, run, step, changes)
+    return dataclasses.replace(origin, rendering={**origin.rendering, **rendering})
+
+
+def _find(path: str, run: Path, step: str, model: dict[str, Any]) -> Origin:
     if (run / CHECKPOINTS).is_dir():
-        return _find_run(run, step, model or {})
+        return _find_run(run, step, model)
     if step != "latest":
         raise UserError(
             f"--step {step} is of a run's checkpoints, got the model {path!r}. Leave it"
             " out, or name a run folder."
         )
-    return find_model(cfg.Model(path=path, **(model or {})))
+    return find_model(cfg.Model(path=path, **model))
 
 
 def find_model(model: cfg.Model, setting: str = "model.path") -> Origin:
@@ -99,6 +110,7 @@ def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Origin:
         latent=config.latent,
         run=dataclasses.replace(config, model=settings),
         checkpoint=checkpoint,
+        rendering=tokenizers.rendering(config.data),
     )
 
 
@@ -160,7 +172,7 @@ def outline(
         name=origin.name,
         tokenizer=origin.tokenizer(),
     )
-    return dataclasses.replace(abstract, model=origin.model)
+    return dataclasses.replace(abstract, model=origin.model, rendering=origin.rendering)
 
 
 def load_from(origin: Origin, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> Policy:

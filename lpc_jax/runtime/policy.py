@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Policy:
     source: Source
     run: cfg.Config | None = None  # of the run that trained it
     model: cfg.Model | None = None  # settings that it was loaded by
+    rendering: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # likewise
     # Length of a code that changes the start's logits by one nat (root mean square).
     codebook_unit: float = 1.0
     is_seeded: bool = False  # adapters and codes are fresh from a seed
@@ -84,7 +86,7 @@ class Policy:
             name="start",
             model=cfg.Model(path=str(self.source.path)),
             loss=cfg.Simpo(gamma=0.0),
-            data=cfg.Data(train="none"),
+            data=cfg.Data(train="none", **self.rendering),
             latent=self.latent,
         )
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.data.pairs import Pairs
+from lpc_jax.data.tokenizer import rendering
 from lpc_jax.errors import UserError
 from lpc_jax.runtime import compute, loading, processes
 from lpc_jax.runtime.checkpoint import Checkpoints
@@ -29,6 +30,7 @@ from lpc_jax.training.trackers import require_trackers
 # Settings that a resumed run may change: they alter no update.
 FREE_ON_RESUME = (
     "run.",
+    "data.date",  # the tokens' digest tells
     "hub.",
     "mesh.",
     "distributed.",
@@ -67,9 +69,11 @@ def _fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The settings and digests that stay the same from start to end of a run."""
     # Through JSON, as a saved one went: tuples are lists on both sides.
     of_run = json.loads(json.dumps(manifest))
+    # Settings that came after the run was started had their defaults.
+    whole = cfg.flat(cfg.from_flat(of_run["settings"])) | of_run["settings"]
     settings = {
         name: value
-        for name, value in of_run["settings"].items()
+        for name, value in whole.items()
         if not name.startswith(FREE_ON_RESUME)
     }
     return settings | {n: of_run[n] for n in of_run if n.endswith("_digest")}
@@ -113,13 +117,21 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
     """A run before its first update; cheap checks come first."""
     say = functools.partial(logs.print_plain, console)
     outline = loading.outline(
-        loading.find_model(config.model),
+        dataclasses.replace(
+            loading.find_model(config.model), rendering=rendering(config.data)
+        ),
         mesh=mesh,
         latent=config.latent,
         adapters=config.adapters,
         train_decoder=config.trains_decoder,
         row_length=config.packing.row_length,
     )
+    config = run_folder.dated(config, outline.tokenizer, folder)
+    if config.data.date is not None:
+        say(
+            f"date: the chat template writes today's; this run's is {config.data.date}"
+            " also when it is resumed. Exports and answers have the day's own."
+        )
     train, held_out = setup.read_pairs(config, outline.tokenizer)
     # Another config, data or JAX is refused before any process waits for the others.
     digests = setup.digests(outline.tokenizer, train, held_out or Pairs([]))
@@ -176,7 +188,7 @@ def looping(
         if processes.is_main():
             (folder / "config.py").write_text(cfg.source(config.of_all_processes()))
             text = json.dumps(run.manifest, indent=1)
-            (folder / "manifest.json").write_text(text)
+            (folder / run_folder.MANIFEST).write_text(text)
         log = closing.enter_context(_log(run, resume_from, console))
         loop = Loop(
             run,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import json
@@ -13,9 +14,39 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lpc_jax import config as cfg
+from lpc_jax.data import templates
+from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.runtime import processes
 from lpc_jax.training.log import METRICS_FILE
+
+MANIFEST = "manifest.json"
+
+
+def dated(config: cfg.Config, tokenizer: Tokenizer, folder: Path) -> cfg.Config:
+    """The config with the date that its chat template writes, if it writes today's.
+
+    A resumed run keeps its own; ``UserError`` for a date that is never written.
+    """
+    date = config.data.date
+    if not templates.writes_date(tokenizer.chat_template):
+        if date is not None:
+            raise UserError(
+                f"data.date = {date!r} must be None: the chat template calls no"
+                f" {templates.DATE}. Leave it out."
+            )
+        return config
+
+    def kept() -> str:
+        file = folder / MANIFEST
+        if config.run.resume and file.exists():
+            settings = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            return settings.get("data.date") or templates.today().isoformat()
+        return templates.today().isoformat()
+
+    date = date or processes.from_main(kept)
+    data = dataclasses.replace(config.data, date=date)
+    return dataclasses.replace(config, data=data)
 
 
 def _has_run(folder: Path) -> bool:

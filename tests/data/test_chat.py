@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
-from lpc_jax.data import chat, examples, tokenizer
+from lpc_jax.data import chat, examples, templates, tokenizer
 from lpc_jax.data.report import Drops
 from tests.data import tiny_tokenizers as tiny
 
@@ -143,11 +145,12 @@ def test_an_answer_that_spells_eos_at_its_end_ends_once():
         ("Who?", "Me.<|im_end|> Or you."),
         ("Who?", "<|im_start|>Me."),
         ("Who?<|im_end|>", "Me."),
+        ("Who?", "</s>"),  # neither BOS nor EOS here
     ],
 )
-def test_text_that_spells_bos_or_eos_drops_its_pair(prompt, chosen):
+def test_text_that_spells_a_control_token_drops_its_pair(prompt, chosen):
     rule = dropped(example(prompt, chosen, "You."), tiny.chatml())
-    assert rule == "text spells the BOS or EOS token"
+    assert rule == "text spells a control token"
 
 
 # A line feed at the end of the header merges with one at the start of an answer.
@@ -194,13 +197,15 @@ def test_answers_that_begin_alike_do_not_lengthen_the_prompt():
 
 def test_a_template_that_shares_no_tokens_drops_the_pair():
     template = (
-        "{% if add_generation_prompt %}?{% else %}{{ messages[-1].content }}{% endif %}"
+        "{% if add_generation_prompt %}?{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     loaded = tiny.chatml(template=template)
     assert refusal([example("Who?", "Me.", "You.")], loaded) == (
         "No preference pair is left of 1, expected at least one: 1 prompt and answers"
         " share no tokens (pairs.jsonl:1). Raise data.max_length and"
         " packing.row_length, choose another data.truncation, or mend the data."
+        " The first's prompt is of user."
     )
 
 
@@ -313,7 +318,7 @@ def test_answers_that_the_template_makes_equal_drop_the_pair():
 def test_an_answer_that_the_template_leaves_empty_drops_the_pair():
     template = tiny.CHATML.replace("m.content", "m.content.strip('-')")
     rule = dropped(example("p", "--", "r"), tiny.chatml(template=template))
-    assert rule == "empty answer"
+    assert rule == "the chat template does not write all of the answer"
 
 
 def test_a_pair_longer_than_a_row_drops():
@@ -361,7 +366,9 @@ def test_a_template_whose_expression_fails_drops_the_pair_with_its_reason(
 def test_a_tokenizer_without_a_chat_template_is_refused():
     assert refusal([LONG], tiny.chatml(template=None)) == (
         "The tokenizer must have a chat template to turn conversations into tokens, got"
-        " none. Set model.chat_template to a file with a Jinja chat template."
+        " none. Set model.chat_template to a file with a Jinja chat template, or"
+        " data.template to None for pairs of plain text, which are then read as they"
+        " stand."
     )
 
 
@@ -380,7 +387,7 @@ def test_no_pair_left_is_refused_with_the_counts_of_reading_too():
         "No preference pair is left of 2, expected at least one: 1 empty answer"
         " (pairs.jsonl:9); 1 prompt longer than packing.row_length (pairs.jsonl:1)."
         " Raise data.max_length and packing.row_length, choose another data.truncation,"
-        " or mend the data."
+        " or mend the data. The first's prompt is of user."
     )
 
 
@@ -398,7 +405,7 @@ def test_the_report_counts_what_happened():
     assert (report.read, report.kept) == (6, 4)
     assert report.drops.counts == {
         "empty answer": 1,
-        "text spells the BOS or EOS token": 1,
+        "text spells a control token": 1,
     }
     assert report.duplicates == 1
     assert (report.chosen_longer, report.same_length) == (0.5, 0.25)
@@ -460,3 +467,261 @@ def test_real_pairs_survive_smollm2s_template_whole(
         for message in item.prompt:
             turn = f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
             position = prompt.index(turn, position) + len(turn)
+
+
+# --- what a template leaves out -------------------------------------------------------
+
+# Tools and calls as JSON, as most templates write them.
+TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}<c>{{ c.function | tojson }}</c>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def calling(city, content=None):
+    call = {"function": {"name": "weather", "arguments": {"city": city}}}
+    return {"role": "assistant", "content": content, "tool_calls": [call]}
+
+
+CALLS = {
+    "tools": [TOOL],
+    "prompt": [
+        {"role": "user", "content": "Weather in Oslo?"},
+        calling("Oslo"),
+        {"role": "tool", "content": '{"degrees": "4"}', "name": "weather"},
+    ],
+    "chosen": [calling("Rome", "I look.")],
+    "rejected": [calling("Paris", "I look.")],
+}
+
+
+def parsed(row):
+    return examples.parse(row, origin="pairs.jsonl:1", index=0)
+
+
+def test_tools_and_calls_are_what_transformers_makes_of_the_row():
+    loaded = tiny.chatml(template=TOOLS)
+    pair, report = one(parsed(CALLS), loaded)
+    for side, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        whole = loaded.apply_chat_template(
+            CALLS["prompt"] + CALLS[side], tools=CALLS["tools"], tokenize=False
+        )
+        assert text(loaded, [*pair.prompt, *ids]) + "\n" == whole
+    assert "Rome" in text(loaded, pair.chosen)
+    assert report.notes.counts == {"not read: name of messages": 1}
+
+
+def test_a_prompt_may_end_with_what_a_tool_returned_and_takes_tools():
+    loaded = tiny.chatml(template=TOOLS)
+    messages = examples.parse_prompt(CALLS, origin="x:1")
+    ids = chat.encode_prompt(messages, loaded, examples.tools(CALLS, "x:1"))
+    assert text(loaded, ids) == loaded.apply_chat_template(
+        CALLS["prompt"], tools=[TOOL], tokenize=False, add_generation_prompt=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        (TOOLS.replace("if tools", "if false"), "the tools"),
+        (TOOLS.replace("or []", "and []"), "tool_calls"),
+        # A tool's answer written as JSON is all there.
+        (
+            TOOLS.replace(
+                "m.content or ''",
+                "m.content | tojson if m.role == 'tool' else m.content or ''",
+            ),
+            None,
+        ),
+        (
+            TOOLS.replace(
+                "m.content or ''", "'' if m.role == 'tool' else m.content or ''"
+            ),
+            "a message of the tool",
+        ),
+    ],
+)
+def test_tools_or_calls_that_are_not_written_drop_the_pair(template, lost):
+    loaded = tiny.chatml(template=template)
+    if lost is None:
+        assert one(parsed(CALLS), loaded)
+        return
+    rule = dropped(parsed(CALLS), loaded)
+    assert rule == f"the chat template does not write all of {lost}"
+
+
+NO_SYSTEM = tiny.CHATML.replace(
+    "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+)
+# As Qwen3's: thoughts of earlier turns are removed.
+NO_OLD_THOUGHTS = tiny.CHATML.replace(
+    "{{ m.content }}",
+    "{{ m.content if loop.last else m.content.split('</think>')[-1].lstrip() }}",
+)
+NO_THOUGHTS = NO_OLD_THOUGHTS.replace("m.content if loop.last else ", "")
+THOUGHT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "<think>Hi</think>\n\nHello"},
+    {"role": "user", "content": "Who?"},
+]
+
+
+def test_a_message_that_is_not_written_drops_the_pair():
+    loaded = tiny.chatml(template=NO_SYSTEM)
+    rule = dropped(example(MULTI_TURN, "Me.", "You."), loaded)
+    assert rule == "the chat template does not write all of a message of the system"
+    with pytest.raises(
+        ValueError, match="does not write all of a message of the system"
+    ):
+        chat.encode_prompt(MULTI_TURN, loaded)
+    # Also where another message holds the same words.
+    repeated = [MULTI_TURN[0], {"role": "user", "content": "Be brief. Who?"}]
+    assert dropped(example(repeated, "Me.", "You."), loaded) == rule
+
+
+def test_earlier_thoughts_may_be_left_out_and_are_counted():
+    loaded = tiny.chatml(template=NO_OLD_THOUGHTS)
+    item = example(THOUGHT, "<think>a</think>\n\nMe.", "You.")
+    pair, report = one(item, loaded)
+    assert text(loaded, pair.chosen) == "<think>a</think>\n\nMe.<|im_end|>"
+    assert "think" not in text(loaded, pair.prompt)
+    rule = "earlier answers are written without their thoughts"
+    assert report.notes.counts == {rule: 1}
+    assert report.notes.origins(rule) == "pairs.jsonl:1"
+    assert f"  kept: 1 {rule} (pairs.jsonl:1)" in report.lines()
+    assert len(chat.encode_prompt(THOUGHT, loaded))
+
+
+@pytest.mark.parametrize("chosen", ["<think>a</think>Me.", "<think>Me.</think>Me."])
+def test_an_answer_that_is_trained_without_its_thoughts_drops_the_pair(chosen):
+    rule = dropped(example("Me.", chosen, "You."), tiny.chatml(template=NO_THOUGHTS))
+    assert rule == "the chat template does not write all of the answer"
+
+
+@pytest.mark.parametrize("change", ["m.content | trim", "m.content.replace('\n', ' ')"])
+def test_white_space_may_change(change):
+    template = tiny.CHATML.replace("m.content", change)
+    pair, report = one(
+        example(" p \n\n q ", " c\nc ", "r"), tiny.chatml(template=template)
+    )
+    assert report.notes.total == report.drops.total == 0
+    assert pair.id == 0
+
+
+def test_a_header_that_opens_the_answer_leaves_it_whole():
+    template = tiny.CHATML.replace(
+        "assistant\n{% endif", "assistant\n<think>\n{% endif"
+    )
+    loaded = tiny.chatml(template=template)
+    pair, _ = one(example("p", "<think>\na</think>b", "<think>\nc</think>"), loaded)
+    assert text(loaded, pair.chosen) == "a</think>b<|im_end|>"
+
+
+def test_text_that_spells_a_word_of_the_template_s_own_is_counted():
+    template = tiny.CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif")
+    loaded = tiny.chatml(template=template, user_defined=["<think>"])
+    items = [example("p", "<think>c", "<think>r"), example("p", "<tool>", "r", index=1)]
+    _, report = tokenize(items, loaded)
+    assert report.notes.counts == {
+        "text spells <think>, which the chat template writes too": 1
+    }
+
+
+def test_fields_that_nothing_reads_are_counted():
+    rows = [
+        {
+            "prompt": "a",
+            "chosen": "b",
+            "rejected": "c",
+            "id": 1,
+            "chat_template_kwargs": {"x": 1},
+        },
+        {
+            "prompt": [{"role": "user", "content": "a", "weight": 0}],
+            "chosen": [{"role": "assistant", "content": "b"}],
+            "rejected": [{"role": "assistant", "content": "c"}],
+            "id": 2,
+            "empty": None,
+        },
+    ]
+    items = [examples.parse(r, origin=f"x:{i}", index=i) for i, r in enumerate(rows)]
+    _, report = tokenize(items, tiny.chatml())
+    assert report.unread == {"id": 2, "chat_template_kwargs": 1}
+    assert "fields not read (rows): id (2), chat_template_kwargs (1)" in report.lines()
+    assert report.notes.counts == {"not read: weight of messages": 1}
+
+
+# --- text as it stands ----------------------------------------------------------------
+
+
+def plain(**options):
+    loaded = tiny.chatml(template=None, eos="</s>", bos="<s>", **options)
+    loaded.chat_template = templates.plain(bos=options["add_bos_token"])
+    return loaded
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_plain_text_is_the_tokenizer_s_own_with_eos_behind(adds_bos):
+    loaded = plain(add_bos_token=adds_bos)
+    row = {"prompt": "Q: a?\nA:", "chosen": " b\n", "rejected": " c"}
+    pair, report = one(parsed(row), loaded)
+    assert report.notes.total == report.prefix_mismatches == 0
+    for side, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        expected = loaded(row["prompt"] + row[side] + "</s>")["input_ids"]
+        assert [*pair.prompt, *ids] == expected
+    assert [*pair.prompt] == loaded(row["prompt"])["input_ids"]
+    prompt = chat.encode_prompt([{"role": "user", "content": row["prompt"]}], loaded)
+    assert [*prompt] == [*pair.prompt]
+    assert chat.end_of_answer(loaded) == loaded.eos_token_id
+
+
+def test_plain_text_behind_bos_is_parted_as_at_a_start():
+    # As Llama 2's in its later form: ▁ goes before the very first text alone.
+    words = {w: i for i, w in enumerate(["<s>", "</s>", "▁a", "a", "▁b", "▁c"])}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="</s>"))
+    spaces = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.pre_tokenizer = spaces
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    loaded = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>"
+    )
+    loaded.chat_template = templates.plain(bos=True)
+    assert loaded("<s>a", add_special_tokens=False)["input_ids"] == [0, 3]
+    pair, _ = one(parsed({"prompt": "a", "chosen": " b", "rejected": " c"}), loaded)
+    whole = [[*pair.prompt, *answer] for answer in (pair.chosen, pair.rejected)]
+    assert whole == [loaded(text)["input_ids"] for text in ("a b</s>", "a c</s>")]
+    assert whole[0] == [0, 2, 4, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": MULTI_TURN},
+        {"system": "Be brief."},
+        {
+            "chosen": [{"role": "assistant", "content": "b"}],
+            "rejected": [{"role": "assistant", "content": "c"}],
+        },
+    ],
+)
+def test_plain_text_refuses_conversations(change):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"} | change
+    with pytest.raises(ValueError, match=r"data\.template=None reads texts") as raised:
+        one(parsed(row), plain(add_bos_token=True))
+    assert str(raised.value).startswith("pairs.jsonl:1: ")
+    with pytest.raises(ValueError, match="got a conversation"):
+        chat.encode_prompt(MULTI_TURN, plain(add_bos_token=True))
+
+
+def test_an_answer_that_stands_in_its_prompt_alone_drops_the_pair():
+    only_answers = "m.content if m.role == 'user' else m.content.split('</think>')[-1]"
+    template = tiny.CHATML.replace("m.content", only_answers)
+    item = example("Say <think>a</think>b", "<think>a</think>b", "c")
+    rule = dropped(item, tiny.chatml(template=template))
+    assert rule == "the chat template does not write all of the answer"

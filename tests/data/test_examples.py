@@ -76,6 +76,7 @@ def test_an_explicit_prompt_is_kept_turn_by_turn():
         source="greetings",
         origin="pairs.jsonl:3",
         index=2,
+        unread=("prompt_id",),
     )
 
 
@@ -165,8 +166,9 @@ def test_an_unknown_form_is_named_with_what_was_seen():
     assert parse_refusal({**PLAIN, "chosen": [assistant("Me.")], "id": 1}) == (
         "pairs.jsonl:3: expected prompt, chosen and rejected as three strings, or"
         " prompt as a list of messages and each answer as a list of one, or two full"
-        " transcripts (lists of messages) as chosen and rejected; got prompt (str),"
-        " chosen (list), rejected (str), id (int). Convert or remove the row."
+        " transcripts (lists of messages) as chosen and rejected; got prompt (text),"
+        " chosen (messages of assistant), rejected (text), id (int). Convert"
+        " or remove the row."
     )
 
 
@@ -292,7 +294,8 @@ def test_a_file_with_no_preference_is_refused_with_the_counts(write):
     assert refusal(file) == (
         f"data.train = {str(file)!r} holds no preference pair, expected at least one: 7"
         " chosen equals rejected (a.jsonl:1, a.jsonl:2, a.jsonl:3, a.jsonl:4,"
-        " a.jsonl:5, ...). Give rows with a prompt and two different answers."
+        " a.jsonl:5, ...). Give rows with a prompt and two different answers. The first"
+        " row, a.jsonl:1, has prompt (text), chosen (text), rejected (text)."
     )
 
 
@@ -422,3 +425,179 @@ def test_a_row_may_say_who_judged():
     assert user() == "ann"
     assert user(user="reader") == "7"
     assert user(user="nobody") == ""
+
+
+TEXT = {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}
+SIDES = {"chosen": [assistant("Me.")], "rejected": [assistant("You.")]}
+HI = [user("Hi"), assistant("Hello")]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "Who?", **SIDES}, [user("Who?")]),
+        ({**TEXT, "prompt": [user("Who?")]}, [user("Who?")]),
+        ({"messages": [user("Who?")], **SIDES}, [user("Who?")]),
+        (
+            {"instruction": "Say", "input": "who", "chosen": "Me.", "rejected": "You."},
+            [user("Say\nwho")],
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Who?"}],
+                "chosen": {"from": "gpt", "value": "Me."},
+                "rejected": {"from": "gpt", "value": "You."},
+            },
+            [user("Who?")],
+        ),
+        (
+            {
+                "chosen": [
+                    {"role": "Human", "content": "Who?"},
+                    {"role": "Assistant", "content": "Me."},
+                ],
+                "rejected": [
+                    {"role": "human", "content": "Who?"},
+                    {"role": "ASSISTANT", "content": "You."},
+                ],
+            },
+            [user("Who?")],
+        ),
+        (
+            {**TEXT, "system": "Be brief."},
+            [{"role": "system", "content": "Be brief."}, user("Who?")],
+        ),
+        (
+            {**EXPLICIT, "system_prompt": "Be brief."},
+            [{"role": "system", "content": "Be brief."}, *EXPLICIT["prompt"]],
+        ),
+        ({**TEXT, "system": "", "history": []}, [user("Who?")]),
+        ({**TEXT, "history": [["Hi", "Hello"]]}, [*HI, user("Who?")]),
+        ({**TEXT, "history": HI}, [*HI, user("Who?")]),
+        (
+            {
+                **TEXT,
+                "prompt": [
+                    user(
+                        [
+                            {"type": "text", "text": "Wh", "image": None},
+                            {"type": "text", "text": "o?"},
+                        ]
+                    )
+                ],
+            },
+            [user("Who?")],
+        ),
+    ],
+)
+def test_forms_in_which_pairs_come(row, prompt):
+    pair = parse(row)
+    assert pair.prompt == tuple(prompt)
+    assert (pair.chosen, pair.rejected) == ("Me.", "You.")
+    assert set(pair.unread) <= {"prompt_id"}
+    if len(row["chosen"]) == 1 or isinstance(row["chosen"], str):
+        assert examples.parse_prompt(row, origin="x:1") == prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {**TEXT, "prompt": [user([{"type": "image", "url": "a"}])]},
+            "message 1 of prompt must be of text parts alone, got {'type': 'image',",
+        ),
+        (
+            {**TEXT, "images": ["a.png"]},
+            "images cannot be read, text alone can, got ['a.png']",
+        ),
+        ({**TEXT, "history": "Hi"}, "history must be a list of turns, got 'Hi'"),
+        (
+            {**TEXT, "history": [["Hi"]]},
+            "message 1 of history must be an object with the strings role and content,",
+        ),
+        ({**TEXT, "system": ["a"]}, "system must be a text, got ['a']"),
+        (
+            {
+                **TEXT,
+                "prompt": [{"role": "system", "content": "b"}, user("Who?")],
+                "system": "a",
+            },
+            "beside system, expected no other system message",
+        ),
+        (
+            {**TEXT, "tools": "get_weather"},
+            "tools must be a list or JSON of one, got 'get_weather'",
+        ),
+        (
+            {**TEXT, "tools": ["get_weather"]},
+            "tools must be a list of objects, got ['get_weather']",
+        ),
+        (
+            {**EXPLICIT, "chosen": [{"role": "assistant", "content": None}]},
+            "message 1 of chosen must be an object with the strings role and content",
+        ),
+        ({**TEXT, "system": "a\ud800"}, "expected no half of a surrogate pair"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(row, expected):
+    assert parse_refusal(row).startswith(f"pairs.jsonl:3: {expected}")
+    if "tools" not in row and "chosen" not in expected:  # of which prompts know nothing
+        with pytest.raises(ValueError, match="x:1") as raised:
+            examples.parse_prompt(row, origin="x:1")
+        assert str(raised.value).startswith(f"x:1: {expected}")
+
+
+def test_fields_beside_the_text_are_kept_with_the_answer():
+    call = {"function": {"name": "f", "arguments": {}}}
+    row = {
+        **EXPLICIT,
+        "chosen": [
+            {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
+        ],
+        "rejected": [{"role": "assistant", "content": "No.", "weight": 1}],
+        "tools": '[{"name": "f"}]',
+    }
+    pair = parse(row)
+    assert pair.answers() == [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        row["rejected"][0],
+    ]
+    assert pair.tools == ({"name": "f"},)
+    assert pair.unread == ("prompt_id",)
+
+
+def test_answers_that_differ_in_their_calls_alone_are_a_pair():
+    def calls(name):
+        call = {"function": {"name": name, "arguments": {}}}
+        return [{"role": "assistant", "content": "", "tool_calls": [call]}]
+
+    assert parse({**EXPLICIT, "chosen": calls("f"), "rejected": calls("g")})
+    with pytest.raises(examples.Dropped, match="chosen equals rejected"):
+        parse({**EXPLICIT, "chosen": calls("f"), "rejected": calls("f")})
+
+
+def test_a_text_beside_transcripts_that_repeats_no_turn_is_named():
+    assert parse({**IMPLIED, "prompt": "Who?"}).unread == ()
+    assert parse({**IMPLIED, "prompt": "Other"}).unread == ("prompt",)
+    beside = parse({**IMPLIED, "messages": IMPLIED["chosen"]})
+    assert (beside.prompt, beside.unread) == (tuple(EXPLICIT["prompt"]), ("messages",))
+
+
+def test_rows_in_memory_read_as_those_of_a_file():
+    found, drops = examples.read(
+        [PLAIN, {**PLAIN, "chosen": ""}], setting="pairs", split=None, limit=None
+    )
+    assert [(e.origin, e.chosen) for e in found] == [("pairs:1", "Me.")]
+    assert drops.origins("empty answer") == "pairs:2"
+
+
+def test_rows_that_one_rule_drops_all_show_their_roles(write):
+    row = {"prompt": "a", "chosen": [{"role": "model", "content": "b"}]}
+    file = write(
+        "a.jsonl", jsonl([{**row, "rejected": [{"role": "model", "content": "c"}]}])
+    )
+    assert refusal(file).endswith(
+        " 1 answer is not the assistant's (a.jsonl:1). Give rows with a prompt and two"
+        " different answers. The first row, a.jsonl:1, has prompt (text), chosen"
+        " (messages of model), rejected (messages of model)."
+    )

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -65,3 +66,49 @@ def test_our_token_ids_are_trl_s(folder, trl_script):
     for pair, row in zip(found, rows, strict=True):
         for part in ("prompt", "chosen", "rejected"):
             assert getattr(pair, part).tolist() == row[part]
+
+
+# A prompt that ends in a space, one whose end merges with an answer, and an answer that
+# ends in EOS already.
+TEXTS = [
+    {"prompt": "Q: Name a colour.\nA:", "chosen": " Blue.", "rejected": " No.\n"},
+    {"prompt": "Name a colour. ", "chosen": "Blue.", "rejected": " No."},
+    {"prompt": "The", "chosen": "re it is. \n\n", "rejected": "n, é 😀 <|im"},
+    {"prompt": "x", "chosen": "a<|im_end|>", "rejected": "  b c"},
+]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_plain_text_becomes_trl_s_tokens(folder, tmp_path, adds_bos):
+    """TRL's standard form: its own preparation of the same rows."""
+    import trl
+    from tokenizers import processors
+
+    loaded = tokenizer.load(folder, chat_template=None, template=None)
+    if not adds_bos:  # as the golden one does
+        loaded.backend_tokenizer.post_processor = processors.TemplateProcessing("$A")
+        loaded.save_pretrained(tmp_path)
+        loaded = tokenizer.load(tmp_path, chat_template=None, template=None)
+    trainer = object.__new__(trl.DPOTrainer)
+    trainer._tokenizer = loaded
+    wanted = trainer._prepare_dataset(
+        datasets.Dataset.from_list(TEXTS),
+        loaded,
+        trl.DPOConfig(str(tmp_path), max_length=None, use_cpu=True, bf16=False),
+        "train",
+    )
+    pairs, drops = examples.read(TEXTS, setting="rows", split=None, limit=None)
+    found, _ = chat.tokenize(
+        pairs,
+        loaded,
+        drops=drops,
+        max_length=512,
+        max_prompt_length=256,
+        truncation="drop",
+        prefix_mismatch="cut",
+    )
+    assert len(found) == len(TEXTS)
+    for pair, row in zip(found, wanted, strict=True):
+        for part in ("prompt", "chosen", "rejected"):
+            assert getattr(pair, part).tolist() == row[f"{part}_ids"]
+        assert (pair.prompt[0] == loaded.bos_token_id) == adds_bos

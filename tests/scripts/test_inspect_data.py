@@ -93,3 +93,23 @@ def test_a_data_error_is_one_line(config, capsys):
         "error: data.train = 'none.jsonl': no such file, and not a hub id of the form"
         " owner/name. Check the path.\n"
     )
+
+
+def test_it_shows_what_is_not_read_and_the_first_row_s_form(config, tmp_path):
+    row = {"system": "Hi", "prompt": "p", "chosen": "c", "rejected": "r", "score": 1}
+    file = tmp_path / "more.jsonl"
+    file.write_text(json.dumps(row) + "\n" + json.dumps({**row, "id": 7}) + "\n")
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%Y') }} " + tiny.CHATML)
+    text = shown(
+        *("--config", config, "--data.train", file, "--data.eval", "None"),
+        *("--model.chat-template", template, "--data.date", "1999-12-31"),
+        *("--data.max-length", 99),
+    )
+    assert "writes today's date: here 1999-12-31 (data.date)" in text
+    assert (
+        "first row, more.jsonl:1: system (text), prompt (text), chosen (text), rejected"
+        " (text), score (int)"
+    ) in text
+    assert "fields not read (rows): score (2), id (1)" in " ".join(text.split())
+    assert "[prompt]1999 <|im_start|>system\nHi<|im_end|>" in text

@@ -114,6 +114,7 @@ def test_rows_that_make_no_pair_are_counted_with_their_origins(write, tmp_path):
         "  dropped: 2 fewer than two completions (in.jsonl:2, in.jsonl:3)",
         "  dropped: 1 chosen equals rejected (in.jsonl:4)",
         "  dropped: 1 empty answer (in.jsonl:5)",
+        "  kept: 1 though fine-grained_score finds another answer best (in.jsonl:1)",
         "  kept though both answers have the same score: 1",
     ]
 
@@ -234,8 +235,47 @@ def test_a_missing_field_is_named_with_its_line():
 
 
 @pytest.mark.parametrize("score", [None, "N/A", float("nan"), True])
-def test_a_score_that_is_no_number_is_named_with_its_line(score):
-    assert refusal(row(scores=(1, score, 3, 2))) == (
-        f"in.jsonl:3, completion 2: overall_score must be a number, got {score!r}. Name"
-        " another field with --score, or mend or remove the row."
-    )
+def test_an_answer_without_a_score_is_left_out_and_counted(write, tmp_path, score):
+    rows = [row(scores=(1, score, 3, 2)), row(answers=("a", "b"), scores=(score, 1))]
+    output = tmp_path / "out.jsonl"
+    _, text = run("--input", write(rows), "--output", output)
+    (pair,) = pairs(output)
+    assert (answer(pair, "chosen"), pair["score_chosen"]) == ("three", 3)
+    assert "dropped: 1 fewer than two completions with a score (in.jsonl:2)" in text
+    missing = "kept: 1 without the completions that have no overall_score (in.jsonl:1)"
+    assert missing in text
+
+
+def scored(*scores, source="evol_instruct"):
+    completions = [
+        {"response": name, "overall_score": overall, "fine-grained_score": fine}
+        for name, (overall, fine) in zip("abcd", scores, strict=False)
+    ]
+    return {"source": source, "instruction": "Who?", "completions": completions}
+
+
+def test_known_faults_of_the_public_rows_are_counted(write, tmp_path):
+    rows = [
+        scored((7.5, 4.5), (10.0, 1.25)),  # 10 stands for 1
+        scored((10, 5.0), (2, 2.0)),
+        scored((8, 3.5), (7, 4.0), (7, 3.75)),  # the scores disagree
+        scored((8, 4.0), (8, 3.0)),  # a tie is none
+        scored((9, 5.0), (2, 1.5), source="truthful_qa"),
+    ]
+    output, file = tmp_path / "out.jsonl", write(rows)
+    _, text = run("--input", file, "--output", output)
+    assert len(pairs(output)) == 4
+    assert (
+        "dropped: 1 best by an overall_score of 10 beside a fine-grained_score of at"
+        " most 2 (OpenBMB/UltraFeedback issue 8) (in.jsonl:1)"
+    ) in text
+    assert (
+        "kept: 1 though fine-grained_score finds another answer best (in.jsonl:3)"
+    ) in text
+    assert "kept: 1 from truthful_qa, whose questions a benchmark asks;" in text
+    flags = ("--leave-out", "truthful_qa", "--score", "fine-grained_score")
+    _, text = run("--input", file, "--output", tmp_path / "b.jsonl", *flags)
+    assert "dropped: 1 from truthful_qa, left out (in.jsonl:5)" in text
+    assert "kept: 1 from truthful_qa" not in text
+    # By the other score row 1 says what its critique does.
+    assert answer(pairs(tmp_path / "b.jsonl")[0], "chosen") == "a"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import gc
 import json
 import shutil
@@ -18,10 +19,12 @@ from flax import nnx
 
 from lpc_jax import config as cfg
 from lpc_jax import metrics, objective
-from lpc_jax.data import pairs
+from lpc_jax.data import pairs, templates
+from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.pairs import Pairs
+from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.runtime import compute, loading
-from lpc_jax.training import setup, start
+from lpc_jax.training import program, run_folder, setup, start
 from lpc_jax.training.run import Run
 from tests import runs, tiny
 from tests.harness import logits
@@ -76,6 +79,9 @@ TESTED_IN = {
     "data.max_prompt_length": "test_lengths_and_truncation_reach_the_tokens",
     "data.truncation": "test_lengths_and_truncation_reach_the_tokens",
     "data.prefix_mismatch": "test_a_prefix_mismatch_is_cut_or_an_error",
+    "data.template": "test_template_none_reads_text_as_it_stands",
+    "data.template_arguments": "test_template_arguments_reach_the_tokens",
+    "data.date": "test_a_date_that_the_template_writes_is_the_run_s",
     "packing.pairs_per_step": "test_how_many_steps_a_run_has",
     "packing.rows": "test_the_shape_of_a_micro_batch",
     "packing.row_length": "test_the_shape_of_a_micro_batch",
@@ -483,6 +489,84 @@ def test_a_prefix_mismatch_is_cut_or_an_error(folder):
         read(config(folder, model=model, data={"prefix_mismatch": "error"}))
 
 
+def tokenizer_of(made: cfg.Config) -> Tokenizer:
+    """As a run has it."""
+    origin = loading.find_model(made.model)
+    rendering = tokenizers.rendering(made.data)
+    return dataclasses.replace(origin, rendering=rendering).tokenizer()
+
+
+def test_template_none_reads_text_as_it_stands(folder):
+    rows = [{"prompt": "Q:", "chosen": " a", "rejected": " b"}] * 2
+    data = {"train": str(runs.write_pairs(folder / "a.jsonl", rows)), "eval": None}
+    made = config(folder, data=data | {"template": None})
+    with runs.prepared(made) as run:
+        (pair, _), of_run = run.train.tokens, run.policy.tokenizer
+    assert of_run.decode(pair.prompt) == "<|begin|>Q:"
+    assert of_run.decode(pair.chosen) == " a<|im_end|>"
+    with pytest.raises(ValueError, match=r"model\.chat_template has no effect with"):
+        config(folder, data={"template": None}, model={"chat_template": "a.jinja"})
+    with pytest.raises(ValueError, match="template_arguments has no effect with"):
+        config(folder, data={"template": None, "template_arguments": {"a": 1}})
+
+
+def test_template_arguments_reach_the_tokens(folder):
+    file = folder / "template.jinja"
+    switch = "}}{% if thinking is false %}<no>{% endif %}"
+    file.write_text(TEMPLATE.replace("}}", switch, 1))
+    model, arguments = {"chat_template": str(file)}, {"thinking": False}
+    made = config(folder, model=model, data={"template_arguments": arguments})
+    with runs.prepared(made) as run:
+        text = run.policy.tokenizer.decode(run.train.tokens[0].prompt)
+        assert text.startswith("<|begin|><no>[user]")
+        digest = run.manifest["tokenizer_digest"]
+    assert digest != tokenizers.digest(tokenizer_of(config(folder, model=model)))
+    assert cfg.from_flat(json.loads(json.dumps(cfg.flat(made)))) == made
+    wrong = {"template_arguments": {"thinkin": False}}
+    with pytest.raises(ValueError, match="must read 'thinkin', got one that reads thi"):
+        tokenizer_of(config(folder, model=model, data=wrong))
+
+
+def test_a_date_that_the_template_writes_is_the_run_s(folder, monkeypatch):
+    file = folder / "template.jinja"
+    file.write_text(TEMPLATE.replace("}}", "}}{{ strftime_now('%d %b') }}", 1))
+    made = config(folder, model={"chat_template": str(file)})
+    monkeypatch.setattr(templates, "today", lambda: datetime.date(2026, 11, 27))
+    with runs.prepared(made) as run:
+        text = run.policy.tokenizer.decode(run.train.tokens[0].prompt)
+        assert run.config.data.date == "2026-11-27"
+        manifest = run.manifest
+    assert text.startswith("<|begin|>27 Nov[user]")
+    # The next day: a new run has that date, a resumed one its own.
+    monkeypatch.setattr(templates, "today", lambda: datetime.date(2026, 11, 28))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    of_run = tokenizer_of(made)
+
+    def date(of: cfg.Config) -> str | None:
+        return run_folder.dated(of, of_run, folder).data.date
+
+    assert date(made) == "2026-11-28"
+    assert date(runs.resumed(made)) == "2026-11-27"
+    assert date(config(folder, data={"date": "2024-02-29"})) == "2024-02-29"
+    first, second = (
+        read(config(folder, model={"chat_template": str(file)}, data={"date": day}))
+        for day in ("2026-11-27", None)
+    )
+    assert tokens_of(first) == tokens_of(run.train)
+    assert tokens_of(second) != tokens_of(run.train)
+
+
+def test_a_date_that_no_template_writes_is_refused(folder):
+    made = config(folder, data={"date": "2026-11-27"})
+    with pytest.raises(ValueError, match="the chat template calls no strftime_now"):
+        run_folder.dated(made, tokenizer_of(made), folder)
+    plain = config(folder)
+    assert run_folder.dated(plain, tokenizer_of(plain), folder) == plain
+    for wrong in ("27 Nov 2026", "2026-02-30", "20261127"):
+        with pytest.raises(ValueError, match=r"data\.date must be a date, YYYY-MM-DD"):
+            config(folder, data={"date": wrong})
+
+
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
@@ -575,3 +659,15 @@ def test_a_run_tells_its_trackers_and_stays_in_its_folder(folder, monkeypatch):
     assert run.folder == folder / "mine" / "tiny"
     assert list((run.folder / "tensorboard").iterdir())
     assert list(elsewhere.iterdir()) == []
+
+
+def test_a_setting_newer_than_a_run_had_its_default_in_it(folder):
+    now = {"settings": cfg.flat(config(folder))}
+    newer = ("data.template", "data.template_arguments", "data.date")
+    older = {n: x for n, x in now["settings"].items() if n not in newer}
+    program.require_same(program._fixed({"settings": older}), program._fixed(now))
+    other = {"settings": older | {"data.template": None}}
+    with pytest.raises(
+        ValueError, match=r"data\.template: checkpoint 'chat', now None"
+    ):
+        program.require_same(program._fixed({"settings": older}), program._fixed(other))

@@ -145,7 +145,7 @@ def _text(example: PreferenceExample) -> str:
     """A conversation as text; a single message goes without its role."""
     if len(example.prompt) == 1:
         return example.prompt[0]["content"]
-    return "\n\n".join(f"{m['role']}: {m['content']}" for m in example.prompt)
+    return "\n\n".join(f"{m['role']}: {m['content'] or ''}" for m in example.prompt)
 
 
 def _codes(
