@@ -19,6 +19,7 @@ import tyro
 from lpc_jax.config import checks
 from lpc_jax.config.checks import Settings
 from lpc_jax.config.fields import Config
+from lpc_jax.config.losses import Loss
 from lpc_jax.errors import UserError
 
 # How often downloads were tried, which is no setting any more.
@@ -38,17 +39,26 @@ def read(path: str) -> Config:
     try:
         text = _GONE.sub("", Path(path).read_text(encoding="utf-8"))
         exec(compile(text, path, "exec"), names)
-    except (ValueError, TypeError, ImportError) as e:
+    except (ValueError, TypeError, ImportError, NameError, AttributeError) as e:
         frames = traceback.extract_tb(e.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         where = ":".join(map(str, [path, *lines[-1:]]))
-        raise UserError(f"{where}: {e}") from e
+        raise UserError(f"{where}: {e}{_names_there_are(e)}") from e
     config = names.get("config")
     if not isinstance(config, Config):
         raise UserError(
             f"{path} must end in config = Config(...), got {type(config).__name__}."
         )
     return config
+
+
+def _names_there_are(error: Exception) -> str:
+    """After a name that is none, such as a loss that there is not: those there are."""
+    if not isinstance(error, ImportError | NameError | AttributeError):
+        return ""
+    names = vars(sys.modules[__package__ or ""])
+    sections = sorted(name for name in names if name[0].isupper())
+    return f". lpc_jax.config has: {', '.join(sections)}."
 
 
 def _no_file(path: str) -> str:
@@ -68,8 +78,9 @@ def load(argv: Sequence[str] | None = None) -> Config:
 
     ``--config FILE`` names the file; every other flag overrides one field, as in
     ``--optimizer.learning-rate 3e-7``. ``--help`` lists them all, ``--resume`` is
-    short for ``--run.resume``, ``--profile N`` for ``--run.profile N``, and ``--latent
-    None`` runs the plain algorithm.
+    short for ``--run.resume``, ``--profile N`` for ``--run.profile N``, ``--latent
+    None`` runs the plain algorithm, and ``--loss orpo`` takes another loss, with its
+    own defaults.
 
     Raises:
         UserError: No config named, or a value that its setting refuses.
@@ -79,6 +90,7 @@ def load(argv: Sequence[str] | None = None) -> Config:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config", nargs="?")
     own.add_argument("--latent", nargs="?", default="as in the file")
+    own.add_argument("--loss", nargs="?", default="as in the file")
     short, rest = own.parse_known_args(argv)
     if short.config is None:
         raise UserError(
@@ -93,6 +105,8 @@ def load(argv: Sequence[str] | None = None) -> Config:
             f"--latent must be None, got {short.latent!r}. Its settings have flags of"
             " their own, such as --latent.num-codes 32."
         )
+    if short.loss != "as in the file":
+        config = dataclasses.replace(config, loss=_loss(short.loss))
     return tyro.cli(
         Config,
         default=config,
@@ -100,6 +114,15 @@ def load(argv: Sequence[str] | None = None) -> Config:
         prog=f"{os.path.basename(sys.argv[0])} --config {short.config}",
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def _loss(word: str | None) -> Loss:
+    """The loss of a name, not yet checked: flags may give what has no default."""
+    kinds = {kind.word: kind for kind in Loss.kinds}
+    kind = kinds.get((word or "").lower().replace("-", "_"))
+    if kind is None:
+        raise UserError(f"--loss must be {' or '.join(kinds)}, got {word!r}.")
+    return kind.__new__(kind)
 
 
 def source(config: Config) -> str:
