@@ -241,7 +241,7 @@ class Reward:
 
 def reward_names() -> tuple[str, ...]:
     """Every loss's, and two of log-probabilities that need no run."""
-    return (*(kind.word for kind in RULES), "mean_logp", "logp")
+    return (*(kind.word for kind in cfg.Loss.kinds), "mean_logp", "logp")
 
 
 def reward(name: str | None, loss: cfg.Loss | None) -> Reward:

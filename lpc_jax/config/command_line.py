@@ -54,11 +54,13 @@ def read(path: str) -> Config:
 
 def _names_there_are(error: Exception) -> str:
     """After a name that is none, such as a loss that there is not: those there are."""
+    config = sys.modules[__package__ or ""]
+    if isinstance(error, AttributeError) and error.obj is not config:
+        raise error  # a fault of other kinds
     if not isinstance(error, ImportError | NameError | AttributeError):
         return ""
-    names = vars(sys.modules[__package__ or ""])
-    sections = sorted(name for name in names if name[0].isupper())
-    return f". lpc_jax.config has: {', '.join(sections)}."
+    sections = sorted(name for name in vars(config) if name[0].isupper())
+    return f". {config.__name__} has: {', '.join(sections)}."
 
 
 def _no_file(path: str) -> str:
