@@ -374,8 +374,9 @@ def test_the_shared_parts_are_those_of_answers_cut_to_the_shorter_one():
 
 def test_a_loss_whose_ends_weigh_less_is_that_of_weighted_log_probs():
     rng = np.random.default_rng(0)
-    logp, ref, shared, ref_shared = rng.normal(-20, 4, (4, 6, 2)).astype(np.float32)
-    lengths = rng.integers(1, 12, (6, 2)).astype(np.float32)
+    four = rng.normal(-20, 4, (4, 6, 2)).astype(np.float32)
+    logp, ref, shared, ref_shared = map(jnp.asarray, four)
+    lengths = jnp.asarray(rng.integers(1, 12, (6, 2)), jnp.float32)
     weighted = [0.25 * x + 0.75 * y for x, y in ((logp, shared), (ref, ref_shared))]
     for kind in (cfg.Dpo, cfg.SigmoidNorm, cfg.Orpo):
         found, rewards = loss_table.pair_losses(

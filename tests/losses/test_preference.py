@@ -245,10 +245,10 @@ def test_simpo_gradient_is_divided_by_length():
     np.testing.assert_allclose(jax.grad(total)(*inputs), expected, rtol=1e-5)
 
 
-FORMULAS |= {"dpo": (FOUR, {"beta": 0.3}, None), "ipo": (FOUR, {"beta": 0.3}, None)}
+EVERY = FORMULAS | {name: (FOUR, {"beta": 0.3}, None) for name in ("dpo", "ipo")}
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if EVERY[name][0][:4] == FOUR])
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"orpo", "cpo"}))
 def test_no_gradient_reaches_the_reference(name):
     inputs, settings, _ = EVERY[name]
     function = getattr(preference, name)

@@ -19,9 +19,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lpc_jax import config as cfg
 from lpc_jax.errors import UserError
 from lpc_jax.runtime import checkpoint, damage, reader, record
 from lpc_jax.training import program
+from tests import tiny
 
 METRIC = "reward/accuracy"
 
