@@ -179,10 +179,12 @@ def pair_losses(
     if loss.ld_alpha < 1:
         if shared is None:
             raise ValueError(f"ld_alpha = {loss.ld_alpha} needs shared, got None.")
-        logp, reference_logp = (
-            None if part is None else loss.ld_alpha * x + (1 - loss.ld_alpha) * part
-            for x, part in zip((logp, reference_logp), shared, strict=True)
-        )
+        part, ref_part = shared
+        logp = loss.ld_alpha * logp + (1 - loss.ld_alpha) * part
+        if reference_logp is not None and ref_part is not None:
+            reference_logp = (
+                loss.ld_alpha * reference_logp + (1 - loss.ld_alpha) * ref_part
+            )
     columns = (logp, reference_logp, lengths)
     flat = [None if x is None else x.reshape(-1, 2) for x in columns]
     return rule.values(loss, *flat).reshape(logp.shape[:-1]), rewards

@@ -142,7 +142,7 @@ def score_inference(
     if not with_effect:
         logp = _logp_by_answer(network, states, batch, prior.vector, chunk)
         return PairScores(*logp, prior, posterior)
-    *answers, slope = _with_slope(network, states, batch, prior.vector, chunk)
+    answers, slope = _with_slope(network, states, batch, prior.vector, chunk)
     without, *_ = _logp_by_answer(network, states, batch, None, chunk)
     # With f(s) the log-probability of any one token under s z, its position's KL is
     # f(1) - f(0) - f'(1): the token's own logit cancels, and what is left is
@@ -208,10 +208,12 @@ def _logp_by_answer(
     """Log-probability of each answer given z (LPC eq. 10), and of its parts."""
     if batch.hidden is not None and vector is not None and not with_shared:
         # Only z takes a gradient here: the head is met once for both passes.
-        logp, *parts, slope = _with_slope(network, states, batch, vector, chunk)
+        answers, slope = _with_slope(network, states, batch, vector, chunk)
         # 0 in value, with the gradient of z; the parts have none.
         change = vector - jax.lax.stop_gradient(vector)
-        return logp + jnp.einsum("RPAD,RPD->RPA", slope, change), *parts
+        logp, end_logp, shared_logp = answers
+        logp = logp + jnp.einsum("RPAD,RPD->RPA", slope, change)
+        return logp, end_logp, shared_logp
     token_logp = sequence.token_logp(
         states.scored if vector is None else _add(states.scored, vector, batch),
         network.decoder.head_weight,
@@ -228,7 +230,7 @@ def _with_slope(
     batch: Batch,
     vector: Float[Array, "R P D"],
     chunk: int,
-) -> tuple[*_Answers, Float[Array, "R P 2 D"]]:
+) -> tuple[_Answers, Float[Array, "R P 2 D"]]:
     """``_by_answer`` given z, and each answer's gradient in z; no gradient flows."""
     token_logp, slope = sequence.token_logp_and_slope(
         _add(states.scored, jax.lax.stop_gradient(vector), batch),
@@ -239,7 +241,7 @@ def _with_slope(
         pair_slots=batch.pair_mask.shape[1],
         chunk=chunk,
     )
-    return *_by_answer(token_logp, batch), slope
+    return _by_answer(token_logp, batch), slope
 
 
 def _add(
