@@ -56,8 +56,9 @@ def _names_there_are(error: Exception) -> str:
     """After a name that is none, such as a loss that there is not: those there are."""
     config = sys.modules[__package__ or ""]
     if isinstance(error, AttributeError) and error.obj is not config:
-        raise error  # a fault of other kinds
-    if not isinstance(error, ImportError | NameError | AttributeError):
+        raise error  # a fault of another kind
+    of_import = isinstance(error, ImportError) and error.name == config.__name__
+    if not (of_import or isinstance(error, NameError | AttributeError)):
         return ""
     sections = sorted(name for name in vars(config) if name[0].isupper())
     return f". {config.__name__} has: {', '.join(sections)}."
