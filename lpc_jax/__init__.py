@@ -13,13 +13,23 @@ if TYPE_CHECKING:
     from lpc_jax.asking import Policy as Policy
     from lpc_jax.asking import Scores as Scores
     from lpc_jax.config import Adapters as Adapters
+    from lpc_jax.config import ApoDown as ApoDown
+    from lpc_jax.config import ApoZero as ApoZero
     from lpc_jax.config import Config as Config
+    from lpc_jax.config import Cpo as Cpo
     from lpc_jax.config import Dpo as Dpo
+    from lpc_jax.config import ExoPair as ExoPair
+    from lpc_jax.config import Hinge as Hinge
     from lpc_jax.config import Ipo as Ipo
     from lpc_jax.config import Latent as Latent
+    from lpc_jax.config import NcaPair as NcaPair
     from lpc_jax.config import Optimizer as Optimizer
+    from lpc_jax.config import Orpo as Orpo
     from lpc_jax.config import Packing as Packing
+    from lpc_jax.config import Robust as Robust
+    from lpc_jax.config import SigmoidNorm as SigmoidNorm
     from lpc_jax.config import Simpo as Simpo
+    from lpc_jax.config import SppoHard as SppoHard
     from lpc_jax.config import Training as Training
     from lpc_jax.data.pairs import Pairs as Pairs
     from lpc_jax.door import Run as Run
@@ -29,7 +39,8 @@ if TYPE_CHECKING:
     from lpc_jax.door import train as train
     from lpc_jax.errors import UserError as UserError
 _HOMES = {
-    "lpc_jax.config": "Adapters Config Dpo Ipo Latent Optimizer Packing Simpo Training",
+    "lpc_jax.config": "Adapters ApoDown ApoZero Config Cpo Dpo ExoPair Hinge Ipo Latent"
+    " NcaPair Optimizer Orpo Packing Robust SigmoidNorm Simpo SppoHard Training",
     "lpc_jax.data.pairs": "Pairs",
     "lpc_jax.asking": "Policy Scores",
     "lpc_jax.door": "Run load read_pairs start train",

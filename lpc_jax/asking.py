@@ -61,7 +61,7 @@ class Policy(policies.Policy):
         """Log-probabilities, rewards, and prior and posterior over codes of pairs.
 
         Args:
-            reference: Its decoder is what DPO and IPO compare with, as in ``train``.
+            reference: Its decoder is what log-ratios compare with, as in ``train``.
             z: How z comes from the prior; None: as in the run's evaluation.
             code: Puts all weight on this code.
             mix: Weights by code, summing to 1.

@@ -1,11 +1,13 @@
 """The table of losses: their values, rewards and formulas.
 
 A new loss is a function of ``losses.preference``, a ``config.Loss`` and a row here.
+Rewards are over a reference where the loss has one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,34 @@ class Rule:
     values: Callable[..., Losses]  # settings, logp, reference, lengths
     per_token: Callable[[Any], bool]  # whether it compares means over tokens
     formula: Callable[[Any, str], tuple[str, str]]  # settings, given: loss, note
+
+
+def _rule(kind: type[cfg.Loss], per_token: bool, formula: str) -> Rule:
+    """Of a loss whose function has its name, and parameters named as its settings."""
+    value = getattr(preference, kind.word)
+    names = inspect.signature(value).parameters
+
+    def values(loss: Any, logp: Both, reference: Both | None, lengths: Both) -> Losses:
+        arrays = {"{}_logp": logp, "ref_{}_logp": reference, "{}_length": lengths}
+        columns = {
+            name.format(side): column
+            for name, both in arrays.items()
+            if both is not None
+            for side, column in zip(("chosen", "rejected"), both.T, strict=True)
+        }
+        return value(
+            **{k: columns[k] if k in columns else vars(loss)[k] for k in names}
+        )
+
+    def written(loss: Any, given: str) -> tuple[str, str]:
+        text, *notes = formula.format(given=given).split("; ")
+        notes.append(f"b = {loss.beta:g}")
+        if "label_smoothing" in names:
+            notes.append(f"e = {loss.label_smoothing:g}")
+        notes.append(_ratio(given) if kind.needs_reference else "no reference")
+        return text, "; ".join(notes)
+
+    return Rule(kind(), values, lambda _: per_token, written)
 
 
 def _simpo(loss: cfg.Simpo, logp: Both, _: Both | None, lengths: Both) -> Losses:
@@ -77,10 +107,41 @@ def _log_sigmoid(margin: str, smoothing: float) -> str:
     return f"{right} - {smoothing:g} log sigmoid(-m), m = {margin}"
 
 
+_ROWS = (  # a loss, whether its rewards are per token, and its formula
+    (cfg.Hinge, False, "max(0, 1 - b (r_w - r_l))"),
+    (
+        cfg.Robust,
+        False,
+        "(e log sigmoid(-m) - (1 - e) log sigmoid(m)) / (1 - 2 e); m = b (r_w - r_l)",
+    ),
+    (cfg.SigmoidNorm, True, "-log sigmoid(b (r_w/|y_w| - r_l/|y_l|))"),
+    (cfg.ApoZero, False, "1 - sigmoid(b r_w) + sigmoid(b r_l)"),
+    (cfg.ApoDown, False, "sigmoid(b r_w) + 1 - sigmoid(b (r_w - r_l))"),
+    (
+        cfg.ExoPair,
+        False,
+        "q (log q - log(1 - e)) + (1 - q) (log(1 - q) - log e);"
+        " q = sigmoid(b (r_w - r_l))",
+    ),
+    (
+        cfg.NcaPair,
+        False,
+        "-log sigmoid(b r_w) - (log sigmoid(-b r_w) + log sigmoid(-b r_l)) / 2",
+    ),
+    (cfg.SppoHard, False, "(r_w - 1/(2 b))^2 + (r_l + 1/(2 b))^2"),
+    (
+        cfg.Orpo,
+        True,
+        "-b log sigmoid(log(p_w/(1 - p_w)) - log(p_l/(1 - p_l)));"
+        " log p = log pi(y|{given})/|y|",
+    ),
+    (cfg.Cpo, False, "-log sigmoid(b (log pi(y_w|{given}) - log pi(y_l|{given})))"),
+)
 RULES: dict[type[cfg.Loss], Rule] = {
     cfg.Simpo: Rule(cfg.Simpo(gamma=0.0), _simpo, lambda _: True, _simpo_formula),
     cfg.Dpo: Rule(cfg.Dpo(), _dpo, lambda _: False, _dpo_formula),
     cfg.Ipo: Rule(cfg.Ipo(), _ipo, lambda loss: loss.reduction == "mean", _ipo_formula),
+    **{row[0]: _rule(*row) for row in _ROWS},
 }
 
 
@@ -89,14 +150,20 @@ def pair_losses(
     logp: Float[Array, "*B 2"],
     reference_logp: Float[Array, "*B 2"] | None,
     lengths: Float[Array, "*B 2"],
+    *,
+    shared: tuple[Float[Array, "*B 2"], Float[Array, "*B 2"] | None] | None = None,
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B 2"]]:
     """The loss of each pair, and the implicit rewards of its two answers.
 
     A reward is beta times what is compared: log-probabilities or log-ratios to the
     reference, summed or per token.
 
+    Args:
+        shared: Of ``logp`` and ``reference_logp`` the part up to the shorter answer's
+            length; read by a loss whose ``ld_alpha`` is below 1.
+
     Raises:
-        ValueError: The loss needs a reference and there is none.
+        ValueError: The loss needs a reference or shared parts and there are none.
     """
     rule = RULES[type(loss)]
     compared = logp
@@ -109,6 +176,15 @@ def pair_losses(
         compared = logp - reference_logp
     rewards = loss.beta * compared
     rewards = rewards / lengths if rule.per_token(loss) else rewards
+    if loss.ld_alpha < 1:
+        if shared is None:
+            raise ValueError(f"ld_alpha = {loss.ld_alpha} needs shared, got None.")
+        part, ref_part = shared
+        logp = loss.ld_alpha * logp + (1 - loss.ld_alpha) * part
+        if reference_logp is not None and ref_part is not None:
+            reference_logp = (
+                loss.ld_alpha * reference_logp + (1 - loss.ld_alpha) * ref_part
+            )
     columns = (logp, reference_logp, lengths)
     flat = [None if x is None else x.reshape(-1, 2) for x in columns]
     return rule.values(loss, *flat).reshape(logp.shape[:-1]), rewards
@@ -120,6 +196,8 @@ def formula(loss: cfg.Loss, latent: cfg.Latent | None) -> str:
     text, note = RULES[type(loss)].formula(loss, given)
     if loss.sft_weight:
         text += f" - {loss.sft_weight:g} log pi(y_w|{given})/|y_w|"
+    if loss.ld_alpha < 1:
+        note += f"; tokens beyond the shorter answer's length weigh {loss.ld_alpha:g}"
     if latent is None:
         return f"loss = {text}\n       {note}; no latent"
     kl = f"max(KL(q||p), {latent.free_bits:g})" if latent.free_bits else "KL(q||p)"
@@ -163,13 +241,9 @@ class Reward:
         return text if self.beta == 1 else f"{self.beta:g} * {text}"
 
 
-def _by_name() -> dict[str, Rule]:
-    return {kind.__name__.lower(): rule for kind, rule in RULES.items()}
-
-
 def reward_names() -> tuple[str, ...]:
     """Every loss's, and two of log-probabilities that need no run."""
-    return (*_by_name(), "mean_logp", "logp")
+    return (*(kind.word for kind in cfg.Loss.kinds), "mean_logp", "logp")
 
 
 def reward(name: str | None, loss: cfg.Loss | None) -> Reward:
@@ -178,8 +252,8 @@ def reward(name: str | None, loss: cfg.Loss | None) -> Reward:
     Settings are those of the run's loss where it is of that kind, else the defaults.
     """
     if name is None:
-        name = "mean_logp" if loss is None else type(loss).__name__.lower()
-    rule = _by_name().get(name)
+        name = "mean_logp" if loss is None else loss.word
+    rule = {kind.word: rule for kind, rule in RULES.items()}.get(name)
     if rule is None:
         return Reward(name, 1.0, name == "mean_logp", False)
     if not isinstance(loss, type(rule.default)):

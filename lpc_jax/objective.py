@@ -8,7 +8,7 @@ from typing import Literal, assert_never
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from lpc_jax import axes, loss_table, metrics
 from lpc_jax import config as cfg
@@ -19,8 +19,8 @@ from lpc_jax.models.latent import Steering
 from lpc_jax.models.network import Network, States, read_at
 from lpc_jax.types import Batch, Companions, LatentCodes
 
-# Log-probabilities of answers, and of their last tokens.
-_Answers = tuple[Float[Array, "R P 2"], Float[Array, "R P 2"]]
+# Log-probabilities of answers, of their last tokens, and of their shared parts.
+_Answers = tuple[Float[Array, "R P 2"], Float[Array, "R P 2"], Float[Array, "R P 2"]]
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +30,7 @@ class PairScores:
 
     logp: Float[Array, "R P 2"]  # summed over each answer's tokens
     end_logp: Float[Array, "R P 2"]  # of each answer's last token
+    shared_logp: Float[Array, "R P 2"]  # summed up to the shorter answer's length
     prior: LatentCodes | None = None  # p(z | x); None without a latent
     posterior: LatentCodes | None = None  # q(z | x, y_w > y_l), likewise
     effect: Float[Array, "R P"] | None = None  # KL(pi(. | z) || pi(. | 0)), summed
@@ -83,12 +84,14 @@ def score_training(
     progress: Float[Array, ""],
     chunk: int,
     companions: Companions | None = None,
+    with_shared: bool = False,
 ) -> PairScores:
     """Scores with z = (1 - g) z_posterior + g z_prior, both drawn (LPC eqs. 8-11).
 
     Each pair folds its id into ``key``, the step's. ``progress`` is the share of the
     run that is done, for g and tau; ``chunk`` counts scored positions per product with
     the head; ``companions`` are the step's pairs, for a latent pooled over users.
+    ``shared_logp`` has a gradient if ``with_shared``, as ``ld_alpha`` below 1 needs.
     """
     states = network.states(batch)
     if latent is None:
@@ -113,7 +116,9 @@ def score_training(
     prior = drawn(prior_logits, noise[:, :, 1])
     g = prior_share(latent.prior_share, progress)
     vector = (1 - g) * posterior.vector + g * prior.vector
-    logp = _logp_by_answer(network, states, batch, vector, chunk)
+    logp = _logp_by_answer(
+        network, states, batch, vector, chunk, with_shared=with_shared
+    )
     return PairScores(*logp, prior, posterior)
 
 
@@ -137,15 +142,15 @@ def score_inference(
     if not with_effect:
         logp = _logp_by_answer(network, states, batch, prior.vector, chunk)
         return PairScores(*logp, prior, posterior)
-    logp, end_logp, slope = _with_slope(network, states, batch, prior.vector, chunk)
-    without, _ = _logp_by_answer(network, states, batch, None, chunk)
+    answers, slope = _with_slope(network, states, batch, prior.vector, chunk)
+    without, *_ = _logp_by_answer(network, states, batch, None, chunk)
     # With f(s) the log-probability of any one token under s z, its position's KL is
     # f(1) - f(0) - f'(1): the token's own logit cancels, and what is left is
     # E_{pi(. | z)}[b] less the change of the log-normaliser, b being what z adds to
     # each logit.
     rate = jnp.einsum("RPAD,RPD->RPA", slope, prior.vector)
-    effect = jnp.sum(logp - without - rate, axis=-1)
-    return PairScores(logp, end_logp, prior, posterior, effect)
+    effect = jnp.sum(answers[0] - without - rate, axis=-1)
+    return PairScores(*answers, prior, posterior, effect)
 
 
 def logp_under(
@@ -197,14 +202,18 @@ def _logp_by_answer(
     batch: Batch,
     vector: Float[Array, "R P D"] | None,
     chunk: int,
+    *,
+    with_shared: bool = False,
 ) -> _Answers:
-    """Log-probability of each answer given z (LPC eq. 10), and of its last token."""
-    if batch.hidden is not None and vector is not None:
+    """Log-probability of each answer given z (LPC eq. 10), and of its parts."""
+    if batch.hidden is not None and vector is not None and not with_shared:
         # Only z takes a gradient here: the head is met once for both passes.
-        logp, end_logp, slope = _with_slope(network, states, batch, vector, chunk)
-        # 0 in value, with the gradient of z; end_logp has none.
+        answers, slope = _with_slope(network, states, batch, vector, chunk)
+        # 0 in value, with the gradient of z; the parts have none.
         change = vector - jax.lax.stop_gradient(vector)
-        return logp + jnp.einsum("RPAD,RPD->RPA", slope, change), end_logp
+        logp, end_logp, shared_logp = answers
+        logp = logp + jnp.einsum("RPAD,RPD->RPA", slope, change)
+        return logp, end_logp, shared_logp
     token_logp = sequence.token_logp(
         states.scored if vector is None else _add(states.scored, vector, batch),
         network.decoder.head_weight,
@@ -221,7 +230,7 @@ def _with_slope(
     batch: Batch,
     vector: Float[Array, "R P D"],
     chunk: int,
-) -> tuple[Float[Array, "R P 2"], Float[Array, "R P 2"], Float[Array, "R P 2 D"]]:
+) -> tuple[_Answers, Float[Array, "R P 2 D"]]:
     """``_by_answer`` given z, and each answer's gradient in z; no gradient flows."""
     token_logp, slope = sequence.token_logp_and_slope(
         _add(states.scored, jax.lax.stop_gradient(vector), batch),
@@ -232,7 +241,7 @@ def _with_slope(
         pair_slots=batch.pair_mask.shape[1],
         chunk=chunk,
     )
-    return *_by_answer(token_logp, batch), slope
+    return _by_answer(token_logp, batch), slope
 
 
 def _add(
@@ -252,7 +261,17 @@ def _by_answer(token_logp: Float[Array, "R S"], batch: Batch) -> _Answers:
     summed = functools.partial(
         sequence.sum_by_answer, token_logp, batch.score_slot, pair_slots=slots
     )
-    return summed(batch.score_mask), summed(is_last)
+    return summed(batch.score_mask), summed(is_last), summed(_is_shared(batch))
+
+
+def _is_shared(batch: Batch) -> Bool[Array, "R S"]:
+    """Whether a scored position is no further than the shorter answer of its pair."""
+    slot = batch.score_slot
+    place = jnp.arange(slot.shape[1])
+    is_first = slot != jnp.pad(slot[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    start = jax.lax.cummax(jnp.where(is_first, place, 0), axis=1)
+    shorter = jnp.take_along_axis(jnp.min(batch.lengths, axis=-1), slot // 2, axis=1)
+    return batch.score_mask & (place - start < shorter)
 
 
 def terms(
@@ -263,8 +282,15 @@ def terms(
     Sum over pairs of base loss + sft_weight x NLL per chosen token + lambda KL(q || p).
     """
     mask = batch.pair_mask.astype(jnp.float32)
+    whole = parts = batch.reference_logp
+    if whole is not None:
+        whole, parts = whole[..., :2], whole[..., 2:]
     base, rewards = loss_table.pair_losses(
-        loss, scores.logp, batch.reference_logp, batch.lengths.astype(jnp.float32)
+        loss,
+        scores.logp,
+        whole,
+        batch.lengths.astype(jnp.float32),
+        shared=(scores.shared_logp, parts) if loss.ld_alpha < 1 else None,
     )
     total, by_slot = base, {"loss/preference": base}
     by_pair = {"loss": base, "rewards": rewards}

@@ -47,7 +47,9 @@ class Batch:
     # The index in the data set; seeds a Gumbel draw, whatever packing and devices.
     pair_id: Int[HostOrDevice, "R P"]
     lengths: Int[HostOrDevice, "R P 2"]  # scored tokens of each answer; 1 on padding
-    reference_logp: Float[HostOrDevice, "R P 2"] | None  # summed, if the loss reads it
+    # Summed, if the loss reads it: of both answers (2), and with ld_alpha below 1 (4)
+    # also of both up to the shorter one's length.
+    reference_logp: Float[HostOrDevice, "R P _"] | None
     # Of a frozen decoder, read before; each prompt is then its last token alone.
     hidden: Float[HostOrDevice, "R T D"] | None = None
 

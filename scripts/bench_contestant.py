@@ -228,8 +228,8 @@ class _OurRun:
             return
         for length in self.shape.row_lengths:
             with_column, without = (
-                packing.empty_batch(self.shape, length, with_reference=reference)
-                for reference in (True, False)
+                packing.empty_batch(self.shape, length, reference_columns=columns)
+                for columns in (2, 0)
             )
             if self.online:
                 self.score_batch(without)

@@ -100,6 +100,8 @@ def _mode(arguments: argparse.Namespace) -> Callable[..., None]:
 
 
 def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    from lpc_jax.config import Loss
+
     from_run = "default: the run's, else config.py's"
     pairs = parser.add_argument_group("preference pairs")
     pairs.add_argument(
@@ -116,7 +118,7 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--no-start", action="store_true", help="leave it out")
     pairs.add_argument(
         "--reward",
-        choices=("simpo", "dpo", "ipo", "mean_logp", "logp"),
+        choices=(*(kind.word for kind in Loss.kinds), "mean_logp", "logp"),
         help="of everyone; default: of the run's loss, else mean_logp",
     )
     pairs.add_argument("--max-prompt-length", type=_count, help=from_run)

@@ -6,6 +6,7 @@ Knows nothing of where the numbers that these are compared with come from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,17 @@ TRL_LOSSES = {
     "simpo": cfg.Simpo(beta=2.0, gamma=1.0),
     "dpo_accumulated": cfg.Dpo(beta=0.1),
     "dpo_sft": cfg.Dpo(beta=0.1, sft_weight=0.5),
+    "dpo_ld": cfg.Dpo(beta=0.1, ld_alpha=0.4),
+    "hinge": cfg.Hinge(beta=0.1),
+    "robust": cfg.Robust(beta=0.1, label_smoothing=0.1),
+    "sigmoid_norm": cfg.SigmoidNorm(beta=5.0),
+    "apo_zero": cfg.ApoZero(beta=0.1),
+    "apo_down": cfg.ApoDown(beta=0.1),
+    "exo_pair": cfg.ExoPair(beta=0.1, label_smoothing=1e-3),
+    "nca_pair": cfg.NcaPair(beta=0.1),
+    "sppo_hard": cfg.SppoHard(beta=0.05),
+    "orpo": cfg.Orpo(beta=0.5),
+    "cpo": cfg.Cpo(beta=0.1),
 }
 _SCORE_CHUNK = 32
 
@@ -163,6 +175,17 @@ def recorded(run: dict[str, Any]) -> Trajectory:
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _score(graph, params, batch):
+    return objective.score_inference(
+        nnx.merge(graph, params),
+        batch,
+        steering=None,
+        key=jax.random.key(0),
+        chunk=_SCORE_CHUNK,
+    ).logp
+
+
 def follow(
     folder: Path,
     rows: Sequence[dict[str, list[int]]],
@@ -208,24 +231,19 @@ def follow(
     )
     harness = Harness(graph, params, config, steps=len(run["steps"]))
 
-    @jax.jit
-    def score(params, batch):
-        return objective.score_inference(
-            nnx.merge(graph, params),
-            batch,
-            steering=None,
-            key=jax.random.key(0),
-            chunk=_SCORE_CHUNK,
-        ).logp
-
-    def logp(indices):
-        some = [every[i] for i in indices]
-        return logp_of(lambda batch: score(harness.state.params, batch), some, shape)
+    def logp(indices, pairs=every):
+        some = [pairs[i] for i in indices]
+        params = harness.state.params
+        return logp_of(lambda batch: _score(graph, params, batch), some, shape)
 
     losses, norms, logps, micro_batches = [], [], [], []
     with jax.set_mesh(harness.mesh):
-        needed = loss.needs_reference
-        reference = logp(range(len(every))) if needed else None
+        reference, numbers = None, range(len(every))
+        if loss.needs_reference:
+            reference = logp(numbers)
+        if loss.ld_alpha < 1:
+            shared = logp(numbers, [pair.shared() for pair in every])
+            reference = np.concatenate([reference, shared], axis=1)
         for expected in run["steps"]:
             indices = expected["rows"]
             logps.append(logp(indices))

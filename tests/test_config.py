@@ -175,8 +175,8 @@ def test_a_missing_setting_in_a_file_names_file_and_line(tmp_path):
 
 def test_a_programming_error_in_a_file_keeps_its_own_kind(tmp_path):
     file = tmp_path / "tiny.py"
-    file.write_text("config = Config()\n")
-    with pytest.raises(NameError):
+    file.write_text("config = None.path\n")
+    with pytest.raises(AttributeError):
         cfg.read(str(file))
 
 
@@ -324,6 +324,10 @@ def test_a_flag_of_a_refused_value_says_what_its_setting_wants(capsys):
 
 # --- what a settings object refuses ---------------------------------------------------
 
+LOSSES = (
+    "Dpo or Ipo or Simpo or Hinge or Robust or SigmoidNorm or ApoZero or ApoDown or"
+    " ExoPair or NcaPair or SppoHard or Orpo or Cpo"
+)
 TYPES = [
     (cfg.Model, {"path": 3}, "model.path must be str, got 3."),
     (
@@ -359,7 +363,7 @@ TYPES = [
     ),
     (minimal, {"model": "somewhere"}, "model must be Model, got 'somewhere'."),
     (minimal, {"latent": False}, "latent must be Latent or None, got False."),
-    (minimal, {"loss": "dpo"}, "loss must be Dpo or Ipo or Simpo, got 'dpo'."),
+    (minimal, {"loss": "dpo"}, f"loss must be {LOSSES}, got 'dpo'."),
     (
         cfg.Optimizer,
         {"learning_rate": float("nan")},
@@ -376,6 +380,11 @@ TYPES = [
         "optimizer.options must be finite, got {'b1': nan}.",
     ),
 ]
+
+WORDS = (
+    "dpo or ipo or simpo or hinge or robust or sigmoid_norm or apo_zero or apo_down or"
+    " exo_pair or nca_pair or sppo_hard or orpo or cpo"
+)
 
 ABOVE_ZERO = [
     ("model", cfg.Model, "score_chunk"),
@@ -449,6 +458,19 @@ MEANINGS = [
         "loss.gamma must be None when loss.gamma_beta_ratio is 0.5, got 1.0. Give one"
         " of the two and None for the other.",
     ),
+    (
+        cfg.Robust,
+        {"label_smoothing": 0.5},
+        "loss.label_smoothing must lie in [0, 0.5), got 0.5. At 0.5 a label says"
+        " nothing.",
+    ),
+    (
+        cfg.ExoPair,
+        {"label_smoothing": 0.0},
+        "loss.label_smoothing must lie between 0 and 0.5, got 0.0. EXO takes 1e-3.",
+    ),
+    (cfg.Dpo, {"ld_alpha": 1.5}, "loss.ld_alpha must lie in [0, 1], got 1.5."),
+    (cfg.Hinge, {"ld_alpha": -0.1}, "loss.ld_alpha must lie in [0, 1], got -0.1."),
     (
         cfg.Data,
         {"train": "x", "max_length": 512, "max_prompt_length": 512},
@@ -544,6 +566,15 @@ MEANINGS = [
         "reference.path has no effect on Simpo, which has no reference, expected None,"
         " got 'x'. Leave it out.",
     ),
+    *(
+        (
+            minimal,
+            {"loss": kind(), "reference": cfg.Reference(path="x")},
+            f"reference.path has no effect on {kind.__name__}, which has no reference,"
+            " expected None, got 'x'. Leave it out.",
+        )
+        for kind in (cfg.Orpo, cfg.Cpo)
+    ),
 ]
 
 
@@ -604,6 +635,65 @@ def test_simpo_resolves_its_margin():
     assert cfg.Simpo(beta=2.5, gamma=0.7).target_margin == 0.7
 
 
+# --- a loss by its name ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [k for k in cfg.Loss.kinds if k is not cfg.Simpo])
+def test_the_command_line_takes_any_loss_by_name(kind):
+    word = kind.word.upper().replace("_", "-")  # as papers write it
+    flags = [f"--loss={word}", "--loss.beta", "0.7", "--training.steps", "3"]
+    config = cfg.load(["--config", FLAGSHIP, *flags])
+    assert (config.loss, config.training.steps) == (kind(beta=0.7), 3)
+
+
+def test_what_a_named_loss_needs_may_come_with_it():
+    dpo, flags = minimal(), ["--loss", "simpo"]
+    assert isinstance(dpo.loss, cfg.Dpo)
+    with pytest.raises(SystemExit):
+        cfg.load(["--config", FLAGSHIP, *flags])
+    config = cfg.load(["--config", FLAGSHIP, *flags, "--loss.gamma", "0.5"])
+    assert config.loss == cfg.Simpo(gamma=0.5)
+
+
+@pytest.mark.parametrize("word", ["kto", "sigmoid", ""])
+def test_a_loss_that_there_is_not_is_refused_with_those_there_are(word):
+    with pytest.raises(ValueError, match="--loss must be") as error:
+        cfg.load(["--config", FLAGSHIP, "--loss", word])
+    assert str(error.value) == f"--loss must be {WORDS}, got {word!r}."
+
+
+def test_a_named_loss_is_held_against_the_file_s_reference(tmp_path):
+    file = tmp_path / "config.py"
+    config = minimal(reference=cfg.Reference(path="other"))
+    file.write_text(cfg.source(config))
+    with pytest.raises(ValueError, match=r"reference\.path has no effect on Orpo"):
+        cfg.load(["--config", str(file), "--loss", "orpo"])
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("from lpc_jax.config import ORPO", "cannot import name 'ORPO' from"),
+        ("loss = Orpo()", "name 'Orpo' is not defined"),
+        (
+            "import lpc_jax.config as cfg; cfg.Kto()",
+            "module 'lpc_jax.config' has no attribute 'Kto'",
+        ),
+    ],
+    ids=["import", "name", "attribute"],
+)
+def test_a_config_file_that_names_no_loss_is_refused_by_its_line(line, fault, tmp_path):
+    file = tmp_path / "config.py"
+    file.write_text(f"# a file\n{line}\n")
+    with pytest.raises(ValueError, match=fault) as error:
+        cfg.read(str(file))
+    message = str(error.value)
+    assert message.startswith(f"{file}:2: {fault}")
+    names = re.search(r"\. lpc_jax\.config has: (.+)\.$", message)
+    assert names is not None
+    assert {"Orpo", "Cpo", "Dpo", "Latent"} <= set(names[1].split(", "))
+
+
 # --- the run folder's copy ------------------------------------------------------------
 
 
@@ -625,7 +715,7 @@ def test_a_config_comes_back_from_its_settings_as_json(file):
 
 def test_settings_that_name_no_section_are_refused():
     settings = cfg.flat(cfg.read(str(FILES[0]))) | {"loss.type": "Kto"}
-    with pytest.raises(ValueError, match="loss must be Dpo or Ipo or Simpo, got 'Kto'"):
+    with pytest.raises(ValueError, match=f"loss must be {LOSSES}, got 'Kto'"):
         cfg.from_flat(settings)
 
 

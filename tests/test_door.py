@@ -156,6 +156,28 @@ def test_rewards_over_a_reference_are_those_of_the_run(pairs, tmp_path, monkeypa
         lpc.start(base, pairs, lpc.Dpo(beta=0.1), reference=other, **options)
 
 
+@pytest.mark.parametrize(
+    ("loss", "over_reference", "per_token"),
+    [
+        (lpc.Hinge(), True, False),
+        (lpc.SigmoidNorm(), True, True),
+        (lpc.Cpo(), False, False),
+    ],
+)
+def test_rewards_are_of_the_run_s_loss(
+    run, policy, pairs, loss, over_reference, per_token
+):
+    other = dataclasses.replace(run.work.config, loss=loss)
+    trained = dataclasses.replace(run.policy, run=other)
+    scores = trained.score(pairs, reference=policy)
+    expected = scores.logp.astype(np.float64)
+    if over_reference:
+        expected -= load().score(pairs).logp
+    if per_token:
+        expected /= [[len(pair.chosen), len(pair.rejected)] for pair in pairs.tokens]
+    np.testing.assert_allclose(scores.rewards, loss.beta * expected, atol=1e-6)
+
+
 def test_a_run_with_a_folder_is_loaded_and_resumed(policy, pairs, metrics, tmp_path):
     folder, asked = tmp_path / "runs" / "mine", {"steps": 3, "packing": PACKING}
     asked["training"] = lpc.Training(log_every=1, samples=0, checkpoint_every=1)

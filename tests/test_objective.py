@@ -1,6 +1,7 @@
 """The packed, prompt-shared batch against one padded sequence per answer, and LPC."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,7 +12,7 @@ import scipy.special
 from flax import nnx
 
 from lpc_jax import config as cfg
-from lpc_jax import metrics, objective
+from lpc_jax import loss_table, metrics, objective
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import network
 from lpc_jax.models.latent import Steering
@@ -296,6 +297,98 @@ def test_the_likelihood_term_adds_the_chosen_answers_mean_and_its_gradient():
     assert float(ours) == pytest.approx(float(wanted), rel=1e-5)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(second), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()) + 1e-5)
+
+
+@functools.cache
+def scored_with_gradient(with_latent):
+    """Scores of the pairs, and from their gradient that of the parameters."""
+    graph, params = tiny.split_policy(latent=tiny.LATENT if with_latent else None)
+    config = tiny.config() if with_latent else tiny.config(latent=None)
+    (batch,) = tiny.batches(
+        PAIRS, rows=3, reference_logp=np.tile(reference_column(), 2)
+    )
+
+    def scores(params):
+        return objective.score_training(
+            nnx.merge(graph, params),
+            batch,
+            latent=config.latent,
+            key=KEY,
+            progress=PROGRESS,
+            chunk=8,
+        )
+
+    found, backward = jax.vjp(jax.jit(scores), params)
+    return found, backward, batch, config.latent
+
+
+@pytest.mark.parametrize("with_latent", [False, True], ids=["plain", "lpc"])
+@pytest.mark.parametrize("kind", cfg.Loss.kinds)
+def test_every_loss_trains_with_and_without_codes(kind, with_latent):
+    """One wrapper for all: a finite value, and a gradient in every part."""
+    scores, backward, batch, latent = scored_with_gradient(with_latent)
+    settings = {"gamma": 0.5} if kind is cfg.Simpo else {}
+    for loss in (kind(**settings), kind(**settings, ld_alpha=0.5, sft_weight=0.5)):
+        value, slope = jax.value_and_grad(
+            lambda scores, loss=loss: objective.terms(loss, latent, scores, batch)[0]
+        )(scores)
+        assert np.isfinite(value)
+        (gradient,) = backward(slope)
+        assert set(gradient) == {"decoder", "latent"} - (
+            {"latent"} if latent is None else set()
+        )
+        for part in gradient.values():
+            leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(part)]
+            assert all(np.isfinite(leaf).all() for leaf in leaves)
+            assert any(np.abs(leaf).max() > 0 for leaf in leaves)
+
+
+def test_the_shared_parts_are_those_of_answers_cut_to_the_shorter_one():
+    graph, params = tiny.split_policy(latent=None)
+    cut = [pair.shared() for pair in PAIRS]
+    lengths = [(len(pair.chosen), len(pair.rejected)) for pair in PAIRS]
+    for pair, (chosen, rejected) in zip(cut, lengths, strict=True):
+        assert len(pair.chosen) == len(pair.rejected) == min(chosen, rejected)
+    assert len({np.sign(a - b) for a, b in lengths}) > 1
+
+    def by_pair(pairs, name):
+        found = {}
+        for batch in tiny.batches(pairs):
+            scores = objective.score_inference(
+                nnx.merge(graph, params), batch, steering=None, key=KEY, chunk=8
+            )
+            mask = np.asarray(batch.pair_mask)
+            ids = np.asarray(batch.pair_id)[mask].tolist()
+            found |= zip(ids, np.asarray(getattr(scores, name))[mask], strict=True)
+        return np.stack([found[i] for i in sorted(found)])
+
+    shared = by_pair(PAIRS, "shared_logp")
+    np.testing.assert_allclose(shared, by_pair(cut, "logp"), atol=1e-4)
+    whole = by_pair(PAIRS, "logp")
+    # Liu et al. 2024: of the longer answer's end alone is anything taken off.
+    assert (
+        (np.abs(whole - shared) > 1e-3)
+        == (np.asarray(lengths) > np.min(lengths, axis=1, keepdims=True))
+    ).all()
+
+
+def test_a_loss_whose_ends_weigh_less_is_that_of_weighted_log_probs():
+    rng = np.random.default_rng(0)
+    four = rng.normal(-20, 4, (4, 6, 2)).astype(np.float32)
+    logp, ref, shared, ref_shared = map(jnp.asarray, four)
+    lengths = jnp.asarray(rng.integers(1, 12, (6, 2)), jnp.float32)
+    weighted = [0.25 * x + 0.75 * y for x, y in ((logp, shared), (ref, ref_shared))]
+    for kind in (cfg.Dpo, cfg.SigmoidNorm, cfg.Orpo):
+        found, rewards = loss_table.pair_losses(
+            kind(ld_alpha=0.25), logp, ref, lengths, shared=(shared, ref_shared)
+        )
+        expected, _ = loss_table.pair_losses(kind(), *weighted, lengths)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        # Rewards are of whole answers, as everywhere.
+        whole = loss_table.pair_losses(kind(), logp, ref, lengths)[1]
+        np.testing.assert_array_equal(rewards, whole)
+    with pytest.raises(ValueError, match=r"ld_alpha = 0\.25 needs shared, got None"):
+        loss_table.pair_losses(cfg.Dpo(ld_alpha=0.25), logp, ref, lengths)
 
 
 def test_changing_an_answer_leaves_the_prior_as_it_is():

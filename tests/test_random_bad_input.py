@@ -552,7 +552,7 @@ REQUIRED: dict[type[cfg.Settings], dict[str, Any]] = {
 }
 SECTIONS: dict[str, tuple[type[cfg.Settings], ...]] = {
     "model": (cfg.Model,),
-    "loss": (cfg.Dpo, cfg.Ipo, cfg.Simpo),
+    "loss": cfg.Loss.kinds,
     "data": (cfg.Data,),
     "adapters": (cfg.Adapters,),
     "latent": (cfg.Latent,),

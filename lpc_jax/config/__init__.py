@@ -27,4 +27,19 @@ from lpc_jax.config.fields import (
     Run,
     Training,
 )
-from lpc_jax.config.losses import Dpo, Ipo, Loss, Simpo
+from lpc_jax.config.losses import (
+    ApoDown,
+    ApoZero,
+    Cpo,
+    Dpo,
+    ExoPair,
+    Hinge,
+    Ipo,
+    Loss,
+    NcaPair,
+    Orpo,
+    Robust,
+    SigmoidNorm,
+    Simpo,
+    SppoHard,
+)

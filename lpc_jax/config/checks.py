@@ -41,6 +41,7 @@ PositiveInt = Annotated[int, _ABOVE_ZERO]
 PositiveFloat = Annotated[float, _ABOVE_ZERO]
 NonNegativeInt = Annotated[int, at_least(0)]
 NonNegativeFloat = Annotated[float, at_least(0)]
+Fraction = Annotated[float, Bound(lambda x: 0 <= x <= 1, "must lie in [0, 1]")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

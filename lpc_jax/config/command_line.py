@@ -21,6 +21,7 @@ import tyro
 from lpc_jax.config import checks
 from lpc_jax.config.checks import Settings
 from lpc_jax.config.fields import Config
+from lpc_jax.config.losses import Loss
 from lpc_jax.errors import UserError
 
 # How often downloads were tried, which is no setting any more.
@@ -40,17 +41,29 @@ def read(path: str) -> Config:
     try:
         text = _GONE.sub("", Path(path).read_text(encoding="utf-8"))
         exec(compile(text, path, "exec"), names)
-    except (ValueError, TypeError, ImportError) as e:
+    except (ValueError, TypeError, ImportError, NameError, AttributeError) as e:
         frames = traceback.extract_tb(e.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         where = ":".join(map(str, [path, *lines[-1:]]))
-        raise UserError(f"{where}: {e}") from e
+        raise UserError(f"{where}: {e}{_names_there_are(e)}") from e
     config = names.get("config")
     if not isinstance(config, Config):
         raise UserError(
             f"{path} must end in config = Config(...), got {type(config).__name__}."
         )
     return config
+
+
+def _names_there_are(error: Exception) -> str:
+    """After a name that is none, such as a loss that there is not: those there are."""
+    config = sys.modules[__package__ or ""]
+    if isinstance(error, AttributeError) and error.obj is not config:
+        raise error  # a fault of another kind
+    of_import = isinstance(error, ImportError) and error.name == config.__name__
+    if not (of_import or isinstance(error, NameError | AttributeError)):
+        return ""
+    sections = sorted(name for name in vars(config) if name[0].isupper())
+    return f". {config.__name__} has: {', '.join(sections)}."
 
 
 def _no_file(path: str) -> str:
@@ -70,8 +83,9 @@ def load(argv: Sequence[str] | None = None) -> Config:
 
     ``--config FILE`` names the file; every other flag overrides one field, as in
     ``--optimizer.learning-rate 3e-7``. ``--help`` lists them all, ``--resume`` is
-    short for ``--run.resume``, ``--profile N`` for ``--run.profile N``, and ``--latent
-    None`` runs the plain algorithm.
+    short for ``--run.resume``, ``--profile N`` for ``--run.profile N``, ``--latent
+    None`` runs the plain algorithm, and ``--loss orpo`` takes another loss, with its
+    own defaults.
 
     Raises:
         UserError: No config named, or a value that its setting refuses.
@@ -82,6 +96,7 @@ def load(argv: Sequence[str] | None = None) -> Config:
     add_version(own)
     own.add_argument("--config", nargs="?")
     own.add_argument("--latent", nargs="?", default="as in the file")
+    own.add_argument("--loss", nargs="?", default="as in the file")
     short, rest = own.parse_known_args(argv)
     if short.config is None:
         raise UserError(
@@ -96,6 +111,8 @@ def load(argv: Sequence[str] | None = None) -> Config:
             f"--latent must be None, got {short.latent!r}. Its settings have flags of"
             " their own, such as --latent.num-codes 32."
         )
+    if short.loss != "as in the file":
+        config = dataclasses.replace(config, loss=_loss(short.loss))
     return tyro.cli(
         Config,
         default=config,
@@ -111,6 +128,15 @@ def add_version(parser: argparse.ArgumentParser) -> None:
     versions = (f"{name} {importlib.metadata.version(name)}" for name in packages)
     text = ", ".join((*versions, f"Python {platform.python_version()}"))
     parser.add_argument("--version", action="version", version=text)
+
+
+def _loss(word: str | None) -> Loss:
+    """The loss of a name, not yet checked: flags may give what has no default."""
+    kinds = {kind.word: kind for kind in Loss.kinds}
+    kind = kinds.get((word or "").lower().replace("-", "_"))
+    if kind is None:
+        raise UserError(f"--loss must be {' or '.join(kinds)}, got {word!r}.")
+    return kind.__new__(kind)
 
 
 def source(config: Config) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from lpc_jax.config.checks import (
     Bound,
+    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -43,7 +44,6 @@ PosteriorInput = Literal["concat", "difference", "mean_difference", "both", "all
 Matrix = Literal["query", "key", "value", "output", "gate", "up", "down"]
 Truncation = Literal["drop", "cut_prompt", "cut_prompt_then_answer"]
 Best = Literal["loss/preference", "loss/total", "reward/accuracy", "reward/margin"]
-Fraction = Annotated[float, Bound(lambda x: 0 <= x <= 1, "must lie in [0, 1]")]
 Address = Annotated[str, Bound(re.compile(r".+:\d+").fullmatch, "must be host:port")]
 Date = Annotated[str, Bound(_is_date, "must be a date, YYYY-MM-DD")]
 Axis = Annotated[int, Bound(lambda x: x == -1 or x > 0, "must be -1 or above 0")]
@@ -312,7 +312,7 @@ class Distributed(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference(Settings):
-    """The frozen policy of DPO and IPO; its log-probabilities are scored once."""
+    """What losses of log-ratios compare with, frozen; it is scored once."""
 
     path: str | None = None
     """Another model as reference, as model.path; None: the start weights."""

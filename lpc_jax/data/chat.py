@@ -52,6 +52,15 @@ class TokenizedPair:
         default=None, compare=False, repr=False
     )
 
+    def shared(self) -> TokenizedPair:
+        """Both answers cut to the shorter one's length."""
+        most, states = min(len(self.chosen), len(self.rejected)), self.states
+        if states is not None:  # the first is the prompt's
+            chosen, rejected = np.split(states[1:], [len(self.chosen)])
+            states = np.concatenate([states[:1], chosen[:most], rejected[:most]])
+        cut = {"chosen": self.chosen[:most], "rejected": self.rejected[:most]}
+        return dataclasses.replace(self, **cut, states=states)
+
     def key(self) -> bytes:
         """SHA-1 digest of the three token strings and their lengths."""
         content = hashlib.sha1(usedforsecurity=False)

@@ -167,7 +167,7 @@ def empty_batch(
     shape: RowShape,
     length: int,
     *,
-    with_reference: bool,
+    reference_columns: int,
     states: Float[np.ndarray, "_ D"] | None = None,
 ) -> Batch:
     """A micro-batch of padding; it has hidden states of the width of ``states``."""
@@ -191,7 +191,9 @@ def empty_batch(
         pair_mask=zeros(slots).astype(bool),
         pair_id=zeros(slots),
         lengths=zeros(slots, 2) + 1,  # losses divide by them, in empty slots too
-        reference_logp=zeros(slots, 2).astype(np.float32) if with_reference else None,
+        reference_logp=zeros(slots, reference_columns).astype(np.float32)
+        if reference_columns
+        else None,
         hidden=None
         if states is None
         else np.zeros((shape.rows, length, states.shape[1]), states.dtype),
@@ -237,7 +239,7 @@ def micro_batches(
     pairs: Sequence[TokenizedPair],
     shape: RowShape,
     *,
-    reference_logp: Float[np.ndarray, "B 2"] | None,
+    reference_logp: Float[np.ndarray, "B _"] | None,
 ) -> list[Batch]:
     """All pairs once, packed into as many micro-batches as they need."""
     batches = []
@@ -245,7 +247,7 @@ def micro_batches(
         batch = empty_batch(
             shape,
             length,
-            with_reference=reference_logp is not None,
+            reference_columns=0 if reference_logp is None else reference_logp.shape[1],
             states=pairs[0].states,
         )
         for row, indices in enumerate(rows):

@@ -135,9 +135,9 @@ def _batch(config: cfg.Config, of_run: Policy, pair: Pair) -> Batch:
         pairs_per_row=packed.pairs_per_row,
         score_chunk=of_run.compute.score_chunk,
     )
-    reference = config.loss.needs_reference
+    columns = config.loss.reference_columns
     return packing.empty_batch(
-        shape, packed.row_length, with_reference=reference, states=states
+        shape, packed.row_length, reference_columns=columns, states=states
     )
 
 

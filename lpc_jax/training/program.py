@@ -69,11 +69,11 @@ def _fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The settings and digests that stay the same from start to end of a run."""
     # Through JSON, as a saved one went: tuples are lists on both sides.
     of_run = json.loads(json.dumps(manifest))
-    # Settings that came after the run was started had their defaults.
-    whole = cfg.flat(cfg.from_flat(of_run["settings"])) | of_run["settings"]
+    # A setting that came after the checkpoint had its default then.
+    whole = cfg.flat(cfg.from_flat(of_run["settings"]))
     settings = {
         name: value
-        for name, value in whole.items()
+        for name, value in (json.loads(json.dumps(whole)) | of_run["settings"]).items()
         if not name.startswith(FREE_ON_RESUME)
     }
     return settings | {n: of_run[n] for n in of_run if n.endswith("_digest")}

@@ -136,8 +136,8 @@ def columns(
     held_out: Pairs,
     shape: packing.RowShape,
     say: Callable[[str], None],
-) -> tuple[Float[np.ndarray, "B 2"], Float[np.ndarray, "H 2"], str]:
-    """The columns of training and held-out pairs, and the reference's digest."""
+) -> tuple[Float[np.ndarray, "B _"], Float[np.ndarray, "H _"], str]:
+    """``loss.reference_columns`` of both sets, and the reference's digest."""
     chunk = policy.compute.score_chunk
     program = programs.score(policy.graph, policy.mesh, chunk=chunk)
     run = reading.on_mesh(program, policy.params, policy.mesh)
@@ -149,15 +149,22 @@ def columns(
         compute_dtype=policy.compute.dtype.name,
     )
     pairs = [*train, *held_out]
-    column, scored = cache.column(
-        lambda batch: np.asarray(jax.device_get(run(batch))),
-        pairs,
-        shape,
-        lambda done: say(f"reference: {done} pairs scored"),
-    )
-    say(
-        f"reference: {scored} pairs scored, {len(pairs) - scored} found in {cache.path}"
-    )
+    sets = [pairs]
+    if config.loss.ld_alpha < 1:
+        # Up to the shorter answer's length: pairs of their own, with keys of their own.
+        sets.append([pair.shared() for pair in pairs])
+    both = []
+    for pairs in sets:
+        column, scored = cache.column(
+            lambda batch: np.asarray(jax.device_get(run(batch))),
+            pairs,
+            shape,
+            lambda done: say(f"reference: {done} pairs scored"),
+        )
+        known = len(pairs) - scored
+        say(f"reference: {scored} pairs scored, {known} found in {cache.path}")
+        both.append(column)
+    column = np.concatenate(both, axis=1)
     return column[: len(train)], column[len(train) :], digest
 
 

@@ -166,7 +166,7 @@ def compile_ahead(run: Run) -> int:
         batch = packing.empty_batch(
             shape,
             length,
-            with_reference=run.reference is not None,
+            reference_columns=config.loss.reference_columns,
             states=run.train.tokens[0].states,
         )
         arguments = (state.params, frozen, sharding.abstract_batch(batch, mesh))

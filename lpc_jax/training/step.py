@@ -101,6 +101,7 @@ def build(
             progress=step / max(total_steps - 1, 1),
             chunk=chunk,
             companions=companions,
+            with_shared=config.loss.ld_alpha < 1,
         )
         total, sums, _ = objective.terms(config.loss, latent, scores, batch)
         return total, sums

@@ -244,6 +244,20 @@ def test_under_one_reward_the_start_is_compared_pair_by_pair(trained, plain):
     assert found.accuracy.mean == pytest.approx(rights[0] - rights[1])
 
 
+@pytest.mark.parametrize(
+    ("reward", "over_reference"), [("sppo_hard", True), ("orpo", False)]
+)
+def test_any_loss_s_reward_can_be_named(trained, reward, over_reference):
+    main, _ = compare(system=str(trained.folder), reward=reward, limit=4).entries
+    assert (main.reference is not None) == over_reference
+    compared = main.logp.astype(np.float64)
+    if over_reference:
+        expected = 0.001 * (compared - main.reference_logp)
+    else:
+        expected = 0.1 * compared / main.lengths
+    np.testing.assert_allclose(main.rewards, expected, rtol=1e-6)
+
+
 def test_another_system_has_the_same_reward_and_reference(trained):
     held = compare(
         system=str(trained.folder),

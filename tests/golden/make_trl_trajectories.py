@@ -2,12 +2,13 @@
 
     python tests/golden/make_trl_trajectories.py
 
-Needs torch and TRL 1.16.0 (the parity extra), tiny_llama/ and pairs.jsonl. Five runs of
-8 steps in fp32: DPO, IPO, SimPO, DPO with two micro-batches of two pairs a step, and
-DPO with a likelihood term, a pair a micro-batch.
+Needs torch and TRL 1.16.0 (the parity extra), tiny_llama/ and pairs.jsonl. Runs of 8
+steps in fp32: every loss of ours that TRL has, DPO with two micro-batches of two pairs
+a step, with a likelihood term, a pair a micro-batch, and length-desensitised.
 
 What TRL 1.16.0 does, read in its sources (trl/trainer/dpo_trainer.py,
-trl/experimental/cpo/cpo_trainer.py, transformers' trainer.py):
+trl/experimental/cpo/cpo_trainer.py, trl/experimental/orpo/orpo_trainer.py,
+transformers' trainer.py):
 
 - Order: rows as they come with train_sampling_strategy="sequential"; the default
   shuffles with RandomSampler.
@@ -25,7 +26,12 @@ trl/experimental/cpo/cpo_trainer.py, transformers' trainer.py):
 - IPO: ((s_w - ref_w)/n_w - (s_l - ref_l)/n_l - 1/(2 beta))^2, n answer tokens with EOS.
 - SimPO: -log sigmoid(beta (s_w/n_w - s_l/n_l - simpo_gamma/beta)), so simpo_gamma is
   gamma itself and not gamma/beta. CPOTrainer adds cpo_alpha (1.0 by default, 0 here)
-  times the cross-entropy of the whole chosen sequence.
+  times the cross-entropy of the chosen answers' tokens, over all of a micro-batch.
+- CPO: loss_type="sigmoid" there, -log sigmoid(beta (s_w - s_l)), no reference.
+- ORPO: -beta log sigmoid(log odds of the means over tokens, chosen less rejected), plus
+  the cross-entropy of the whole chosen sequences, prompt included. Ours, as the paper's
+  eq. 2, counts the answer alone, and so does the run here: its NLL alone is replaced.
+- ld_alpha: log-probs, the reference's too, weigh it behind the shorter answer's length.
 - A likelihood term, loss_type=["sigmoid", "sft"] with loss_weights: the mean over all
   chosen tokens of a micro-batch, so that long answers count for more; ours is each
   answer's mean. With one pair a micro-batch the two are one.
@@ -59,6 +65,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 FOLDER = Path(__file__).parent
 STEPS, PAIRS_PER_STEP = 8, 4
@@ -101,7 +108,26 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss_weights": [1.0, 0.5],
         "gradient_accumulation_steps": 4,
     },
+    "dpo_ld": DPO | {"ld_alpha": 0.4},
+    "hinge": {"loss_type": ["hinge"], "beta": 0.1},
+    "robust": {"loss_type": ["robust"], "beta": 0.1, "label_smoothing": 0.1},
+    "sigmoid_norm": {"loss_type": ["sigmoid_norm"], "beta": 5.0},
+    "apo_zero": {"loss_type": ["apo_zero"], "beta": 0.1},
+    "apo_down": {"loss_type": ["apo_down"], "beta": 0.1},
+    "exo_pair": {"loss_type": ["exo_pair"], "beta": 0.1, "label_smoothing": 1e-3},
+    "nca_pair": {"loss_type": ["nca_pair"], "beta": 0.1},
+    "sppo_hard": {"loss_type": ["sppo_hard"], "beta": 0.05},
+    # With one pair a micro-batch the mean over its tokens is the answer's mean.
+    "orpo": {"beta": 0.5, "gradient_accumulation_steps": 4},
+    "cpo": {
+        "loss_type": "sigmoid",
+        "beta": 0.1,
+        "cpo_alpha": 1.0,
+        "label_smoothing": 0.0,
+        "gradient_accumulation_steps": 4,
+    },
 }
+NO_REFERENCE = {"simpo", "cpo", "orpo"}
 # Two ways to compute the same attention: how far rounding alone takes a trajectory.
 ROUNDING = 1e-5
 
@@ -212,17 +238,17 @@ class RecordedDPO(DPOTrainer):
         self.ref_model.register_forward_hook(hook("ref_"))
 
 
-class RecordedCPO(CPOTrainer):
-    """TRL's SimPO, watched."""
+class RecordedAnswers:
+    """What TRL's trainers without a reference share, watched."""
 
     recorder: Recorder
+    average: bool
 
-    def cpo_loss(self, chosen_mean: Any, rejected_mean: Any) -> Any:
-        """The losses; the per-token means that TRL passes are kept as sums."""
-        for key, means in (("chosen", chosen_mean), ("rejected", rejected_mean)):
-            sums = means.detach() * self.lengths[key]
-            self.recorder.pending[f"{key}_logp"] = sums.tolist()
-        return super().cpo_loss(chosen_mean, rejected_mean)
+    def keep(self, logps: dict[str, Any]) -> None:
+        """Log-probs of a side, as sums where TRL passes means over tokens."""
+        for side, values in logps.items():
+            scale = self.lengths[side] if self.average else 1
+            self.recorder.pending[f"{side}_logp"] = (values.detach() * scale).tolist()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss, recorded."""
@@ -250,14 +276,41 @@ class RecordedCPO(CPOTrainer):
             recorder.rows.append(ids)
 
 
+class RecordedCPO(RecordedAnswers, CPOTrainer):
+    """TRL's SimPO and CPO."""
+
+    def cpo_loss(self, chosen: Any, rejected: Any) -> Any:
+        """The losses."""
+        self.average = self.loss_type == "simpo"
+        self.keep({"chosen": chosen, "rejected": rejected})
+        return super().cpo_loss(chosen, rejected)
+
+
+class RecordedORPO(RecordedAnswers, ORPOTrainer):
+    """TRL's ORPO, its likelihood over answers alone."""
+
+    average = True
+
+    def concatenated_forward(self, model: Any, batch: Any) -> Any:
+        """As TRL's, but for the likelihood term: each chosen answer's mean."""
+        chosen, rejected, *logits, _ = super().concatenated_forward(model, batch)
+        self.keep({"chosen": chosen, "rejected": rejected})
+        return chosen, rejected, *logits, -chosen.mean()
+
+
+TRAINERS = {
+    "simpo": (CPOConfig, RecordedCPO),
+    "cpo": (CPOConfig, RecordedCPO),
+    "orpo": (ORPOConfig, RecordedORPO),
+}
+
+
 def train(
-    folder: Path, settings: dict[str, Any], pairs: list[dict], attention: str
+    folder: Path, name: str, pairs: list[dict], attention: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, list[int]]], dict[str, list[float]]]:
     """One run: its steps, the token ids of every row, held-out log-probs after it."""
-    simpo = settings["loss_type"] == "simpo"
-    config_class, trainer_class = (
-        (CPOConfig, RecordedCPO) if simpo else (DPOConfig, RecordedDPO)
-    )
+    settings = RUNS[name]
+    config_class, trainer_class = TRAINERS.get(name, (DPOConfig, RecordedDPO))
     micro_batches = settings.get("gradient_accumulation_steps", 1)
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as output:
@@ -313,27 +366,40 @@ def check_first_step(
     for side in ("chosen", "rejected"):
         alone = [token_logps(model, rows[i]["prompt"], rows[i][side]) for i in range(4)]
         assert np.allclose(step[f"{side}_logp"], alone, atol=5e-5, rtol=0)
-        if name != "simpo":
+        if name not in NO_REFERENCE:
             assert np.allclose(step[f"ref_{side}_logp"], alone, atol=5e-5, rtol=0)
     lengths = np.array(
         [[len(rows[i][s]) for s in ("chosen", "rejected")] for i in range(4)]
     )
     logps = np.array([step["chosen_logp"], step["rejected_logp"]]).T
     mean = logps / lengths
-    settings = RUNS[name]
+    beta, e = RUNS[name]["beta"], RUNS[name].get("label_smoothing")
+    log_p, log_odds = mean, mean - np.log1p(-np.exp(mean))
+    # Where the policy is the reference, r is 0.
     expected = {
-        "dpo": np.log(2),
-        "dpo_accumulated": np.log(2),
-        "dpo_sft": np.log(2) - 0.5 * np.mean(mean[:, 0]),
-        "ipo": (1 / (2 * settings["beta"])) ** 2,
-        "simpo": np.mean(
-            np.logaddexp(
-                0,
-                settings.get("simpo_gamma", 0)
-                - settings["beta"] * (mean[:, 0] - mean[:, 1]),
-            )
+        "dpo": lambda: np.log(2),
+        "dpo_accumulated": lambda: np.log(2),
+        "dpo_sft": lambda: np.log(2) - 0.5 * np.mean(log_p[:, 0]),
+        "dpo_ld": lambda: np.log(2),
+        "ipo": lambda: (1 / (2 * beta)) ** 2,
+        "hinge": lambda: 1.0,
+        "robust": lambda: np.log(2),
+        "sigmoid_norm": lambda: np.log(2),
+        "apo_zero": lambda: 1.0,
+        "apo_down": lambda: 1.0,
+        "exo_pair": lambda: -np.log(2) - (np.log(1 - e) + np.log(e)) / 2,
+        "nca_pair": lambda: 2 * np.log(2),
+        "sppo_hard": lambda: 2 * (1 / (2 * beta)) ** 2,
+        "simpo": lambda: np.mean(
+            np.logaddexp(0, RUNS[name]["simpo_gamma"] - beta * -np.diff(log_p))
         ),
-    }[name]
+        "orpo": lambda: np.mean(
+            beta * np.logaddexp(0, np.diff(log_odds)[:, 0]) - log_p[:, 0]
+        ),
+        "cpo": lambda: np.mean(
+            np.logaddexp(0, beta * np.diff(logps)[:, 0]) - log_p[:, 0]
+        ),
+    }[name]()
     assert abs(step["loss"] / expected - 1) < 1e-6, (name, step["loss"], expected)
 
 
@@ -342,7 +408,7 @@ def run(
 ) -> tuple[dict[str, Any], list[dict[str, list[int]]]]:
     """One run by name, checked: what it did, and the token ids of every row."""
     settings = RUNS[name]
-    steps, rows, after = train(folder, settings, pairs, attention)
+    steps, rows, after = train(folder, name, pairs, attention)
     for index, step in enumerate(steps):
         assert step["rows"] == list(range(4 * index, 4 * index + 4))
         assert step["learning_rate"] == SETTINGS["learning_rate"]

@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import chex
@@ -73,6 +74,134 @@ class LossesTest(chex.TestCase):
         np.testing.assert_allclose(loss(*inputs), expected, rtol=1e-6)
 
 
+# --- the other losses -----------------------------------------------------------------
+
+R_W, R_L = CHOSEN - REF_CHOSEN, REJECTED - REF_REJECTED
+MEANS = CHOSEN / CHOSEN_LENGTH, REJECTED / REJECTED_LENGTH
+# Second source: each paper's formula in float64 NumPy, its probabilities written out.
+# exo_pair as KL(q, p) over both answers; orpo's odds as p / (1 - p).
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.asarray(x, np.float64)))
+
+
+def kl(q, p):
+    return q * np.log(q / p)
+
+
+def odds(logp):
+    return np.exp(logp) / (1 - np.exp(logp))
+
+
+FOUR_AND_LENGTHS = (*FOUR, CHOSEN_LENGTH, REJECTED_LENGTH)
+TWO_AND_LENGTHS = (CHOSEN, REJECTED, CHOSEN_LENGTH, REJECTED_LENGTH)
+Q = sigmoid(0.3 * DIFFERENCE)
+FORMULAS = {
+    "hinge": (FOUR, {"beta": 0.3}, np.maximum(0, 1 - 0.3 * DIFFERENCE)),
+    "robust": (
+        FOUR,
+        {"beta": 0.3, "label_smoothing": 0.2},
+        (-0.8 * np.log(Q) + 0.2 * np.log(1 - Q)) / 0.6,
+    ),
+    "apo_zero": (FOUR, {"beta": 0.3}, 1 - sigmoid(0.3 * R_W) + sigmoid(0.3 * R_L)),
+    "apo_down": (FOUR, {"beta": 0.3}, sigmoid(0.3 * R_W) + 1 - Q),
+    "exo_pair": (
+        FOUR,
+        {"beta": 0.3, "label_smoothing": 0.01},
+        kl(Q, 0.99) + kl(1 - Q, 0.01),
+    ),
+    "nca_pair": (
+        FOUR,
+        {"beta": 0.3},
+        -np.log(sigmoid(0.3 * R_W))
+        - (np.log(sigmoid(-0.3 * R_W)) + np.log(sigmoid(-0.3 * R_L))) / 2,
+    ),
+    "sppo_hard": (FOUR, {"beta": 0.25}, (R_W - 2.0) ** 2 + (R_L + 2.0) ** 2),
+    "sigmoid_norm": (
+        FOUR_AND_LENGTHS,
+        {"beta": 3.0},
+        -np.log(sigmoid(3.0 * (R_W / CHOSEN_LENGTH - R_L / REJECTED_LENGTH))),
+    ),
+    "orpo": (
+        TWO_AND_LENGTHS,
+        {"beta": 0.3},
+        -0.3 * np.log(sigmoid(np.log(odds(MEANS[0]) / odds(MEANS[1])))),
+    ),
+    "cpo": ((CHOSEN, REJECTED), {"beta": 0.3}, -log_sigmoid(0.3 * (CHOSEN - REJECTED))),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_loss_equals_its_float64_formula_and_its_gradient_the_difference(name):
+    inputs, settings, expected = FORMULAS[name]
+    function = getattr(preference, name)
+    inputs = arrays(*inputs)
+    np.testing.assert_allclose(function(*inputs, **settings), expected, rtol=2e-6)
+    # A step of 0.01 in the chosen and rejected log-probs; the hinge has no kink there.
+    change = jnp.asarray([1.0, -2.0, 0.5]), jnp.asarray([-0.5, 1.5, 1.0])
+
+    def moved(step):
+        two = (x + step * way for x, way in zip(inputs[:2], change, strict=True))
+        return function(*two, *inputs[2:], **settings)
+
+    slope = jax.jvp(moved, (0.0,), (1.0,))[1]
+    by_steps = (moved(0.01) - moved(-0.01)) / 0.02
+    np.testing.assert_allclose(slope, by_steps, rtol=2e-3, atol=2e-4)
+
+
+def test_losses_take_log_probs_by_name_and_settings_by_keyword():
+    assert str(inspect.signature(preference.robust)).replace("'", "") == (
+        "(chosen_logp: Logp, rejected_logp: Logp, ref_chosen_logp: Logp,"
+        " ref_rejected_logp: Logp, *, beta: float, label_smoothing: float)"
+    )
+    names = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
+    named = dict(zip(names, arrays(*FOUR), strict=True))
+    np.testing.assert_array_equal(
+        preference.hinge(**named, beta=0.3), preference.hinge(*arrays(*FOUR), beta=0.3)
+    )
+    with pytest.raises(TypeError):
+        preference.hinge(*arrays(*FOUR), 0.3)
+
+
+def test_robust_dpo_without_flipped_labels_is_dpo():
+    four = arrays(*FOUR)
+    robust = preference.robust(*four, beta=0.3, label_smoothing=0.0)
+    np.testing.assert_allclose(robust, preference.dpo(*four, beta=0.3), rtol=1e-6)
+
+
+def test_robust_dpo_is_unbiased_under_flipped_labels():
+    """Chowdhury et al. 2024: its mean over flips at the rate e is DPO's loss."""
+    four, e = arrays(*FOUR), 0.2
+    flipped = [four[i] for i in (1, 0, 3, 2)]
+    one, other = (
+        preference.robust(*x, beta=0.3, label_smoothing=e) for x in (four, flipped)
+    )
+    mean = (1 - e) * one + e * other
+    np.testing.assert_allclose(mean, preference.dpo(*four, beta=0.3), rtol=1e-5)
+
+
+def test_beyond_its_margin_the_hinge_is_0_and_has_no_gradient():
+    value, gradient = jax.value_and_grad(
+        lambda x: preference.hinge(x, *arrays([0], [0], [0]), beta=0.1).sum()
+    )(jnp.asarray([10.5]))
+    assert value == gradient[0] == 0
+
+
+def test_exo_is_0_where_the_policy_says_what_the_labels_do():
+    e, ratio = 0.1, math.log(0.9 / 0.1)  # the softmax of (ratio, 0) is (0.9, 0.1)
+    loss = preference.exo_pair(
+        *arrays([ratio / 0.5], [0], [0], [0]), beta=0.5, label_smoothing=e
+    )
+    assert float(loss[0]) == pytest.approx(0, abs=1e-7)
+
+
+def test_answers_of_one_token_make_length_normalised_dpo_dpo():
+    four, one = arrays(*FOUR), jnp.ones(3)
+    normed = preference.sigmoid_norm(*four, one, one, beta=0.3)
+    np.testing.assert_allclose(normed, preference.dpo(*four, beta=0.3), rtol=1e-6)
+
+
 def test_simpo_by_hand():
     # Means -1 and -2, beta 2, gamma 1: margin 2 * 1 - 1 = 1.
     inputs = arrays([-2.0], [-6.0], [2], [3])
@@ -116,11 +245,28 @@ def test_simpo_gradient_is_divided_by_length():
     np.testing.assert_allclose(jax.grad(total)(*inputs), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [preference.dpo, preference.ipo])
-def test_no_gradient_reaches_the_reference(loss):
-    gradients = jax.grad(lambda *a: loss(*a, beta=0.3).sum(), argnums=(2, 3))
-    for gradient in gradients(*arrays(*FOUR)):
+EVERY = FORMULAS | {name: (FOUR, {"beta": 0.3}, None) for name in ("dpo", "ipo")}
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"orpo", "cpo"}))
+def test_no_gradient_reaches_the_reference(name):
+    inputs, settings, _ = EVERY[name]
+    function = getattr(preference, name)
+    gradients = jax.grad(lambda *a: function(*a, **settings).sum(), argnums=(2, 3))
+    for gradient in gradients(*arrays(*inputs)):
         np.testing.assert_array_equal(gradient, 0.0)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("logp", [-1e5, 0.0, 1e5])
+def test_a_loss_and_its_gradient_are_finite_at_extremes(name, logp):
+    inputs, settings, _ = FORMULAS[name]
+    rest = arrays(*inputs)[1:]
+    value, gradient = jax.value_and_grad(
+        lambda x: getattr(preference, name)(x, *rest, **settings).sum()
+    )(jnp.full(3, logp))
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("logp", [-1e5, 1e5])

@@ -19,9 +19,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lpc_jax import config as cfg
 from lpc_jax.errors import UserError
 from lpc_jax.runtime import checkpoint, damage, reader, record
 from lpc_jax.training import program
+from tests import tiny
 
 METRIC = "reward/accuracy"
 
@@ -549,3 +551,14 @@ def test_settings_that_differ_are_all_named() -> None:
 
 def test_settings_that_agree_pass() -> None:
     program.require_same({"loss.beta": 2.0}, {"loss.beta": 2.0})
+
+
+def test_a_setting_that_came_later_had_its_default() -> None:
+    settings = cfg.flat(tiny.config(loss=cfg.Dpo()))
+    saved = {k: v for k, v in settings.items() if k != "loss.ld_alpha"}
+    manifest = {"weights_digest": "a"}
+    fixed = program._fixed(manifest | {"settings": saved})
+    assert fixed == program._fixed(manifest | {"settings": settings})
+    other = settings | {"loss.ld_alpha": 0.5}
+    with pytest.raises(ValueError, match=r"loss\.ld_alpha: checkpoint 1\.0, now 0\.5"):
+        program.require_same(fixed, program._fixed(manifest | {"settings": other}))

@@ -21,7 +21,8 @@ from scripts import evaluate, export, generate
 from tests import runs
 
 LOSSES = {
-    "dpo": cfg.Dpo(beta=0.1, sft_weight=0.5),
+    # ld_alpha: the gradient of answers' parts, which no slope of a whole answer has.
+    "dpo": cfg.Dpo(beta=0.1, sft_weight=0.5, ld_alpha=0.3),
     "simpo": cfg.Simpo(beta=2.0, gamma=0.5, label_smoothing=0.1),
 }
 

@@ -282,7 +282,19 @@ def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path):
     )
 
 
-def test_simpo_scores_no_reference(folder):
-    made = config(folder, loss=cfg.Simpo(beta=2.0, gamma=0.5))
+def test_a_length_desensitised_loss_starts_at_ln_2_and_scores_shared_parts(
+    first, folder
+):
+    made = config(folder, loss=cfg.Dpo(beta=0.1, ld_alpha=0.3))
+    assert first_loss(made)["loss/preference"] == pytest.approx(math.log(2))
+    said = runs.said_before_training(made)
+    assert said.count("reference: 0 pairs scored, 53 found") == 2
+
+
+@pytest.mark.parametrize(
+    "loss", [cfg.Simpo(beta=2.0, gamma=0.5), cfg.Orpo(), cfg.Cpo()]
+)
+def test_a_loss_without_a_reference_scores_none(folder, loss):
+    made = config(folder, loss=loss)
     assert "reference:" not in runs.said_before_training(made)
     assert not any("over_reference" in name for name in first_loss(made))

@@ -65,6 +65,7 @@ TESTED_IN = {
     "loss.beta": "test_each_loss_setting_changes_the_loss",
     "loss.label_smoothing": "test_each_loss_setting_changes_the_loss",
     "loss.sft_weight": "test_each_loss_setting_changes_the_loss",
+    "loss.ld_alpha": "test_each_loss_setting_changes_the_loss",
     "loss.reduction": "test_each_loss_setting_changes_the_loss",
     "loss.gamma": "test_each_loss_setting_changes_the_loss",
     "loss.gamma_beta_ratio": "test_each_loss_setting_changes_the_loss",
@@ -372,6 +373,15 @@ def test_a_prior_from_clusters_knows_of_the_posterior(folder):
         (cfg.Dpo(), {"beta": 0.3}),
         (cfg.Dpo(), {"label_smoothing": 0.2}),
         (cfg.Dpo(), {"sft_weight": 0.5}),
+        (cfg.Dpo(), {"ld_alpha": 0.5}),
+        (cfg.Simpo(gamma=0.5), {"ld_alpha": 0.5}),
+        *(
+            (kind(), {"beta": 0.3})
+            for kind in cfg.Loss.kinds
+            if kind not in (cfg.Simpo, cfg.Dpo, cfg.Ipo)
+        ),
+        (cfg.Robust(), {"label_smoothing": 0.2}),
+        (cfg.ExoPair(), {"label_smoothing": 0.2}),
         (cfg.Ipo(), {"sft_weight": 0.5}),
         (cfg.Simpo(gamma=0.5), {"sft_weight": 0.5}),
         (cfg.Ipo(), {"beta": 0.3}),
@@ -386,7 +396,7 @@ def test_a_prior_from_clusters_knows_of_the_posterior(folder):
 def test_each_loss_setting_changes_the_loss(plain, change):
     graph, params = tiny.split_policy(latent=None)
     pairs = tiny.pairs(6)
-    reference = np.random.default_rng(0).normal(-30, 5, (6, 2)).astype(np.float32)
+    reference = np.random.default_rng(0).normal(-30, 5, (6, 4)).astype(np.float32)
     (batch,) = tiny.batches(pairs, rows=4, reference_logp=reference)
     scores = objective.score_inference(
         nnx.merge(graph, params), batch, steering=None, key=jax.random.key(0), chunk=8
