@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,22 @@ def _check_template(template: Any, path: Path) -> None:
     )
 
 
+def template_text(tokenizer: Tokenizer) -> str:
+    """The text of the chat template, of the default where there are several."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template or ""
+
+
+def written_by_template(tokenizer: Tokenizer, tokens: Sequence[str]) -> set[str]:
+    """Those of the tokens that the chat template spells, or writes by their role."""
+    template = template_text(tokenizer)
+    roles = tokenizer.special_tokens_map.items()
+    by_role = {str(token) for role, token in roles if role in template}
+    return {token for token in tokens if token in template or token in by_role}
+
+
 def digest(tokenizer: Tokenizer) -> str:
     """SHA-256, in hex, over all that decides which tokens a conversation becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -104,13 +121,11 @@ def digest(tokenizer: Tokenizer) -> str:
 
 def opens_with_bos(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer adds BOS to plain text, or its chat template writes it."""
-    bos, template = tokenizer.bos_token_id, tokenizer.chat_template
+    bos = tokenizer.bos_token_id
     if bos is None:
         return False
-    if isinstance(template, dict):
-        template = template.get("default")
     adds = tokenizer("a")["input_ids"][:1] == [bos]
-    return adds or (template is not None and "bos_token" in template)
+    return adds or "bos_token" in template_text(tokenizer)
 
 
 def _from_folder(folder: Path) -> Tokenizer:

@@ -22,7 +22,7 @@ from lpc_jax.files import untrusted
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import weights
 from lpc_jax.models.architectures import Architecture
-from lpc_jax.runtime import compute, policy, reader, record
+from lpc_jax.runtime import compute, fit, policy, reader, record
 from lpc_jax.runtime.policy import Params, Policy
 
 CHECKPOINTS = "checkpoints"
@@ -43,13 +43,15 @@ class Origin:
     checkpoint: Path | None = None  # likewise
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, with its chat template."""
+        """The tokenizer, with its chat template; its ids have rows of the embedding."""
         path = self.path
         if self.model.tokenizer is not None:
             path = weights.find(
                 self.model.tokenizer, setting="model.tokenizer", revision=None
             )
-        return tokenizers.load(path, chat_template=self.model.chat_template)
+        loaded = tokenizers.load(path, chat_template=self.model.chat_template)
+        fit.require_rows(loaded, self.architecture, self.path)
+        return loaded
 
 
 def find(

@@ -19,7 +19,7 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.errors import UserError
 from lpc_jax.models.latent import Steering
-from lpc_jax.runtime import programs
+from lpc_jax.runtime import fit, programs
 from lpc_jax.runtime.policy import Policy
 from lpc_jax.types import Batch
 
@@ -115,6 +115,7 @@ def score(
 ) -> Float[np.ndarray, "B 2"]:
     """Summed log-probabilities of both answers; ``steering`` is None without codes."""
     assert (steering is None) == (policy.latent is None)
+    fit.warn_of_length(pairs, policy.architecture.context_length)
     chunk = policy.compute.score_chunk
     program = programs.score(
         policy.graph, policy.mesh, steering=steering, seed=seed, chunk=chunk

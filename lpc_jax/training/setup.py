@@ -18,6 +18,7 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
+from lpc_jax.runtime import fit, processes
 from lpc_jax.training import memory
 
 if TYPE_CHECKING:
@@ -154,6 +155,12 @@ def describe(run: Run) -> None:
         f" {shape.scored} scored a row; {run.total_steps} steps\n"
         f"{loss_table.formula(config.loss, config.latent)}"
     )
+    if processes.is_main():
+        fit.warn_of_length(
+            [*run.train, *run.held_out],
+            policy.architecture.context_length,
+            max_length=config.data.max_length,
+        )
 
 
 def compile_ahead(run: Run) -> int:
