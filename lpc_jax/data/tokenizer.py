@@ -119,6 +119,23 @@ def digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes a tokenizer's files so that transformers 4 reads them as 5 does.
+
+    The class is the one that both have, which takes ``tokenizer.json`` as it is.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # transformers 4 takes a dict of named tokens under this name, and no list.
+    if isinstance(settings.get("extra_special_tokens"), list):
+        extra = settings.pop("extra_special_tokens")
+        settings["additional_special_tokens"] = extra
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
 def opens_with_bos(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer adds BOS to plain text, or its chat template writes it."""
     bos = tokenizer.bos_token_id

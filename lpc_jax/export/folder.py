@@ -108,7 +108,7 @@ def write(
         file.write_text(generation + "\n", encoding="utf-8")
         if latent is not None:
             shutil.copyfile(Path(__file__).parent / "out" / MODULE, partial / MODULE)
-        policy.tokenizer.save_pretrained(partial)
+        tokenizers.save(policy.tokenizer, partial)
         # The template is in the folder, also one that replaced the tokenizer's own.
         again = tokenizers.load(partial, chat_template=None)
         if tokenizers.digest(again) != tokenizers.digest(policy.tokenizer):

@@ -88,20 +88,39 @@ def find_model(model: cfg.Model, setting: str = "model.path") -> Origin:
 
 def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Origin:
     checkpoint = reader.find(run / CHECKPOINTS, step)
-    config = cfg.from_flat(record.read(checkpoint)["meta"]["settings"])
+    meta = record.read(checkpoint)["meta"]
+    config = cfg.from_flat(meta["settings"])
     if "revision" in model:
         raise UserError(
             f"--revision {model['revision']} is of a hub id, got the run {run}, which"
             " has its own. Leave it out."
         )
     settings = dataclasses.replace(config.model, **model)
+    start = find_model(settings)
+    _require_architecture(meta.get("architecture", {}), start, run)
     return dataclasses.replace(
-        find_model(settings),
+        start,
         name=f"{run} at step {checkpoint.name}",
         latent=config.latent,
         run=dataclasses.replace(config, model=settings),
         checkpoint=checkpoint,
     )
+
+
+def _require_architecture(trained: Mapping[str, Any], start: Origin, run: Path) -> None:
+    """Refuses a start model that says to compute otherwise than in training."""
+    now = policy.described(start.architecture)
+    differences = [
+        f"{name} {trained[name]!r} in training, now {now[name]!r}"
+        for name in trained.keys() & now.keys()
+        if trained[name] != now[name]
+    ]
+    if differences:
+        raise UserError(
+            f"{start.path} must compute as when {run} was trained, got"
+            f" {'; '.join(sorted(differences))}. Put its config.json back, or train"
+            " again."
+        )
 
 
 def _latent_of(section: dict[str, Any], path: Path) -> cfg.Latent:

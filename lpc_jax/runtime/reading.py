@@ -20,7 +20,7 @@ from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.errors import UserError
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import fit, programs
-from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime.policy import Policy, decoder_digest
 from lpc_jax.types import Batch
 
 Pairs = Sequence[TokenizedPair]
@@ -182,7 +182,7 @@ def with_states(
         return pairs
     states = HiddenStates(
         Path(policy.config.model.states_cache),
-        weights_digest=policy.source.digest,
+        decoder_digest=decoder_digest(policy.source.digest, policy.architecture),
         dtype=policy.compute.dtype,
         width=policy.architecture.width,
     )

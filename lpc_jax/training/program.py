@@ -43,6 +43,9 @@ FREE_ON_RESUME = (
 )
 
 
+_ARCHITECTURE = "architecture."
+
+
 def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to resume under other settings; the error lists each with both values."""
 
@@ -53,6 +56,7 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         f"  {name}: checkpoint {value(saved, name)}, now {value(now, name)}"
         for name in {**now, **saved}
         if value(saved, name) != value(now, name)
+        and (name in saved or not name.startswith(_ARCHITECTURE))
     ]
     if lines:
         raise UserError(
@@ -72,6 +76,9 @@ def _fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in of_run["settings"].items()
         if not name.startswith(FREE_ON_RESUME)
     }
+    # Of config.json or a GGUF file; absent in checkpoints of versions before.
+    computed = of_run.get("architecture", {}).items()
+    settings |= {f"{_ARCHITECTURE}{name}": value for name, value in computed}
     return settings | {n: of_run[n] for n in of_run if n.endswith("_digest")}
 
 
