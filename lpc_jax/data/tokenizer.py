@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import tokenizers
 import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lpc_jax.data import gguf_tokenizer
+from lpc_jax.data import gguf_tokenizer, sentence_piece
 from lpc_jax.errors import UserError
 from lpc_jax.files import gguf as gguf_files
 from lpc_jax.files import untrusted
@@ -24,6 +25,9 @@ _LARGEST_JSON = 1 << 29  # the largest known tokenizer.json has some 35 MB
 _READ_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 TEMPLATE_REMEDY = "Set model.chat_template to a file with a Jinja chat template."
 _LONGEST_TOKEN = 40
+# What tokenizers part differently: spaces, line ends, digits, bytes, compositions.
+_PROBE = " Two  ships,\n\n  s'il DON'T: 12345?\t\U0001f60a e\u0301 世界\r\n \ufb01n\n"
+_PROBED = 50  # added tokens, each before a space and before a letter
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
@@ -169,6 +173,10 @@ def _from_folder(folder: Path) -> Tokenizer:
             " whole one."
         ):
             tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    elif (folder / "tokenizer.model").is_file():
+        with tempfile.TemporaryDirectory() as converted:
+            if sentence_piece.convert(folder, Path(converted)):
+                return _from_folder(Path(converted))
     with gguf_tokenizer.broken(
         f"{folder}: the tokenizer cannot be loaded without running code that comes with"
         " it, or is broken ({reason}). Set model.tokenizer to a folder with"
@@ -183,7 +191,31 @@ def _from_folder(folder: Path) -> Tokenizer:
         )
         # Fields of another kind than they must be may show only in use.
         loaded.decode(loaded("a").input_ids)
+        if (folder / "tokenizer.json").is_file():
+            return _as_in_file(loaded, folder)
     return loaded
+
+
+def _as_in_file(loaded: Tokenizer, folder: Path) -> Tokenizer:
+    """A tokenizer that gives the ids of its ``tokenizer.json``.
+
+    transformers 5 builds some classes (LlamaTokenizer, Qwen2Tokenizer) anew from the
+    vocabulary alone, and drops how the file normalizes and splits.
+    """
+    own = transformers.PreTrainedTokenizerFast.from_pretrained(
+        str(folder), local_files_only=True
+    )
+    added = [str(token) for token in own.added_tokens_decoder.values()][:_PROBED]
+    text = _PROBE + "".join(f"{token} x{token}y" for token in added)
+    ids, expected = (t(text, add_special_tokens=False).input_ids for t in (loaded, own))
+    if ids == expected:
+        return loaded
+    vocabulary = own.get_vocab()
+    for role, token in loaded.special_tokens_map.items():  # a class has defaults
+        if getattr(own, role, None) is None and token in vocabulary:
+            setattr(own, role, token)
+    own.chat_template = loaded.chat_template
+    return own
 
 
 def _config_without_code(folder: Path) -> transformers.PretrainedConfig | None:

@@ -230,7 +230,7 @@ def test_generation_ends_where_an_answer_does(folder, lpc, tmp_path):
         "do_sample": False,
     }
     source = Path(shutil.copytree(exports.GOLDEN / "tiny_llama", tmp_path / "a"))
-    more = {"eos_token_id": [7, eos, 7, 10_000, "x"]}  # the last two are no tokens
+    more = {"eos_token_id": [7, eos, 7, -1, "x"]}  # the last two are no tokens
     (source / "generation_config.json").write_text(json.dumps(more))
     path = write(load(source, lpc), tmp_path / "b")
     found = json.loads((path / "generation_config.json").read_text())
