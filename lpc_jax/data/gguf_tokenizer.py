@@ -156,8 +156,12 @@ def _sentence_piece(metadata: Metadata, file: str) -> Tokenizer:
     backend = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True)
     )
-    spaces = [normalizers.Replace(" ", "▁")]
-    decoding = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces: list[Any] = [normalizers.Replace(" ", "▁")]
+    decoding: list[Any] = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend("▁"))
         decoding.append(decoders.Strip(content=" ", left=1))

@@ -29,7 +29,7 @@ def convert(folder: Path, output: Path) -> bool:
         UserError: A SentencePiece file of another kind than Llama's and Mistral's.
     """
     file = folder / "tokenizer.model"
-    content = sentencepiece_model.ModelProto()
+    content = sentencepiece_model.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] -- made at import
     try:
         content.ParseFromString(file.read_bytes()[:_LARGEST])
     except DecodeError:

@@ -18,7 +18,7 @@ from lpc_jax import sharding
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.files import untrusted
+from lpc_jax.files import kinds, untrusted
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import weights
 from lpc_jax.models.architectures import Architecture
@@ -80,6 +80,7 @@ def find(
 def find_model(model: cfg.Model, setting: str = "model.path") -> Origin:
     """A model, or an exported folder with its codes; ``setting`` is for messages."""
     path = weights.find(model.path, setting=setting, revision=model.revision)
+    kinds.require_model(path, setting)
     architecture = weights.read_architecture(path)
     section = weights.read_latent_section(path)
     latent = None if section is None else _latent_of(section, path)

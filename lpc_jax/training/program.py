@@ -64,7 +64,22 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             " with; these differ:\n"
             + "\n".join(lines)
             + "\nDrop what overrides them, or start a new run with another --name."
+            + _further(saved, now)
         )
+
+
+def _further(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How a run that was to go on for longer goes on; empty if it was not."""
+    lengths = ("training.epochs", "training.steps")
+    if all(saved.get(name) == now.get(name) for name in lengths):
+        return ""
+    plain = " --plain" * any(name.startswith("latent.") for name in saved)
+    reference = saved.get("reference.path") or saved.get("model.path")
+    return (
+        f"\nTo train further: python scripts/export.py RUN FOLDER{plain}, then a new"
+        " run with --model.path FOLDER and, if the loss has a reference,"
+        f" --reference.path {reference}."
+    )
 
 
 def _fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:

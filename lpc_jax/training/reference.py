@@ -94,16 +94,14 @@ class ReferenceCache:
         # One process's file decides what all of them score together.
         column = processes.array_from_main(column)
         missing = np.flatnonzero(np.isnan(column[:, 0])).tolist()
-        cached = np.flatnonzero(~np.isnan(column[:, 0]))
-        if len(cached):
+        cached = np.flatnonzero(~np.isnan(column[:, 0])).tolist()
+        if cached:
             # A window or a stretch of RoPE shows in long pairs alone.
-            chosen = of_every_length([pairs[i] for i in cached], CHECKED_PAIRS)
-            checked = [pairs[i] for i in cached[chosen]]
+            spread = of_every_length([pairs[i] for i in cached], CHECKED_PAIRS)
+            chosen = [cached[i] for i in spread]
+            checked = [pairs[i] for i in chosen]
             live = score_pairs(score, checked, shape, lambda _: None)
-            off = (
-                np.abs(live - column[cached[chosen]])
-                / packing.pair_lengths(checked)[:, 1:]
-            )
+            off = np.abs(live - column[chosen]) / packing.pair_lengths(checked)[:, 1:]
             self._require_agreement(float(off.max()), len(checked))
         if missing:
             scored = score_pairs(score, [pairs[i] for i in missing], shape, on_progress)

@@ -433,6 +433,17 @@ def test_resuming_from_other_weights_is_refused(crashed, monkeypatch):
     )
 
 
+def test_more_epochs_of_a_run_that_has_ended_are_told_how_to_go_on():
+    saved = {"training.epochs": 1, "model.path": "start", "latent.num_codes": 8}
+    with pytest.raises(ValueError, match="these differ:") as error:
+        program.require_same(saved, saved | {"training.epochs": 2})
+    assert str(error.value).endswith(
+        "To train further: python scripts/export.py RUN FOLDER --plain, then a new run"
+        " with --model.path FOLDER and, if the loss has a reference, --reference.path"
+        " start."
+    )
+
+
 def test_what_alters_no_update_may_change_on_resume(crashed, straight, tmp_path):
     config = resumed(crashed["DPO"], tmp_path)
     free = dataclasses.replace(
