@@ -24,7 +24,6 @@ from lpc_jax.training import log as logs
 from lpc_jax.training import memory, nonfinite, reference, run_folder, setup
 from lpc_jax.training.loop import Loop
 from lpc_jax.training.run import Run
-from lpc_jax.training.trackers import require_trackers
 
 # Settings that a resumed run may change: they alter no update.
 FREE_ON_RESUME = (
@@ -115,7 +114,6 @@ def train(config: cfg.Config, console: Console) -> Loop:
     sizes = dataclasses.asdict(config.mesh)
     mesh = sharding.make_mesh(**sizes, devices=jax.devices())
     sharding.require_rows_divide(config.packing.rows, mesh)
-    require_trackers(config.run.trackers)
     if config.run.compilation_cache is not None:
         compute.keep_compiled(Path(config.run.compilation_cache))
     with (
