@@ -156,6 +156,12 @@ def test_a_run_whose_start_model_now_computes_otherwise_is_refused(
     loading.find(str(adapted.folder))
 
 
+def test_a_run_is_no_start_model(adapted):
+    with pytest.raises(ValueError, match="is a run: python scripts/") as error:
+        loading.find_model(cfg.Model(path=str(adapted.folder)), "reference.path")
+    assert str(error.value).startswith("reference.path must be a model, but ")
+
+
 def test_a_start_model_is_the_decoder_alone():
     loaded = loading.load(str(runs.MODEL), mesh=mesh())
     assert loaded.latent is None
