@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HAS := $(VENV)/.has
 
-.PHONY: quickstart losses tutorial test soak parity bench run-bench plan run-plan vllm lint clean
+.PHONY: quickstart losses tutorial test soak parity older-transformers bench run-bench \
+    plan run-plan vllm lint clean
 
 # Huge pages for large allocations save a tenth of the time where glibc has them.
 quickstart: $(HAS)-quickstart
@@ -59,6 +60,19 @@ soak: $(HAS)-dev
 parity: $(HAS)-parity
 	$(BIN)/python -m pytest -m parity $(ARGS)
 
+# Exported folders in the last transformers 4, which has an environment of its own.
+older-transformers: $(HAS)-parity $(VENV)-older/.has-older
+	LPC_JAX_OLDER_PYTHON=$(VENV)-older/bin/python \
+	    $(BIN)/python -m pytest -m parity tests/parity/test_older.py $(ARGS)
+
+$(VENV)-older/.has-older: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-older
+	$(VENV)-older/bin/python -m pip --disable-pip-version-check --quiet install \
+	    $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(VENV)-older/bin/python -m pip --disable-pip-version-check --quiet install \
+	    'transformers==4.57.*'
+	@touch $@
+
 # An environment of its own: Tunix brings a great deal.
 bench:
 	$(MAKE) run-bench VENV=$(VENV)-bench
@@ -84,7 +98,8 @@ lint: $(HAS)-dev
 	$(BIN)/lint-imports --no-cache
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench $(VENV)-plan $(VENV)-vllm *.egg-info build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-older $(VENV)-bench $(VENV)-plan $(VENV)-vllm *.egg-info build \
+	    .pytest_cache .ruff_cache
 	find configs lpc_jax scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:

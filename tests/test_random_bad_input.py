@@ -705,7 +705,7 @@ def test_a_damaged_reference_cache_is_refused_or_holds_two_numbers_a_pair(data):
     content = whole if other else data.draw(edited(whole, head=300))
     with scratch() as folder:
         (folder / f"{'d' * 32}-float32.npz").write_bytes(content)
-        options = {"weights_digest": "d" * 64, "compute_dtype": "float32"}
+        options = {"decoder_digest": "d" * 64, "compute_dtype": "float32"}
         with untouched(folder):
             found = outcome(
                 "reference cache",

@@ -143,7 +143,7 @@ def test_a_pickle_in_the_reference_cache_is_not_run(tmp_path, marker, name):
         f"reference cache {file} must be a whole .npz file, got a broken or truncated"
         " one. Delete the file to score again."
     )
-    options = {"weights_digest": "d" * 64, "compute_dtype": "float32"}
+    options = {"decoder_digest": "d" * 64, "compute_dtype": "float32"}
     assert refusal(lambda: reference.ReferenceCache(tmp_path, **options)) == message
     file.write_bytes(pickle.dumps(Payload(marker)))
     assert refusal(lambda: reference.ReferenceCache(tmp_path, **options)) == message
@@ -162,7 +162,7 @@ def test_a_pickle_in_the_reference_cache_is_not_run(tmp_path, marker, name):
 def test_a_reference_cache_of_other_arrays_is_refused(tmp_path, arrays):
     file = tmp_path / f"{'d' * 32}-float32.npz"
     np.savez(file, **arrays)
-    options = {"weights_digest": "d" * 64, "compute_dtype": "float32"}
+    options = {"decoder_digest": "d" * 64, "compute_dtype": "float32"}
     message = refusal(lambda: reference.ReferenceCache(tmp_path, **options))
     assert message.startswith(f"reference cache {file} must be a whole .npz file")
 

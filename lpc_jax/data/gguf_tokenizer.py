@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import tokenization_utils_base
 
 from lpc_jax.errors import UserError
@@ -143,15 +143,33 @@ def _byte_level(metadata: Metadata, file: str) -> Tokenizer:
 
 
 def _sentence_piece(metadata: Metadata, file: str) -> Tokenizer:
-    """SentencePiece BPE, ``llama`` in GGUF's words; merges follow from the scores."""
+    """SentencePiece BPE, ``llama`` in GGUF's words; merges follow from the scores.
+
+    As llama.cpp (llama-vocab.cpp, llm_tokenizer_spm) and transformers 4 with
+    ``legacy: true``: a space goes before the text and after every special token.
+    """
     tokens = metadata[_TOKENS]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     values = _required(metadata, "tokenizer.ggml.scores", file)
     scores = dict(zip(tokens, values, strict=True))
-    return transformers.LlamaTokenizer(
-        vocab=vocabulary,
-        merges=tokenization_utils_base.generate_merges(vocabulary, scores),  # pyright: ignore[reportArgumentType] -- annotated as str, takes the list
-        add_prefix_space=metadata.get("tokenizer.ggml.add_space_prefix", True),
+    merges = tokenization_utils_base.generate_merges(vocabulary, scores)
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True)
+    )
+    spaces: list[Any] = [normalizers.Replace(" ", "▁")]
+    decoding: list[Any] = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        spaces.insert(0, normalizers.Prepend("▁"))
+        decoding.append(decoders.Strip(content=" ", left=1))
+    backend.normalizer = normalizers.Sequence(spaces)
+    backend.decoder = decoders.Sequence(decoding)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
         **_options(metadata, adds_bos=True),
     )
 

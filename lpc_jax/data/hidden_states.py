@@ -1,8 +1,8 @@
 """Caches a frozen decoder's hidden states of pairs on disk, mapped into memory.
 
 They are those of the prompt's last token and of both answers' tokens: all that prior,
-posterior and head read. Their key is the token ids after truncation, the weights and
-the compute dtype, as for the reference's log-probabilities.
+posterior and head read. Their key is the token ids after truncation, the weights, the
+architecture and the compute dtype, as for the reference's log-probabilities.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import numpy as np
 from jaxtyping import Float
 
 from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pairs import of_every_length
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted, whole
 
 # Cached pairs that are read again, and the error allowed, as a share of the root mean
 # square: bfloat16 under another packing stays well below it, other weights don't.
-CHECKED_PAIRS = 4
+CHECKED_PAIRS = 6
 CHECK_TOLERANCE = 0.1
 _GROUP = 256  # pairs read, and kept in a file, together: the most a killed run loses
 _SPARE_BYTES = 2**28  # left free on the disk
@@ -34,9 +35,9 @@ class HiddenStates:
     """Hidden states of one set of weights in one compute dtype, in their own folder."""
 
     def __init__(
-        self, folder: Path, *, weights_digest: str, dtype: np.dtype, width: int
+        self, folder: Path, *, decoder_digest: str, dtype: np.dtype, width: int
     ):
-        self.path = folder / f"{weights_digest[:32]}-{dtype.name}"
+        self.path = folder / f"{decoder_digest[:32]}-{dtype.name}"
         self.dtype, self.width = dtype, width
         self._known: dict[bytes, _Kept] = {}
         for index in sorted(self.path.glob("*.npz")):
@@ -83,7 +84,9 @@ class HiddenStates:
             rows, crc, file = self._known[pair.key()]
             if len(rows) != positions(pair) or zlib.crc32(rows.tobytes()) != crc:
                 raise self._damaged(file)
-        self._require_same(cached[:CHECKED_PAIRS], read)
+        self._require_same(
+            [cached[i] for i in of_every_length(cached, CHECKED_PAIRS)], read
+        )
         for first in range(0, len(missing), _GROUP):
             group = missing[first : first + _GROUP]
             self._store(group, _states(group, read))

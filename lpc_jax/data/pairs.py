@@ -104,6 +104,16 @@ def tokens_digest(pairs: Sequence[TokenizedPair]) -> str:
     return hashlib.sha256(b"".join(pair.key() for pair in pairs)).hexdigest()
 
 
+def of_every_length(pairs: Sequence[TokenizedPair], count: int) -> list[int]:
+    """Places of so many pairs, evenly from the one of fewest positions to the most."""
+    if not pairs:
+        return []
+    sizes = packing.pair_lengths(pairs)
+    order = np.argsort(sizes[:, 0] + sizes[:, 1:].max(axis=1), kind="stable")
+    at = np.linspace(0, len(order) - 1, min(count, len(order))).round()
+    return order[at.astype(int)].tolist()
+
+
 def lengths(pairs: Sequence[TokenizedPair]) -> Int[np.ndarray, "B 2"]:
     """Scored tokens of the chosen and the rejected answers."""
     return packing.pair_lengths(pairs)[:, 1:]

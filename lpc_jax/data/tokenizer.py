@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import tokenizers
 import transformers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lpc_jax.data import gguf_tokenizer, templates
+from lpc_jax.data import gguf_tokenizer, sentence_piece, templates
 from lpc_jax.errors import UserError
 from lpc_jax.files import gguf as gguf_files
 from lpc_jax.files import untrusted
@@ -28,6 +29,9 @@ TEMPLATE_REMEDY = (
 )
 RENDERING = ("template", "template_arguments")
 _LONGEST_TOKEN = 40
+# What tokenizers part differently: spaces, line ends, digits, bytes, compositions.
+_PROBE = " Two  ships,\n\n  s'il DON'T: 12345?\t\U0001f60a e\u0301 世界\r\n \ufb01n\n"
+_PROBED = 50  # added tokens, each before a space and before a letter
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥"})
 
 
@@ -117,6 +121,14 @@ def _check_template(template: Any, path: Path) -> None:
     )
 
 
+def written_by_template(tokenizer: Tokenizer, tokens: Sequence[str]) -> set[str]:
+    """Those of the tokens that the chat template spells, or writes by their role."""
+    template = templates.default(tokenizer.chat_template)
+    roles = tokenizer.special_tokens_map.items()
+    by_role = {str(token) for role, token in roles if role in template}
+    return {token for token in tokens if token in template or token in by_role}
+
+
 def digest(tokenizer: Tokenizer) -> str:
     """SHA-256, in hex, over all that decides which tokens a conversation becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -125,6 +137,23 @@ def digest(tokenizer: Tokenizer) -> str:
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = [rules, tokenizer.chat_template, sorted(named.items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes a tokenizer's files so that transformers 4 reads them as 5 does.
+
+    The class is the one that both have, which takes ``tokenizer.json`` as it is.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # transformers 4 takes a dict of named tokens under this name, and no list.
+    if isinstance(settings.get("extra_special_tokens"), list):
+        extra = settings.pop("extra_special_tokens")
+        settings["additional_special_tokens"] = extra
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def opens_with_bos(tokenizer: Tokenizer) -> bool:
@@ -162,6 +191,10 @@ def _from_folder(folder: Path) -> Tokenizer:
             " whole one."
         ):
             tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    elif (folder / "tokenizer.model").is_file():
+        with tempfile.TemporaryDirectory() as converted:
+            if sentence_piece.convert(folder, Path(converted)):
+                return _from_folder(Path(converted))
     with gguf_tokenizer.broken(
         f"{folder}: the tokenizer cannot be loaded without running code that comes with"
         " it, or is broken ({reason}). Set model.tokenizer to a folder with"
@@ -176,7 +209,31 @@ def _from_folder(folder: Path) -> Tokenizer:
         )
         # Fields of another kind than they must be may show only in use.
         loaded.decode(loaded("a").input_ids)
+        if (folder / "tokenizer.json").is_file():
+            return _as_in_file(loaded, folder)
     return loaded
+
+
+def _as_in_file(loaded: Tokenizer, folder: Path) -> Tokenizer:
+    """A tokenizer that gives the ids of its ``tokenizer.json``.
+
+    transformers 5 builds some classes (LlamaTokenizer, Qwen2Tokenizer) anew from the
+    vocabulary alone, and drops how the file normalizes and splits.
+    """
+    own = transformers.PreTrainedTokenizerFast.from_pretrained(
+        str(folder), local_files_only=True
+    )
+    added = [str(token) for token in own.added_tokens_decoder.values()][:_PROBED]
+    text = _PROBE + "".join(f"{token} x{token}y" for token in added)
+    ids, expected = (t(text, add_special_tokens=False).input_ids for t in (loaded, own))
+    if ids == expected:
+        return loaded
+    vocabulary = own.get_vocab()
+    for role, token in loaded.special_tokens_map.items():  # a class has defaults
+        if getattr(own, role, None) is None and token in vocabulary:
+            setattr(own, role, token)
+    own.chat_template = loaded.chat_template
+    return own
 
 
 def _config_without_code(folder: Path) -> transformers.PretrainedConfig | None:

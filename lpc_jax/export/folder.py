@@ -16,7 +16,7 @@ from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.errors import UserError
 from lpc_jax.models import architectures, weights
-from lpc_jax.runtime import compute, ends, steering
+from lpc_jax.runtime import compute, ends, fit, steering
 from lpc_jax.runtime import policy as policies
 from lpc_jax.runtime.loading import Origin
 from lpc_jax.runtime.policy import Policy
@@ -112,13 +112,13 @@ def write(
             shard_bytes=shard_bytes,
         )
         generation = json.dumps(tokens | {"do_sample": False}, indent=2)
-        file = partial / ends.GENERATION_CONFIG
+        file = partial / fit.GENERATION_CONFIG
         file.write_text(generation + "\n", encoding="utf-8")
         if latent is not None:
             shutil.copyfile(Path(__file__).parent / "out" / MODULE, partial / MODULE)
         if card is not None:
             (partial / CARD).write_text(card, encoding="utf-8")
-        policy.tokenizer.save_pretrained(partial)
+        tokenizers.save(policy.tokenizer, partial)
         # The template is in the folder, also one that replaced the tokenizer's own.
         again = tokenizers.load(partial, chat_template=None)
         if tokenizers.digest(again) != tokenizers.digest(policy.tokenizer):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from lpc_jax.errors import UserError
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
@@ -21,6 +23,20 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path, setting: str) -> None:
+    """Raises ``UserError`` for a folder that cannot be made or written to; makes none.
+
+    A file where a folder must be counts too.
+    """
+    place = folder.expanduser().absolute()
+    nearest = next(p for p in (place, *place.parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{setting} = {str(folder)!r} must be a folder that can be written to, got"
+            f" {nearest}, which cannot. Name another."
+        )
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -37,7 +37,13 @@ _SHOWN = 10
 
 # Tensors that may be absent or present, since a decoder knows what they hold.
 _HARMLESS = ("*rotary_emb.inv_freq", gguf_config.ROPE_FACTORS)
-_HARMLESS_WHEN_TIED = ("lm_head.weight",)
+_HEAD = "lm_head.weight"
+_HARMLESS_WHEN_TIED = (_HEAD,)
+_EMBEDDING = "model.embed_tokens.weight"
+_TIE = (
+    "If the head is the embedding, set tie_word_embeddings to true in config.json; else"
+    " download the weights again."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +171,8 @@ def _open(
     if differences:
         with_codes = f" and {latent.num_codes} codes" if latent else ""
         remedy = "Check that the weights and the architecture are of one model."
+        if f"missing: {_HEAD}\n" in differences:
+            remedy = _TIE
         if latent is None and any(name.startswith("latent.") for name in stored):
             remedy = (
                 "It has LPC's codes, which only evaluation reads. To train from its"
@@ -175,7 +183,23 @@ def _open(
             f" {architecture.layers} layers{with_codes}.\n{differences}"
             f"Nothing was loaded. {remedy}"
         )
+    if architecture.tied and _HEAD in stored:
+        _require_tied(path, stored)
     return form, stored, sizes
+
+
+def _require_tied(path: Path, stored: _Tensors) -> None:
+    """Refuses a head beside the embedding that it is said to be, with other values.
+
+    transformers 4 drops such a head, transformers 5 keeps it.
+    """
+    if np.array_equal(stored[_HEAD].read(), stored[_EMBEDDING].read()):
+        return
+    raise UserError(
+        f"{path}: tie_word_embeddings is true, but {_HEAD} differs from"
+        f" {_EMBEDDING}. Nothing was loaded. If the head is what was trained, set"
+        " tie_word_embeddings to false in config.json; else remove it from the file."
+    )
 
 
 def load(

@@ -18,11 +18,11 @@ from lpc_jax import sharding
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
-from lpc_jax.files import untrusted
+from lpc_jax.files import kinds, untrusted
 from lpc_jax.models import latent as latent_models
 from lpc_jax.models import weights
 from lpc_jax.models.architectures import Architecture
-from lpc_jax.runtime import compute, policy, reader, record
+from lpc_jax.runtime import compute, fit, policy, reader, record
 from lpc_jax.runtime.policy import Params, Policy
 
 CHECKPOINTS = "checkpoints"
@@ -45,15 +45,17 @@ class Origin:
     rendering: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, with its chat template."""
+        """The tokenizer, with its chat template; its ids have rows of the embedding."""
         path = self.path
         if self.model.tokenizer is not None:
             path = weights.find(
                 self.model.tokenizer, setting="model.tokenizer", revision=None
             )
-        return tokenizers.load(
+        loaded = tokenizers.load(
             path, chat_template=self.model.chat_template, **self.rendering
         )
+        fit.require_rows(loaded, self.architecture, self.path)
+        return loaded
 
 
 def find(
@@ -89,6 +91,7 @@ def _find(path: str, run: Path, step: str, model: dict[str, Any]) -> Origin:
 def find_model(model: cfg.Model, setting: str = "model.path") -> Origin:
     """A model, or an exported folder with its codes; ``setting`` is for messages."""
     path = weights.find(model.path, setting=setting, revision=model.revision)
+    kinds.require_model(path, setting)
     architecture = weights.read_architecture(path)
     section = weights.read_latent_section(path)
     latent = None if section is None else _latent_of(section, path)
@@ -97,21 +100,40 @@ def find_model(model: cfg.Model, setting: str = "model.path") -> Origin:
 
 def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Origin:
     checkpoint = reader.find(run / CHECKPOINTS, step)
-    config = cfg.from_flat(record.read(checkpoint)["meta"]["settings"])
+    meta = record.read(checkpoint)["meta"]
+    config = cfg.from_flat(meta["settings"])
     if "revision" in model:
         raise UserError(
             f"--revision {model['revision']} is of a hub id, got the run {run}, which"
             " has its own. Leave it out."
         )
     settings = dataclasses.replace(config.model, **model)
+    start = find_model(settings)
+    _require_architecture(meta.get("architecture", {}), start, run)
     return dataclasses.replace(
-        find_model(settings),
+        start,
         name=f"{run} at step {checkpoint.name}",
         latent=config.latent,
         run=dataclasses.replace(config, model=settings),
         checkpoint=checkpoint,
         rendering=tokenizers.rendering(config.data),
     )
+
+
+def _require_architecture(trained: Mapping[str, Any], start: Origin, run: Path) -> None:
+    """Refuses a start model that says to compute otherwise than in training."""
+    now = policy.described(start.architecture)
+    differences = [
+        f"{name} {trained[name]!r} in training, now {now[name]!r}"
+        for name in trained.keys() & now.keys()
+        if trained[name] != now[name]
+    ]
+    if differences:
+        raise UserError(
+            f"{start.path} must compute as when {run} was trained, got"
+            f" {'; '.join(sorted(differences))}. Put its config.json back, or train"
+            " again."
+        )
 
 
 def _latent_of(section: dict[str, Any], path: Path) -> cfg.Latent:

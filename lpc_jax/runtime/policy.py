@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ class Policy:
                 f"the reference {reference.name} must share the vocabulary of"
                 f" {self.name}, {expected} tokens, got {got}. {remedy}"
             )
+
+
+def described(architecture: Architecture) -> dict[str, Any]:
+    """An architecture's fields as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(architecture)))
+
+
+def decoder_digest(weights_digest: str, architecture: Architecture) -> str:
+    """SHA-256 of what decides a decoder's log-probs: its weights and how they compute.
+
+    A ``config.json`` can be corrected while the weights stay.
+    """
+    text = json.dumps([weights_digest, described(architecture)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def build(

@@ -19,8 +19,8 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.hidden_states import HiddenStates
 from lpc_jax.errors import UserError
 from lpc_jax.models.latent import Steering
-from lpc_jax.runtime import programs
-from lpc_jax.runtime.policy import Policy
+from lpc_jax.runtime import fit, programs
+from lpc_jax.runtime.policy import Policy, decoder_digest
 from lpc_jax.types import Batch
 
 Pairs = Sequence[TokenizedPair]
@@ -115,6 +115,7 @@ def score(
 ) -> Float[np.ndarray, "B 2"]:
     """Summed log-probabilities of both answers; ``steering`` is None without codes."""
     assert (steering is None) == (policy.latent is None)
+    fit.warn_of_length(pairs, policy.architecture.context_length)
     chunk = policy.compute.score_chunk
     program = programs.score(
         policy.graph, policy.mesh, steering=steering, seed=seed, chunk=chunk
@@ -181,7 +182,7 @@ def with_states(
         return pairs
     states = HiddenStates(
         Path(policy.config.model.states_cache),
-        weights_digest=policy.source.digest,
+        decoder_digest=decoder_digest(policy.source.digest, policy.architecture),
         dtype=policy.compute.dtype,
         width=policy.architecture.width,
     )

@@ -25,7 +25,6 @@ from lpc_jax.training import log as logs
 from lpc_jax.training import memory, nonfinite, reference, run_folder, setup
 from lpc_jax.training.loop import Loop
 from lpc_jax.training.run import Run
-from lpc_jax.training.trackers import require_trackers
 
 # Settings that a resumed run may change: they alter no update.
 FREE_ON_RESUME = (
@@ -45,6 +44,9 @@ FREE_ON_RESUME = (
 )
 
 
+_ARCHITECTURE = "architecture."
+
+
 def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to resume under other settings; the error lists each with both values."""
 
@@ -55,6 +57,7 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         f"  {name}: checkpoint {value(saved, name)}, now {value(now, name)}"
         for name in {**now, **saved}
         if value(saved, name) != value(now, name)
+        and (name in saved or not name.startswith(_ARCHITECTURE))
     ]
     if lines:
         raise UserError(
@@ -62,7 +65,22 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             " with; these differ:\n"
             + "\n".join(lines)
             + "\nDrop what overrides them, or start a new run with another --name."
+            + _further(saved, now)
         )
+
+
+def _further(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How a run that was to go on for longer goes on; empty if it was not."""
+    lengths = ("training.epochs", "training.steps")
+    if all(saved.get(name) == now.get(name) for name in lengths):
+        return ""
+    plain = " --plain" * any(name.startswith("latent.") for name in saved)
+    reference = saved.get("reference.path") or saved.get("model.path")
+    return (
+        f"\nTo train further: python scripts/export.py RUN FOLDER{plain}, then a new"
+        " run with --model.path FOLDER and, if the loss has a reference,"
+        f" --reference.path {reference}."
+    )
 
 
 def _fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,6 +94,9 @@ def _fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in (json.loads(json.dumps(whole)) | of_run["settings"]).items()
         if not name.startswith(FREE_ON_RESUME)
     }
+    # Of config.json or a GGUF file; absent in checkpoints of versions before.
+    computed = of_run.get("architecture", {}).items()
+    settings |= {f"{_ARCHITECTURE}{name}": value for name, value in computed}
     return settings | {n: of_run[n] for n in of_run if n.endswith("_digest")}
 
 
@@ -97,7 +118,6 @@ def train(config: cfg.Config, console: Console) -> Loop:
     sizes = dataclasses.asdict(config.mesh)
     mesh = sharding.make_mesh(**sizes, devices=jax.devices())
     sharding.require_rows_divide(config.packing.rows, mesh)
-    require_trackers(config.run.trackers)
     if config.run.compilation_cache is not None:
         compute.keep_compiled(Path(config.run.compilation_cache))
     with (

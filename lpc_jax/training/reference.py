@@ -1,7 +1,7 @@
 """The reference's log-probabilities: scored once, cached by content.
 
-Keys are token ids and scored positions; files are per weights and compute dtype. A
-change of learning rate, beta or order finds them again.
+Keys are token ids and scored positions; files are per weights, architecture and compute
+dtype. A change of learning rate, beta or order finds them again.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from jaxtyping import Float
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.data.chat import TokenizedPair
-from lpc_jax.data.pairs import Pairs
+from lpc_jax.data.pairs import Pairs, of_every_length
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted, whole
 from lpc_jax.runtime import loading, processes, programs, reading
-from lpc_jax.runtime.policy import Policy, abstract
+from lpc_jax.runtime.policy import Policy, abstract, decoder_digest
 from lpc_jax.types import Batch
 
 # Pairs re-scored live when a cache is found, and how far they may be off, in nats per
 # token: bf16 rounding under another packing stays well below it, other weights don't.
-CHECKED_PAIRS = 4
+CHECKED_PAIRS = 6
 CHECK_TOLERANCE = 0.02
 ScoreBatch = Callable[[Batch], Float[np.ndarray, "R P 2"]]
 
@@ -48,10 +48,10 @@ def score_pairs(
 
 
 class ReferenceCache:
-    """Log-probabilities on disk for one set of weights and one compute dtype."""
+    """Log-probabilities on disk for one decoder and one compute dtype."""
 
-    def __init__(self, folder: Path, *, weights_digest: str, compute_dtype: str):
-        self.path = folder / f"{weights_digest[:32]}-{compute_dtype}.npz"
+    def __init__(self, folder: Path, *, decoder_digest: str, compute_dtype: str):
+        self.path = folder / f"{decoder_digest[:32]}-{compute_dtype}.npz"
         self._known: dict[bytes, np.ndarray] = {}
         processes.from_main(self._read)
 
@@ -86,7 +86,7 @@ class ReferenceCache:
     ) -> tuple[Float[np.ndarray, "B 2"], int]:
         """The pairs' log-probabilities, and how many had to be scored.
 
-        A few cached ones are scored again as a check; they must agree.
+        A few cached ones, of every length, are scored again; they must agree.
         """
         keys = [pair.key() for pair in pairs]
         unknown = np.full(2, np.nan, np.float32)
@@ -94,11 +94,14 @@ class ReferenceCache:
         # One process's file decides what all of them score together.
         column = processes.array_from_main(column)
         missing = np.flatnonzero(np.isnan(column[:, 0])).tolist()
-        cached = np.flatnonzero(~np.isnan(column[:, 0]))[:CHECKED_PAIRS].tolist()
+        cached = np.flatnonzero(~np.isnan(column[:, 0])).tolist()
         if cached:
-            checked = [pairs[i] for i in cached]
+            # A window or a stretch of RoPE shows in long pairs alone.
+            spread = of_every_length([pairs[i] for i in cached], CHECKED_PAIRS)
+            chosen = [cached[i] for i in spread]
+            checked = [pairs[i] for i in chosen]
             live = score_pairs(score, checked, shape, lambda _: None)
-            off = np.abs(live - column[cached]) / packing.pair_lengths(checked)[:, 1:]
+            off = np.abs(live - column[chosen]) / packing.pair_lengths(checked)[:, 1:]
             self._require_agreement(float(off.max()), len(checked))
         if missing:
             scored = score_pairs(score, [pairs[i] for i in missing], shape, on_progress)
@@ -145,7 +148,7 @@ def columns(
     digest = policy.source.digest if policy.run is None else policy.digest()
     cache = ReferenceCache(
         Path(config.reference.cache),
-        weights_digest=digest,
+        decoder_digest=decoder_digest(digest, policy.architecture),
         compute_dtype=policy.compute.dtype.name,
     )
     pairs = [*train, *held_out]

@@ -17,8 +17,10 @@ from lpc_jax import config as cfg
 from lpc_jax.data import templates
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
+from lpc_jax.files import whole
 from lpc_jax.runtime import processes
 from lpc_jax.training.log import METRICS_FILE
+from lpc_jax.training.trackers import require_logins
 
 MANIFEST = "manifest.json"
 
@@ -71,6 +73,7 @@ def locked(config: cfg.Config) -> Iterator[Path]:
     The system's lock ends with the process, however that ends. A folder with an ended
     run is a ``UserError`` without ``run.resume`` or ``run.overwrite``.
     """
+    processes.from_main(lambda: _require_outside(config))
     folder = Path(config.run.folder) / config.name
     continued = config.run.resume or config.run.overwrite
     if processes.from_main(lambda: _has_run(folder)) and not continued:
@@ -88,6 +91,20 @@ def locked(config: cfg.Config) -> Iterator[Path]:
         for descriptor in descriptors:
             file.unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def _require_outside(config: cfg.Config) -> None:
+    """Asks trackers and folders now, not when hours of work are to go there."""
+    folders = {
+        "run.folder": config.run.folder,
+        "run.compilation_cache": config.run.compilation_cache,
+        "reference.cache": config.loss.needs_reference and config.reference.cache,
+        "model.states_cache": config.decoder == "frozen" and config.model.states_cache,
+    }
+    for setting, folder in folders.items():
+        if folder:
+            whole.require_writable(Path(folder), setting)
+    require_logins(config.run.trackers)
 
 
 def _lock(file: Path, folder: Path) -> int:

@@ -18,6 +18,8 @@ from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
+from lpc_jax.runtime import fit, processes
+from lpc_jax.runtime.policy import described
 from lpc_jax.training import memory
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ def manifest(run: Run, reference_digest: str) -> dict[str, Any]:
         "settings": cfg.flat(run.config.of_all_processes()),
         "weights_digest": run.policy.source.digest,
         "reference_digest": reference_digest,
+        "architecture": described(run.policy.architecture),
         **digests(run.policy.tokenizer, run.train, run.held_out),
         "train_pairs": len(run.train),
         "held_out_pairs": len(run.held_out),
@@ -154,6 +157,12 @@ def describe(run: Run) -> None:
         f" {shape.scored} scored a row; {run.total_steps} steps\n"
         f"{loss_table.formula(config.loss, config.latent)}"
     )
+    if processes.is_main():
+        fit.warn_of_length(
+            [*run.train, *run.held_out],
+            policy.architecture.context_length,
+            max_length=config.data.max_length,
+        )
 
 
 def compile_ahead(run: Run) -> int:

@@ -103,6 +103,20 @@ def require_trackers(trackers: Sequence[str]) -> None:
         _package(tracker)
 
 
+def require_logins(trackers: Sequence[str]) -> None:
+    """Refuses, besides, W&B without a key, or with one that it does not take."""
+    require_trackers(trackers)
+    if "wandb" in trackers:
+        wandb = _package("wandb")
+        try:
+            wandb.login()  # asks at a terminal, and nothing where W&B is offline
+        except wandb.Error as error:
+            raise UserError(
+                f"run.trackers wandb: {error} Run: wandb login, or set"
+                " WANDB_MODE=offline, or leave it out."
+            ) from error
+
+
 def _package(tracker: str) -> types.ModuleType:
     package = PACKAGES[tracker]
     try:

@@ -46,7 +46,7 @@ def expected(pair: TokenizedPair) -> np.ndarray:
 
 def kept(folder: Path, digest: str = DIGEST, dtype: str = "float32") -> HiddenStates:
     return HiddenStates(
-        folder, weights_digest=digest, dtype=np.dtype(dtype), width=WIDTH
+        folder, decoder_digest=digest, dtype=np.dtype(dtype), width=WIDTH
     )
 
 
@@ -159,7 +159,7 @@ def test_states_of_other_weights_under_this_name_are_refused(tmp_path):
     (tmp_path / f"{'f' * 32}-float32").rename(kept(tmp_path).path)
     message = (
         r"hidden states in .* must be the decoder's to 0\.1 of their size, got 0\.333"
-        r" on 4 pairs: they are of other weights\. Delete the folder"
+        r" on 6 pairs: they are of other weights\. Delete the folder"
     )
     with pytest.raises(ValueError, match=message):
         attach(kept(tmp_path), pairs, Decoder())

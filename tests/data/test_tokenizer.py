@@ -2,6 +2,8 @@ import json
 
 import gguf
 import pytest
+import transformers
+from transformers.utils import sentencepiece_model_pb2_new as pieces
 
 from lpc_jax.data import gguf_tokenizer, tokenizer
 from tests.data import tiny_tokenizers as tiny
@@ -102,31 +104,109 @@ def test_a_template_that_writes_bos_opens_with_it():
     assert not tokenizer.opens_with_bos(tiny.inst(add_bos_token=False, bos=None))
 
 
-def test_sentencepiece_merges_the_best_scored_piece_first():
+def sentencepiece_fields(**fields):
     words = ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "ab", "bc", "▁a"]
     scores = [0.0, 0.0, 0.0, -9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    fields = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": words + byte_tokens,
-        "tokenizer.ggml.scores": scores + [-99.0] * 256,
-        "tokenizer.ggml.token_type": [
+    values = {
+        "model": "llama",
+        "tokens": words + byte_tokens,
+        "scores": scores + [-99.0] * 256,
+        "token_type": [
             TOKEN_TYPES.UNKNOWN,
             TOKEN_TYPES.CONTROL,
             TOKEN_TYPES.CONTROL,
             *[TOKEN_TYPES.NORMAL] * 7,
             *[TOKEN_TYPES.BYTE] * 256,
         ],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-    loaded = gguf_tokenizer.from_metadata(fields, file="tiny.gguf")
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    } | fields
+    return {f"tokenizer.ggml.{name}": value for name, value in values.items()}
+
+
+def sentencepiece(**fields):
+    metadata = sentencepiece_fields(**fields)
+    return gguf_tokenizer.from_metadata(metadata, file="tiny.gguf")
+
+
+def sentencepiece_folder(path, **settings):
+    """A folder with the same pieces as a ``tokenizer.model`` alone."""
+    fields = sentencepiece_fields()
+    content = pieces.ModelProto()
+    for token, score, kind in zip(
+        *(fields[f"tokenizer.ggml.{n}"] for n in ("tokens", "scores", "token_type")),
+        strict=True,
+    ):
+        content.pieces.add(piece=token, score=score, type=int(kind))
+    content.trainer_spec.model_type = pieces.TrainerSpec.ModelType.BPE
+    content.trainer_spec.bos_id, content.trainer_spec.eos_id = 1, 2
+    path.mkdir()
+    (path / "tokenizer.model").write_bytes(content.SerializeToString())
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    named["tokenizer_class"] = "LlamaTokenizer"
+    (path / "tokenizer_config.json").write_text(json.dumps(named | settings))
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return path
+
+
+def test_sentencepiece_merges_the_best_scored_piece_first():
+    loaded = sentencepiece()
     # By hand: bc (-1) before ab (-2), then ▁a (-3).
     assert loaded.convert_ids_to_tokens(loaded("abc").input_ids) == ["<s>", "▁a", "bc"]
     assert tokens(loaded, "a</s>") == ["▁a", "</s>"]
     # A letter outside the vocabulary falls to its UTF-8 bytes.
     assert tokens(loaded, "é") == ["▁", "<0xC3>", "<0xA9>"]
+
+
+def test_sentencepiece_puts_a_space_before_the_text_and_after_special_tokens():
+    """As llama.cpp's llm_tokenizer_spm, and transformers 4 with legacy: true."""
+    text = "a</s>a  bc"
+    spaced = ["▁a", "</s>", "▁a", "▁", "▁", "bc"]
+    assert tokens(sentencepiece(), text) == spaced
+    bare = ["a", "</s>", "a", "▁", "▁", "bc"]
+    assert tokens(sentencepiece(add_space_prefix=False), text) == bare
+
+
+@pytest.mark.parametrize(
+    ("settings", "after_special"),
+    [({}, "▁a"), ({"legacy": True}, "▁a"), ({"legacy": False}, "a")],
+)
+def test_a_tokenizer_model_alone_gives_the_ids_of_transformers_4(
+    tmp_path, settings, after_special
+):
+    """Which of 4.57.6 were equal for Llama 2's form of settings, both ways."""
+    path = sentencepiece_folder(tmp_path / "model", **settings)
+    loaded = tokenizer.load(path, chat_template=None)
+    assert tokens(loaded, "a</s>abc") == ["▁a", "</s>", after_special, "bc"]
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (1, 2)
+
+
+def test_a_tokenizer_model_of_unigrams_is_refused_with_what_helps(tmp_path):
+    path = sentencepiece_folder(tmp_path / "model")
+    file = path / "tokenizer.model"
+    content = pieces.ModelProto.FromString(file.read_bytes())
+    content.trainer_spec.model_type = pieces.TrainerSpec.ModelType.UNIGRAM
+    file.write_bytes(content.SerializeToString())
+    message = refusal(tokenizer.load, path, chat_template=None)
+    assert message.startswith(f"{file}: expected a SentencePiece file of BPE")
+    assert "transformers 4 and sentencepiece" in message
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_the_ids_are_those_of_tokenizer_json_whatever_its_class(tmp_path, kind):
+    """transformers 5 builds a LlamaTokenizer anew, without the file's normalizer."""
+    path = sentencepiece_folder(tmp_path / "model", tokenizer_class="LlamaTokenizer")
+    (path / "config.json").write_text(json.dumps({"model_type": kind}))
+    whole = sentencepiece().backend_tokenizer
+    whole.save(str(path / "tokenizer.json"))
+    loaded = tokenizer.load(path, chat_template=None)
+    text = " a  b</s>abc\n</s> é"
+    expected = whole.encode(text, add_special_tokens=False).ids
+    assert loaded(text, add_special_tokens=False).input_ids == expected
+    rebuilt = transformers.AutoTokenizer.from_pretrained(path)
+    assert rebuilt(text, add_special_tokens=False).input_ids != expected
 
 
 def test_a_gguf_file_reads_like_its_metadata(tmp_path):

@@ -202,6 +202,14 @@ def test_the_folder_s_tokens_and_template_are_ours(folder, lpc):
     )
 
 
+def test_the_tokenizer_s_settings_are_those_that_transformers_4_reads(folder):
+    """Tried with 4.57.6, by make older-transformers: with 5's it loads none."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["additional_special_tokens"] == ["<|im_start|>"]
+    assert "extra_special_tokens" not in settings
+
+
 def test_a_template_from_a_file_goes_along(tmp_path, lpc):
     file = tmp_path / "t.jinja"
     file.write_text("{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
@@ -222,7 +230,7 @@ def test_generation_ends_where_an_answer_does(folder, lpc, tmp_path):
         "do_sample": False,
     }
     source = Path(shutil.copytree(exports.GOLDEN / "tiny_llama", tmp_path / "a"))
-    more = {"eos_token_id": [7, eos, 7, 10_000, "x"]}  # the last two are no tokens
+    more = {"eos_token_id": [7, eos, 7, -1, "x"]}  # the last two are no tokens
     (source / "generation_config.json").write_text(json.dumps(more))
     path = write(load(source, lpc), tmp_path / "b")
     found = json.loads((path / "generation_config.json").read_text())

@@ -324,7 +324,7 @@ def test_each_parameter_has_a_tensor_of_its_own(form):
 def test_harmless_tensors_are_passed_over(tmp_path):
     tensors = hf_tensors(TIED)
     extra = {
-        "lm_head.weight": np.ones((V, D), np.float32),
+        "lm_head.weight": tensors["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(H // 2, np.float32),
     }
     folder = write_folder(tmp_path, tensors | extra, TIED)

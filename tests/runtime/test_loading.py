@@ -141,6 +141,27 @@ def test_adapters_over_other_weights_are_refused(adapted, monkeypatch):
         loading.load(str(adapted.folder), mesh=mesh())
 
 
+def test_a_run_whose_start_model_now_computes_otherwise_is_refused(
+    adapted, monkeypatch
+):
+    saved = record.read(adapted.folder / "checkpoints" / "2")
+    assert saved["meta"]["architecture"]["rope_theta"] == 500
+    other = {"rope_theta": 10_000.0, "sliding_window": None}
+    meta = saved["meta"] | {"architecture": other}
+    monkeypatch.setattr(record, "read", lambda _: saved | {"meta": meta})
+    message = r"rope_theta 10000\.0 in training, now 500\.0\. Put its config\.json back"
+    with pytest.raises(ValueError, match=message):
+        loading.load(str(adapted.folder), mesh=mesh())
+    del meta["architecture"]  # as checkpoints of versions before
+    loading.find(str(adapted.folder))
+
+
+def test_a_run_is_no_start_model(adapted):
+    with pytest.raises(ValueError, match="is a run: python scripts/") as error:
+        loading.find_model(cfg.Model(path=str(adapted.folder)), "reference.path")
+    assert str(error.value).startswith("reference.path must be a model, but ")
+
+
 def test_a_start_model_is_the_decoder_alone():
     loaded = loading.load(str(runs.MODEL), mesh=mesh())
     assert loaded.latent is None

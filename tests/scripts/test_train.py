@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,7 +304,10 @@ def test_no_disk_space_is_refused_before_training(command, monkeypatch):
 def test_a_run_folder_that_cannot_be_made_is_refused(command, tmp_path):
     (tmp_path / "file").write_text("")
     said = command.refusal("--run.folder", str(tmp_path / "file"))
-    assert said == f"[Errno 17] File exists: '{tmp_path}/file'"
+    assert said == (
+        f"run.folder = '{tmp_path}/file' must be a folder that can be written to, got"
+        f" {tmp_path}/file, which cannot. Name another."
+    )
 
 
 def test_a_tracker_that_is_not_installed_is_refused_first(command, monkeypatch):
@@ -313,6 +317,30 @@ def test_a_tracker_that_is_not_installed_is_refused_first(command, monkeypatch):
         " wandb_that_is_not_there, and that is not installed. Run: pip install"
         " 'lpc-jax[wandb]', or leave it out."
     )
+
+
+def test_a_tracker_without_a_login_is_refused_first_and_leaves_nothing(
+    command, tmp_path, monkeypatch
+):
+    """As W&B 0.31 does it, which was tried without and with a key that is none."""
+
+    class Error(Exception):
+        pass
+
+    def login() -> None:
+        raise Error("No API key configured.")
+
+    stand_in = types.ModuleType("wandb")
+    vars(stand_in).update(login=login, Error=Error)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    monkeypatch.setattr(program.setup, "read_pairs", None)  # never reached
+    folder = tmp_path / "runs"
+    said = command.refusal("--run.trackers", "wandb", "--run.folder", str(folder))
+    assert said == (
+        "run.trackers wandb: No API key configured. Run: wandb login, or set"
+        " WANDB_MODE=offline, or leave it out."
+    )
+    assert not folder.exists()
 
 
 # --- resume ---------------------------------------------------------------------------

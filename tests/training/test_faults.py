@@ -298,6 +298,12 @@ def change_a_weight(config: cfg.Config) -> None:
     file.write_bytes(content)
 
 
+def change_the_context(config: cfg.Config) -> None:
+    file = Path(config.model.path) / "config.json"
+    stated = json.loads(file.read_text()) | {"max_position_embeddings": 1024}
+    file.write_text(json.dumps(stated))
+
+
 def change_the_chat_template(config: cfg.Config) -> None:
     file = Path(config.model.path) / "tokenizer_config.json"
     settings = json.loads(file.read_text())
@@ -312,6 +318,7 @@ def change_the_chat_template(config: cfg.Config) -> None:
         (change_a_pair, "data_digest"),
         (change_a_held_out_pair, "held_out_digest"),
         (change_a_weight, "weights_digest"),
+        (change_the_context, "architecture.context_length"),
         (change_the_chat_template, "tokenizer_digest"),
     ],
 )

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
@@ -147,7 +148,10 @@ def test_a_start_from_clusters_reads_every_pair(folder, monkeypatch):
 
 def test_other_weights_than_the_run_s_are_refused(run, tmp_path):
     other = tmp_path / "model"
-    shutil.copytree(runs.GOLDEN / "tiny_llama31", other)
+    shutil.copytree(runs.MODEL, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, other / "model.safetensors")
     with pytest.raises(ValueError, match="must hold the weights that"):
         loading.load(
             str(run.folder),

@@ -17,7 +17,7 @@ from lpc_jax import config as cfg
 from lpc_jax.data import packing, pairs
 from lpc_jax.runtime import policy
 from lpc_jax.training import log as logs
-from lpc_jax.training import loop, run_folder, trackers
+from lpc_jax.training import loop, program, run_folder, trackers
 from lpc_jax.training.run import Run
 from tests import fake_run, runs
 
@@ -433,6 +433,17 @@ def test_resuming_from_other_weights_is_refused(crashed, monkeypatch):
     )
 
 
+def test_more_epochs_of_a_run_that_has_ended_are_told_how_to_go_on():
+    saved = {"training.epochs": 1, "model.path": "start", "latent.num_codes": 8}
+    with pytest.raises(ValueError, match="these differ:") as error:
+        program.require_same(saved, saved | {"training.epochs": 2})
+    assert str(error.value).endswith(
+        "To train further: python scripts/export.py RUN FOLDER --plain, then a new run"
+        " with --model.path FOLDER and, if the loss has a reference, --reference.path"
+        " start."
+    )
+
+
 def test_what_alters_no_update_may_change_on_resume(crashed, straight, tmp_path):
     config = resumed(crashed["DPO"], tmp_path)
     free = dataclasses.replace(
@@ -493,6 +504,21 @@ def test_a_mistake_does_not_cost_the_run_to_be_overwritten(
     changes = {"run": {}} | mistake
     changes["run"] = changes["run"] | {"overwrite": True}
     refusal(runs.config(folder, name=lpc_dpo.config.name, **changes))
+
+
+@pytest.mark.parametrize(
+    "setting", ["reference.cache", "run.compilation_cache", "model.states_cache"]
+)
+def test_a_cache_that_cannot_be_written_to_is_refused_first(tmp_path, setting):
+    (tmp_path / "file").write_text("")
+    section, name = setting.split(".")
+    bad = {section: {name: str(tmp_path / "file" / "below")}}
+    frozen = {"decoder": "frozen"} if name == "states_cache" else {}
+    config = runs.config(tmp_path, **bad, **frozen)
+    with pytest.raises(ValueError, match="must be a folder that can be") as error:
+        run_folder.locked(config).__enter__()
+    assert str(error.value).startswith(f"{setting} = '{tmp_path}/file/below' must")
+    assert not Path(config.run.folder).exists()
 
 
 def test_a_folder_of_another_kind_is_never_replaced(tmp_path):
@@ -687,8 +713,8 @@ def test_nothing_compiles_once_all_programs_are_compiled_ahead(folder, monkeypat
     assert at["evaluation", 12] == at["evaluation", 4], at
     assert at["train", 3] == at["train", 2], at
     # What was compiled ahead is what runs.
-    for program in ("loss_sum", "update", "evaluate"):
-        assert traced.count(program) == 1, traced
+    for name in ("loss_sum", "update", "evaluate"):
+        assert traced.count(name) == 1, traced
 
 
 # --- the loop itself, over updates that compute nothing -------------------------------

@@ -57,7 +57,7 @@ class Scorer:
 def cache(
     folder: Path, digest: str = DIGEST, dtype: str = "float32"
 ) -> reference.ReferenceCache:
-    return reference.ReferenceCache(folder, weights_digest=digest, compute_dtype=dtype)
+    return reference.ReferenceCache(folder, decoder_digest=digest, compute_dtype=dtype)
 
 
 def column(
@@ -161,10 +161,28 @@ def test_values_that_the_reference_does_not_say_now_are_refused(tmp_path):
         column(cache(tmp_path), Scorer(), pairs)
     assert str(error.value) == (
         f"reference cache {kept.path} must agree with the reference to 0.02 nats per"
-        " token, got 0.5 on 4 pairs. Delete the file to score again."
+        " token, got 0.5 on 6 pairs. Delete the file to score again."
     )
     kept.path.unlink()
     assert column(cache(tmp_path), Scorer(), pairs)[1] == 6
+
+
+def test_a_reference_that_differs_on_the_longest_pair_alone_is_refused(tmp_path):
+    """As under another sliding window or stretch of RoPE."""
+    pairs = tiny.pairs(40)
+    column(cache(tmp_path), Scorer(), pairs)
+    positions = [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
+    longest = max(positions)
+
+    class Windowed(Scorer):
+        def __call__(self, batch: Batch) -> np.ndarray:
+            reached = np.where(batch.pair_mask, batch.pair_id, -1)
+            scale = np.asarray([1.0 + (p == longest) for p in positions] + [1.0])
+            return super().__call__(batch) * scale[reached][..., None]
+
+    assert positions.index(longest) >= reference.CHECKED_PAIRS
+    with pytest.raises(ValueError, match="must agree with the reference"):
+        column(cache(tmp_path), Windowed(), pairs)
 
 
 def test_rounding_of_another_packing_is_not_refused(tmp_path):
@@ -268,6 +286,18 @@ def test_another_reference_is_scored_by_its_own_weights(first, folder):
     assert "reference: 53 pairs scored, 0 found" in said
     assert first_loss(made)["loss/preference"] != pytest.approx(math.log(2))
     assert first_loss(config(folder))["loss/preference"] == pytest.approx(math.log(2))
+
+
+def test_a_corrected_config_scores_all_again_and_dpo_starts_at_ln_2(tmp_path):
+    """Weights alone don't say what is computed: here the window of config.json."""
+    model = Path(shutil.copytree(runs.GOLDEN / "tiny_mistral", tmp_path / "model"))
+    file = model / "config.json"
+    stated = json.loads(file.read_text()) | {"sliding_window": 8}
+    model_settings = {"path": str(model), "tokenizer": str(runs.MODEL)}
+    made = config(tmp_path, model=model_settings)
+    for window in (8, None):
+        file.write_text(json.dumps(stated | {"sliding_window": window}))
+        assert first_loss(made)["loss/preference"] == pytest.approx(math.log(2))
 
 
 def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path):

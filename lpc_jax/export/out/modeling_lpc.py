@@ -5,8 +5,8 @@ A folder that scripts/export.py wrote holds a copy of this file, which
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 runs. ``generate`` reads z at the prompt's end and keeps it for the answer (Gong et al.
-2025, arXiv 2505.04993, eqs. 9 and 10). Needs torch and transformers 5, not lpc_jax,
-which never imports this file.
+2025, arXiv 2505.04993, eqs. 9 and 10). Needs torch and transformers 4.57 or later,
+not lpc_jax, which never imports this file.
 """
 
 import itertools
@@ -85,10 +85,11 @@ class LpcMixin:
     # The latent is computed in fp32 whatever the decoder's precision.
     _keep_in_fp32_modules_strict = ("latent",)
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.latent = LatentHead(config.hidden_size, config.lpc)
-        self.post_init()
+    def post_init(self):
+        """Adds the latent before transformers looks for what stays in fp32."""
+        if not hasattr(self, "latent"):
+            self.latent = LatentHead(self.config.hidden_size, self.config.lpc)
+        super().post_init()
 
     def forward(
         self,
