@@ -89,7 +89,7 @@ def read_pairs(
     """Reads preference pairs and encodes them with the policy's tokenizer.
 
     Args:
-        source: A .jsonl, .jsonl.gz, .json or .parquet file, or a hub data set.
+        source: A file or folder, a saved or a hub data set, as ``Data.train``.
         split: Of a hub data set.
         limit: Reads only this many rows, from the first.
         **data: Fields of ``Data``, such as ``max_length``, ``truncation`` or ``user``.

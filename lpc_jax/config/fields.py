@@ -146,13 +146,16 @@ class Data(Settings):
     """Preference pairs, and how they become tokens."""
 
     train: str
-    """A .jsonl, .jsonl.gz, .json or .parquet file, or a hub dataset id."""
+    """A file (.jsonl, .json, .csv, .tsv, each also .gz; .parquet or .arrow), a folder
+    of its shards, a folder that ``save_to_disk`` of Hugging Face datasets wrote, or a
+    hub dataset id. How a file is read its first bytes tell, not its name alone."""
     train_split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub or saved dataset; where a folder holds several sets, the set whose
+    files are named so."""
     eval: str | None = None
     """Held-out pairs, likewise; None: no evaluation."""
     eval_split: str = "test"
-    """Split of a hub dataset."""
+    """Likewise."""
     user: str = "user"
     """Field of a row that says who judged; read by latent.pool = "user"."""
     limit: PositiveInt | None = None

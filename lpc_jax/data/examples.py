@@ -48,7 +48,9 @@ def read(
 ) -> tuple[list[PreferenceExample], Drops]:
     """Pairs of the first ``limit`` rows and drops; ``UserError`` if no pair is left."""
     examples, events = [], []
-    first = itertools.islice(rows.read(path, setting=setting, split=split), limit)
+    columns = ("prompt", *_ANSWERS)
+    every = rows.read(path, setting=setting, split=split, columns=columns)
+    first = itertools.islice(every, limit)
     for index, (origin, row) in enumerate(first):
         try:
             examples.append(parse(row, origin=origin, index=index, user=user))
