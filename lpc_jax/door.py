@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,34 +79,32 @@ def load(
 
 
 def read_pairs(
-    source: str | Path,
+    source: str | Path | Sequence[cfg.Source],
     policy: policy.Policy,
     *,
     split: str | None = "train",
     limit: int | None = None,
+    seed: int = cfg.Training.seed,
     **data: Any,
 ) -> Pairs:
     """Reads preference pairs and encodes them with the policy's tokenizer.
 
     Args:
-        source: A file or folder, a saved or a hub data set, as ``Data.train``.
-        split: Of a hub data set.
-        limit: Reads only this many rows, from the first.
+        source: A path or hub id as ``Data.train``, or several sources.
+        split: Of a hub or saved data set.
+        limit: Reads only this many rows, from the first; of several sources so many
+            pairs in all.
+        seed: Which pairs of several sources are taken where not all are.
         **data: Fields of ``Data``, such as ``max_length``, ``truncation`` or ``user``.
 
     Raises:
         UserError: Data that cannot be read, by file and line, or no pair left.
     """
-    settings = cfg.Data(train=str(source), **data)
-    return pair_data.load(
-        str(source),
-        policy.tokenizer,
-        setting="pairs",
-        split=split,
-        limit=limit,
-        user=settings.user,
-        **pair_data.rules(settings),
-    )
+    path = str(source) if isinstance(source, str | Path) else tuple(source)
+    named = {"train": path, "train_split": split or "train", "limit": limit}
+    settings = cfg.Data(**named, **data)
+    about = {"setting": "pairs", "seed": seed}
+    return pair_data.load(settings, "train", policy.tokenizer, **about)
 
 
 @dataclasses.dataclass

@@ -556,6 +556,7 @@ def valid(section: type, **settings):
     needed = {
         cfg.Model: {"path": "x"},
         cfg.Data: {"train": "x"},
+        cfg.Source: {"path": "x"},
         cfg.Simpo: {"gamma": 1.0},
     }.get(section, {})
     return section(**{**needed, **settings})

@@ -21,3 +21,4 @@ from lpc_jax.config.fields import (
     Training,
 )
 from lpc_jax.config.losses import Dpo, Ipo, Loss, Simpo
+from lpc_jax.config.sources import Source, in_words

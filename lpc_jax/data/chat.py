@@ -7,12 +7,12 @@ so padding may equal EOS.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Literal
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from lpc_jax.data import truncation as truncations
 from lpc_jax.data.examples import Dropped, Message, PreferenceExample
-from lpc_jax.data.report import Drops, Report, quantiles
+from lpc_jax.data.report import Drops, Report, measured
 from lpc_jax.data.tokenizer import TEMPLATE_REMEDY, Tokenizer, opens_with_bos
 from lpc_jax.data.truncation import Ids, Truncation
 from lpc_jax.errors import UserError
@@ -30,6 +30,12 @@ PrefixMismatch = Literal["cut", "error"]
 CONTROL_TEXT = "text spells the BOS or EOS token"
 # Examples tokenized at a time: bounds the memory of token lists in Python.
 _CHUNK = 1024
+# Templates run in jinja's sandbox, which raises at a way out of it; the rest is what
+# their expressions raise, such as ''.index('a').
+_TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError),
+    *(ArithmeticError, RecursionError),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +112,7 @@ class _Encoder:
                     messages, tokenize=False, add_generation_prompt=header
                 )
             )
-        except (
-            *(jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError),
-            *(ArithmeticError, RecursionError),
-        ) as e:
-            # Templates run in jinja's sandbox, which raises at a way out of it; the
-            # rest is what their expressions raise, such as ''.index('a').
+        except _TEMPLATE_ERRORS as e:
             reason = f"refused by the chat template: {untrusted.shown(e)}"
             raise Dropped(reason) from e
 
@@ -170,17 +171,49 @@ def tokenize(
     examples: Sequence[PreferenceExample],
     tokenizer: Tokenizer,
     drops: Drops,
+    **rules: Any,
+) -> tuple[list[TokenizedPair], Report]:
+    """Tokenizes pairs in order; the report counts those dropped and cut.
+
+    Args:
+        drops: Rows that reading left out, for the report.
+        **rules: As ``encode`` takes them.
+
+    Raises:
+        UserError: As ``encode``, or no pair is left.
+    """
+    events: list[tuple[str, str]] = []
+    encoded = list(encode(examples, tokenizer, events, **rules))
+    drops += Drops(events)
+    pairs = [pair for pair, _, _ in encoded]
+    if not pairs:
+        raise none_left(drops)
+    return pairs, report_of(pairs, drops, sum(mismatch for _, _, mismatch in encoded))
+
+
+def none_left(drops: Drops) -> UserError:
+    """For pairs of which tokenizing keeps none."""
+    return UserError(
+        f"No preference pair is left of {drops.total}, expected at least one:"
+        f" {'; '.join(drops.lines()) or 'none came in'}. Raise data.max_length and"
+        " packing.row_length, choose another data.truncation, or mend the data."
+    )
+
+
+def encode(
+    examples: Iterable[PreferenceExample],
+    tokenizer: Tokenizer,
+    events: list[tuple[str, str]],
     *,
     max_length: int,
     max_prompt_length: int,
     row_length: int | None = None,
     truncation: Truncation,
     prefix_mismatch: PrefixMismatch,
-) -> tuple[list[TokenizedPair], Report]:
-    """Tokenizes pairs in order; the report counts those dropped and cut.
+) -> Iterator[tuple[TokenizedPair, PreferenceExample, bool]]:
+    """Tokenizes pairs in order, a few at a time; drops go to ``events``.
 
     Args:
-        drops: Rows that reading left out, for the report.
         max_length: Most tokens of prompt plus one answer.
         max_prompt_length: Most prompt tokens once truncation touches a pair.
         row_length: Most tokens of prompt, chosen and rejected together, if any.
@@ -190,8 +223,11 @@ def tokenize(
         prefix_mismatch: When the prompt's tokens are no prefix of prompt plus answer:
             ``cut`` it to the prefix common to both answers, or ``error``.
 
+    Returns:
+        Each pair, its text, and whether the prompt was no prefix.
+
     Raises:
-        UserError: A prompt is no prefix under ``error``, or no pair is left.
+        UserError: A prompt is no prefix under ``error``.
     """
     encoder = _Encoder(tokenizer)
     fit = functools.partial(
@@ -203,9 +239,6 @@ def tokenize(
         truncation=truncation,
         starts_with_bos=encoder.bos is not None,
     )
-    pairs: list[TokenizedPair] = []
-    events: list[tuple[str, str]] = []
-    mismatches = 0
     for example, ids in _token_strings(examples, encoder, events):
         whole = encoder.split(*ids)
         mismatch = len(whole[0]) < len(ids[0])
@@ -225,16 +258,16 @@ def tokenize(
             len(part) < len(before) for part, before in zip(kept, whole, strict=True)
         )
         about = example.source, example.index
-        pairs.append(TokenizedPair(*kept, *about, *cuts, user=example.user))
-        mismatches += mismatch
-    drops += Drops(events)
-    if not pairs:
-        raise UserError(
-            f"No preference pair is left of {drops.total}, expected at least one:"
-            f" {'; '.join(drops.lines()) or 'none came in'}. Raise data.max_length and"
-            " packing.row_length, choose another data.truncation, or mend the data."
-        )
-    return pairs, _report(pairs, drops, mismatches)
+        yield TokenizedPair(*kept, *about, *cuts, user=example.user), example, mismatch
+
+
+def template_writes(tokenizer: Tokenizer) -> str:
+    """A fixed conversation as the chat template writes it now, its date included."""
+    try:
+        turn = [{"role": "user", "content": "a"}]
+        return str(tokenizer.apply_chat_template(turn, tokenize=False))
+    except _TEMPLATE_ERRORS as e:
+        return f"refused: {e}"
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> Ids:
@@ -260,14 +293,15 @@ def end_of_answer(tokenizer: Tokenizer) -> int:
 
 
 def _token_strings(
-    examples: Sequence[PreferenceExample],
+    examples: Iterable[PreferenceExample],
     encoder: _Encoder,
     events: list[tuple[str, str]],
 ) -> Iterator[tuple[PreferenceExample, list[Ids]]]:
     """Ids of the prompt and of prompt plus either answer; drops go to ``events``."""
-    for start in range(0, len(examples), _CHUNK):
+    every = iter(examples)
+    while part := list(itertools.islice(every, _CHUNK)):
         kept, texts = [], []
-        for example in examples[start : start + _CHUNK]:
+        for example in part:
             try:
                 texts += encoder.texts(example)
             except Dropped as drop:
@@ -284,22 +318,14 @@ def _common_prefix(a: Ids, b: Ids) -> int:
     return int(np.logical_and.accumulate(a[:shorter] == b[:shorter]).sum())
 
 
-def _report(pairs: list[TokenizedPair], drops: Drops, mismatches: int) -> Report:
-    by_pair = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
-    prompt, chosen, rejected = np.asarray(by_pair).T
-    lengths = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    lengths["pair"] = prompt + chosen + rejected
-    return Report(
-        read=len(pairs) + drops.total,
-        kept=len(pairs),
+def report_of(pairs: Sequence[TokenizedPair], drops: Drops, mismatches: int) -> Report:
+    """The report of these pairs."""
+    cuts = [(p.cut_prompt, p.cut_chosen, p.cut_rejected) for p in pairs]
+    return measured(
+        np.asarray([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]),
+        cuts=np.asarray(cuts),
+        different=len({pair.key() for pair in pairs}),
+        sources=[pair.source for pair in pairs],
         drops=drops,
-        cut_prompts=sum(pair.cut_prompt for pair in pairs),
-        cut_chosen=sum(pair.cut_chosen for pair in pairs),
-        cut_rejected=sum(pair.cut_rejected for pair in pairs),
-        prefix_mismatches=mismatches,
-        duplicates=len(pairs) - len({pair.key() for pair in pairs}),
-        lengths={name: quantiles(values) for name, values in lengths.items()},
-        chosen_longer=float(np.mean(chosen > rejected)),
-        same_length=float(np.mean(chosen == rejected)),
-        sources=dict(collections.Counter(pair.source for pair in pairs).most_common()),
+        mismatches=mismatches,
     )

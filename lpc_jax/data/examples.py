@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from lpc_jax.data import rows
+from lpc_jax.data.ranked import Ranked, rows_of
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
@@ -14,6 +16,7 @@ from lpc_jax.files import untrusted
 Message = dict[str, str]
 _Parts = tuple[list[Message], Message, Message]  # prompt, chosen, rejected
 _ANSWERS = ("chosen", "rejected")
+COLUMNS = ("prompt", *_ANSWERS)
 NO_SOURCE = "unknown"
 USER = "user"  # the field of a row that says who judged
 # Rules that drop a pair in more than one place.
@@ -45,25 +48,45 @@ def read(
     split: str | None,
     limit: int | None,
     user: str = USER,
+    ranked: Ranked = "all",
 ) -> tuple[list[PreferenceExample], Drops]:
     """Pairs of the first ``limit`` rows and drops; ``UserError`` if no pair is left."""
-    examples, events = [], []
-    columns = ("prompt", *_ANSWERS)
-    every = rows.read(path, setting=setting, split=split, columns=columns)
-    first = itertools.islice(every, limit)
-    for index, (origin, row) in enumerate(first):
-        try:
-            examples.append(parse(row, origin=origin, index=index, user=user))
-        except Dropped as drop:
-            events.append((str(drop), origin))
+    events: list[tuple[str, str]] = []
+    every = rows.read(path, setting=setting, split=split, columns=COLUMNS)
+    examples = list(stream(every, limit=limit, user=user, ranked=ranked, events=events))
     drops = Drops(events)
     if not examples:
-        reasons = "; ".join(drops.lines()) or "it has no rows"
-        raise UserError(
-            f"{setting} = {path!r} holds no preference pair, expected at least one:"
-            f" {reasons}. Give rows with a prompt and two different answers."
-        )
+        raise none_in(path, setting, drops)
     return examples, drops
+
+
+def stream(
+    every: rows.Rows,
+    *,
+    limit: int | None,
+    user: str,
+    ranked: Ranked,
+    events: list[tuple[str, str]],
+) -> Iterator[PreferenceExample]:
+    """Pairs of the first ``limit`` rows, one by one; dropped rows go to ``events``."""
+    index = itertools.count()
+    for origin, row in itertools.islice(every, limit):
+        for pair in rows_of(row, origin=origin, ranked=ranked, events=events):
+            try:
+                example = parse(pair, origin=origin, index=next(index), user=user)
+            except Dropped as drop:
+                events.append((str(drop), origin))
+            else:
+                yield example
+
+
+def none_in(path: str, setting: str, drops: Drops) -> UserError:
+    """For data of which no row is a pair."""
+    reasons = "; ".join(drops.lines()) or "it has no rows"
+    return UserError(
+        f"{setting} = {path!r} holds no preference pair, expected at least one:"
+        f" {reasons}. Give rows with a prompt and two different answers."
+    )
 
 
 def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceExample:

@@ -3,37 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow
 from jaxtyping import Int
 
-from lpc_jax.data import examples, packing
-from lpc_jax.data.chat import TokenizedPair, tokenize
+from lpc_jax.data import chat, examples, kept, mixture, packing, rows
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.chat import tokenize as tokenize
+from lpc_jax.data.columns import Columns, Prompts, batch_of
 from lpc_jax.data.examples import PreferenceExample
-from lpc_jax.data.report import Drops, Report
+from lpc_jax.data.kept import Facts
+from lpc_jax.data.mixture import Part
+from lpc_jax.data.ranked import Ranked
+from lpc_jax.data.report import Drops, Report, measured
 from lpc_jax.data.tokenizer import Tokenizer
 
+Event = tuple[str, str]  # a rule that dropped a row, and file:line
+_BATCH = 1024  # pairs of a batch of the cache
 RULES = ("max_length", "max_prompt_length", "truncation", "prefix_mismatch")
 
 
 def read(
-    paths: Sequence[str],
+    paths: Sequence[str | Part],
     *,
     split: str | None,
     limit: int | None,
     user: str = examples.USER,
+    ranked: Ranked = "all",
 ) -> tuple[list[PreferenceExample], Drops]:
-    """The pairs of several files or hub data sets, renumbered; ``limit`` is of each."""
+    """The pairs of several sources, renumbered; ``limit`` is of each."""
     pairs, drops = [], Drops()
     for path in paths:
+        part = Part(path, split, limit) if isinstance(path, str) else path
         of_path, dropped = examples.read(
-            path, setting="pairs", split=split, limit=limit, user=user
+            part.path,
+            setting="pairs",
+            split=part.split,
+            limit=part.limit or limit,
+            user=user,
+            ranked=ranked,
         )
-        pairs += of_path
+        pairs += part.labels(iter(of_path), alone=len(paths) == 1)
         drops += dropped
     return [dataclasses.replace(pair, index=i) for i, pair in enumerate(pairs)], drops
 
@@ -47,10 +66,10 @@ def rules(settings: object) -> dict[str, Any]:
 class Pairs:
     """Pairs as token ids."""
 
-    tokens: list[TokenizedPair]
+    tokens: Sequence[TokenizedPair]
     report: Report | None = None
     # The last turn before the answers, by pair id.
-    prompts: dict[int, str] = dataclasses.field(default_factory=dict)
+    prompts: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,23 +82,123 @@ class Pairs:
         return tokens_digest(self.tokens)
 
 
+def parts_of(data: Any, name: Literal["train", "eval"]) -> list[Part]:
+    """The sources of a set in a run's data settings."""
+    return [Part(**vars(source)) for source in data.sources(name)]
+
+
 def load(
-    path: str,
+    data: Any,
+    name: Literal["train", "eval"],
     tokenizer: Tokenizer,
     *,
     setting: str,
-    split: str | None,
-    limit: int | None,
-    user: str,
-    **rules: Any,
+    seed: int,
+    row_length: int | None = None,
 ) -> Pairs:
-    """Reads and tokenizes the pairs of one file or hub data set."""
-    texts, drops = examples.read(
-        path, setting=setting, split=split, limit=limit, user=user
+    """Reads and tokenizes a set of a run's data settings.
+
+    Args:
+        seed: Which pairs of several sources are taken where not all are.
+        row_length: Most tokens of a whole pair, if any.
+
+    Raises:
+        UserError: Data that cannot be read, by file and line, or no pair left.
+    """
+    parts = parts_of(data, name)
+    reading = Reading.of(data, name, tokenizer, setting, row_length)
+    columns, facts = zip(*map(reading.load, parts), strict=True)
+    counts, words = [len(of_part) for of_part in columns], ()
+    if len(parts) > 1:
+        limit = data.limit if name == "train" else data.eval_limit
+        weights = [part.weight for part in parts]
+        taken = mixture.taken(counts, weights, limit=limit, seed=seed)
+        words = tuple(
+            f"{len(places):,} of {count:,} pairs of {part.path}"
+            for part, count, places in zip(parts, counts, taken, strict=True)
+        )
+        ends = itertools.accumulate((c.ids_end for c in columns), initial=0)
+        columns = [
+            of_part.take(places).after(end)
+            for of_part, places, end in zip(columns, taken, ends, strict=False)
+        ]
+    whole = functools.reduce(operator.add, columns)
+    report = measured(
+        packing.pair_lengths(whole),
+        cuts=whole.rows["cut"],
+        different=len({*whole.keys()}),
+        sources=whole.sources,
+        drops=Drops([(rule, origin) for f in facts for rule, origin in f.events]),
+        mismatches=sum(f.mismatches for f in facts),
+        left_out=sum(counts) - len(whole),
+        taken=words,
     )
-    tokens, report = tokenize(texts, tokenizer, drops, **rules)
-    prompts = {text.index: text.prompt[-1]["content"] for text in texts}
-    return Pairs(tokens, report, prompts)
+    return Pairs(whole, report, Prompts(whole))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How sources are read and tokenized."""
+
+    tokenizer: Tokenizer
+    setting: str
+    user: str
+    ranked: Ranked
+    alone: bool  # the only source
+    cache: str | None
+    rules: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        data: Any,
+        name: Literal["train", "eval"],
+        tokenizer: Tokenizer,
+        setting: str,
+        row_length: int | None,
+    ) -> Reading:
+        """As a run's data settings say."""
+        alone = len(data.sources(name)) == 1
+        how = rules(data) | {"row_length": row_length}
+        known = data.user, data.ranked, alone, data.cache
+        return cls(tokenizer, setting, *known, how)
+
+    def load(self, part: Part) -> tuple[Columns, Facts]:
+        """A source's pairs, from the cache if they are there."""
+        make = functools.partial(self._make, part)
+        if self.cache is None:
+            batches, facts = kept.make_all(make)
+        else:
+            content = rows.digest(part.path, setting=self.setting, split=part.split)
+            settings = [list(part), self.user, self.ranked, self.alone, self.rules]
+            name = kept.key(content, self.tokenizer, settings)
+            batches, facts = kept.read(Path(self.cache), name, make)
+        return Columns.of(batches), facts
+
+    def encoded(
+        self, part: Part, of_rows: list[Event], of_pairs: list[Event]
+    ) -> Iterator[tuple[TokenizedPair, PreferenceExample, bool]]:
+        """As ``chat.encode``; drops of rows and of read pairs go to the lists."""
+        every = rows.read(
+            part.path, setting=self.setting, split=part.split, columns=examples.COLUMNS
+        )
+        told = {"user": self.user, "ranked": self.ranked, "events": of_rows}
+        texts = examples.stream(every, limit=part.limit, **told)
+        labelled = part.labels(texts, alone=self.alone)
+        return chat.encode(labelled, self.tokenizer, of_pairs, **self.rules)
+
+    def _make(self, part: Part, facts: Facts) -> Iterator[pyarrow.RecordBatch]:
+        of_pairs: list[Event] = []
+        encoded, count = self.encoded(part, facts.events, of_pairs), 0
+        while chunk := list(itertools.islice(encoded, _BATCH)):
+            pairs, texts, mismatches = zip(*chunk, strict=True)
+            facts.mismatches, count = facts.mismatches + sum(mismatches), 1
+            yield batch_of(pairs, texts)
+        if not count and not of_pairs:
+            raise examples.none_in(part.path, self.setting, Drops(facts.events))
+        facts.events += of_pairs
+        if not count:
+            raise chat.none_left(Drops(facts.events))
 
 
 def prompt_key(text: PreferenceExample) -> str:
@@ -99,7 +218,30 @@ def digest(texts: Sequence[PreferenceExample]) -> str:
 
 def tokens_digest(pairs: Sequence[TokenizedPair]) -> str:
     """SHA-256 over the token ids of pairs, in order."""
-    return hashlib.sha256(b"".join(pair.key() for pair in pairs)).hexdigest()
+    return hashlib.sha256(b"".join(keys(pairs))).hexdigest()
+
+
+def keys(pairs: Sequence[TokenizedPair]) -> list[bytes]:
+    """Each pair's digest of its token ids."""
+    return pairs.keys() if isinstance(pairs, Columns) else [p.key() for p in pairs]
+
+
+def at(
+    pairs: Sequence[TokenizedPair], places: Int[np.ndarray, "_"]
+) -> Sequence[TokenizedPair]:
+    """The pairs at these places."""
+    if isinstance(pairs, Columns):
+        return pairs.take(places)
+    return [pairs[i] for i in places]
+
+
+def joined(
+    first: Sequence[TokenizedPair], second: Sequence[TokenizedPair]
+) -> Sequence[TokenizedPair]:
+    """Both sets' pairs in order, without copies of their ids."""
+    if isinstance(first, Columns) and isinstance(second, Columns):
+        return first + second
+    return [*first, *second]
 
 
 def lengths(pairs: Sequence[TokenizedPair]) -> Int[np.ndarray, "B 2"]:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from rich.table import Table
 from rich.text import Text
 
@@ -65,6 +65,7 @@ class Report:
     chosen_longer: float  # share: the accuracy of preferring the longer answer
     same_length: float  # share
     sources: Mapping[str, int]
+    taken: Sequence[str] = ()  # of several files, how many pairs of each
 
     def lines(self) -> list[str]:
         """How many pairs were read, kept, dropped and cut, as plain text."""
@@ -74,6 +75,7 @@ class Report:
             *(f"  dropped: {line}" for line in self.drops.lines()),
             f"cut: {self.cut_prompts:,} prompts, {self.cut_chosen:,} chosen,"
             f" {self.cut_rejected:,} rejected",
+            *self.taken,
         ]
 
     def tables(self) -> list[Table]:
@@ -104,6 +106,7 @@ class Report:
         sources = _table("Sources", "source", "pairs", "share", numbers=2)
         for name, count in self.sources.items():
             sources.add_row(Text(name), f"{count:,}", f"{count / self.kept:.1%}")
+        sources.caption = "\n".join(self.taken) or None
         return [rules, lengths, sources]
 
 
@@ -118,3 +121,40 @@ def quantiles(values: Int[np.ndarray, "_"]) -> tuple[int, ...]:
     """The observed values at ``QUANTILES``, each one of ``values``."""
     at = np.quantile(values, list(QUANTILES.values()), method="nearest")
     return tuple(int(value) for value in at)
+
+
+def measured(
+    lengths: Int[np.ndarray, "B 3"],
+    *,
+    cuts: Bool[np.ndarray, "B 3"],
+    different: int,
+    sources: Sequence[str],
+    drops: Drops,
+    mismatches: int,
+    left_out: int = 0,
+    taken: Sequence[str] = (),
+) -> Report:
+    """A report from the pairs' columns: prompt, chosen and rejected each.
+
+    ``different`` is how many pairs have other tokens than all before; ``left_out`` how
+    many no weight or limit took.
+    """
+    prompt, chosen, rejected = lengths.T
+    by_name = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    by_name["pair"] = lengths.sum(axis=1)
+    cut_prompts, cut_chosen, cut_rejected = cuts.sum(axis=0).tolist()
+    return Report(
+        read=len(lengths) + drops.total + left_out,
+        kept=len(lengths),
+        drops=drops,
+        cut_prompts=cut_prompts,
+        cut_chosen=cut_chosen,
+        cut_rejected=cut_rejected,
+        prefix_mismatches=mismatches,
+        duplicates=len(lengths) - different,
+        lengths={name: quantiles(values) for name, values in by_name.items()},
+        chosen_longer=float(np.mean(chosen > rejected)),
+        same_length=float(np.mean(chosen == rejected)),
+        sources=dict(collections.Counter(sources).most_common()),
+        taken=taken,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import difflib
+import hashlib
 import itertools
 import logging
 import re
@@ -43,6 +44,19 @@ def read(
     return itertools.chain.from_iterable(
         formats.rows_of(file, split=split, columns=columns) for file in files
     )
+
+
+def digest(path: str, *, setting: str, split: str | None) -> str:
+    """SHA-256 over names and content of the files that a path means."""
+    files = find(path, setting=setting, split=split)
+    if files is None:  # known by its files' hashes, as Hugging Face's cache has it
+        return load_hub(path, setting=setting, split=split)._fingerprint
+    content = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            of_file = hashlib.file_digest(opened, "sha256").hexdigest()
+        content.update(f"{file}\0{of_file}\n".encode())
+    return content.hexdigest()
 
 
 def find(path: str, *, setting: str, split: str | None) -> list[Path] | None:

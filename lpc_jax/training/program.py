@@ -32,6 +32,7 @@ FREE_ON_RESUME = (
     "hub.",
     "mesh.",
     "distributed.",
+    "data.cache",
     "reference.cache",
     "model.states_cache",
     "training.log_every",
@@ -67,9 +68,11 @@ def _fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The settings and digests that stay the same from start to end of a run."""
     # Through JSON, as a saved one went: tuples are lists on both sides.
     of_run = json.loads(json.dumps(manifest))
+    # A setting that is newer than the run has its default.
+    of_now = cfg.flat(cfg.from_flat(of_run["settings"]))
     settings = {
         name: value
-        for name, value in of_run["settings"].items()
+        for name, value in json.loads(json.dumps(of_now)).items()
         if not name.startswith(FREE_ON_RESUME)
     }
     return settings | {n: of_run[n] for n in of_run if n.endswith("_digest")}

@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
+from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.errors import UserError
@@ -88,20 +89,22 @@ class ReferenceCache:
 
         A few cached ones are scored again as a check; they must agree.
         """
-        keys = [pair.key() for pair in pairs]
+        keys = pair_data.keys(pairs)
         unknown = np.full(2, np.nan, np.float32)
         column = np.stack([self._known.get(key, unknown) for key in keys])
         # One process's file decides what all of them score together.
         column = processes.array_from_main(column)
-        missing = np.flatnonzero(np.isnan(column[:, 0])).tolist()
-        cached = np.flatnonzero(~np.isnan(column[:, 0]))[:CHECKED_PAIRS].tolist()
-        if cached:
-            checked = [pairs[i] for i in cached]
+        missing = np.flatnonzero(np.isnan(column[:, 0]))
+        cached = np.flatnonzero(~np.isnan(column[:, 0]))[:CHECKED_PAIRS]
+        if len(cached):
+            checked = pair_data.at(pairs, cached)
             live = score_pairs(score, checked, shape, lambda _: None)
             off = np.abs(live - column[cached]) / packing.pair_lengths(checked)[:, 1:]
             self._require_agreement(float(off.max()), len(checked))
-        if missing:
-            scored = score_pairs(score, [pairs[i] for i in missing], shape, on_progress)
+        if len(missing):
+            scored = score_pairs(
+                score, pair_data.at(pairs, missing), shape, on_progress
+            )
             _require_finite(scored)
             fresh = {keys[i]: logp for i, logp in zip(missing, scored, strict=True)}
             # By key: a pair that is there twice has one value, now and from the file.
@@ -148,7 +151,7 @@ def columns(
         weights_digest=digest,
         compute_dtype=policy.compute.dtype.name,
     )
-    pairs = [*train, *held_out]
+    pairs = pair_data.joined(train.tokens, held_out.tokens)
     column, scored = cache.column(
         lambda batch: np.asarray(jax.device_get(run(batch))),
         pairs,

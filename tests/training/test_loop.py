@@ -401,13 +401,13 @@ def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch, chang
     path = config.data.train if changed_set == "data" else config.data.eval
     rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     rows[7]["chosen"][0]["content"] += " Indeed."
-    read = pairs.examples.read
+    read = pairs.rows.find
     changed = runs.write_pairs(tmp_path / "pairs.jsonl", rows)
 
     def edited(read_path: str, **settings: Any) -> Any:
         return read(str(changed) if read_path == path else read_path, **settings)
 
-    monkeypatch.setattr(pairs.examples, "read", edited)
+    monkeypatch.setattr(pairs.rows, "find", edited)
     message = refusal(runs.resumed(config))
     head, digest, tail = message.split("\n")
     assert head == (
