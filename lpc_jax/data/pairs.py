@@ -52,7 +52,8 @@ def read(
             user=user,
             ranked=ranked,
         )
-        pairs += part.labels(iter(of_path), alone=len(paths) == 1)
+        alone = isinstance(path, str) or len(paths) == 1
+        pairs += part.labels(iter(of_path), alone=alone)
         drops += dropped
     return [dataclasses.replace(pair, index=i) for i, pair in enumerate(pairs)], drops
 
@@ -239,6 +240,8 @@ def joined(
     first: Sequence[TokenizedPair], second: Sequence[TokenizedPair]
 ) -> Sequence[TokenizedPair]:
     """Both sets' pairs in order, without copies of their ids."""
+    if not second:
+        return first
     if isinstance(first, Columns) and isinstance(second, Columns):
         return first + second
     return [*first, *second]

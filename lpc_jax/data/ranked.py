@@ -98,9 +98,8 @@ def _in_one_form(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
     """Texts, or lists of messages; a text beside messages becomes one."""
     if all(isinstance(x, str) for x in (prompt, chosen, rejected)):
         return {"chosen": chosen, "rejected": rejected}
-    answers = [_messages(answer) for answer in (chosen, rejected)]
-    pair = dict(zip(("chosen", "rejected"), answers, strict=True))
-    if isinstance(prompt, str) and all(len(answer) == 1 for answer in answers):
+    pair = {"chosen": _messages(chosen), "rejected": _messages(rejected)}
+    if isinstance(prompt, str) and all(len(answer) == 1 for answer in pair.values()):
         pair["prompt"] = [{"role": "user", "content": prompt}]
     return pair
 

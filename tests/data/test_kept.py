@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lpc_jax import config as cfg
-from lpc_jax.data import chat, kept, packing, pairs
+from lpc_jax.data import chat, examples, kept, packing, pairs
 from lpc_jax.errors import UserError
 from tests.data import tiny_tokenizers as tiny
 
@@ -71,7 +71,7 @@ def test_a_second_read_calls_no_tokenizer_and_packs_the_same(
     assert first.report.cut_chosen > 0 < first.report.cut_prompts
     assert dict(first.prompts) == dict(second.prompts)
     # As tokenized from a list of texts, which no column has seen.
-    read, drops = pairs.read([str(file)], split=None, limit=None)
+    read, drops = examples.read(str(file), setting="", split=None, limit=None)
     rules = {"max_length": 60, "max_prompt_length": 40, "row_length": 150}
     rules |= {"truncation": "cut_prompt_then_answer", "prefix_mismatch": "cut"}
     plain, report = chat.tokenize(read, tiny.chatml(), drops, **rules)

@@ -93,3 +93,19 @@ def test_a_data_error_is_one_line(config, capsys):
         "error: data.train = 'none.jsonl': no such file, and not a hub id of the form"
         " owner/name. Check the path.\n"
     )
+
+
+def test_several_sources_are_told_and_shown_each(config):
+    text = config.read_text()
+    assert "train='" in text
+    path = text.split("train='")[1].split("'")[0]
+    sources = f"train=[Source(path='{path}', name=n) for n in 'ab']"
+    text = text.replace(f"train='{path}'", sources).replace(
+        "Simpo\n", "Simpo, Source\n"
+    )
+    config.write_text(text)
+    told = shown("--config", config, "--pairs", 1)
+    assert told.count("[scored]") == 4
+    assert told.count("2 of 2 pairs of") == 2
+    assert "· a" in told
+    assert "· b" in told
