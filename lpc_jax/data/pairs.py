@@ -110,7 +110,7 @@ def load(
     reading = Reading.of(data, name, tokenizer, setting, row_length)
     columns, facts = zip(*map(reading.load, parts), strict=True)
     counts, words = [len(of_part) for of_part in columns], ()
-    if len(parts) > 1:
+    if not isinstance(getattr(data, name), str):
         limit = data.limit if name == "train" else data.eval_limit
         weights = [part.weight for part in parts]
         taken = mixture.taken(counts, weights, limit=limit, seed=seed)

@@ -76,6 +76,7 @@ def test_a_source_s_name_is_that_of_all_its_pairs(tmp_path):
     assert load(two).report.sources == {"own": 4}
     assert load(one).report.sources == {"unknown": 3}
     assert load(named, limit=2).report.kept == 2
+    assert load(named[:1], limit=2).report.kept == 2
 
 
 def test_a_path_alone_is_read_as_in_one_source(tmp_path):

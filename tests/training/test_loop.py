@@ -17,7 +17,7 @@ from lpc_jax import config as cfg
 from lpc_jax.data import packing, pairs
 from lpc_jax.runtime import policy
 from lpc_jax.training import log as logs
-from lpc_jax.training import loop, run_folder, trackers
+from lpc_jax.training import loop, program, run_folder, trackers
 from lpc_jax.training.run import Run
 from tests import fake_run, runs
 
@@ -393,6 +393,12 @@ def test_resuming_under_another_setting_is_refused(crashed):
 def digests(config: cfg.Config) -> dict[str, str]:
     manifest = Path(config.run.folder) / config.name / "manifest.json"
     return json.loads(manifest.read_text())
+
+
+def test_a_setting_newer_than_the_run_has_its_default(tmp_path):
+    now = cfg.flat(runs.config(tmp_path))
+    before = {name: value for name, value in now.items() if name != "data.ranked"}
+    assert program._fixed({"settings": before}) == program._fixed({"settings": now})
 
 
 @pytest.mark.parametrize("changed_set", ["data", "held_out"])
