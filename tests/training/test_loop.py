@@ -17,7 +17,8 @@ from lpc_jax import config as cfg
 from lpc_jax.data import packing, pairs
 from lpc_jax.runtime import policy
 from lpc_jax.training import log as logs
-from lpc_jax.training import loop, program, run_folder, trackers
+from lpc_jax.training import loop, run_folder, trackers
+from lpc_jax.training import program as programs
 from lpc_jax.training.run import Run
 from tests import fake_run, runs
 
@@ -398,7 +399,7 @@ def digests(config: cfg.Config) -> dict[str, str]:
 def test_a_setting_newer_than_the_run_has_its_default(tmp_path):
     now = cfg.flat(runs.config(tmp_path))
     before = {name: value for name, value in now.items() if name != "data.ranked"}
-    assert program._fixed({"settings": before}) == program._fixed({"settings": now})
+    assert programs._fixed({"settings": before}) == programs._fixed({"settings": now})
 
 
 @pytest.mark.parametrize("changed_set", ["data", "held_out"])
