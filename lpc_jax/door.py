@@ -81,19 +81,22 @@ def load(
 
 
 def read_pairs(
-    source: str | Path | Sequence[dict[str, Any]],
+    source: str | Path | Sequence[cfg.Source] | Sequence[dict[str, Any]],
     policy: policy.Policy,
     *,
     split: str | None = "train",
     limit: int | None = None,
+    seed: int = cfg.Training.seed,
     **data: Any,
 ) -> Pairs:
     """Reads preference pairs and encodes them with the policy's tokenizer.
 
     Args:
-        source: A .jsonl, .jsonl.gz, .json or .parquet file, a hub data set, or rows.
-        split: Of a hub data set.
-        limit: Reads only this many rows, from the first.
+        source: A path or hub id as ``Data.train``, several sources, or rows.
+        split: Of a hub or saved data set.
+        limit: Reads only this many rows, from the first; of several sources so many
+            pairs in all.
+        seed: Which pairs of several sources are taken where not all are.
         **data: Fields of ``Data``, such as ``max_length``, ``truncation`` or ``user``.
 
     Raises:
@@ -105,17 +108,15 @@ def read_pairs(
                 f"{name} goes with the policy, whose prompts it changes too, got it for"
                 " its pairs. Give it to load."
             )
-    rows = str(source) if isinstance(source, str | Path) else source
-    settings = cfg.Data(train="given", **data)
-    return pair_data.load(
-        rows,
-        policy.tokenizer,
-        setting="pairs",
-        split=split,
-        limit=limit,
-        user=settings.user,
-        **pair_data.rules(settings),
-    )
+    path = str(source) if isinstance(source, str | Path) else tuple(source)
+    rows = [row for row in path if not isinstance(row, str | cfg.Source)]
+    named = {"train": "rows" if rows else path, "limit": limit}
+    settings = cfg.Data(**named, train_split=split or "train", **data)
+    if rows:
+        loaded, setting = policy.tokenizer, "pairs"
+        return pair_data.of_rows(rows, settings, loaded, setting=setting)
+    about = {"setting": "pairs", "seed": seed}
+    return pair_data.load(settings, "train", policy.tokenizer, **about)
 
 
 @dataclasses.dataclass

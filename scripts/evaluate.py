@@ -108,7 +108,7 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
         "--pairs",
         action="append",
         metavar="FILE",
-        help=".jsonl, .jsonl.gz, .json, .parquet or a hub data set; may be repeated",
+        help="a file, a folder or a hub data set, as data.eval; may be repeated",
     )
     pairs.add_argument("--pairs-split", default="test", help="of a hub data set")
     pairs.add_argument("--against", metavar="OTHER", help="compare, pair by pair")
@@ -203,12 +203,14 @@ def compare_readers(
         split=arguments.pairs_split,
         limit=arguments.limit,
         user=data.user,
+        ranked=data.ranked,
     )
     known = pairs.read(
-        [arguments.like or data.train],
+        [arguments.like] if arguments.like else pairs.parts_of(data, "train"),
         split=data.train_split,
-        limit=data.limit if arguments.like is None else None,
+        limit=None,
         user=data.user,
+        ranked=data.ranked,
     )
     policy = flags.load_policy(arguments)
     results = readers.measure(

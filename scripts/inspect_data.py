@@ -9,6 +9,7 @@ Without colour the markers tell: [prompt] [scored] [cut] ... [end].
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -17,8 +18,9 @@ from rich.console import Console
 from rich.text import Text
 
 from lpc_jax import config as cfg
-from lpc_jax.data import chat, examples, rows, templates, tokenizer
-from lpc_jax.data.report import Drops
+from lpc_jax.data import chat, examples, templates, tokenizer
+from lpc_jax.data import pairs as pair_data
+from lpc_jax.data.report import Drops, Tally
 from lpc_jax.errors import UserError
 from lpc_jax.files import sources
 
@@ -50,43 +52,35 @@ def inspect(config: cfg.Config, console: Console, *, pairs: int) -> None:
     Args:
         config: A run's settings.
         console: Where to print.
-        pairs: How many train pairs to show.
+        pairs: How many train pairs to show, of each source.
 
     Raises:
         UserError: Data or tokenizer cannot be had or used.
     """
-    data = config.data
+    data, row_length = config.data, config.packing.row_length
     loaded = _tokenizer(config.model, data)
     if templates.writes_date(loaded.chat_template):
         day = data.date or templates.today()
         console.print(f"The chat template writes today's date: here {day} (data.date).")
-    train = (data.train, "data.train", data.train_split, data.limit)
-    held_out = (data.eval, "data.eval", data.eval_split, data.eval_limit)
-    for path, setting, split, limit in (train, held_out):
-        if path is None:
+    for name in ("train", "eval"):
+        sources_of = pair_data.parts_of(data, name)
+        if not sources_of:
             continue
-        origin, row = next(rows.read(path, setting=setting, split=split), ("", None))
-        console.rule(f"{setting} = {path}")
-        first = f"first row, {origin}: {examples.form(row)}"
-        console.print(first, markup=False, highlight=False)
-        found, drops = examples.read(path, setting=setting, split=split, limit=limit)
-        kept, report = chat.tokenize(
-            found,
-            loaded,
-            drops=drops,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
-            row_length=config.packing.row_length,
-            truncation=data.truncation,
-            prefix_mismatch=data.prefix_mismatch,
-            date=data.date,
-        )
-        for table in report.tables():
+        setting = f"data.{name}"
+        about = {"seed": config.training.seed, "row_length": row_length}
+        read = pair_data.load(data, name, loaded, setting=setting, **about)
+        console.rule(f"{setting} = {cfg.in_words(getattr(data, name))}")
+        assert read.report is not None
+        for first in read.report.first:
+            console.print(f"first row, {first}", markup=False, highlight=False)
+        for table in read.report.tables():
             console.print(table)
-        if setting == "data.train":
-            by_index = {example.index: example for example in found}
-            for pair in kept[:pairs]:
-                _show(pair, by_index[pair.id], loaded, console)
+        if name == "train":
+            reading = pair_data.Reading.of(data, name, loaded, setting, row_length)
+            for part in sources_of:
+                encoded = reading.encoded(part, Tally(), Tally())
+                for pair, example in itertools.islice(encoded, pairs):
+                    _show(pair, example, loaded, console)
 
 
 def _take_pairs(arguments: list[str]) -> tuple[int, list[str]]:

@@ -49,6 +49,7 @@ def config(folder: Path, **changes: Any) -> cfg.Config:
         "data": cfg.Data(
             train=str(PAIRS),
             eval=str(held_out_file(folder)),
+            cache=str(folder / "tokens"),
             max_length=128,
             max_prompt_length=64,
         ),

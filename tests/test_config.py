@@ -587,6 +587,7 @@ def valid(section: type, **settings):
     needed = {
         cfg.Model: {"path": "x"},
         cfg.Data: {"train": "x"},
+        cfg.Source: {"path": "x"},
         cfg.Simpo: {"gamma": 1.0},
     }.get(section, {})
     return section(**{**needed, **settings})
@@ -749,3 +750,47 @@ def test_the_config_of_an_old_run_folder_is_read(tmp_path):
     assert "hub=Hub(" in old
     file.write_text(f"from lpc_jax.config import ({OLD_NAMES})\n\nconfig = {old}\n")
     assert cfg.read(str(file)) == config
+
+
+# --- several sources ------------------------------------------------------------------
+
+SOURCES = [cfg.Source(path="a", weight=0.25), cfg.Source(path="b", weight=0.75)]
+
+
+def test_sources_survive_files_flags_and_json(tmp_path):
+    config = minimal(data=cfg.Data(train=SOURCES, eval="e.jsonl"))
+    file = tmp_path / "config.py"
+    file.write_text(cfg.source(config))
+    assert cfg.read(str(file)) == config
+    assert cfg.from_flat(json.loads(json.dumps(cfg.flat(config)))) == config
+    flagged = cfg.load(["--config", str(file), "--data.train", "x.jsonl"])
+    assert (flagged.data.train, flagged.data.eval) == ("x.jsonl", "e.jsonl")
+    assert cfg.load(["--config", str(file), "--data.eval", "None"]).data.eval is None
+    assert cfg.load(["--config", str(file)]).data.train == tuple(SOURCES)
+
+
+def test_each_source_has_a_split():
+    weighed = [cfg.Source(path="a", split="b", weight=1.0)]
+    data = cfg.Data(train=weighed, eval="e", eval_limit=3)
+    assert [source.split for source in data.sources("train")] == ["b"]
+    assert data.sources("eval") == (cfg.Source(path="e", split="test", limit=3),)
+    assert cfg.Data(train="a").sources("eval") == ()
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "data.train must name at least one source, got none. Name a path."),
+        (
+            [SOURCES[0], cfg.Source(path="b")],
+            "data.train must weigh all of its sources or none, got 1 of 2 weights."
+            " Weigh the others too.",
+        ),
+        (
+            [SOURCES[0], SOURCES[0]],
+            "data.train must have weights that sum to 1, got 0.5. Write 0.5, 0.5.",
+        ),
+    ],
+)
+def test_sources_that_cannot_be_mixed_are_refused(sources, message):
+    assert refusal(cfg.Data, train=sources) == message

@@ -43,3 +43,4 @@ from lpc_jax.config.losses import (
     Simpo,
     SppoHard,
 )
+from lpc_jax.config.sources import Source, in_words

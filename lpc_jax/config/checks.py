@@ -117,7 +117,9 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 def _bounds(hint: Any) -> Iterator[Bound]:
     for option in options(hint):
-        yield from getattr(option, "__metadata__", ())
+        for mark in getattr(option, "__metadata__", ()):
+            if isinstance(mark, Bound):
+                yield mark
 
 
 def _type(hint: Any) -> tuple[str, Callable[[Any], bool]]:

@@ -22,6 +22,7 @@ from lpc_jax.config import checks
 from lpc_jax.config.checks import Settings
 from lpc_jax.config.fields import Config
 from lpc_jax.config.losses import Loss
+from lpc_jax.config.sources import Source
 from lpc_jax.errors import UserError
 
 # How often downloads were tried, which is no setting any more.
@@ -155,6 +156,10 @@ def source(config: Config) -> str:
 
 def _written(value: Any, indent: str, sections: set[str]) -> str:
     """A value as a person writes it, noting the sections it needs."""
+    if isinstance(value, tuple) and any(isinstance(x, Settings) for x in value):
+        inner = indent + "    "
+        parts = [f"{inner}{_written(x, inner, sections)},\n" for x in value]
+        return f"[\n{''.join(parts)}{indent}]"
     if not isinstance(value, Settings):
         text = repr(value)
         return text if '"' in text else text.replace("'", '"')
@@ -183,8 +188,14 @@ def flat(section: Settings, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Settings):
             settings |= flat(value, f"{name}.")
         else:
-            settings[name] = list(value) if isinstance(value, tuple) else value
+            settings[name] = _plain(value)
     return settings
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    return [flat(x) if isinstance(x, Settings) else x for x in value]
 
 
 def from_flat(settings: Mapping[str, Any]) -> Config:
@@ -217,5 +228,14 @@ def _settings_of(
             values[field.name] = kinds[kind](**inner)
         elif name in settings:
             value = settings[name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
+            values[field.name] = (
+                tuple(map(_of_plain, value)) if isinstance(value, list) else value
+            )
     return values
+
+
+def _of_plain(value: Any) -> Any:
+    """A list's item; of the sections only sources come in lists."""
+    if not isinstance(value, dict):
+        return value
+    return Source(**_settings_of(Source, "", value))

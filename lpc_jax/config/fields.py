@@ -22,6 +22,7 @@ from lpc_jax.config.checks import (
     at_least,
 )
 from lpc_jax.config.losses import Loss
+from lpc_jax.config.sources import OfSources, OptionalSources, Sources
 
 
 def _names_folder(text: str) -> bool:
@@ -151,23 +152,32 @@ class Latent(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Data(Settings):
+class Data(OfSources):
     """Preference pairs, and how they become tokens."""
 
-    train: str
-    """A .jsonl, .jsonl.gz, .json or .parquet file, or a hub dataset id."""
+    train: Sources
+    """A file (.jsonl, .json, .csv, .tsv, each also .gz; .parquet or .arrow), a folder
+    of its shards, a folder that ``save_to_disk`` of Hugging Face datasets wrote, or a
+    hub dataset id. How a file is read its first bytes tell, not its name alone. Or a
+    list of ``Source(path=..., weight=...)``, mixed by training.seed."""
     train_split: str = "train"
-    """Split of a hub dataset."""
-    eval: str | None = None
+    """Split of a hub or saved dataset; where a folder holds several sets, the set whose
+    files are named so."""
+    eval: OptionalSources = None
     """Held-out pairs, likewise; None: no evaluation."""
     eval_split: str = "test"
-    """Split of a hub dataset."""
+    """Likewise."""
     user: str = "user"
     """Field of a row that says who judged; read by latent.pool = "user"."""
     limit: PositiveInt | None = None
-    """Use only the first pairs of train."""
+    """Use only the first rows of train; of several sources so many pairs in all."""
     eval_limit: PositiveInt | None = None
-    """Use only the first pairs of eval."""
+    """Likewise of eval."""
+    ranked: Literal["all", "best_each", "best_random"] = "all"
+    """Pairs of a row with ``answers`` and their ``scores``, or in order, the best
+    first: all of unequal scores; the best against each other one; or against one."""
+    cache: str | None = ".cache/tokens"
+    """Folder where tokens of pairs are kept, by content; None: held in memory."""
     max_length: int = 1024
     """Most tokens of prompt plus one answer."""
     max_prompt_length: PositiveInt = 512
@@ -190,6 +200,7 @@ class Data(Settings):
     run's start, which the run keeps. Exports and answers have the day's own."""
 
     def _check(self) -> None:
+        super()._check()
         self._require(
             self.template or not self.template_arguments,
             "template_arguments",

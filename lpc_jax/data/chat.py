@@ -7,12 +7,12 @@ so padding may equal EOS.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jinja2
@@ -22,7 +22,7 @@ from jaxtyping import Float
 from lpc_jax.data import templates
 from lpc_jax.data import truncation as truncations
 from lpc_jax.data.examples import Dropped, Message, PreferenceExample, strings
-from lpc_jax.data.report import Drops, Report, quantiles
+from lpc_jax.data.report import Drops, Report, Tally, measured
 from lpc_jax.data.tokenizer import TEMPLATE_REMEDY, Tokenizer, opens_with_bos
 from lpc_jax.data.truncation import Ids, Truncation
 from lpc_jax.errors import UserError
@@ -244,6 +244,43 @@ def tokenize(
     examples: Sequence[PreferenceExample],
     tokenizer: Tokenizer,
     drops: Drops,
+    **rules: Any,
+) -> tuple[list[TokenizedPair], Report]:
+    """Tokenizes pairs in order; the report counts those dropped and cut.
+
+    Args:
+        drops: Rows that reading left out, for the report.
+        **rules: As ``encode`` takes them.
+
+    Raises:
+        UserError: As ``encode``, or no pair is left.
+    """
+    tally = Tally(list(drops.events))
+    for example in examples:
+        roles = ", ".join(message["role"] for message in example.prompt)
+        tally.meet(example.unread, f"{example.origin}: a prompt of {roles}")
+    pairs = [pair for pair, _ in encode(examples, tokenizer, tally, **rules)]
+    if not pairs:
+        raise none_left(tally)
+    return pairs, report_of(pairs, tally)
+
+
+def none_left(tally: Tally) -> UserError:
+    """For pairs of which tokenizing keeps none."""
+    drops = Drops(tally.events)
+    first = f" First row, {tally.first}." if tally.first else ""
+    return UserError(
+        f"No preference pair is left of {drops.total}, expected at least one:"
+        f" {'; '.join(drops.lines()) or 'none came in'}. Raise data.max_length and"
+        " packing.row_length, choose another data.truncation, or mend the data."
+        f"{first}"
+    )
+
+
+def encode(
+    examples: Iterable[PreferenceExample],
+    tokenizer: Tokenizer,
+    tally: Tally,
     *,
     max_length: int,
     max_prompt_length: int,
@@ -251,11 +288,10 @@ def tokenize(
     truncation: Truncation,
     prefix_mismatch: PrefixMismatch,
     date: str | None = None,
-) -> tuple[list[TokenizedPair], Report]:
-    """Tokenizes pairs in order; the report counts those dropped and cut.
+) -> Iterator[tuple[TokenizedPair, PreferenceExample]]:
+    """Tokenizes pairs in order, a few at a time; drops and notes go to ``tally``.
 
     Args:
-        drops: Rows that reading left out, for the report.
         max_length: Most tokens of prompt plus one answer.
         max_prompt_length: Most prompt tokens once truncation touches a pair.
         row_length: Most tokens of prompt, chosen and rejected together, if any.
@@ -266,9 +302,12 @@ def tokenize(
             ``cut`` it to the prefix common to both answers, or ``error``.
         date: The day that a template writes as today, ``YYYY-MM-DD``.
 
+    Returns:
+        Each pair and its text.
+
     Raises:
-        UserError: A prompt is no prefix under ``error``, a conversation where text is
-            read as it stands, or no pair is left.
+        UserError: A prompt is no prefix under ``error``, or a conversation where text
+            is read as it stands.
     """
     encoder = _Encoder(tokenizer, date)
     fit = functools.partial(
@@ -280,11 +319,7 @@ def tokenize(
         truncation=truncation,
         starts_with_bos=encoder.bos is not None,
     )
-    pairs: list[TokenizedPair] = []
-    events: list[tuple[str, str]] = []
-    notes: list[tuple[str, str]] = []
-    mismatches = 0
-    for example, ids in _token_strings(examples, encoder, events, notes):
+    for example, ids in _token_strings(examples, encoder, tally):
         whole = encoder.split(*ids)
         mismatch = len(whole[0]) < len(ids[0])
         if mismatch and prefix_mismatch == "error":
@@ -297,30 +332,14 @@ def tokenize(
         try:
             kept = fit(*whole)
         except Dropped as drop:
-            events.append((str(drop), example.origin))
+            tally.events.append((str(drop), example.origin))
             continue
         cuts = (
             len(part) < len(before) for part, before in zip(kept, whole, strict=True)
         )
         about = example.source, example.index
-        pairs.append(TokenizedPair(*kept, *about, *cuts, user=example.user))
-        mismatches += mismatch
-    drops += Drops(events)
-    if not pairs:
-        roles = [message["role"] for e in examples[:1] for message in e.prompt]
-        first = (
-            f" The first's prompt is of {untrusted.shown(', '.join(roles))}."
-            if roles
-            else ""
-        )
-        raise UserError(
-            f"No preference pair is left of {drops.total}, expected at least one:"
-            f" {'; '.join(drops.lines()) or 'none came in'}. Raise data.max_length and"
-            " packing.row_length, choose another data.truncation, or mend the data."
-            f"{first}"
-        )
-    unread = collections.Counter(name for e in examples for name in e.unread)
-    return pairs, _report(pairs, drops, mismatches, notes=Drops(notes), unread=unread)
+        tally.mismatches += mismatch
+        yield TokenizedPair(*kept, *about, *cuts, user=example.user), example
 
 
 def encode_prompt(
@@ -348,15 +367,15 @@ def end_of_answer(tokenizer: Tokenizer) -> int:
 
 
 def _token_strings(
-    examples: Sequence[PreferenceExample],
+    examples: Iterable[PreferenceExample],
     encoder: _Encoder,
-    events: list[tuple[str, str]],
-    notes: list[tuple[str, str]],
+    tally: Tally,
 ) -> Iterator[tuple[PreferenceExample, list[Ids]]]:
-    """Ids of the prompt and of prompt plus either answer; lists get drops and notes."""
-    for start in range(0, len(examples), _CHUNK):
+    """Ids of the prompt and of prompt plus either answer."""
+    every = iter(examples)
+    while part := list(itertools.islice(every, _CHUNK)):
         kept, texts = [], []
-        for example in examples[start : start + _CHUNK]:
+        for example in part:
             if encoder.is_plain and not example.is_text:
                 raise UserError(
                     f"{example.origin}: data.template=None reads texts as they stand,"
@@ -367,10 +386,11 @@ def _token_strings(
             try:
                 texts += encoder.texts(example, of_pair)
             except Dropped as drop:
-                events.append((str(drop), example.origin))
+                tally.events.append((str(drop), example.origin))
             else:
                 kept.append(example)
-                notes += ((note, example.origin) for note in dict.fromkeys(of_pair))
+                notes = dict.fromkeys(of_pair)
+                tally.notes += ((note, example.origin) for note in notes)
         ids = encoder.ids(texts) if texts else []
         for index, example in enumerate(kept):
             yield example, ids[3 * index : 3 * index + 3]
@@ -381,25 +401,13 @@ def _common_prefix(a: Ids, b: Ids) -> int:
     return int(np.logical_and.accumulate(a[:shorter] == b[:shorter]).sum())
 
 
-def _report(
-    pairs: list[TokenizedPair], drops: Drops, mismatches: int, **counts: Any
-) -> Report:
-    by_pair = [(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]
-    prompt, chosen, rejected = np.asarray(by_pair).T
-    lengths = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    lengths["pair"] = prompt + chosen + rejected
-    return Report(
-        read=len(pairs) + drops.total,
-        kept=len(pairs),
-        drops=drops,
-        cut_prompts=sum(pair.cut_prompt for pair in pairs),
-        cut_chosen=sum(pair.cut_chosen for pair in pairs),
-        cut_rejected=sum(pair.cut_rejected for pair in pairs),
-        prefix_mismatches=mismatches,
-        duplicates=len(pairs) - len({pair.key() for pair in pairs}),
-        lengths={name: quantiles(values) for name, values in lengths.items()},
-        chosen_longer=float(np.mean(chosen > rejected)),
-        same_length=float(np.mean(chosen == rejected)),
-        sources=dict(collections.Counter(pair.source for pair in pairs).most_common()),
-        **counts,
+def report_of(pairs: Sequence[TokenizedPair], tally: Tally) -> Report:
+    """The report of these pairs."""
+    cuts = [(p.cut_prompt, p.cut_chosen, p.cut_rejected) for p in pairs]
+    return measured(
+        np.asarray([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]),
+        cuts=np.asarray(cuts),
+        different=len({pair.key() for pair in pairs}),
+        sources=[pair.source for pair in pairs],
+        tally=tally,
     )

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lpc_jax.data import rows
-from lpc_jax.data.report import Drops
+from lpc_jax.data.ranked import Ranked, rows_of
+from lpc_jax.data.report import Drops, Tally
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
 
@@ -24,6 +25,7 @@ _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _ROLES = {"human": "user", "gpt": "assistant"} | {
     role: role for role in ("system", "user", "assistant", "tool")
 }
+COLUMNS = ("prompt", *_ANSWERS)
 NO_SOURCE = "unknown"
 USER = "user"  # the field of a row that says who judged
 # Rules that drop a pair in more than one place.
@@ -64,31 +66,50 @@ def read(
     split: str | None,
     limit: int | None,
     user: str = USER,
+    ranked: Ranked = "all",
 ) -> tuple[list[PreferenceExample], Drops]:
     """Pairs of the first ``limit`` rows and drops; ``UserError`` if no pair is left.
 
     ``source`` is a path, or rows in memory.
     """
-    examples, events = [], []
-    named = ((f"{setting}:{number}", row) for number, row in enumerate(source, 1))
+    tally = Tally()
+    every = ((f"{setting}:{number}", row) for number, row in enumerate(source, 1))
     if isinstance(source, str):
-        named = rows.read(source, setting=setting, split=split)
-    first = ""
-    for index, (origin, row) in enumerate(itertools.islice(named, limit)):
-        first = first or f" The first row, {origin}, has {form(row)}."
-        try:
-            examples.append(parse(row, origin=origin, index=index, user=user))
-        except Dropped as drop:
-            events.append((str(drop), origin))
-    drops = Drops(events)
+        every = rows.read(source, setting=setting, split=split, columns=COLUMNS)
+    examples = list(stream(every, tally, limit=limit, user=user, ranked=ranked))
     if not examples:
-        reasons = "; ".join(drops.lines()) or "it has no rows"
         path = f" = {source!r}" if isinstance(source, str) else ""
-        raise UserError(
-            f"{setting}{path} holds no preference pair, expected at least one:"
-            f" {reasons}. Give rows with a prompt and two different answers.{first}"
-        )
-    return examples, drops
+        raise none_in(f"{setting}{path}", tally)
+    return examples, Drops(tally.events)
+
+
+def stream(
+    every: rows.Rows, tally: Tally, *, limit: int | None, user: str, ranked: Ranked
+) -> Iterator[PreferenceExample]:
+    """Pairs of the first ``limit`` rows, one by one; dropped rows go to ``tally``."""
+    index, events = itertools.count(), tally.events
+    for origin, row in itertools.islice(every, limit):
+        unread: tuple[str, ...] = ()
+        tally.first = tally.first or f"{origin}: {form(row)}"
+        for pair in rows_of(row, origin=origin, ranked=ranked, events=events):
+            try:
+                example = parse(pair, origin=origin, index=next(index), user=user)
+            except Dropped as drop:
+                events.append((str(drop), origin))
+            else:
+                unread = example.unread
+                yield example
+        tally.meet(unread)
+
+
+def none_in(source: str, tally: Tally) -> UserError:
+    """For data of which no row is a pair."""
+    reasons = "; ".join(Drops(tally.events).lines()) or "it has no rows"
+    first = f" First row, {tally.first}." if tally.first else ""
+    return UserError(
+        f"{source} holds no preference pair, expected at least one: {reasons}. Give"
+        f" rows with a prompt and two different answers.{first}"
+    )
 
 
 def form(row: Any) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lpc_jax.data.chat import Ids, TokenizedPair
+from lpc_jax.data.columns import Columns
 from lpc_jax.errors import UserError
 from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED, Batch
 
@@ -35,6 +36,8 @@ class RowShape:
 
 def pair_lengths(pairs: Sequence[TokenizedPair]) -> Int[np.ndarray, "B 3"]:
     """Tokens of prompt, chosen and rejected that each pair takes in a row."""
+    if isinstance(pairs, Columns):
+        return np.ascontiguousarray(pairs.rows["lengths"])
     lengths = [(len(_prompt(p)), len(p.chosen), len(p.rejected)) for p in pairs]
     return np.asarray(lengths, np.int32).reshape(-1, 3)
 

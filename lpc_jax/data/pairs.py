@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow
 from jaxtyping import Int
 
-from lpc_jax.data import examples, packing
-from lpc_jax.data.chat import TokenizedPair, tokenize
+from lpc_jax.data import chat, examples, kept, mixture, packing, rows, templates
+from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.chat import tokenize as tokenize
+from lpc_jax.data.columns import Columns, Prompts, batch_of
 from lpc_jax.data.examples import PreferenceExample
-from lpc_jax.data.report import Drops, Report
+from lpc_jax.data.mixture import Part
+from lpc_jax.data.ranked import Ranked
+from lpc_jax.data.report import Drops, Report, Tally, measured
 from lpc_jax.data.tokenizer import Tokenizer
 
+_BATCH = 1024  # pairs of a batch of the cache
 RULES = ("max_length", "max_prompt_length", "truncation", "prefix_mismatch", "date")
 
 
 def read(
-    paths: Sequence[str],
+    paths: Sequence[str | Part],
     *,
     split: str | None,
     limit: int | None,
     user: str = examples.USER,
+    ranked: Ranked = "all",
 ) -> tuple[list[PreferenceExample], Drops]:
-    """The pairs of several files or hub data sets, renumbered; ``limit`` is of each."""
+    """The pairs of several sources, renumbered; ``limit`` is of each."""
     pairs, drops = [], Drops()
     for path in paths:
+        part = Part(path, split, limit) if isinstance(path, str) else path
         of_path, dropped = examples.read(
-            path, setting="pairs", split=split, limit=limit, user=user
+            part.path,
+            setting="pairs",
+            split=part.split,
+            limit=part.limit or limit,
+            user=user,
+            ranked=ranked,
         )
-        pairs += of_path
+        alone = isinstance(path, str) or len(paths) == 1
+        pairs += part.labels(iter(of_path), alone=alone)
         drops += dropped
     return [dataclasses.replace(pair, index=i) for i, pair in enumerate(pairs)], drops
 
@@ -47,10 +65,10 @@ def rules(settings: object) -> dict[str, Any]:
 class Pairs:
     """Pairs as token ids."""
 
-    tokens: list[TokenizedPair]
+    tokens: Sequence[TokenizedPair]
     report: Report | None = None
     # The last turn before the answers, by pair id.
-    prompts: dict[int, str] = dataclasses.field(default_factory=dict)
+    prompts: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,21 +81,141 @@ class Pairs:
         return tokens_digest(self.tokens)
 
 
+def parts_of(data: Any, name: Literal["train", "eval"]) -> list[Part]:
+    """The sources of a set in a run's data settings."""
+    return [Part(**vars(source)) for source in data.sources(name)]
+
+
 def load(
-    source: str | Sequence[Any],
+    data: Any,
+    name: Literal["train", "eval"],
     tokenizer: Tokenizer,
     *,
     setting: str,
-    split: str | None,
-    limit: int | None,
-    user: str,
-    **rules: Any,
+    seed: int,
+    row_length: int | None = None,
 ) -> Pairs:
-    """Reads and tokenizes the pairs of one file or hub data set, or of rows."""
-    texts, drops = examples.read(
-        source, setting=setting, split=split, limit=limit, user=user
+    """Reads and tokenizes a set of a run's data settings.
+
+    Args:
+        seed: Which pairs of several sources are taken where not all are.
+        row_length: Most tokens of a whole pair, if any.
+
+    Raises:
+        UserError: Data that cannot be read, by file and line, or no pair left.
+    """
+    parts = parts_of(data, name)
+    reading = Reading.of(data, name, tokenizer, setting, row_length)
+    columns, tallies = zip(*map(reading.load, parts), strict=True)
+    counts, words = [len(of_part) for of_part in columns], ()
+    if not isinstance(getattr(data, name), str):
+        limit = data.limit if name == "train" else data.eval_limit
+        weights = [part.weight for part in parts]
+        taken = mixture.taken(counts, weights, limit=limit, seed=seed)
+        words = tuple(
+            f"{len(places):,} of {count:,} pairs of {part.path}"
+            for part, count, places in zip(parts, counts, taken, strict=True)
+        )
+        ends = itertools.accumulate((c.ids_end for c in columns), initial=0)
+        columns = [
+            of_part.take(places).after(end)
+            for of_part, places, end in zip(columns, taken, ends, strict=False)
+        ]
+    whole = functools.reduce(operator.add, columns)
+    report = measured(
+        packing.pair_lengths(whole),
+        cuts=whole.rows["cut"],
+        different=len({*whole.keys()}),
+        sources=whole.sources,
+        tally=sum(tallies, Tally()),
+        left_out=sum(counts) - len(whole),
+        first=[tally.first for tally in tallies],
+        taken=words,
     )
-    tokens, report = tokenize(texts, tokenizer, drops, **rules)
+    return Pairs(whole, report, Prompts(whole))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How sources are read and tokenized."""
+
+    tokenizer: Tokenizer
+    setting: str
+    user: str
+    ranked: Ranked
+    alone: bool  # the only source
+    cache: str | None
+    rules: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        data: Any,
+        name: Literal["train", "eval"],
+        tokenizer: Tokenizer,
+        setting: str,
+        row_length: int | None,
+    ) -> Reading:
+        """As a run's data settings say."""
+        alone = len(data.sources(name)) == 1
+        how = rules(data) | {"row_length": row_length}
+        known = data.user, data.ranked, alone, data.cache
+        return cls(tokenizer, setting, *known, how)
+
+    def load(self, part: Part) -> tuple[Columns, Tally]:
+        """A source's pairs, from the cache if they are there."""
+        make = functools.partial(self._make, part)
+        if self.cache is None:
+            batches, tally = kept.make_all(make)
+        else:
+            content = rows.digest(part.path, setting=self.setting, split=part.split)
+            settings = [list(part), self.user, self.ranked, self.alone, self.rules]
+            if templates.writes_date(self.tokenizer.chat_template):
+                settings.append(self.rules["date"] or templates.today().isoformat())
+            name = kept.key(content, self.tokenizer, settings)
+            batches, tally = kept.read(Path(self.cache), name, make)
+        return Columns.of(batches), tally
+
+    def encoded(
+        self, part: Part, of_rows: Tally, of_pairs: Tally
+    ) -> Iterator[tuple[TokenizedPair, PreferenceExample]]:
+        """As ``chat.encode``; what reading rows tells goes to a tally of its own."""
+        every = rows.read(
+            part.path, setting=self.setting, split=part.split, columns=examples.COLUMNS
+        )
+        texts = examples.stream(
+            every, of_rows, limit=part.limit, user=self.user, ranked=self.ranked
+        )
+        labelled = part.labels(texts, alone=self.alone)
+        return chat.encode(labelled, self.tokenizer, of_pairs, **self.rules)
+
+    def _make(self, part: Part, tally: Tally) -> Iterator[pyarrow.RecordBatch]:
+        of_rows, of_pairs, empty = Tally(), Tally(), True
+        encoded = self.encoded(part, of_rows, of_pairs)
+        while chunk := list(itertools.islice(encoded, _BATCH)):
+            empty = False
+            yield batch_of(*zip(*chunk, strict=True))
+        if empty and not of_pairs.events:
+            raise examples.none_in(f"{self.setting} = {part.path!r}", of_rows)
+        whole = of_rows + of_pairs
+        if empty:
+            raise chat.none_left(whole)
+        vars(tally).update(vars(whole))
+
+
+def of_rows(
+    rows_in_memory: Sequence[Any], data: Any, tokenizer: Tokenizer, *, setting: str
+) -> Pairs:
+    """Tokenizes rows as a run's data settings say; raises as ``load``."""
+    texts, drops = examples.read(
+        rows_in_memory,
+        setting=setting,
+        split=None,
+        limit=data.limit,
+        user=data.user,
+        ranked=data.ranked,
+    )
+    tokens, report = tokenize(texts, tokenizer, drops, **rules(data))
     prompts = {text.index: text.prompt[-1]["content"] or "" for text in texts}
     return Pairs(tokens, report, prompts)
 
@@ -101,7 +239,32 @@ def digest(texts: Sequence[PreferenceExample]) -> str:
 
 def tokens_digest(pairs: Sequence[TokenizedPair]) -> str:
     """SHA-256 over the token ids of pairs, in order."""
-    return hashlib.sha256(b"".join(pair.key() for pair in pairs)).hexdigest()
+    return hashlib.sha256(b"".join(keys(pairs))).hexdigest()
+
+
+def keys(pairs: Sequence[TokenizedPair]) -> list[bytes]:
+    """Each pair's digest of its token ids."""
+    return pairs.keys() if isinstance(pairs, Columns) else [p.key() for p in pairs]
+
+
+def at(
+    pairs: Sequence[TokenizedPair], places: Int[np.ndarray, "_"]
+) -> Sequence[TokenizedPair]:
+    """The pairs at these places."""
+    if isinstance(pairs, Columns):
+        return pairs.take(places)
+    return [pairs[i] for i in places]
+
+
+def joined(
+    first: Sequence[TokenizedPair], second: Sequence[TokenizedPair]
+) -> Sequence[TokenizedPair]:
+    """Both sets' pairs in order, without copies of their ids."""
+    if not second:
+        return first
+    if isinstance(first, Columns) and isinstance(second, Columns):
+        return first + second
+    return [*first, *second]
 
 
 def of_every_length(pairs: Sequence[TokenizedPair], count: int) -> list[int]:

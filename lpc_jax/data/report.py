@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +16,30 @@ from lpc_jax.files import untrusted
 
 _ORIGINS_SHOWN = 5
 QUANTILES = {"least": 0.0, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
+
+
+@dataclasses.dataclass
+class Tally:
+    """What reading and tokenizing count besides the pairs that they keep."""
+
+    # Dropped rows and pairs, and notes of kept ones: the rule, and file:line.
+    events: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    notes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    unread: dict[str, int] = dataclasses.field(default_factory=dict)  # rows, by field
+    mismatches: int = 0  # pairs whose prompt was no token prefix
+    first: str = ""  # what the first row has
+
+    def meet(self, unread: Sequence[str], form: str = "") -> None:
+        """Counts a row's fields that nothing reads, and keeps the first one's form."""
+        self.first = self.first or form
+        for name in unread:
+            self.unread[name] = self.unread.get(name, 0) + 1
+
+    def __add__(self, other: Tally) -> Tally:
+        unread = collections.Counter(self.unread) + collections.Counter(other.unread)
+        events, notes = self.events + other.events, self.notes + other.notes
+        mismatches = self.mismatches + other.mismatches
+        return Tally(events, notes, dict(unread), mismatches, self.first or other.first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +95,8 @@ class Report:
     unread: Mapping[str, int] = dataclasses.field(
         default_factory=dict
     )  # rows, by field
+    first: Sequence[str] = ()  # the form of each source's first row
+    taken: Sequence[str] = ()  # of several files, how many pairs of each
 
     def _unread(self) -> list[str]:
         """One line for all fields that nothing reads, if there are any."""
@@ -87,6 +113,7 @@ class Report:
             *self._unread(),
             f"cut: {self.cut_prompts:,} prompts, {self.cut_chosen:,} chosen,"
             f" {self.cut_rejected:,} rejected",
+            *self.taken,
         ]
 
     def tables(self) -> list[Table]:
@@ -121,6 +148,7 @@ class Report:
         sources = _table("Sources", "source", "pairs", "share", numbers=2)
         for name, count in self.sources.items():
             sources.add_row(Text(name), f"{count:,}", f"{count / self.kept:.1%}")
+        sources.caption = "\n".join(self.taken) or None
         return [rules, lengths, sources]
 
 
@@ -135,3 +163,41 @@ def quantiles(values: Int[np.ndarray, "_"]) -> tuple[int, ...]:
     """The observed values at ``QUANTILES``, each one of ``values``."""
     at = np.quantile(values, list(QUANTILES.values()), method="nearest")
     return tuple(int(value) for value in at)
+
+
+def measured(
+    lengths: Int[np.ndarray, "B 3"],
+    *,
+    cuts: Bool[np.ndarray, "B 3"],
+    different: int,
+    sources: Sequence[str],
+    tally: Tally,
+    left_out: int = 0,
+    **told: Sequence[str],
+) -> Report:
+    """A report from the pairs' columns: prompt, chosen and rejected each.
+
+    ``different`` is how many pairs have other tokens than all before, ``left_out`` how
+    many no weight or limit took, and ``told`` are ``first`` and ``taken``.
+    """
+    prompt, chosen, rejected = lengths.T
+    by_name = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    by_name["pair"] = lengths.sum(axis=1)
+    cut_prompts, cut_chosen, cut_rejected = cuts.sum(axis=0).tolist()
+    return Report(
+        read=len(lengths) + len(tally.events) + left_out,
+        kept=len(lengths),
+        drops=Drops(tally.events),
+        cut_prompts=cut_prompts,
+        cut_chosen=cut_chosen,
+        cut_rejected=cut_rejected,
+        prefix_mismatches=tally.mismatches,
+        duplicates=len(lengths) - different,
+        lengths={name: quantiles(values) for name, values in by_name.items()},
+        chosen_longer=float(np.mean(chosen > rejected)),
+        same_length=float(np.mean(chosen == rejected)),
+        sources=dict(collections.Counter(sources).most_common()),
+        notes=Drops(tally.notes),
+        unread=tally.unread,
+        **told,
+    )

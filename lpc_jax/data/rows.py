@@ -1,53 +1,102 @@
-"""Reads rows of a file or a hub data set; a broken one is told by file and line."""
+"""Reads rows of files, folders and hub data sets; a broken one is told by its line."""
 
 from __future__ import annotations
 
+import collections
 import difflib
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterator
+import hashlib
+import itertools
+import logging
+import re
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 from datasets import exceptions as dataset_errors
 
+from lpc_jax.data import formats, mistaken
+from lpc_jax.data.formats import Rows
 from lpc_jax.errors import UserError
 from lpc_jax.files import sources, untrusted
 
-Rows = Iterator[tuple[str, Any]]
-# Bytes read at a time. A line is one pair: a million tokens of English are about 4 MB.
-# A .json file is parsed whole, and then takes several times its size.
-LONGEST_LINE = 64 << 20
-LARGEST_JSON = 1 << 30
-# Text unpacks to some twenty times its packed size at most, and made-up text to a
-# thousand times. Small files may repeat themselves as they like.
-MOST_UNPACKED, UNPACKED_FREELY = 200, 16 << 20
-# Rows unpacked at a time: a parquet file can repeat a large text in any number of them.
-_PARQUET_ROWS = 256
+_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
+_ABOUT = {"dataset_info.json", "dataset_infos.json", _SAVED, _SAVED_SPLITS}
+_LARGEST_STATE = 16 << 20
+# A file's name without its suffix: of which set it is, and which shard of how many.
+_NAME = re.compile(r"(.*?)(?:[-_.]?(\d+)(?:-of-(\d+)|-[\w-]+-c\d+(?:\.snappy)?)?)?")
+_LONGEST_FIRST = sorted(formats.SUFFIXES, key=len, reverse=True)
+_LOG = logging.getLogger(__name__)
 
 
-def read(path: str, *, setting: str, split: str | None) -> Rows:
-    """Each row of a file, or of a hub data set's split, with its ``file:line``."""
+def read(
+    path: str, *, setting: str, split: str | None, columns: tuple[str, ...] = ()
+) -> Rows:
+    """Each row of a file, a folder of shards or a data set, with its ``file:line``.
+
+    Args:
+        path: A file, a folder or a hub id.
+        setting: Names the path in messages.
+        split: Of a hub or saved data set; in a folder, of the files that begin so.
+        columns: What a CSV file must have.
+    """
+    files = find(path, setting=setting, split=split)
+    if files is None:
+        return _hub(path, setting=setting, split=split)
+    return itertools.chain.from_iterable(
+        formats.rows_of(file, split=split, columns=columns) for file in files
+    )
+
+
+def digest(path: str, *, setting: str, split: str | None) -> str:
+    """SHA-256 over names and content of the files that a path means."""
+    files = find(path, setting=setting, split=split)
+    if files is None:  # known by its files' hashes, as Hugging Face's cache has it
+        return load_hub(path, setting=setting, split=split)._fingerprint
+    content = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            of_file = hashlib.file_digest(opened, "sha256").hexdigest()
+        content.update(f"{file}\0{of_file}\n".encode())
+    return content.hexdigest()
+
+
+def find(path: str, *, setting: str, split: str | None) -> list[Path] | None:
+    """The files that a path means, in order; None for a hub data set."""
     if not sources.exists(path):
-        if path.endswith(tuple(_READERS)) or not sources.is_hub_id(path):
+        if path.endswith(formats.SUFFIXES) or not sources.is_hub_id(path):
             raise UserError(
                 f"{setting} = {path!r}: no such file, and not a hub id of the form"
                 f" owner/name. {_near(Path(path))}"
             )
-        return _hub(path, setting=setting, split=split)
+        return None
     file = Path(path).expanduser()
-    for suffix, rows_of in _READERS.items():
-        if file.name.endswith(suffix) and file.is_file():
-            return rows_of(file)
-    kind = "a folder" if file.is_dir() else "a device or pipe"
-    raise UserError(
-        f"{setting} = {path!r} must be a file ending in {', '.join(_READERS)}, got"
-        f" {repr(file.name) if file.is_file() else kind}. Convert or rename it, or name"
-        " a file inside it."
+    wrong = mistaken.what(file)
+    if wrong is None and file.is_file() and not file.name.endswith(formats.SUFFIXES):
+        wrong = mistaken.by_suffix(file)
+    if wrong is not None:
+        raise _refused(path, setting, *wrong)
+    if file.is_dir():
+        return _in_folder(file, path, setting, split)
+    _, _, shards = _parts(file.name)
+    if shards > 1:
+        _LOG.warning(
+            f"{setting} = {path!r} is one of {shards} shards, and read alone. Give its"
+            " folder to read all of them."
+        )
+    return [file]
+
+
+def _parts(name: str) -> tuple[str, int, int]:
+    """The set that a file is of, which shard, and of how many; 0 where not said."""
+    stem = next(name.removesuffix(x) for x in _LONGEST_FIRST if name.endswith(x))
+    matched = _NAME.fullmatch(stem)
+    assert matched is not None
+    return matched[1], int(matched[2] or 0), int(matched[3] or 0)
+
+
+def _refused(path: str, setting: str, words: str, remedy: str) -> UserError:
+    return UserError(
+        f"{setting} = {path!r} must be a file ending in {formats.IN_WORDS}, a"
+        f" folder of such, or a saved data set, got {words}. {remedy}"
     )
 
 
@@ -61,97 +110,87 @@ def _near(path: Path) -> str:
     )
 
 
-def _json_lines(file: Path) -> Rows:
-    number = unpacked = 0
-    try:
-        with file.open("rb") as packed:
-            lines = gzip.GzipFile(fileobj=packed) if file.suffix == ".gz" else packed
-            while line := lines.readline(LONGEST_LINE + 1):
-                number, unpacked = number + 1, unpacked + len(line)
-                where = f"{file}:{number}"
-                if len(line) > LONGEST_LINE:
-                    raise UserError(
-                        f"{where}: expected at most {LONGEST_LINE:,} bytes a line, got"
-                        " more. Write one pair a line, or remove it."
-                    )
-                _check_ratio(where, unpacked, packed.tell())
-                if line.strip():
-                    yield f"{file.name}:{number}", _decode(line, where)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise UserError(
-            f"{file}:{number + 1}: broken or truncated gzip file"
-            f" ({untrusted.shown(e)}). Fetch or compress it again."
-        ) from e
+def _in_folder(folder: Path, path: str, setting: str, split: str | None) -> list[Path]:
+    """The files of a saved data set, or of the one set whose shards lie there."""
+    if (folder / _SAVED).is_file():
+        entries = _field(folder / _SAVED, "_data_files")
+        names = [entry.get("filename") for entry in entries if isinstance(entry, dict)]
+        return [_own(folder, str(name)) for name in names]
+    names, below = _files(folder), [f for f in folder.iterdir() if f.is_dir()]
+    if (folder / _SAVED_SPLITS).is_file():
+        folders = list(map(str, _field(folder / _SAVED_SPLITS, "splits")))
+    else:
+        folders = sorted(f.name for f in below if f.name[0] != "." and _files(f))
+    if folders and not names:
+        inner = folder / _one(folders, split, setting, path)
+        if not inner.resolve().is_relative_to(folder.resolve()) or not inner.is_dir():
+            raise UserError(f"{inner} must be a folder inside {folder}. Save it again.")
+        return _in_folder(inner, path, setting, split)
+    if not names:
+        raise _refused(path, setting, "a folder without any", "Name another.")
+    sets = collections.defaultdict(list)
+    for name in names:
+        sets[_parts(name)[0]].append(name)
+    of_set = sets[_one(list(sets), split, setting, path)]
+    _require_all(folder, of_set)
+    return [_own(folder, name) for name in of_set]
 
 
-def _json_list(file: Path) -> Rows:
-    size = file.stat().st_size
-    if size > LARGEST_JSON:
+def _files(folder: Path) -> list[str]:
+    names = sorted(file.name for file in folder.iterdir() if file.name[0] != ".")
+    return [n for n in names if n.endswith(formats.SUFFIXES) and n not in _ABOUT]
+
+
+def _one(names: list[str], split: str | None, setting: str, path: str) -> str:
+    """The only name, or the one that the split has."""
+    if len(names) == 1:
+        return names[0]
+    if split in names:
+        return split
+    raise UserError(
+        f"{setting} = {path!r} holds {untrusted.shown(', '.join(map(repr, names)))},"
+        f" expected one set of pairs or one named {split!r} as the split is. Name one"
+        f" with --{setting.strip('-')}-split, or give its files' own path."
+    )
+
+
+def _require_all(folder: Path, names: list[str]) -> None:
+    shards = [_parts(name)[1:] for name in names]
+    missing = {*range(max(count for _, count in shards))} - {n for n, _ in shards}
+    suffixes = {name.removesuffix(".gz").rpartition(".")[2] for name in names}
+    if missing or len(suffixes) > 1:
+        got = f"none of number {min(missing)}" if missing else ", ".join(names)
         raise UserError(
-            f"{file}: a .json file must have at most {LARGEST_JSON:,} bytes, got"
-            f" {size:,}. Write one object a line in a .jsonl file."
+            f"{folder}: expected all shards of one set of pairs in one format, got"
+            f" {untrusted.shown(got)}. Fetch them again, or name single files as"
+            " several sources."
         )
-    items = _decode(file.read_bytes(), str(file))
-    if not isinstance(items, list):
-        raise UserError(
-            f"{file} must hold a list of rows, got {type(items).__name__}. Write it as"
-            " [{...}, {...}], or one object a line in a .jsonl file."
-        )
-    yield from ((f"{file.name}:{number}", row) for number, row in enumerate(items, 1))
 
 
-def _check_ratio(where: str, unpacked: int, packed: int) -> None:
-    if unpacked > max(UNPACKED_FREELY, MOST_UNPACKED * packed):
-        raise UserError(
-            f"{where}: expected text, which unpacks to at most {MOST_UNPACKED} times"
-            f" its size, got {unpacked:,} bytes out of {packed:,}. If you trust it,"
-            " unpack it yourself."
-        )
+def _field(file: Path, name: str) -> list:
+    value = untrusted.read_object(file, most=_LARGEST_STATE).get(name)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{file}: expected a list as {name!r}. Save it again.")
+    return value
 
 
-def _decode(text: bytes, where: str) -> Any:
-    try:
-        return untrusted.parse_json(text, repeats=True)
-    except ValueError as e:
-        match e:
-            case json.JSONDecodeError():
-                # Some of the messages end in "at" themselves.
-                reason = e.msg.removesuffix(" at")
-                got = f"{reason} at line {e.lineno}, column {e.colno}"
-            case UnicodeDecodeError():
-                got = f"byte {text[e.start]:#04x} at {e.start}, which is not UTF-8"
-            case _:
-                got = f"a text that is {untrusted.shown(e)}"
-        raise UserError(f"{where}: expected JSON, got {got}. Mend or remove it.") from e
-
-
-def _parquet(file: Path) -> Rows:
-    number = unpacked = 0
-    packed = file.stat().st_size
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for group in range(table.num_row_groups):
-                announced = table.metadata.row_group(group).total_byte_size
-                _check_ratio(str(file), announced, packed)
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
-                # Each row counted by itself, where rows share their values too.
-                unpacked += sum(
-                    (c.dictionary_decode() if hasattr(c, "dictionary") else c).nbytes
-                    for c in batch.columns
-                )
-                _check_ratio(f"{file}:{number + 1}", unpacked, packed)
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file.name}:{number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
-        reason = next(iter(str(e).splitlines()), type(e).__name__)
-        raise UserError(
-            f"{file}: broken or truncated parquet file after row {number}"
-            f" ({untrusted.shown(reason)}). Fetch or write it again."
-        ) from e
+def _own(folder: Path, name: str) -> Path:
+    file = untrusted.own_file(folder, name)
+    if file is None:
+        raise UserError(f"{folder} must hold {name!r}, got none. Save it again.")
+    wrong = mistaken.what(file)
+    if wrong is not None:
+        raise UserError(f"{file} must be a file of pairs, got {wrong[0]}. {wrong[1]}")
+    return file
 
 
 def _hub(path: str, *, setting: str, split: str | None) -> Rows:
+    for number, row in enumerate(load_hub(path, setting=setting, split=split), 1):
+        yield f"{path}/{split}:{number}", row
+
+
+def load_hub(path: str, *, setting: str, split: str | None) -> datasets.Dataset:
+    """A hub data set's split, mapped into memory from the hub's cache."""
     try:
         table = sources.download(
             lambda: datasets.load_dataset(path, split=split),
@@ -172,13 +211,4 @@ def _hub(path: str, *, setting: str, split: str | None) -> Rows:
             f"{setting} = {path!r} has the splits {', '.join(map(str, table))}, and"
             f" none is named. Name one with --{setting}-split."
         )
-    for number, row in enumerate(table, 1):
-        yield f"{path}/{split}:{number}", row
-
-
-_READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _json_lines,
-    ".jsonl.gz": _json_lines,
-    ".json": _json_list,
-    ".parquet": _parquet,
-}
+    return table

@@ -95,7 +95,10 @@ def compare(
     if run is not None:
         flags.choose_z(arguments, run.latent, arguments.system)
     texts, drops = pair_data.read(
-        arguments.pairs, split=arguments.pairs_split, limit=arguments.limit
+        arguments.pairs,
+        split=arguments.pairs_split,
+        limit=arguments.limit,
+        ranked="all" if run is None else run.data.ranked,
     )
     rules = _rules(arguments, run)
     policies = _Policies(arguments, run, mesh, on_progress)

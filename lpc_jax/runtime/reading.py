@@ -53,12 +53,14 @@ def each(
         take: A pair's part of the arrays, by its row and slot.
     """
     ids = np.asarray([pair.id for pair in pairs], np.int32)
-    # Ids may repeat across data sets: while packed, pairs are known by their place.
-    placed = [dataclasses.replace(pair, id=i) for i, pair in enumerate(pairs)]
     results: list[Any] = [None] * len(pairs)
     done, size = 0, at_once or GROUP
     for first in range(0, len(pairs), size):
-        group = placed[first : first + size]
+        # Ids may repeat across data sets: while packed, pairs are known by their place.
+        group = [
+            dataclasses.replace(pair, id=first + i)
+            for i, pair in enumerate(pairs[first : first + size])
+        ]
         for batch in packing.micro_batches(group, shape, reference_logp=None):
             places, used = batch.pair_id, batch.pair_mask
             batch = dataclasses.replace(batch, pair_id=np.where(used, ids[places], 0))

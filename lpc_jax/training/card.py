@@ -6,6 +6,7 @@ It is for others to read: of local paths it names the last part alone.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import huggingface_hub
 
@@ -29,7 +30,7 @@ def of(origin: Origin, *, plain: bool) -> str:
     base = origin.model.path
     tags = ["lpc_jax", "preference-alignment"]
     loss = [] if config is None else [type(config.loss).__name__.lower()]
-    data = [] if config is None else [config.data.train]
+    data = [] if config is None else _paths(config, "train")
     header = huggingface_hub.ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -56,6 +57,14 @@ def _shown(path: str) -> str:
     return path if sources.is_hub_id(path) else path.rstrip("/").rpartition("/")[2]
 
 
+def _paths(config: cfg.Config, name: Literal["train", "eval"]) -> list[str]:
+    return [source.path for source in config.data.sources(name)]
+
+
+def _names(config: cfg.Config, name: Literal["train", "eval"]) -> str:
+    return ", ".join(map(_shown, _paths(config, name)))
+
+
 def _use(origin: Origin, plain: bool) -> str:
     if origin.latent is None:
         return "A decoder without codes: load it as any model."
@@ -77,10 +86,9 @@ def _of_run(origin: Origin, config: cfg.Config) -> list[str]:
     assert origin.checkpoint is not None
     meta = record.read(origin.checkpoint)["meta"]
     step, run = int(origin.checkpoint.name), origin.checkpoint.parents[1]
-    data = config.data
-    pairs = f"{meta['train_pairs']:,} pairs of {_shown(data.train)}"
-    if data.eval is not None:
-        pairs += f"; held out: {meta['held_out_pairs']:,} of {_shown(data.eval)}"
+    pairs = f"{meta['train_pairs']:,} pairs of {_names(config, 'train')}"
+    if config.data.eval is not None:
+        pairs += f"; held out: {meta['held_out_pairs']:,} of {_names(config, 'eval')}"
     versions = meta["versions"] | {"Python": meta["python"]}
     facts = {
         "start model": _shown(config.model.path),

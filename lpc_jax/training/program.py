@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "hub.",
     "mesh.",
     "distributed.",
+    "data.cache",
     "reference.cache",
     "model.states_cache",
     "training.log_every",

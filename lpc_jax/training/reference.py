@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
+from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.pairs import Pairs, of_every_length
 from lpc_jax.errors import UserError
@@ -88,23 +89,25 @@ class ReferenceCache:
 
         A few cached ones, of every length, are scored again; they must agree.
         """
-        keys = [pair.key() for pair in pairs]
+        keys = pair_data.keys(pairs)
         unknown = np.full(2, np.nan, np.float32)
         column = np.stack([self._known.get(key, unknown) for key in keys])
         # One process's file decides what all of them score together.
         column = processes.array_from_main(column)
-        missing = np.flatnonzero(np.isnan(column[:, 0])).tolist()
-        cached = np.flatnonzero(~np.isnan(column[:, 0])).tolist()
-        if cached:
+        missing = np.flatnonzero(np.isnan(column[:, 0]))
+        cached = np.flatnonzero(~np.isnan(column[:, 0]))
+        if len(cached):
             # A window or a stretch of RoPE shows in long pairs alone.
-            spread = of_every_length([pairs[i] for i in cached], CHECKED_PAIRS)
-            chosen = [cached[i] for i in spread]
-            checked = [pairs[i] for i in chosen]
+            spread = of_every_length(pair_data.at(pairs, cached), CHECKED_PAIRS)
+            chosen = cached[spread]
+            checked = pair_data.at(pairs, chosen)
             live = score_pairs(score, checked, shape, lambda _: None)
             off = np.abs(live - column[chosen]) / packing.pair_lengths(checked)[:, 1:]
             self._require_agreement(float(off.max()), len(checked))
-        if missing:
-            scored = score_pairs(score, [pairs[i] for i in missing], shape, on_progress)
+        if len(missing):
+            scored = score_pairs(
+                score, pair_data.at(pairs, missing), shape, on_progress
+            )
             _require_finite(scored)
             fresh = {keys[i]: logp for i, logp in zip(missing, scored, strict=True)}
             # By key: a pair that is there twice has one value, now and from the file.
@@ -151,20 +154,20 @@ def columns(
         decoder_digest=decoder_digest(digest, policy.architecture),
         compute_dtype=policy.compute.dtype.name,
     )
-    pairs = [*train, *held_out]
+    pairs = pair_data.joined(train.tokens, held_out.tokens)
     sets = [pairs]
     if config.loss.ld_alpha < 1:
         # Up to the shorter answer's length: pairs of their own, with keys of their own.
         sets.append([pair.shared() for pair in pairs])
     both = []
-    for pairs in sets:
+    for of_set in sets:
         column, scored = cache.column(
             lambda batch: np.asarray(jax.device_get(run(batch))),
-            pairs,
+            of_set,
             shape,
             lambda done: say(f"reference: {done} pairs scored"),
         )
-        known = len(pairs) - scored
+        known = len(of_set) - scored
         say(f"reference: {scored} pairs scored, {known} found in {cache.path}")
         both.append(column)
     column = np.concatenate(both, axis=1)

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from lpc_jax import config as cfg
 from lpc_jax import metrics, objective, sharding
 from lpc_jax.data import packing
+from lpc_jax.data import pairs as pair_data
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.evaluation import preference
 from lpc_jax.generation import samples
@@ -185,7 +186,7 @@ class Run:
         """A step's micro-batches on the mesh, its pairs and its tokens."""
         indices, mesh = self.step_indices(number), self.policy.mesh
         batches = [sharding.place_batch(rows, mesh) for rows in self.pack(indices)]
-        lengths = packing.pair_lengths([self.train.tokens[i] for i in indices])
+        lengths = packing.pair_lengths(pair_data.at(self.train.tokens, indices))
         return batches, len(indices), int(lengths.sum())
 
     def step_indices(self, number: int) -> Int[np.ndarray, "B"]:
@@ -201,7 +202,7 @@ class Run:
     def pack(self, indices: Int[np.ndarray, "B"]) -> list[Batch]:
         """Micro-batches of the training pairs at these indices, on the host."""
         return packing.micro_batches(
-            [self.train.tokens[i] for i in indices],
+            pair_data.at(self.train.tokens, indices),
             self.shape,
             reference_logp=None if self.reference is None else self.reference[indices],
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -34,29 +34,21 @@ def read_pairs(
     config: cfg.Config, of_tokenizer: Tokenizer
 ) -> tuple[Pairs, Pairs | None]:
     """Training pairs, and held-out pairs or None."""
-    data = config.data
-    rules = {
-        **pairs.rules(data),
-        "user": data.user,
-        "row_length": config.packing.row_length,
-    }
+    data, row_length = config.data, config.packing.row_length
 
-    def read(path: str, setting: str, split: str, limit: int | None) -> Pairs:
-        return pairs.load(
-            path, of_tokenizer, setting=setting, split=split, limit=limit, **rules
-        )
+    def read(name: Literal["train", "eval"]) -> Pairs:
+        about = {"seed": config.training.seed, "row_length": row_length}
+        return pairs.load(data, name, of_tokenizer, setting=f"data.{name}", **about)
 
-    train = read(data.train, "data.train", data.train_split, data.limit)
+    train = read("train")
     users(config, train.tokens)  # refused before the held-out pairs are read
-    if data.eval is None:
-        return train, None
-    return train, read(data.eval, "data.eval", data.eval_split, data.eval_limit)
+    return train, None if data.eval is None else read("eval")
 
 
 def row_shape(run: Run) -> packing.RowShape:
     """The shape of a micro-batch that all pairs of a run fit."""
     packed, compute = run.config.packing, run.policy.compute
-    lengths = packing.pair_lengths([*run.train, *run.held_out])
+    lengths = packing.pair_lengths(pairs.joined(run.train.tokens, run.held_out.tokens))
     longest = packing.row_shape(
         lengths,
         rows=packed.rows,
@@ -84,12 +76,13 @@ def users(
     if config.latent is None or config.latent.pool != "user":
         return None
     data = config.data
+    path = cfg.in_words(data.train)
     names = [pair.user for pair in train]
     nameless = names.count("")
     if nameless:
         raise UserError(
             "latent.pool='user' needs a user in every row, named by data.user ="
-            f" {data.user!r}, got {nameless} of {len(names)} pairs of {data.train}"
+            f" {data.user!r}, got {nameless} of {len(names)} pairs of {path}"
             " without. Add the field, name another with --data.user, or use"
             " latent.pool='pair'."
         )
@@ -98,7 +91,7 @@ def users(
     if alone:
         raise UserError(
             "latent.pool='user' needs at least two pairs of every user, got"
-            f" {alone} of {len(counts)} users of {data.train} with one. Leave these"
+            f" {alone} of {len(counts)} users of {path} with one. Leave these"
             " out, or use latent.pool='pair'."
         )
     return numbers.astype(np.int32)

@@ -205,7 +205,7 @@ def test_a_template_that_shares_no_tokens_drops_the_pair():
         "No preference pair is left of 1, expected at least one: 1 prompt and answers"
         " share no tokens (pairs.jsonl:1). Raise data.max_length and"
         " packing.row_length, choose another data.truncation, or mend the data."
-        " The first's prompt is of user."
+        " First row, pairs.jsonl:1: a prompt of user."
     )
 
 
@@ -387,7 +387,7 @@ def test_no_pair_left_is_refused_with_the_counts_of_reading_too():
         "No preference pair is left of 2, expected at least one: 1 empty answer"
         " (pairs.jsonl:9); 1 prompt longer than packing.row_length (pairs.jsonl:1)."
         " Raise data.max_length and packing.row_length, choose another data.truncation,"
-        " or mend the data. The first's prompt is of user."
+        " or mend the data. First row, pairs.jsonl:1: a prompt of user."
     )
 
 

@@ -222,22 +222,6 @@ def test_a_truncated_gzip_file_is_named_with_the_line_it_breaks_in(write):
     )
 
 
-def test_a_file_that_only_claims_to_be_gzip_is_refused(write):
-    file = write("a.jsonl.gz", jsonl([PLAIN]))
-    assert refusal(file) == (
-        f"{file}:1: broken or truncated gzip file (Not a gzipped"
-        " file (b'{\"')). Fetch or compress it again."
-    )
-
-
-def test_a_json_file_must_hold_a_list(write):
-    file = write("a.json", json.dumps(PLAIN))
-    assert refusal(file) == (
-        f"{file} must hold a list of rows, got dict. Write it as [{{...}}, {{...}}], or"
-        " one object a line in a .jsonl file."
-    )
-
-
 def test_a_broken_parquet_file_is_refused(write):
     file = write("a.parquet", b"PAR1 and no more")
     message = refusal(file)
@@ -267,17 +251,18 @@ def test_a_relative_file_name_is_not_taken_for_a_hub_id():
 
 def test_a_folder_is_refused(tmp_path):
     assert refusal(tmp_path) == (
-        f"data.train = {str(tmp_path)!r} must be a file ending in .jsonl, .jsonl.gz,"
-        " .json, .parquet, got a folder. Convert or rename it, or name a file inside"
-        " it."
+        f"data.train = {str(tmp_path)!r} must be a file ending in .jsonl, .json, .csv,"
+        " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
+        " set, got a folder without any. Name another."
     )
 
 
 def test_an_unknown_kind_of_file_is_refused(write):
-    file = write("a.csv", "prompt,chosen,rejected\n")
+    file = write("a.words", "")
     assert refusal(file) == (
-        f"data.train = {str(file)!r} must be a file ending in .jsonl, .jsonl.gz, .json,"
-        " .parquet, got 'a.csv'. Convert or rename it, or name a file inside it."
+        f"data.train = {str(file)!r} must be a file ending in .jsonl, .json, .csv,"
+        " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
+        " set, got 'a.words'. Convert or rename it."
     )
 
 
@@ -294,8 +279,8 @@ def test_a_file_with_no_preference_is_refused_with_the_counts(write):
     assert refusal(file) == (
         f"data.train = {str(file)!r} holds no preference pair, expected at least one: 7"
         " chosen equals rejected (a.jsonl:1, a.jsonl:2, a.jsonl:3, a.jsonl:4,"
-        " a.jsonl:5, ...). Give rows with a prompt and two different answers. The first"
-        " row, a.jsonl:1, has prompt (text), chosen (text), rejected (text)."
+        " a.jsonl:5, ...). Give rows with a prompt and two different answers. First"
+        " row, a.jsonl:1: prompt (text), chosen (text), rejected (text)."
     )
 
 
@@ -366,8 +351,9 @@ def test_what_is_no_name_of_a_data_set_is_refused_without_a_request(
 def test_a_file_of_the_machine_is_not_read_as_pairs(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert refusal(path, split="train") == (
-        f"data.train = {path!r} must be a file ending in .jsonl, .jsonl.gz, .json,"
-        " .parquet, got 'passwd'. Convert or rename it, or name a file inside it."
+        f"data.train = {path!r} must be a file ending in .jsonl, .json, .csv,"
+        " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
+        " set, got 'passwd'. Convert or rename it."
     )
 
 
@@ -384,9 +370,9 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     pipe = tmp_path / "a.jsonl"
     os.mkfifo(pipe)
     assert refusal(pipe) == (
-        f"data.train = {str(pipe)!r} must be a file ending in .jsonl, .jsonl.gz, .json,"
-        " .parquet, got a device or pipe. Convert or rename it, or name a file inside"
-        " it."
+        f"data.train = {str(pipe)!r} must be a file ending in .jsonl, .json, .csv,"
+        " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
+        " set, got a device or pipe. Write the pairs to a file."
     )
 
 
@@ -598,6 +584,6 @@ def test_rows_that_one_rule_drops_all_show_their_roles(write):
     )
     assert refusal(file).endswith(
         " 1 answer is not the assistant's (a.jsonl:1). Give rows with a prompt and two"
-        " different answers. The first row, a.jsonl:1, has prompt (text), chosen"
+        " different answers. First row, a.jsonl:1: prompt (text), chosen"
         " (messages of model), rejected (messages of model)."
     )

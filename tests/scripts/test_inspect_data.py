@@ -113,3 +113,19 @@ def test_it_shows_what_is_not_read_and_the_first_row_s_form(config, tmp_path):
     ) in text
     assert "fields not read (rows): score (2), id (1)" in " ".join(text.split())
     assert "[prompt]1999 <|im_start|>system\nHi<|im_end|>" in text
+
+
+def test_several_sources_are_told_and_shown_each(config):
+    text = config.read_text()
+    assert "train='" in text
+    path = text.split("train='")[1].split("'")[0]
+    sources = f"train=[Source(path='{path}', name=n) for n in 'ab']"
+    text = text.replace(f"train='{path}'", sources).replace(
+        "Simpo\n", "Simpo, Source\n"
+    )
+    config.write_text(text)
+    told = shown("--config", config, "--pairs", 1)
+    assert told.count("[scored]") == 4
+    assert told.count("2 of 2 pairs of") == 2
+    assert "· a" in told
+    assert "· b" in told

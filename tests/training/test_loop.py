@@ -17,7 +17,8 @@ from lpc_jax import config as cfg
 from lpc_jax.data import packing, pairs
 from lpc_jax.runtime import policy
 from lpc_jax.training import log as logs
-from lpc_jax.training import loop, program, run_folder, trackers
+from lpc_jax.training import loop, run_folder, trackers
+from lpc_jax.training import program as programs
 from lpc_jax.training.run import Run
 from tests import fake_run, runs
 
@@ -395,19 +396,25 @@ def digests(config: cfg.Config) -> dict[str, str]:
     return json.loads(manifest.read_text())
 
 
+def test_a_setting_newer_than_the_run_has_its_default(tmp_path):
+    now = cfg.flat(runs.config(tmp_path))
+    before = {name: value for name, value in now.items() if name != "data.ranked"}
+    assert programs._fixed({"settings": before}) == programs._fixed({"settings": now})
+
+
 @pytest.mark.parametrize("changed_set", ["data", "held_out"])
 def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch, changed_set):
     config = crashed["DPO"]
     path = config.data.train if changed_set == "data" else config.data.eval
     rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     rows[7]["chosen"][0]["content"] += " Indeed."
-    read = pairs.examples.read
+    read = pairs.rows.find
     changed = runs.write_pairs(tmp_path / "pairs.jsonl", rows)
 
     def edited(read_path: str, **settings: Any) -> Any:
         return read(str(changed) if read_path == path else read_path, **settings)
 
-    monkeypatch.setattr(pairs.examples, "read", edited)
+    monkeypatch.setattr(pairs.rows, "find", edited)
     message = refusal(runs.resumed(config))
     head, digest, tail = message.split("\n")
     assert head == (
@@ -436,7 +443,7 @@ def test_resuming_from_other_weights_is_refused(crashed, monkeypatch):
 def test_more_epochs_of_a_run_that_has_ended_are_told_how_to_go_on():
     saved = {"training.epochs": 1, "model.path": "start", "latent.num_codes": 8}
     with pytest.raises(ValueError, match="these differ:") as error:
-        program.require_same(saved, saved | {"training.epochs": 2})
+        programs.require_same(saved, saved | {"training.epochs": 2})
     assert str(error.value).endswith(
         "To train further: python scripts/export.py RUN FOLDER --plain, then a new run"
         " with --model.path FOLDER and, if the loss has a reference, --reference.path"

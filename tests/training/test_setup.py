@@ -74,6 +74,12 @@ TESTED_IN = {
     "data.eval": "tests/training/test_loop.py",
     "data.eval_split": "test_each_set_is_read_from_its_own_split",
     "data.user": "tests/training/test_users.py",
+    **{
+        f"source.{name}": "tests/data/test_pairs.py"
+        for name in ("path", "split", "limit", "weight", "name")
+    },
+    "data.ranked": "tests/data/test_ranked.py",
+    "data.cache": "tests/data/test_kept.py",
     "data.limit": "test_limits_take_the_first_pairs",
     "data.eval_limit": "test_limits_take_the_first_pairs",
     "data.max_length": "test_lengths_and_truncation_reach_the_tokens",
@@ -412,13 +418,13 @@ def test_each_loss_setting_changes_the_loss(plain, change):
 
 
 def test_each_set_is_read_from_its_own_split(folder, monkeypatch):
-    read_examples, splits = pairs.examples.read, {}
+    read_rows, splits = pairs.rows.read, {}
 
     def noted(path: str, *, setting: str, split: str | None, **settings: Any) -> Any:
         splits[setting] = split
-        return read_examples(path, setting=setting, split=split, **settings)
+        return read_rows(path, setting=setting, split=split, **settings)
 
-    monkeypatch.setattr(pairs.examples, "read", noted)
+    monkeypatch.setattr(pairs.rows, "read", noted)
     read(config(folder, data={"train_split": "one", "eval_split": "other"}))
     assert splits == {"data.train": "one", "data.eval": "other"}
 

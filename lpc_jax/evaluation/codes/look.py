@@ -99,7 +99,13 @@ def look(
     ``pairs`` is a file or a hub data set with a ``split``, of which the first ``limit``
     rows are read; ``seed`` is of the shuffled sources and of t-SNE.
     """
-    texts, drops = examples.read(pairs, setting="--pairs", split=split, limit=limit)
+    texts, drops = examples.read(
+        pairs,
+        setting="--pairs",
+        split=split,
+        limit=limit,
+        ranked=policy.config.data.ranked,
+    )
     rules = pair_data.rules(policy.config.data)
     kept, report = pair_data.tokenize(texts, policy.tokenizer, drops, **rules)
     beliefs = reading.believe(policy, kept)

@@ -1,0 +1,110 @@
+"""Ranked answers to a prompt as pairs: all of them, or the best against others."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, assert_never
+
+from lpc_jax.errors import UserError
+from lpc_jax.files import untrusted
+
+Ranked = Literal["all", "best_each", "best_random"]
+# Rules that leave a pair or a row out.
+TIE, ALONE, UNSCORED = "equal scores", "one answer alone", "answer without a score"
+_Scored = tuple[float, Any]
+
+
+def rows_of(
+    row: Any, *, origin: str, ranked: Ranked, events: list[tuple[str, str]]
+) -> Iterator[Any]:
+    """A row for each pair of its ranked ``answers``; a row of one pair as it is.
+
+    ``scores`` say which is better; without them the first is the best. What makes no
+    pair goes to ``events`` by its rule.
+
+    Raises:
+        UserError: Answers or scores that are none, or not one score an answer.
+    """
+    if not isinstance(row, dict) or "answers" not in row or row.get("chosen"):
+        yield row
+        return
+    scored = _scored(row, origin)
+    known = [one for one in scored if not math.isnan(one[0])]
+    events += [(UNSCORED, origin)] * (len(scored) - len(known))
+    if len(known) < 2:
+        events.append((ALONE, origin))
+        return
+    rest = {k: v for k, v in row.items() if k not in ("answers", "scores")}
+    for better, worse in _chosen_pairs(known, row, origin, ranked, events):
+        yield rest | _in_one_form(rest.get("prompt"), better[1], worse[1])
+
+
+def _scored(row: dict[str, Any], origin: str) -> list[_Scored]:
+    answers = row["answers"]
+    if not isinstance(answers, list) or not all(
+        isinstance(answer, str | list | dict) for answer in answers
+    ):
+        raise _wrong(origin, "answers must be a list of texts or messages", answers)
+    scores = row.get("scores", list(range(len(answers), 0, -1)))
+    if not isinstance(scores, list) or len(scores) != len(answers):
+        expected = f"scores must be a list of {len(answers)} numbers, one an answer"
+        raise _wrong(origin, expected, scores)
+    for score in scores:
+        if isinstance(score, bool) or not isinstance(score, int | float | None):
+            raise _wrong(origin, "a score must be a number", score)
+    numbers = [math.nan if score is None else float(score) for score in scores]
+    return list(zip(numbers, answers, strict=True))
+
+
+def _wrong(origin: str, expected: str, value: Any) -> UserError:
+    got = untrusted.shown(repr(value), most=80)
+    return UserError(f"{origin}: {expected}, got {got}. Mend or remove the row.")
+
+
+def _chosen_pairs(
+    scored: list[_Scored],
+    row: Any,
+    origin: str,
+    ranked: Ranked,
+    events: list[tuple[str, str]],
+) -> list[tuple[_Scored, _Scored]]:
+    """Pairs of unequal scores, the better answer first; ties go to ``events``."""
+    best, *others = ordered = sorted(scored, key=lambda one: -one[0])  # stable
+    match ranked:
+        case "all":
+            pairs = list(itertools.combinations(ordered, 2))
+        case "best_each" | "best_random":
+            pairs = [(best, other) for other in others]
+        case _:
+            assert_never(ranked)
+    unequal = [pair for pair in pairs if pair[0][0] != pair[1][0]]
+    if ranked != "best_random":
+        events += [(TIE, origin)] * (len(pairs) - len(unequal))
+        return unequal
+    if not unequal:
+        events.append((TIE, origin))
+        return []
+    # Drawn by the row alone: the same in any file, order and limit.
+    content = json.dumps(row, sort_keys=True, default=str).encode()
+    drawn = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+    return [unequal[drawn % len(unequal)]]
+
+
+def _in_one_form(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
+    """Texts, or lists of messages; a text beside messages becomes one."""
+    if all(isinstance(x, str) for x in (prompt, chosen, rejected)):
+        return {"chosen": chosen, "rejected": rejected}
+    pair = {"chosen": _messages(chosen), "rejected": _messages(rejected)}
+    if isinstance(prompt, str) and all(len(answer) == 1 for answer in pair.values()):
+        pair["prompt"] = [{"role": "user", "content": prompt}]
+    return pair
+
+
+def _messages(answer: Any) -> Any:
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    return [answer] if isinstance(answer, dict) else answer

@@ -1,0 +1,298 @@
+"""What people have as data: each form reads as the same rows, or is named."""
+
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lpc_jax.data import rows
+from lpc_jax.errors import UserError
+
+ROWS = [
+    {"prompt": "Name, please.", "chosen": 'I am "A".\nHi.', "rejected": "No."},
+    {"prompt": "Why?", "chosen": "So.", "rejected": "Ümlaut; no."},
+]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+INDENTED = "\n".join(json.dumps(row, indent=2) for row in ROWS).encode()
+CSV = (
+    'prompt,chosen,rejected\n"Name, please.","I am ""A"".\nHi.",No.\n'
+    "Why?,So.,Ümlaut; no.\n"
+)
+
+
+def parquet(of):
+    out = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(of), out)
+    return out.getvalue().to_pybytes()
+
+
+def read(path, split="train"):
+    columns = ("prompt", "chosen", "rejected")
+    return list(
+        rows.read(str(path), setting="data.train", split=split, columns=columns)
+    )
+
+
+def refusal(path, split="train"):
+    with pytest.raises(UserError) as caught:
+        read(path, split)
+    return str(caught.value).replace(str(path), "PATH")
+
+
+def write(folder, files):
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    {
+        "lines.jsonl": LINES,
+        "lines.json": LINES,
+        "list.json": json.dumps(ROWS),
+        "list.jsonl": json.dumps(ROWS, indent=2),
+        "list.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+        "bom.json": b"\xef\xbb\xbf" + LINES,
+        "wrapped.json": json.dumps({"version": 1, "data": ROWS}),
+        "indented_wrap.jsonl": json.dumps({"data": ROWS}, indent=1),
+        "indented.json": INDENTED,
+        "splits.json": json.dumps({"train": ROWS, "test": ROWS[:1]}),
+        "packed.jsonl": gzip.compress(LINES),
+        "plain.jsonl.gz": LINES,
+        "table.csv": CSV,
+        "excel.csv": b"\xef\xbb\xbf" + CSV.replace("\n", "\r\n").encode(),
+        "table.csv.gz": gzip.compress(CSV.encode()),
+        "semicolons.csv": "prompt;chosen;rejected\nName, please.;"
+        '"I am ""A"".\nHi.";No.\nWhy?;So.;"Ümlaut; no."\n',
+        "tabs.tsv": "prompt\tchosen\trejected\nName, please.\t"
+        '"I am ""A"".\nHi."\tNo.\nWhy?\tSo.\tÜmlaut; no.\n',
+        "table.parquet": parquet(ROWS),
+        "table.jsonl": parquet(ROWS),
+        "lines.parquet": LINES,
+    }.items(),
+)
+def test_the_first_bytes_tell_how_a_file_is_read(tmp_path, name, content):
+    write(tmp_path, {name: content})
+    got = [row for _, row in read(tmp_path / name)]
+    if name == "excel.csv":  # its line break is two characters
+        got[0]["chosen"] = got[0]["chosen"].replace("\r\n", "\n")
+    assert got == ROWS
+
+
+def test_rows_are_told_by_the_line_they_start_on(tmp_path):
+    write(tmp_path, {"a.csv": CSV, "b.json": INDENTED})
+    assert [origin for origin, _ in read(tmp_path / "a.csv")] == ["a.csv:2", "a.csv:4"]
+    assert [origin for origin, _ in read(tmp_path / "b.json")] == [
+        "b.json:1",
+        "b.json:6",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "question,better,worse\na,b,c\n",
+            "PATH: expected the columns prompt, chosen, rejected, got question, better,"
+            " worse. Name them so in the first line.",
+        ),
+        (
+            "",
+            "PATH: expected the columns prompt, chosen, rejected, got none. Name them"
+            " so in the first line.",
+        ),
+        (
+            "prompt,chosen,rejected\na,b\n",
+            "PATH:2: expected 3 cells, as the first line has, got 2. Put cells with ','"
+            " or line breaks in quotes.",
+        ),
+        (
+            "prompt,chosen,rejected\na,b,c\na,b,c,d\n",
+            "PATH:3: expected 3 cells, as the first line has, got more. Put cells with"
+            " ',' or line breaks in quotes.",
+        ),
+        (
+            "prompt,chosen,rejected\na,b,\"[{'role': 'user'}]\"\n",
+            "PATH:2: expected text, or messages as JSON, got [{'role': 'user'}],"
+            " messages as Python prints them. Save the data as parquet or JSON lines,"
+            " which hold lists.",
+        ),
+        (
+            'prompt,chosen,rejected\na,b,"c\n',
+            "PATH:2: broken CSV (unexpected end of data). Mend or remove it.",
+        ),
+        (
+            b"prompt,chosen,rejected\na,\xff,c\n",
+            "PATH:2: expected text in UTF-8, got the byte 0xff at 2. Save it as UTF-8.",
+        ),
+    ],
+)
+def test_a_csv_that_cannot_be_read_is_told_by_its_line(tmp_path, content, message):
+    write(tmp_path, {"a.csv": content})
+    assert refusal(tmp_path / "a.csv") == message
+
+
+def test_messages_in_a_csv_are_read_as_json(tmp_path):
+    messages = [{"role": "user", "content": "Why?"}]
+    cell = json.dumps(messages).replace('"', '""')
+    write(tmp_path, {"a.csv": f'prompt,chosen,rejected\n"{cell}",b,c\n'})
+    assert read(tmp_path / "a.csv")[0][1]["prompt"] == messages
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": {"0": "a"}, "chosen": {"0": "b"}, "rejected": {"0": "c"}},
+        {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]},
+    ],
+)
+def test_columns_in_json_are_named(tmp_path, value):
+    write(tmp_path, {"a.json": json.dumps(value)})
+    assert refusal(tmp_path / "a.json") == (
+        "PATH: expected rows, got columns, as pandas writes them. Write it with"
+        " to_json(FILE, orient='records', lines=True)."
+    )
+
+
+def test_json_of_several_lists_needs_the_split(tmp_path):
+    write(tmp_path, {"a.json": json.dumps({"train": ROWS, "test": ROWS[:1]})})
+    assert len(read(tmp_path / "a.json", "test")) == 1
+    assert refusal(tmp_path / "a.json", "other") == (
+        "PATH: expected one list of rows, or one named 'other' as the split is, got"
+        " train, test. Name one of them as the split."
+    )
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {f"train-0000{i}-of-00002.parquet": parquet([ROWS[i]]) for i in (1, 0)},
+        {f"part_{i}.jsonl": json.dumps(ROWS[i]) for i in (1, 0)},
+        {f"part-0000{i}-ab-12-c000.snappy.parquet": parquet([ROWS[i]]) for i in (0, 1)},
+        {"README.md": "", "data/train-0.json": json.dumps(ROWS)},
+        {"train.jsonl": LINES, "test.jsonl": "{}"},
+        {"train-0.jsonl": LINES, "train_sft-0.jsonl": "{}", "test-0.jsonl": "{}"},
+        {"train/0.csv": CSV, "test/0.csv": "x"},
+    ],
+)
+def test_a_folder_s_shards_are_read_whole_in_order(tmp_path, files):
+    write(tmp_path, files)
+    assert [row for _, row in read(tmp_path)] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"a.jsonl": LINES, "b.jsonl": LINES},
+            "data.train = 'PATH' holds 'a', 'b', expected one set of pairs or one named"
+            " 'train' as the split is. Name one with --data.train-split, or give its"
+            " files' own path.",
+        ),
+        (
+            {f"a-0000{i}-of-00003.jsonl": LINES for i in (0, 2)},
+            "PATH: expected all shards of one set of pairs in one format, got none of"
+            " number 1. Fetch them again, or name single files as several sources.",
+        ),
+        (
+            {"a.jsonl": LINES, "a.parquet": parquet(ROWS)},
+            "PATH: expected all shards of one set of pairs in one format, got a.jsonl,"
+            " a.parquet. Fetch them again, or name single files as several sources.",
+        ),
+    ],
+)
+def test_a_folder_of_which_it_is_not_clear_what_to_read_is_refused(
+    tmp_path, files, message
+):
+    write(tmp_path, files)
+    assert refusal(tmp_path) == message
+
+
+def test_a_saved_data_set_is_read_whole(tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(tmp_path / "one", num_shards=2)
+    splits = {"train": table, "test": table.select([0])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
+    assert [row for _, row in read(tmp_path / "one")] == ROWS
+    assert [row for _, row in read(tmp_path / "two")] == ROWS
+    assert [row for _, row in read(tmp_path / "two", "test")] == ROWS[:1]
+    assert "holds 'train', 'test', expected one" in refusal(tmp_path / "two", "other")
+    shard = tmp_path / "one" / "data-00001-of-00002.arrow"
+    assert [row for _, row in read(shard)] == ROWS[1:]
+    shard.write_bytes(shard.read_bytes()[:-300])
+    assert "broken or truncated Arrow file after row" in refusal(tmp_path / "one")
+    shard.unlink()
+    assert "must hold 'data-00001-of-00002.arrow', got none" in refusal(
+        tmp_path / "one"
+    )
+
+
+def test_a_saved_data_set_names_no_file_outside_its_folder(tmp_path):
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder)
+    state = json.loads((folder / "state.json").read_text())
+    state["_data_files"] = [{"filename": "../secret.arrow"}]
+    write(tmp_path, {"saved/state.json": json.dumps(state), "secret.arrow": b""})
+    assert "expected the name of a file of this folder" in refusal(folder)
+    write(tmp_path, {"two/dataset_dict.json": '{"splits": [".."]}', "a.jsonl": LINES})
+    assert "must be a folder inside" in refusal(tmp_path / "two")
+
+
+def test_one_shard_of_several_is_read_with_a_warning(tmp_path, caplog):
+    file = tmp_path / "train-00000-of-00002.parquet"
+    write(tmp_path, {file.name: parquet(ROWS)})
+    assert len(read(file)) == 2
+    assert "is one of 2 shards, and read alone" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"config.py": "", "metrics.jsonl": "{}"}, "the folder of a run. Give the p"),
+        ({"mine/metrics.jsonl": "{}"}, "a folder of runs"),
+        (
+            {"config.json": "{}", "tokenizer.json": "{}"},
+            "a model's folder. Give it as --",
+        ),
+        ({"adapter_config.json": "{}"}, "the folder of an adapter"),
+        ({"0123-float32.npz": ""}, "a cache"),
+        ({"README.md": ""}, "a folder without any"),
+    ],
+)
+def test_a_folder_of_something_else_is_named(tmp_path, files, words):
+    write(tmp_path, files)
+    message = refusal(tmp_path)
+    assert message.startswith("data.train = 'PATH' must be a file ending in .jsonl, ")
+    assert f"got {words}" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n", "a pointer of Git"),
+        ("a.parquet", "<!DOCTYPE html><html>", "a web page"),
+        ("a.csv", b"PK\x03\x04...", "a packed file or spreadsheet"),
+        ("a.xlsx", b"", "a spreadsheet. Save it as CSV"),
+        ("a.jsonl.zst", b"", "a packed file"),
+        ("a.safetensors", b"", "a model's weights. Give it as --model.path"),
+        ("mine.py", "", "a Python file, as configs are"),
+        ("a.pkl", b"", "a file of Python objects, which could run code"),
+        ("a.txt", b"", "a text of no known form"),
+    ],
+)
+def test_a_file_of_something_else_is_named(tmp_path, name, content, words):
+    write(tmp_path, {name: content})
+    assert f"got {words}" in refusal(tmp_path / name)
+
+
+def test_a_folder_of_the_hub_s_cache_says_which_name_to_give(tmp_path):
+    folder = tmp_path / "datasets--owner--name"
+    write(folder, {"snapshots/1/a.jsonl": LINES})
+    assert refusal(folder).endswith(
+        "got a folder of the hub's cache. Give owner/name here."
+    )
