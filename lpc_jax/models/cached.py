@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import embedding
+from lpc_jax.models import embedding, rope
 from lpc_jax.models.architectures import Architecture
-from lpc_jax.models.decoder import Block, Decoder, rope_frequencies
+from lpc_jax.models.decoder import Block, Decoder
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +71,9 @@ class CachedDecoder(nnx.Module):
         """Hidden states of new tokens, and the cache with them."""
         slots = start + jnp.arange(tokens.shape[1])
         positions = slots - first[:, None]
-        angles = positions[..., None] * rope_frequencies(self.architecture)
-        cached = jnp.arange(cache.keys[0].shape[1])
+        room = cache.keys[0].shape[1]
+        turns = rope.turns(self.architecture, positions, room - first[:, None])
+        cached = jnp.arange(room)
         seen = (cached >= first[:, None, None]) & (cached <= slots[:, None])
         if self.architecture.sliding_window is not None:
             seen &= cached > slots[:, None] - self.architecture.sliding_window
@@ -90,7 +91,8 @@ class CachedDecoder(nnx.Module):
                 query, keys[-1], values[-1], mask=seen[:, None]
             )
 
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            x = block(x, angles, attend, None)
+            turned = i not in self.architecture.unturned
+            x = block(x, turns.only(turned), attend, None)
         return self.final_norm(x), Cache(tuple(keys), tuple(values))

@@ -40,8 +40,11 @@ class Leaf:
     stored: str = ""  # a layer's axes in files, as einops writes them; "": ours
     kind: Kind = "matrix"  # sets start, decay, learning rate and precision
     inputs: int = 1  # axes of a layer that a product contracts
-    rotary: bool = False  # RoPE turns its product
+    rotary: bool = False  # RoPE turns its product; see _NEIGHBOURS
     when: Callable[[Architecture], bool] = lambda _: True  # a decoder has it
+    # Family -> name in safetensors and in GGUF files, where it is another. Leaves that
+    # share one are one tensor there, along its first axis, in the table's order.
+    elsewhere: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def within(self) -> str:
@@ -112,14 +115,52 @@ def _top(
     path: str, axes: str, hf: str, gguf: str, stored: str = "", **more: Any
 ) -> Leaf:
     end = "bias" if more.get("kind") == "bias" else "weight"
+    elsewhere = {
+        family: (f"{its_hf}.{end}", f"{its_gguf}.{end}")
+        for family, (its_hf, its_gguf) in more.pop("elsewhere", {}).items()
+    }
     names = f"{hf}.{end}", f"{gguf}.{end}"
-    return Leaf(f"decoder/{path}", axes, *names, stored, **more)
+    return Leaf(f"decoder/{path}", axes, *names, stored, elsewhere=elsewhere, **more)
+
+
+def _of_layer(hf: str, gguf: str) -> tuple[str, str]:
+    return f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}"
 
 
 def _layer(path: str, axes: str, hf: str, gguf: str, *more: str, **others: Any) -> Leaf:
-    names = f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}"
-    return _top(f"blocks/{path}", f"L {axes}", *names, *more, **others)
+    elsewhere = {f: _of_layer(*n) for f, n in others.pop("elsewhere", {}).items()}
+    names = _of_layer(hf, gguf)
+    return _top(
+        f"blocks/{path}", f"L {axes}", *names, *more, elsewhere=elsewhere, **others
+    )
 
+
+def _bias(
+    path: str, axes: str, hf: str, gguf: str, which: str, *, rotary: bool = False
+) -> Leaf:
+    return _layer(
+        *(f"{path}_bias", axes, hf, gguf, f"({axes})"),
+        kind="bias",
+        rotary=rotary,
+        when=lambda a: getattr(a, f"{which}_bias"),
+    )
+
+
+def _qk_norm(name: str, axes: str, hf: str) -> Leaf:
+    return _layer(
+        *(f"attention/{name}_norm/scale", axes, f"self_attn.{hf}", f"attn_{hf}"),
+        f"({axes})",
+        kind="norm",
+        when=lambda a: name.endswith(f"_{a.qk_norm}"),
+    )
+
+
+_QKV = {"phi3": ("self_attn.qkv_proj", "attn_qkv")}
+_GATE_UP = {"phi3": ("mlp.gate_up_proj", "ffn_up")}
+_AFTER_ATTENTION = {"olmo2": ("post_attention_layernorm", "post_attention_norm")}
+_AFTER_MLP = {"olmo2": ("post_feedforward_layernorm", "post_ffw_norm")}
+# Whose GGUF files are for RoPE that turns neighbours; those of others are as ours.
+_NEIGHBOURS = ("llama", "mistral", "smollm3")
 
 # A leaf that only some families have is a row whose ``when`` reads its field of
 # Architecture; the decoder applies it.
@@ -127,22 +168,48 @@ DECODER: tuple[Leaf, ...] = (
     _top("embedding", "V D", "model.embed_tokens", "token_embd"),
     _top("head", "V D", "lm_head", "output", when=lambda a: not a.tied),
     _top("final_norm/scale", "D", "model.norm", "output_norm", kind="norm"),
-    _layer("attention_norm/scale", "D", "input_layernorm", "attn_norm", kind="norm"),
     _layer(
-        "attention/query", "D N H", "self_attn.q_proj", "attn_q", "(N H) D", rotary=True
+        *("attention_norm/scale", "D", "input_layernorm", "attn_norm"),
+        kind="norm",
+        elsewhere=_AFTER_ATTENTION,
     ),
     _layer(
-        "attention/key", "D K H", "self_attn.k_proj", "attn_k", "(K H) D", rotary=True
+        *("attention/query", "D N H", "self_attn.q_proj", "attn_q", "(N H) D"),
+        rotary=True,
+        elsewhere=_QKV,
     ),
-    _layer("attention/value", "D K H", "self_attn.v_proj", "attn_v", "(K H) D"),
+    _layer(
+        *("attention/key", "D K H", "self_attn.k_proj", "attn_k", "(K H) D"),
+        rotary=True,
+        elsewhere=_QKV,
+    ),
+    _layer(
+        *("attention/value", "D K H", "self_attn.v_proj", "attn_v", "(K H) D"),
+        elsewhere=_QKV,
+    ),
     _layer(
         *("attention/output", "N H D", "self_attn.o_proj", "attn_output", "D (N H)"),
         inputs=2,
     ),
-    _layer("mlp_norm/scale", "D", "post_attention_layernorm", "ffn_norm", kind="norm"),
-    _layer("mlp/gate", "D F", "mlp.gate_proj", "ffn_gate", "F D"),
-    _layer("mlp/up", "D F", "mlp.up_proj", "ffn_up", "F D"),
+    _layer(
+        *("mlp_norm/scale", "D", "post_attention_layernorm", "ffn_norm"),
+        kind="norm",
+        elsewhere=_AFTER_MLP,
+    ),
+    _layer("mlp/gate", "D F", "mlp.gate_proj", "ffn_gate", "F D", elsewhere=_GATE_UP),
+    _layer("mlp/up", "D F", "mlp.up_proj", "ffn_up", "F D", elsewhere=_GATE_UP),
     _layer("mlp/down", "F D", "mlp.down_proj", "ffn_down", "D F"),
+    _bias("attention/query", "N H", "self_attn.q_proj", "attn_q", "qkv", rotary=True),
+    _bias("attention/key", "K H", "self_attn.k_proj", "attn_k", "qkv", rotary=True),
+    _bias("attention/value", "K H", "self_attn.v_proj", "attn_v", "qkv"),
+    _bias("attention/output", "D", "self_attn.o_proj", "attn_output", "output"),
+    _bias("mlp/gate", "F", "mlp.gate_proj", "ffn_gate", "mlp"),
+    _bias("mlp/up", "F", "mlp.up_proj", "ffn_up", "mlp"),
+    _bias("mlp/down", "D", "mlp.down_proj", "ffn_down", "mlp"),
+    _qk_norm("query_head", "H", "q_norm"),
+    _qk_norm("key_head", "H", "k_norm"),
+    _qk_norm("query_full", "N H", "q_norm"),
+    _qk_norm("key_full", "K H", "k_norm"),
 )
 # Those that can have an adapter, by name.
 TARGETS = {
@@ -153,8 +220,14 @@ TARGETS = {
 
 
 def decoder(architecture: Architecture) -> tuple[Leaf, ...]:
-    """The rows of an architecture's decoder."""
-    return tuple(leaf for leaf in DECODER if leaf.when(architecture))
+    """The rows of an architecture's decoder, with the names in its family's files."""
+    rows, family = [], architecture.family
+    for leaf in DECODER:
+        if leaf.when(architecture):
+            hf, gguf = leaf.elsewhere.get(family, (leaf.hf, leaf.gguf))
+            rotary = leaf.rotary and family in _NEIGHBOURS
+            rows.append(dataclasses.replace(leaf, hf=hf, gguf=gguf, rotary=rotary))
+    return tuple(rows)
 
 
 def adapters(targets: Sequence[str] = tuple(TARGETS)) -> tuple[Leaf, ...]:
