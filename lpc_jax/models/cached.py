@@ -16,6 +16,7 @@ from lpc_jax import axes
 from lpc_jax.models import embedding, rope
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.decoder import Block, Decoder
+from lpc_jax.types import HostOrDevice
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +26,7 @@ class Cache:
 
     keys: tuple[Float[Array, "R T K H"], ...]
     values: tuple[Float[Array, "R T K H"], ...]
+    longest: Int[HostOrDevice, "R"]  # tokens that a row may come to; see ``rope.turns``
 
 
 class CachedDecoder(nnx.Module):
@@ -58,7 +60,7 @@ class CachedDecoder(nnx.Module):
             )
             for _ in range(2)
         )
-        return Cache(keys, values)
+        return Cache(keys, values, jnp.full(rows, slots, jnp.int32))
 
     def __call__(
         self,
@@ -71,9 +73,8 @@ class CachedDecoder(nnx.Module):
         """Hidden states of new tokens, and the cache with them."""
         slots = start + jnp.arange(tokens.shape[1])
         positions = slots - first[:, None]
-        room = cache.keys[0].shape[1]
-        turns = rope.turns(self.architecture, positions, room - first[:, None])
-        cached = jnp.arange(room)
+        turns = rope.turns(self.architecture, positions, cache.longest[:, None])
+        cached = jnp.arange(cache.keys[0].shape[1])
         seen = (cached >= first[:, None, None]) & (cached <= slots[:, None])
         if self.architecture.sliding_window is not None:
             seen &= cached > slots[:, None] - self.architecture.sliding_window
@@ -95,4 +96,4 @@ class CachedDecoder(nnx.Module):
             assert isinstance(block, Block)
             turned = i not in self.architecture.unturned
             x = block(x, turns.only(turned), attend, None)
-        return self.final_norm(x), Cache(tuple(keys), tuple(values))
+        return self.final_norm(x), Cache(tuple(keys), tuple(values), cache.longest)

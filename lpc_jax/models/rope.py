@@ -37,8 +37,9 @@ def turns(
 
     Longrope has one list of factors for texts up to ``original_length`` and another for
     longer ones. transformers takes the longest of the batch as it is so far, so that a
-    text is read anew when it grows past; here a pair is judged by its longer answer,
-    whatever rows it shares, and an answer that is being written by its room.
+    text is read anew when it grows past. Here a pair is judged by its longer answer,
+    and an answer that is being written by the most tokens it may come to, so that no
+    other text has a say and nothing is read twice.
     """
     scaling = architecture.rope_scaling
     frequencies: Array | np.ndarray = rope_frequencies(architecture)
