@@ -185,10 +185,10 @@ def _known(
     family: str, *sizes: int, theta: float, context: int, **more: Any
 ) -> Architecture:
     names = ("vocabulary", "width", "layers", "query_heads", "kv_heads", "mlp_width")
-    fields = dict(zip(names, sizes, strict=True)) | OF_FAMILY.get(family, {})
-    fields |= {"family": family, "rope_theta": theta, "context_length": context}
-    fields |= {"head_width": fields["width"] // fields["query_heads"]}
-    return Architecture(**fields | {"norm_epsilon": 1e-5} | more)
+    fields: dict[str, Any] = dict(zip(names, sizes, strict=True))
+    fields["head_width"] = fields["width"] // fields["query_heads"]
+    fields |= {"rope_theta": theta, "context_length": context, "norm_epsilon": 1e-5}
+    return Architecture(family=family, **fields | OF_FAMILY.get(family, {}) | more)
 
 
 _LLAMA_3 = (128_256, 4096, 32, 32, 8, 14_336)
@@ -201,30 +201,18 @@ _MISTRAL_7B_V02 = _known("mistral", *_MISTRAL_7B, theta=1e6, context=32_768)
 _SMOLLM2_135M = _known(
     *("llama", 49_152, 576, 30, 9, 3, 1536), theta=1e5, context=8192, tied=True
 )
-_QWEN = {"theta": 1e6, "norm_epsilon": 1e-6}
-_QWEN2_5_0_5B = _known(
-    *("qwen2", 151_936, 896, 24, 14, 2, 4864), context=32_768, tied=True, **_QWEN
-)
-_QWEN2_5_7B = _known(
-    *("qwen2", 152_064, 3584, 28, 28, 4, 18_944), context=32_768, **_QWEN
-)
-_QWEN3_0_6B = _known(
-    *("qwen3", 151_936, 1024, 28, 16, 8, 3072),
-    **{"context": 40_960, "head_width": 128, "tied": True} | _QWEN,
-)
-_SMOLLM3_3B = _known(
-    *("smollm3", 128_256, 2048, 36, 16, 4, 11_008),
-    **{"theta": 5e6, "context": 65_536, "norm_epsilon": 1e-6, "tied": True},
-    unturned=tuple(range(3, 36, 4)),
-)
-_OLMO2_1B = _known(
-    *("olmo2", 100_352, 2048, 16, 16, 16, 8192),
-    **{"theta": 5e5, "context": 4096, "norm_epsilon": 1e-6},
-)
-_PHI3_MINI_4K = _known(
-    *("phi3", 32_064, 3072, 32, 32, 32, 8192),
-    **{"theta": 1e4, "context": 4096, "sliding_window": 2047},
-)
+_TIED: dict[str, Any] = {"norm_epsilon": 1e-6, "tied": True}
+_QWEN2_5 = ("qwen2", 151_936, 896, 24, 14, 2, 4864)
+_QWEN2_5_0_5B = _known(*_QWEN2_5, theta=1e6, context=32_768, **_TIED)
+_QWEN3 = ("qwen3", 151_936, 1024, 28, 16, 8, 3072)
+_QWEN3_0_6B = _known(*_QWEN3, theta=1e6, context=40_960, head_width=128, **_TIED)
+_SMOLLM3 = ("smollm3", 128_256, 2048, 36, 16, 4, 11_008)
+_UNTURNED = tuple(range(3, 36, 4))
+_SMOLLM3_3B = _known(*_SMOLLM3, theta=5e6, context=65_536, unturned=_UNTURNED, **_TIED)
+_OLMO2 = ("olmo2", 100_352, 2048, 16, 16, 16, 8192)
+_OLMO2_1B = _known(*_OLMO2, theta=5e5, context=4096, norm_epsilon=1e-6)
+_PHI3 = ("phi3", 32_064, 3072, 32, 32, 32, 8192)
+_PHI3_MINI_4K = _known(*_PHI3, theta=1e4, context=4096, sliding_window=2047)
 # By hub id, as the config.json published under it has them: for plans, which need no
 # weights. A run reads the file itself.
 KNOWN = {
@@ -238,7 +226,6 @@ KNOWN = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
     "Qwen/Qwen2.5-0.5B": _QWEN2_5_0_5B,
     "Qwen/Qwen2.5-0.5B-Instruct": _QWEN2_5_0_5B,
-    "Qwen/Qwen2.5-7B-Instruct": _QWEN2_5_7B,
     "Qwen/Qwen3-0.6B": _QWEN3_0_6B,
     "HuggingFaceTB/SmolLM3-3B": _SMOLLM3_3B,
     "allenai/OLMo-2-0425-1B-Instruct": _OLMO2_1B,

@@ -69,7 +69,7 @@ _ROPE_TOLERANCE = 1e-4
 def architecture(file: gguf.File) -> Architecture:
     """The architecture in a file's metadata, or a UserError that names the field."""
     origin, metadata = str(file.path), file.metadata
-    family = metadata.get("general.architecture")
+    family: Any = metadata.get("general.architecture")
     known = isinstance(family, str) and family in _FAMILIES
     expected, remedy = f"one of {sorted(_FAMILIES)}", not_implemented(family)
     require(known, origin, "general.architecture", expected, family, remedy)
@@ -79,9 +79,9 @@ def architecture(file: gguf.File) -> Architecture:
     values = {ours: metadata.get(key) for ours, key in keys.items()}
     values["rope_theta"] = metadata.get(keys["rope_theta"], _DEFAULT_THETA)
     values["vocabulary"] = next(iter(file.tensors[_EMBEDDING].shape), 0)
-    # Phi-3's say 0 for none; Qwen2's code in llama.cpp reads none.
-    window = values.pop("sliding_window") or None
-    values["sliding_window"] = window if family in ("llama", "phi3") else None
+    # Phi-3's say 0 for none; llama.cpp's code of the others reads none.
+    window = (values["sliding_window"] or None) if family in ("llama", "phi3") else None
+    values["sliding_window"] = window
     plain = architectures.checked(
         values,
         keys | {"vocabulary": f"the vocabulary of {_EMBEDDING}"},

@@ -61,7 +61,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "olmo2": {"context_length": 2048},
     "phi3": {"context_length": 4096},
 }
-_PARTIAL = "partial_rotary_factor"
+_PARTIAL, _SWITCH = "partial_rotary_factor", "use_sliding_window"
 # Fields that must hold one value, because the decoder computes no other; and the
 # switches that a family's code reads, which may hold any.
 _FIXED: dict[str, Any] = {
@@ -73,9 +73,9 @@ _FIXED: dict[str, Any] = {
 _READ: dict[str, tuple[str, ...]] = {
     "llama": ("attention_bias", "mlp_bias"),
     "mistral": (),
-    "qwen2": ("use_sliding_window",),
-    "qwen3": ("attention_bias", "use_sliding_window"),
-    "smollm3": ("attention_bias", "mlp_bias", "use_sliding_window"),
+    "qwen2": (_SWITCH,),
+    "qwen3": ("attention_bias", _SWITCH),
+    "smollm3": ("attention_bias", "mlp_bias", _SWITCH),
     "olmo2": ("attention_bias",),
     "phi3": (_PARTIAL,),
 }
@@ -123,17 +123,12 @@ def read(config: Mapping[str, Any], origin: str) -> Architecture:
     }
     values["rope_theta"] = section.pop("rope_theta", values.get("rope_theta", 10_000.0))
     # Others' code reads no window; a Llama config may carry it unused.
-    switched = "use_sliding_window" in _READ[family] and config.get(
-        "use_sliding_window"
-    )
+    switched = _SWITCH in _READ[family] and config.get(_SWITCH)
     if family not in _WINDOWED and not switched:
         values["sliding_window"] = None
-    for ours in _FLAGS:
-        flag, name = values.get(ours), _NAMES[ours]
-        is_flag = flag is None or isinstance(flag, bool)
-        require(is_flag, origin, name, "true or false", flag)
-        values[ours] = bool(flag)
-    flags = {ours: values[ours] for ours in _FLAGS}
+    flags = {ours: values.get(ours) or False for ours in _FLAGS}
+    for ours, flag in flags.items():
+        require(type(flag) is bool, origin, _NAMES[ours], "true or false", flag)
     plain = checked(values, _NAMES, origin, family=family, **flags)
     plain = dataclasses.replace(
         plain,
@@ -175,7 +170,7 @@ def _windowed(plain: Architecture, config: Mapping[str, Any], origin: str) -> bo
     kinds = [first <= i for i in range(plain.layers)]
     if plain.family == "smollm3":
         kinds = [i in plain.unturned for i in range(plain.layers)]
-        name = "use_sliding_window"
+        name = _SWITCH
     if (listed := config.get("layer_types")) is not None:
         require(isinstance(listed, list), origin, "layer_types", "a list", listed)
         name, kinds = "layer_types", [kind == "sliding_attention" for kind in listed]
@@ -228,7 +223,7 @@ def _rope_section(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def _scaling(
     plain: Architecture, config: Mapping[str, Any], section: dict[str, Any], origin: str
 ) -> RopeScaling | None:
-    kind = section.pop("rope_type", section.pop("type", "default"))
+    kind: Any = section.pop("rope_type", section.pop("type", "default"))
     section.pop("type", None)
     kinds = set(_ROPE) - {"longrope"}
     if plain.family == "phi3":
@@ -254,7 +249,7 @@ def _scaling(
     }
     if kind == "longrope":
         values.setdefault("factor", plain.context_length / values["original_length"])
-    return RopeScaling(kind=kind, **values)
+    return RopeScaling(**values | {"kind": kind})
 
 
 def _rope_value(value: Any, name: str, plain: Architecture, origin: str) -> Any:
@@ -279,13 +274,13 @@ def fields(architecture: Architecture) -> dict[str, Any]:
     switches = {
         "attention_bias": written.pop("attention_bias"),
         "mlp_bias": written.pop("mlp_bias"),
-        "use_sliding_window": a.sliding_window is not None,
+        _SWITCH: a.sliding_window is not None,
         _PARTIAL: (a.rotary_width or a.head_width) / a.head_width,
     }
     switches = {field: switches[field] for field in _READ[family]}
-    if family in _WINDOWED or "use_sliding_window" in switches:
+    if family in _WINDOWED or _SWITCH in switches:
         switches |= window
-    if "use_sliding_window" in switches:
+    if _SWITCH in switches:
         switches["max_window_layers"] = 0 if a.sliding_window else a.layers
     if family == "smollm3":
         switches["no_rope_layers"] = [int(i not in a.unturned) for i in range(a.layers)]

@@ -42,9 +42,6 @@ class Leaf:
     inputs: int = 1  # axes of a layer that a product contracts
     rotary: bool = False  # RoPE turns its product; see _NEIGHBOURS
     when: Callable[[Architecture], bool] = lambda _: True  # a decoder has it
-    # Family -> name in safetensors and in GGUF files, where it is another. Leaves that
-    # share one are one tensor there, along its first axis, in the table's order.
-    elsewhere: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def within(self) -> str:
@@ -115,24 +112,13 @@ def _top(
     path: str, axes: str, hf: str, gguf: str, stored: str = "", **more: Any
 ) -> Leaf:
     end = "bias" if more.get("kind") == "bias" else "weight"
-    elsewhere = {
-        family: (f"{its_hf}.{end}", f"{its_gguf}.{end}")
-        for family, (its_hf, its_gguf) in more.pop("elsewhere", {}).items()
-    }
     names = f"{hf}.{end}", f"{gguf}.{end}"
-    return Leaf(f"decoder/{path}", axes, *names, stored, elsewhere=elsewhere, **more)
-
-
-def _of_layer(hf: str, gguf: str) -> tuple[str, str]:
-    return f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}"
+    return Leaf(f"decoder/{path}", axes, *names, stored, **more)
 
 
 def _layer(path: str, axes: str, hf: str, gguf: str, *more: str, **others: Any) -> Leaf:
-    elsewhere = {f: _of_layer(*n) for f, n in others.pop("elsewhere", {}).items()}
-    names = _of_layer(hf, gguf)
-    return _top(
-        f"blocks/{path}", f"L {axes}", *names, *more, elsewhere=elsewhere, **others
-    )
+    names = f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}"
+    return _top(f"blocks/{path}", f"L {axes}", *names, *more, **others)
 
 
 def _bias(
@@ -155,10 +141,21 @@ def _qk_norm(name: str, axes: str, hf: str) -> Leaf:
     )
 
 
-_QKV = {"phi3": ("self_attn.qkv_proj", "attn_qkv")}
-_GATE_UP = {"phi3": ("mlp.gate_up_proj", "ffn_up")}
-_AFTER_ATTENTION = {"olmo2": ("post_attention_layernorm", "post_attention_norm")}
-_AFTER_MLP = {"olmo2": ("post_feedforward_layernorm", "post_ffw_norm")}
+# What a family's files call a layer's leaf otherwise: in safetensors, and in GGUF.
+# Leaves of one name are one tensor there, along its first axis, in the table's order.
+_ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
+    "olmo2": {
+        "attention_norm/scale": ("post_attention_layernorm", "post_attention_norm"),
+        "mlp_norm/scale": ("post_feedforward_layernorm", "post_ffw_norm"),
+    },
+    "phi3": {
+        "attention/query": ("self_attn.qkv_proj", "attn_qkv"),
+        "attention/key": ("self_attn.qkv_proj", "attn_qkv"),
+        "attention/value": ("self_attn.qkv_proj", "attn_qkv"),
+        "mlp/gate": ("mlp.gate_up_proj", "ffn_up"),
+        "mlp/up": ("mlp.gate_up_proj", "ffn_up"),
+    },
+}
 # Whose GGUF files are for RoPE that turns neighbours; those of others are as ours.
 _NEIGHBOURS = ("llama", "mistral", "smollm3")
 
@@ -168,36 +165,21 @@ DECODER: tuple[Leaf, ...] = (
     _top("embedding", "V D", "model.embed_tokens", "token_embd"),
     _top("head", "V D", "lm_head", "output", when=lambda a: not a.tied),
     _top("final_norm/scale", "D", "model.norm", "output_norm", kind="norm"),
+    _layer("attention_norm/scale", "D", "input_layernorm", "attn_norm", kind="norm"),
     _layer(
-        *("attention_norm/scale", "D", "input_layernorm", "attn_norm"),
-        kind="norm",
-        elsewhere=_AFTER_ATTENTION,
+        "attention/query", "D N H", "self_attn.q_proj", "attn_q", "(N H) D", rotary=True
     ),
     _layer(
-        *("attention/query", "D N H", "self_attn.q_proj", "attn_q", "(N H) D"),
-        rotary=True,
-        elsewhere=_QKV,
+        "attention/key", "D K H", "self_attn.k_proj", "attn_k", "(K H) D", rotary=True
     ),
-    _layer(
-        *("attention/key", "D K H", "self_attn.k_proj", "attn_k", "(K H) D"),
-        rotary=True,
-        elsewhere=_QKV,
-    ),
-    _layer(
-        *("attention/value", "D K H", "self_attn.v_proj", "attn_v", "(K H) D"),
-        elsewhere=_QKV,
-    ),
+    _layer("attention/value", "D K H", "self_attn.v_proj", "attn_v", "(K H) D"),
     _layer(
         *("attention/output", "N H D", "self_attn.o_proj", "attn_output", "D (N H)"),
         inputs=2,
     ),
-    _layer(
-        *("mlp_norm/scale", "D", "post_attention_layernorm", "ffn_norm"),
-        kind="norm",
-        elsewhere=_AFTER_MLP,
-    ),
-    _layer("mlp/gate", "D F", "mlp.gate_proj", "ffn_gate", "F D", elsewhere=_GATE_UP),
-    _layer("mlp/up", "D F", "mlp.up_proj", "ffn_up", "F D", elsewhere=_GATE_UP),
+    _layer("mlp_norm/scale", "D", "post_attention_layernorm", "ffn_norm", kind="norm"),
+    _layer("mlp/gate", "D F", "mlp.gate_proj", "ffn_gate", "F D"),
+    _layer("mlp/up", "D F", "mlp.up_proj", "ffn_up", "F D"),
     _layer("mlp/down", "F D", "mlp.down_proj", "ffn_down", "D F"),
     _bias("attention/query", "N H", "self_attn.q_proj", "attn_q", "qkv", rotary=True),
     _bias("attention/key", "K H", "self_attn.k_proj", "attn_k", "qkv", rotary=True),
@@ -220,14 +202,23 @@ TARGETS = {
 
 
 def decoder(architecture: Architecture) -> tuple[Leaf, ...]:
-    """The rows of an architecture's decoder, with the names in its family's files."""
-    rows, family = [], architecture.family
-    for leaf in DECODER:
-        if leaf.when(architecture):
-            hf, gguf = leaf.elsewhere.get(family, (leaf.hf, leaf.gguf))
-            rotary = leaf.rotary and family in _NEIGHBOURS
-            rows.append(dataclasses.replace(leaf, hf=hf, gguf=gguf, rotary=rotary))
-    return tuple(rows)
+    """The rows of an architecture's decoder, as its family's files have them."""
+    family = architecture.family
+    named = {
+        f"decoder/blocks/{path}": {
+            "hf": f"model.layers.{{layer}}.{hf}.weight",
+            "gguf": f"blk.{{layer}}.{gguf}.weight",
+        }
+        for path, (hf, gguf) in _ELSEWHERE.get(family, {}).items()
+    }
+    rotary = family in _NEIGHBOURS
+    return tuple(
+        dataclasses.replace(
+            leaf, rotary=leaf.rotary and rotary, **named.get(leaf.path, {})
+        )
+        for leaf in DECODER
+        if leaf.when(architecture)
+    )
 
 
 def adapters(targets: Sequence[str] = tuple(TARGETS)) -> tuple[Leaf, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ LENGTH, EVERY = 40, 4
 
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     """Of a folder that holds what the model needs, no more and no less."""
-    model, told = AutoModelForCausalLM.from_pretrained(
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, told = load(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
@@ -49,7 +51,7 @@ def main() -> None:
     """Write the file."""
     torch.set_num_threads(1)  # sums in one order, whatever the machine
     tokens = np.random.default_rng(0).integers(0, 64, (1, LENGTH), dtype=np.int64)
-    made = {"tokens": tokens}
+    made: dict[str, Any] = {"tokens": tokens}
     with tempfile.TemporaryDirectory() as scratch:
         for name in families.FIELDS:
             folder = families.write(Path(scratch) / name, name)

@@ -210,6 +210,7 @@ def write_gguf(path, name):
             of = "num_attention_heads" if "q_proj" in hf_name else "num_key_value_heads"
             tensor = permuted(tensor, config[of])
         theirs = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None
         writer.add_tensor(theirs, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -227,7 +228,7 @@ def test_a_gguf_file_holds_what_the_folder_holds(name, loaded, tmp_path):
         assert found.rope_scaling is not None
         factor = found.rope_scaling.attention_factor
         assert factor == pytest.approx(1.3416407865)
-        scaling = tiny.changed(found.rope_scaling, attention_factor=None)
+        scaling = dataclasses.replace(found.rope_scaling, attention_factor=None)
         found = tiny.changed(found, rope_scaling=scaling)
     assert found == expected
     _, read = load_policy(file)

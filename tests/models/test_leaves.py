@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,14 +87,14 @@ def test_a_leaf_more_is_made_run_split_counted_and_kept_from_decay():
 
 
 def test_biases_and_norms_are_spared_from_weight_decay():
-    fields = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
+    biased = tiny.changed(qkv_bias=True, output_bias=True, mlp_bias=True)
     rows = {
         leaf.path: leaf
         for norm in ("head", "full")
-        for leaf in leaves.decoder(tiny.changed(**fields, qk_norm=norm))
+        for leaf in leaves.decoder(tiny.changed(biased, qk_norm=norm))
     }
     of = leaves.sizes(tiny.ARCHITECTURE)
-    params = {}
+    params: dict[str, Any] = {}
     for path, leaf in rows.items():
         node, (*parts, last) = params, path.split("/")
         for part in parts:

@@ -1,6 +1,7 @@
 """Every family beside transformers, live: logits, greedy answers, exports."""
 
 import secrets
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,8 @@ def theirs(torch, folder, **options):
     """The model, if not a tensor was missing, unexpected or of another shape."""
     from transformers import AutoModelForCausalLM
 
-    model, told = AutoModelForCausalLM.from_pretrained(
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, told = load(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
