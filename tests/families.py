@@ -64,7 +64,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         "smollm3",
         num_hidden_layers=3,
         no_rope_layers=[0, 1, 0],
-        rope_scaling=_YARN,
+        # So that whole planes are chosen between two, at both ends.
+        rope_scaling=_YARN
+        | {"beta_fast": 2.0, "beta_slow": 0.5, "attention_factor": 1.3},
     ),
     "olmo2": _config("Olmo2ForCausalLM", "olmo2"),
     "phi3": _config("Phi3ForCausalLM", "phi3", sliding_window=WINDOW),

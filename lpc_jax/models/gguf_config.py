@@ -123,9 +123,9 @@ def _rope_scaling(
         if key.startswith(prefix)
     }
     kind, with_factors = said.pop("type", "none"), ROPE_FACTORS in file.tensors
-    if set(LONGROPE_FACTORS.values()) <= file.tensors.keys():
-        kind = "longrope"
-    kinds = ("none", "linear", "longrope", "yarn")
+    with_lists = set(LONGROPE_FACTORS.values()) <= file.tensors.keys()
+    kind = "longrope" if with_lists and kind == "none" else kind
+    kinds = ("longrope",) if with_lists else ("linear", "yarn")
     holds = kind == "none" or (kind in kinds and not with_factors)
     expected = f"none, or linear or yarn without {ROPE_FACTORS}"
     require(holds, origin, f"{prefix}type", expected, kind, NOT_IMPLEMENTED)

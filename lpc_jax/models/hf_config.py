@@ -247,9 +247,14 @@ def _scaling(
         _ours(name): _rope_value(value, name, plain, origin)
         for name, value in section.items()
     }
+    if kind in ("yarn", "longrope"):  # which divide by their logarithms
+        least = min(plain.rope_theta, values["original_length"])
+        name = f"the lesser of rope_theta and {_ORIGINAL}"
+        require(least > 1, origin, name, "above 1", least)
     if kind == "longrope":
         values.setdefault("factor", plain.context_length / values["original_length"])
-    return RopeScaling(**values | {"kind": kind})
+    values["kind"] = kind
+    return RopeScaling(**values)
 
 
 def _rope_value(value: Any, name: str, plain: Architecture, origin: str) -> Any:

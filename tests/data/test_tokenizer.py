@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import gguf
 import pytest
@@ -88,9 +89,8 @@ def test_qwen2_tokenizes_as_transformers_own_class():
         "merges": ["1 2", "Ġ Ġ", "Ġ a", "Ã ©"],
     }
     ours = tiny.chatml(pre="qwen2", **options)
-    theirs = transformers.Qwen2Tokenizer(
-        vocab=ours.get_vocab(), merges=[tuple(m.split()) for m in options["merges"]]
-    )
+    merges: Any = [tuple(merge.split()) for merge in options["merges"]]
+    theirs = transformers.Qwen2Tokenizer(vocab=ours.get_vocab(), merges=merges)
     # A letter and its accent as one and as two characters.
     text = "  12 a  é e\u0301 12's\n\n 🙂"
     assert tokens(ours, text) == theirs.tokenize(text)

@@ -297,6 +297,11 @@ def test_every_field_of_the_architecture_changes_the_written_config():
             " turns, got [1.0]. Download it again.",
         ),
         (
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "c.json: the lesser of rope_theta and original_max_position_embeddings must"
+            " be above 1, got 1.0. Download it again.",
+        ),
+        (
             PHI3 | {"partial_rotary_factor": 1.5},
             "c.json: partial_rotary_factor must be at most 1, of an even part of 128"
             " elements, got 1.5. The decoder does not compute this variant.",

@@ -604,6 +604,11 @@ def test_gguf_differences_are_listed_in_its_own_names(tmp_path):
             " variant.",
         ),
         (
+            {"metadata": {"llama.rope.scaling.type": "longrope"}},
+            "llama.rope.scaling.type must be none, or linear or yarn without"
+            " rope_freqs.weight, got 'longrope'. This scaling is not implemented.",
+        ),
+        (
             {"metadata": {"llama.rope.scaling.type": "dynamic"}},
             "llama.rope.scaling.type must be none, or linear or yarn without"
             " rope_freqs.weight, got 'dynamic'. This scaling is not implemented.",
