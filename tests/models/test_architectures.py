@@ -369,6 +369,7 @@ def test_what_the_decoder_does_not_compute_is_named(change, message):
         ("mistralai/Mistral-7B-Instruct-v0.2", 7_241_732_096),
         ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
         ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        # Its file has the tied head twice: 751,632,384.
         ("Qwen/Qwen3-0.6B", 596_049_920),
         ("HuggingFaceTB/SmolLM3-3B", 3_075_098_624),
         ("allenai/OLMo-2-0425-1B-Instruct", 1_484_916_736),
