@@ -30,7 +30,7 @@ import numpy as np
 from lpc_jax import config as cfg
 
 if TYPE_CHECKING:  # torch's contestant must not pay for JAX
-    from lpc_jax.data.chat import TokenizedPair
+    from lpc_jax.data.pair import TokenizedPair
     from lpc_jax.types import Batch
 
 # Both sides run DPO with AdamW at these settings.
@@ -298,7 +298,7 @@ def _our_config(spec: Spec, variant: str) -> cfg.Config:
 
 def _our_pairs(spec: Spec) -> list[list[TokenizedPair]]:
     """The pairs of each step, numbered from 0."""
-    from lpc_jax.data.chat import TokenizedPair
+    from lpc_jax.data.pair import TokenizedPair
 
     numbers = itertools.count()
 

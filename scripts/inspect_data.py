@@ -20,6 +20,7 @@ from rich.text import Text
 from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, templates, tokenizer
 from lpc_jax.data import pairs as pair_data
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.report import Drops, Tally
 from lpc_jax.errors import UserError
 from lpc_jax.files import sources
@@ -118,7 +119,7 @@ def _tokenizer(model: cfg.Model, data: cfg.Data) -> tokenizer.Tokenizer:
 
 
 def _show(
-    pair: chat.TokenizedPair,
+    pair: TokenizedPair,
     example: examples.PreferenceExample,
     loaded: tokenizer.Tokenizer,
     console: Console,

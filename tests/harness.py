@@ -19,7 +19,7 @@ from flax import nnx
 from lpc_jax import config as cfg
 from lpc_jax import objective, sharding
 from lpc_jax.data import packing
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.metrics import values
 from lpc_jax.models import leaves, network, weights
 from lpc_jax.training import optimizer as optimizers

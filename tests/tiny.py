@@ -14,7 +14,7 @@ from flax import nnx
 
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.models import network
 from lpc_jax.models.architectures import Architecture
 

@@ -13,10 +13,10 @@ from lpc_jax.config.command_line import (
     read,
     source,
 )
+from lpc_jax.config.data import Data, Source, in_words
 from lpc_jax.config.fields import (
     Adapters,
     Config,
-    Data,
     Distributed,
     Latent,
     Mesh,
@@ -43,4 +43,3 @@ from lpc_jax.config.losses import (
     Simpo,
     SppoHard,
 )
-from lpc_jax.config.sources import Source, in_words

@@ -20,9 +20,9 @@ import tyro
 
 from lpc_jax.config import checks
 from lpc_jax.config.checks import Settings
+from lpc_jax.config.data import Source
 from lpc_jax.config.fields import Config
 from lpc_jax.config.losses import Loss
-from lpc_jax.config.sources import Source
 from lpc_jax.errors import UserError
 
 # How often downloads were tried, which is no setting any more.

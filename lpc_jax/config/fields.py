@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
 import operator
 import os
@@ -21,8 +20,8 @@ from lpc_jax.config.checks import (
     Settings,
     at_least,
 )
+from lpc_jax.config.data import Data
 from lpc_jax.config.losses import Loss
-from lpc_jax.config.sources import OfSources, OptionalSources, Sources
 
 
 def _names_folder(text: str) -> bool:
@@ -31,22 +30,13 @@ def _names_folder(text: str) -> bool:
     return plain and text.isprintable() and len(text.encode()) <= 255
 
 
-def _is_date(text: str) -> bool:
-    try:
-        return datetime.date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
 _FOLDER = "must be a plain folder name, printable and of at most 255 bytes"
 FolderName = Annotated[str, Bound(_names_folder, _FOLDER)]
 NumCodes = Annotated[int, at_least(2, "Use latent=None for a run without codes.")]
 PosteriorInput = Literal["concat", "difference", "mean_difference", "both", "all"]
 Matrix = Literal["query", "key", "value", "output", "gate", "up", "down"]
-Truncation = Literal["drop", "cut_prompt", "cut_prompt_then_answer"]
 Best = Literal["loss/preference", "loss/total", "reward/accuracy", "reward/margin"]
 Address = Annotated[str, Bound(re.compile(r".+:\d+").fullmatch, "must be host:port")]
-Date = Annotated[str, Bound(_is_date, "must be a date, YYYY-MM-DD")]
 Axis = Annotated[int, Bound(lambda x: x == -1 or x > 0, "must be -1 or above 0")]
 _ONCE = Bound(
     lambda x: 0 < len(x) == len(set(x)),
@@ -148,70 +138,6 @@ class Latent(Settings):
             "final_temperature",
             "is not used by temperature_schedule='constant'",
             "Choose 'linear' or 'exponential', or leave it out.",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data(OfSources):
-    """Preference pairs, and how they become tokens."""
-
-    train: Sources
-    """A file (.jsonl, .json, .csv, .tsv, each also .gz; .parquet or .arrow), a folder
-    of its shards, a folder that ``save_to_disk`` of Hugging Face datasets wrote, or a
-    hub dataset id. How a file is read its first bytes tell, not its name alone. Or a
-    list of ``Source(path=..., weight=...)``, mixed by training.seed."""
-    train_split: str = "train"
-    """Split of a hub or saved dataset; where a folder holds several sets, the set whose
-    files are named so."""
-    eval: OptionalSources = None
-    """Held-out pairs, likewise; None: no evaluation."""
-    eval_split: str = "test"
-    """Likewise."""
-    user: str = "user"
-    """Field of a row that says who judged; read by latent.pool = "user"."""
-    limit: PositiveInt | None = None
-    """Use only the first rows of train; of several sources so many pairs in all."""
-    eval_limit: PositiveInt | None = None
-    """Likewise of eval."""
-    ranked: Literal["all", "best_each", "best_random"] = "all"
-    """Pairs of a row with ``answers`` and their ``scores``, or in order, the best
-    first: all of unequal scores; the best against each other one; or against one."""
-    cache: str | None = ".cache/tokens"
-    """Folder where tokens of pairs are kept, by content; None: held in memory."""
-    max_length: int = 1024
-    """Most tokens of prompt plus one answer."""
-    max_prompt_length: PositiveInt = 512
-    """Most prompt tokens once truncation touches a pair."""
-    truncation: Truncation = "cut_prompt_then_answer"
-    """Pairs over max_length: drop; or cut the prompt's start to max_prompt_length, then
-    drop; or then cut the answers' ends, which lose their end-of-sequence token."""
-    prefix_mismatch: Literal["cut", "error"] = "cut"
-    """Where the prompt's tokens are no prefix of the whole: cut to those, or stop."""
-
-    template: Literal["chat"] | None = "chat"
-    """chat: the tokenizer's, or model.chat_template. None: pairs of plain text are read
-    as they stand, EOS behind the answer, BOS as the tokenizer adds it."""
-    template_arguments: dict[str, bool | int | float | str] = dataclasses.field(
-        default_factory=dict
-    )
-    """Variables of the chat template, such as {"enable_thinking": False}."""
-    date: Date | None = None
-    """What a template that writes today's date writes, YYYY-MM-DD; None: the day of the
-    run's start, which the run keeps. Exports and answers have the day's own."""
-
-    def _check(self) -> None:
-        super()._check()
-        self._require(
-            self.template or not self.template_arguments,
-            "template_arguments",
-            "has no effect with data.template=None, expected {}",
-            "Leave it out.",
-        )
-        self._require(
-            self.max_prompt_length < self.max_length,
-            "max_prompt_length",
-            f"must be below max_length = {self.max_length}",
-            "An answer needs room.",
         )
 
 

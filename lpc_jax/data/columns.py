@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow
 from jaxtyping import Int
 
-from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
+from lpc_jax.data.pair import TokenizedPair
 
 _KEY_BYTES = 20
 SCHEMA = pyarrow.schema(

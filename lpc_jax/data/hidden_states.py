@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.pairs import of_every_length
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted, whole

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from lpc_jax.data.chat import Ids, TokenizedPair
 from lpc_jax.data.columns import Columns
+from lpc_jax.data.pair import TokenizedPair
+from lpc_jax.data.truncation import Ids
 from lpc_jax.errors import UserError
 from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED, Batch
 

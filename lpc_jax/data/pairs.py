@@ -17,11 +17,11 @@ import pyarrow
 from jaxtyping import Int
 
 from lpc_jax.data import chat, examples, kept, mixture, packing, rows, templates
-from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.chat import tokenize as tokenize
 from lpc_jax.data.columns import Columns, Prompts, batch_of
 from lpc_jax.data.examples import PreferenceExample
 from lpc_jax.data.mixture import Part
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.ranked import Ranked
 from lpc_jax.data.report import Drops, Report, Tally, measured
 from lpc_jax.data.tokenizer import Tokenizer

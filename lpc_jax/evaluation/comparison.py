@@ -16,8 +16,8 @@ from lpc_jax import config as cfg
 from lpc_jax import loss_table
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data import tokenizer as tokenizers
-from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.report import Report
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation import flags

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from lpc_jax import loss_table
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
 from lpc_jax.evaluation import comparison, intervals

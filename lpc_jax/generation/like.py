@@ -13,7 +13,7 @@ from jaxtyping import Float
 from lpc_jax import config as cfg
 from lpc_jax import loss_table
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import reading
 from lpc_jax.runtime.policy import Policy

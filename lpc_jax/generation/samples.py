@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.files import untrusted, whole
 from lpc_jax.generation.answering import Generator
 from lpc_jax.generation.decode import Ids

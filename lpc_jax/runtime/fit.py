@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lpc_jax.data import packing
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.tokenizer import Tokenizer, written_by_template
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted

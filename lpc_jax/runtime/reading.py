@@ -15,8 +15,8 @@ from jaxtyping import Float
 
 from lpc_jax import sharding
 from lpc_jax.data import packing
-from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.hidden_states import HiddenStates
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.errors import UserError
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import fit, programs

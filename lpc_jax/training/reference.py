@@ -17,7 +17,7 @@ from jaxtyping import Float
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.pairs import Pairs, of_every_length
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted, whole

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from lpc_jax import config as cfg
 from lpc_jax import loss_table, sharding
 from lpc_jax.data import packing, pairs, tokenizer
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.data import packing
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.runtime import processes, programs, reading
 from lpc_jax.runtime.policy import Params, Policy
 from lpc_jax.training import clusters

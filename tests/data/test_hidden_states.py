@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from lpc_jax.data import hidden_states, packing
-from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.hidden_states import HiddenStates
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.runtime import reading
 from tests import tiny
 

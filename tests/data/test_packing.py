@@ -5,7 +5,7 @@ import pytest
 
 from lpc_jax import config as cfg
 from lpc_jax.data import chat, examples, packing
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.types import CHOSEN, NO_PAIR, PADDING, PROMPT, REJECTED
 from tests import tiny
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from lpc_jax import config as cfg
 from lpc_jax import loss_table, sharding
 from lpc_jax.data import pairs as pair_data
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.report import Drops
 from lpc_jax.evaluation import comparison, report
 from lpc_jax.runtime import loading, reading, steering

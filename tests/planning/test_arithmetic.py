@@ -10,7 +10,7 @@ import pytest
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.data import packing
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.losses import sequence
 from lpc_jax.models.attention.mask import Tokens, visible
 from lpc_jax.planning import ahead, arithmetic

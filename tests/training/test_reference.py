@@ -17,7 +17,7 @@ import pytest
 from lpc_jax import config as cfg
 from lpc_jax import metrics
 from lpc_jax.data import packing
-from lpc_jax.data.chat import TokenizedPair
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.runtime import reading
 from lpc_jax.training import reference
 from lpc_jax.types import Batch

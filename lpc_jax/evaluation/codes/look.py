@@ -15,8 +15,8 @@ from jaxtyping import Float
 from lpc_jax.data import examples
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data import tokenizer as tokenizers
-from lpc_jax.data.chat import TokenizedPair
 from lpc_jax.data.examples import PreferenceExample
+from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.report import Report
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.evaluation.codes import map as maps
