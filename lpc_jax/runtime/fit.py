@@ -73,18 +73,19 @@ def warn_of_length(
     """Warns once where pairs, or ``data.max_length``, exceed the model's context."""
     lengths = packing.pair_lengths(pairs)
     longer = int(np.sum(lengths[:, 0] + lengths[:, 1:].max(axis=1) > context))
-    counted = f"{longer} of {len(pairs)} pairs are longer"
+    counted = f"none of {len(pairs)} pairs is longer"
+    if longer:
+        counted = (
+            f"{longer} of {len(pairs)} pairs are longer, and read positions that it was"
+            " not made for"
+        )
     if max_length > context:
         _warn(
             f"data.max_length {max_length} is above the model's context of {context}:"
-            f" {counted}, and read positions that it was not made for. Set"
-            f" data.max_length to {context} or less."
+            f" {counted}. Set data.max_length to {context} or less."
         )
     elif longer:
-        _warn(
-            f"the model's context is {context} tokens: {counted}, and read positions"
-            " that it was not made for."
-        )
+        _warn(f"the model's context is {context} tokens: {counted}.")
 
 
 @functools.cache  # several policies score the same pairs
