@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import tokenization_utils_base
 
 from lpc_jax.errors import UserError
@@ -134,6 +134,8 @@ def _byte_level(metadata: Metadata, file: str) -> Tokenizer:
         )
     )
     backend.pre_tokenizer = split
+    if metadata["tokenizer.ggml.pre"] == "qwen2":
+        backend.normalizer = normalizers.NFC()  # as its tokenizer.json has it
     backend.decoder = decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -167,9 +169,13 @@ def _pre_tokenizers() -> dict[str, tuple[pre_tokenizers.PreTokenizer, bool, bool
     words = pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), behavior="isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     llama3 = pre_tokenizers.Sequence([words, as_bytes])
+    by_digit = tokenizers.Regex(_LLAMA3_SPLIT.replace("{1,3}", ""))
+    qwen2 = pre_tokenizers.Split(by_digit, behavior="isolated")
     return {
         "gpt-2": (gpt2, False, False),
         "smollm": (pre_tokenizers.Sequence([digits, gpt2]), False, False),
+        "qwen2": (pre_tokenizers.Sequence([qwen2, as_bytes]), False, False),
+        "dbrx": (llama3, False, False),  # OLMo-2's
         **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (llama3, True, True)),
     }
 

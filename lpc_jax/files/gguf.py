@@ -35,7 +35,7 @@ class Tensor:
         except NotImplementedError as e:
             raise UserError(
                 f"{self.path}: the gguf package cannot dequantise {self.kind.name}"
-                f" blocks ({untrusted.shown(e)}). Use a Q4_1, Q8_0, F16 or F32 file."
+                f" blocks ({untrusted.shown(e)}). Use a Q4_K_M, Q8_0 or F16 file."
             ) from e
 
 

@@ -153,10 +153,14 @@ class Generator:
         slots = _round_up(length + most, _SLOTS)
         # Padded on the left, so that all rows grow at one slot.
         first = np.asarray([length - len(text) for text in texts], np.int32)
+        context = self.policy.architecture.context_length
+        longest = [min(len(text) + sampling.max_new_tokens, context) for text in texts]
+        longest = np.asarray(longest, np.int32)
         ids = np.stack([np.pad(text, (length - len(text), 0)) for text in texts])
         network, hidden, at = (self._graph, self._params), None, 0
         with jax.set_mesh(self.policy.mesh):
             cache = decode.empty_cache(*network, rows=rows, slots=slots)
+            cache = dataclasses.replace(cache, longest=longest)
             while at < length:
                 chunk = ids[:, at : at + next(n for n in _CHUNKS if n <= length - at)]
                 cache, hidden = decode.read(*network, cache, chunk, np.int32(at), first)

@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lpc_jax.errors import UserError
 
-FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",  # Qwen2.5 too
+    "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "Olmo2ForCausalLM": "olmo2",
+    "Phi3ForCausalLM": "phi3",  # Phi-4 and Phi-4-mini too
+}
+# What every model of a family has, whatever its files say; fields of Architecture.
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": "head"},
+    "olmo2": {"qk_norm": "full", "norm_after": True},
+}
+# A pattern of names -> why such models are refused; the first that fits is said.
+_REFUSED = {
+    "gemma": "Gemma's norms, its scaled embedding and its capped logits",
+    "next|hybrid|mamba|[bj]amba|zamba|rwkv|falcon.?h1|nemotron.?h|lfm2|qwen3.?5": (
+        "Hybrids, with layers that are recurrent or of a state space,"
+    ),
+    "moe|mixtral|dbrx|deepseek.?v?[23]|gpt.?oss|llama.?4|grok|arctic|jetmoe": (
+        "Mixtures of experts"
+    ),
+    "conditionalgeneration|vl(for|$)|vision|llava": "Models that read images",
+}
 # With a latent over it, as lpc_jax/export/out/modeling_lpc.py has them.
 LPC_FAMILIES = {f"Lpc{name}": family for name, family in FAMILIES.items()}
 
@@ -21,23 +47,34 @@ _LARGEST_NUMBER = 1e12
 NOT_COMPUTED = "The decoder does not compute this variant."
 NOT_IMPLEMENTED = "This scaling is not implemented."
 
+RopeKind = Literal["linear", "llama3", "yarn", "longrope"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for long contexts (Llama 3.1's code)."""
+    """How rotary frequencies are stretched for long contexts; see ``rope``.
 
-    kind: str  # linear divides all; llama3 the low ones, keeps the high, blends between
-    factor: float  # the stretch
-    low_freq_factor: float = 1.0  # wavelengths above original_length / it grow
+    linear divides all; llama3 and yarn the low ones, keep the high, blend between;
+    longrope divides each by a factor of its own.
+    """
+
+    kind: RopeKind
+    factor: float = 1.0  # the stretch
+    low_freq_factor: float = 1.0  # llama3: wavelengths above original_length / it grow
     high_freq_factor: float = 1.0  # those below original_length / it stay
     original_length: int = 0  # context before stretching, in tokens
+    beta_fast: float = 32.0  # yarn: planes of more turns in that context stay
+    beta_slow: float = 1.0  # those of fewer are divided
+    attention_factor: float | None = None  # of cos and sin; None: as the kind has it
+    short_factor: tuple[float, ...] = ()  # longrope: a plane's up to original_length
+    long_factor: tuple[float, ...] = ()  # and beyond
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A Llama-like model, as the decoder computes it."""
+    """A Llama-like model, as the decoder computes it; defaults are Llama's."""
 
-    family: str  # llama or mistral
+    family: str  # a value of FAMILIES
     vocabulary: int  # V
     width: int  # D
     layers: int  # L
@@ -51,6 +88,14 @@ class Architecture:
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None  # keys that a query sees, its own included
     tied: bool = False  # the LM head is the embedding
+    qkv_bias: bool = False  # biases on queries, keys and values
+    output_bias: bool = False  # on what attention adds to the stream
+    mlp_bias: bool = False  # on gate, up and down
+    # RMS norm of queries and keys, of each head's elements or of all heads'.
+    qk_norm: Literal["head", "full"] | None = None
+    norm_after: bool = False  # norms of what sublayers add, not of what they read
+    rotary_width: int | None = None  # elements of a head that RoPE turns; None: all
+    unturned: tuple[int, ...] = ()  # layers without RoPE
 
 
 def require(
@@ -66,6 +111,14 @@ def require(
         raise UserError(
             f"{origin}: {name} must be {expected}, got {got!r:.80}. {remedy}"
         )
+
+
+def not_implemented(name: Any) -> str:
+    """Why models of an architecture's name are refused, in words."""
+    fitting = (
+        reason for p, reason in _REFUSED.items() if re.search(p, str(name).lower())
+    )
+    return f"{next(fitting, 'Other families')} are not implemented."
 
 
 def size(value: Any, name: str, origin: str, *, most: int = LARGEST_SIZE) -> int:
@@ -124,46 +177,42 @@ def checked(
         sliding_window=count("sliding_window") if windowed else None,
         norm_epsilon=number("norm_epsilon"),
         rope_theta=number("rope_theta"),
-        **others,
+        **OF_FAMILY.get(others["family"], {}) | others,
     )
 
 
-_LLAMA_3_8B = Architecture(
-    family="llama",
-    vocabulary=128_256,
-    width=4096,
-    layers=32,
-    query_heads=32,
-    kv_heads=8,
-    head_width=128,
-    mlp_width=14_336,
-    norm_epsilon=1e-5,
-    rope_theta=500_000.0,
-    context_length=8192,
+def _known(
+    family: str, *sizes: int, theta: float, context: int, **more: Any
+) -> Architecture:
+    names = ("vocabulary", "width", "layers", "query_heads", "kv_heads", "mlp_width")
+    fields: dict[str, Any] = dict(zip(names, sizes, strict=True))
+    fields["head_width"] = fields["width"] // fields["query_heads"]
+    fields |= {"rope_theta": theta, "context_length": context, "norm_epsilon": 1e-5}
+    return Architecture(family=family, **fields | OF_FAMILY.get(family, {}) | more)
+
+
+_LLAMA_3 = (128_256, 4096, 32, 32, 8, 14_336)
+_LLAMA_3_8B = _known("llama", *_LLAMA_3, theta=5e5, context=8192)
+_MISTRAL_7B = (32_000, *_LLAMA_3[1:])
+_MISTRAL_7B_V01 = _known(
+    *("mistral", *_MISTRAL_7B), theta=1e4, context=32_768, sliding_window=4096
 )
-_MISTRAL_7B_V01 = dataclasses.replace(
-    _LLAMA_3_8B,
-    family="mistral",
-    vocabulary=32_000,
-    rope_theta=10_000.0,
-    sliding_window=4096,
-    context_length=32_768,
+_MISTRAL_7B_V02 = _known("mistral", *_MISTRAL_7B, theta=1e6, context=32_768)
+_SMOLLM2_135M = _known(
+    *("llama", 49_152, 576, 30, 9, 3, 1536), theta=1e5, context=8192, tied=True
 )
-_MISTRAL_7B_V02 = dataclasses.replace(
-    _MISTRAL_7B_V01, rope_theta=1_000_000.0, sliding_window=None
-)
-_SMOLLM2_135M = dataclasses.replace(
-    _LLAMA_3_8B,
-    vocabulary=49_152,
-    width=576,
-    layers=30,
-    query_heads=9,
-    kv_heads=3,
-    head_width=64,
-    mlp_width=1536,
-    rope_theta=100_000.0,
-    tied=True,
-)
+_TIED: dict[str, Any] = {"norm_epsilon": 1e-6, "tied": True}
+_QWEN2_5 = ("qwen2", 151_936, 896, 24, 14, 2, 4864)
+_QWEN2_5_0_5B = _known(*_QWEN2_5, theta=1e6, context=32_768, **_TIED)
+_QWEN3 = ("qwen3", 151_936, 1024, 28, 16, 8, 3072)
+_QWEN3_0_6B = _known(*_QWEN3, theta=1e6, context=40_960, head_width=128, **_TIED)
+_SMOLLM3 = ("smollm3", 128_256, 2048, 36, 16, 4, 11_008)
+_UNTURNED = tuple(range(3, 36, 4))
+_SMOLLM3_3B = _known(*_SMOLLM3, theta=5e6, context=65_536, unturned=_UNTURNED, **_TIED)
+_OLMO2 = ("olmo2", 100_352, 2048, 16, 16, 16, 8192)
+_OLMO2_1B = _known(*_OLMO2, theta=5e5, context=4096, norm_epsilon=1e-6)
+_PHI3 = ("phi3", 32_064, 3072, 32, 32, 32, 8192)
+_PHI3_MINI_4K = _known(*_PHI3, theta=1e4, context=4096, sliding_window=2047)
 # By hub id, as the config.json published under it has them: for plans, which need no
 # weights. A run reads the file itself.
 KNOWN = {
@@ -175,4 +224,10 @@ KNOWN = {
     "mistralai/Mistral-7B-Instruct-v0.2": _MISTRAL_7B_V02,
     "HuggingFaceTB/SmolLM2-135M": _SMOLLM2_135M,
     "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
+    "Qwen/Qwen2.5-0.5B": _QWEN2_5_0_5B,
+    "Qwen/Qwen2.5-0.5B-Instruct": _QWEN2_5_0_5B,
+    "Qwen/Qwen3-0.6B": _QWEN3_0_6B,
+    "HuggingFaceTB/SmolLM3-3B": _SMOLLM3_3B,
+    "allenai/OLMo-2-0425-1B-Instruct": _OLMO2_1B,
+    "microsoft/Phi-3-mini-4k-instruct": _PHI3_MINI_4K,
 }

@@ -13,9 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import embedding
+from lpc_jax.models import embedding, rope
 from lpc_jax.models.architectures import Architecture
-from lpc_jax.models.decoder import Block, Decoder, rope_frequencies
+from lpc_jax.models.decoder import Block, Decoder
+from lpc_jax.types import HostOrDevice
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +26,7 @@ class Cache:
 
     keys: tuple[Float[Array, "R T K H"], ...]
     values: tuple[Float[Array, "R T K H"], ...]
+    longest: Int[HostOrDevice, "R"]  # tokens that a row may come to; see ``rope.turns``
 
 
 class CachedDecoder(nnx.Module):
@@ -58,7 +60,7 @@ class CachedDecoder(nnx.Module):
             )
             for _ in range(2)
         )
-        return Cache(keys, values)
+        return Cache(keys, values, jnp.full(rows, slots, jnp.int32))
 
     def __call__(
         self,
@@ -71,7 +73,7 @@ class CachedDecoder(nnx.Module):
         """Hidden states of new tokens, and the cache with them."""
         slots = start + jnp.arange(tokens.shape[1])
         positions = slots - first[:, None]
-        angles = positions[..., None] * rope_frequencies(self.architecture)
+        turns = rope.turns(self.architecture, positions, cache.longest[:, None])
         cached = jnp.arange(cache.keys[0].shape[1])
         seen = (cached >= first[:, None, None]) & (cached <= slots[:, None])
         if self.architecture.sliding_window is not None:
@@ -90,7 +92,8 @@ class CachedDecoder(nnx.Module):
                 query, keys[-1], values[-1], mask=seen[:, None]
             )
 
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            x = block(x, angles, attend, None)
-        return self.final_norm(x), Cache(tuple(keys), tuple(values))
+            turned = i not in self.architecture.unturned
+            x = block(x, turns.only(turned), attend, None)
+        return self.final_norm(x), Cache(tuple(keys), tuple(values), cache.longest)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lpc_jax import axes
-from lpc_jax.models import attention, embedding, leaves, projection
+from lpc_jax.models import attention, embedding, leaves, projection, rope
 from lpc_jax.models.adapters import BlockAdapters, adapted
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.attention.blocks import KEPT
+from lpc_jax.models.rope import Turns, rotate
 
 Module = TypeVar("Module", bound=nnx.Module)
 # From queries, keys and values to the mixed values, [R T N H].
@@ -39,37 +39,6 @@ REMAT_POLICIES = {
 }
 
 
-def rope_frequencies(architecture: Architecture) -> np.ndarray:
-    """Radians per position of the H/2 rotary planes (Su et al. 2021), in float32."""
-    exponents = np.arange(0, architecture.head_width, 2) / architecture.head_width
-    frequencies = 1.0 / architecture.rope_theta**exponents
-    scaling = architecture.rope_scaling
-    if scaling is None:
-        return frequencies.astype(np.float32)
-    if scaling.kind == "linear":
-        return (frequencies / scaling.factor).astype(np.float32)
-    turns = scaling.original_length * frequencies / (2 * math.pi)
-    # Llama 3.1: below low_freq_factor turns in the original context a frequency is
-    # divided, above high_freq_factor kept, and between the two interpolated.
-    kept = (turns - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    kept = np.clip(kept, 0.0, 1.0)
-    return (frequencies * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
-
-
-def rotate(
-    x: Float[Array, "R T N H"], angles: Float[Array, "R T half_H"]
-) -> Float[Array, "R T N H"]:
-    """Turns each plane (i, i + H/2) of a head by its angle, in fp32."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
-    return rotated.astype(x.dtype)
-
-
 def _fill(
     module: nnx.Module, path: str, architecture: Architecture, rngs: nnx.Rngs
 ) -> None:
@@ -86,12 +55,13 @@ class RmsNorm(nnx.Module):
         _fill(self, path, architecture, rngs)
         self.epsilon = architecture.norm_epsilon
 
-    def __call__(self, x: Float[Array, "R T D"]) -> Float[Array, "R T D"]:
-        """x / rms(x) * scale."""
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    def __call__(self, x: Float[Array, "R T *D"]) -> Float[Array, "R T *D"]:
+        """x / rms(x) * scale, over the last axes, which are those of the scale."""
+        wide, scale = x.astype(jnp.float32), self.scale[...]
+        axes_of_norm = tuple(range(-scale.ndim, 0))
+        mean_square = jnp.mean(wide * wide, axis=axes_of_norm, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * self.scale[...]).astype(x.dtype)
+        return (normed * scale).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -99,20 +69,33 @@ class Attention(nnx.Module):
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
         _fill(self, "/blocks/attention", architecture, rngs)
+        self.qk_norm = architecture.qk_norm
+        for name in ("query", "key"):
+            if self.qk_norm is not None:
+                path = f"{name}_{self.qk_norm}_norm"
+                norm = RmsNorm(f"/blocks/attention/{path}", architecture, rngs=rngs)
+                setattr(self, path, norm)
+
+    def _turned(
+        self, x: Float[Array, "R T D"], name: str, turns: Turns, adapters: Any
+    ) -> Float[Array, "R T N H"]:
+        """Queries or keys, normed if the architecture does so, then turned."""
+        heads = adapted(x, self, name, adapters)
+        if self.qk_norm is not None:
+            heads = getattr(self, f"{name}_{self.qk_norm}_norm")(heads)
+        return rotate(heads, turns)
 
     def __call__(
         self,
         x: Float[Array, "R T D"],
-        angles: Float[Array, "R T half_H"],
+        turns: Turns,
         attend: Attend,
         adapters: nnx.Dict | None,
     ) -> Float[Array, "R T D"]:
         """What attention adds to the stream; ``attend`` mixes the values."""
-        query = adapted(x, self, "query", adapters)
-        key = adapted(x, self, "key", adapters)
+        query = axes.constrain(self._turned(x, "query", turns, adapters), "R T N H")
+        key = axes.constrain(self._turned(x, "key", turns, adapters), "R T K H")
         value = adapted(x, self, "value", adapters)
-        query = axes.constrain(rotate(query, angles), "R T N H")
-        key = axes.constrain(rotate(key, angles), "R T K H")
         mixed = axes.constrain(attend(query, key, value), "R T N H")
         return adapted(mixed.reshape(*mixed.shape[:2], -1), self, "output", adapters)
 
@@ -134,26 +117,40 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then MLP, each on a normed copy and added to the stream."""
+    """Attention, then MLP, each on a normed copy and added to the stream.
+
+    Under ``norm_after`` (OLMo-2) the norm is of what is added instead.
+    """
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
         self.attention_norm = RmsNorm("/blocks/attention_norm", architecture, rngs=rngs)
         self.attention = Attention(architecture, rngs=rngs)
         self.mlp_norm = RmsNorm("/blocks/mlp_norm", architecture, rngs=rngs)
         self.mlp = Mlp(architecture, rngs=rngs)
+        self.norm_after = architecture.norm_after
 
     def __call__(
         self,
         x: Float[Array, "R T D"],
-        angles: Float[Array, "R T half_H"],
+        turns: Turns,
         attend: Attend,
         adapters: BlockAdapters | None,
     ) -> Float[Array, "R T D"]:
         """The stream after this block."""
         of_attention = None if adapters is None else adapters.attention
         of_mlp = None if adapters is None else adapters.mlp
-        x = x + self.attention(self.attention_norm(x), angles, attend, of_attention)
-        x = x + self.mlp(self.mlp_norm(x), of_mlp)
+
+        def attended(x: Array) -> Array:
+            return self.attention(x, turns, attend, of_attention)
+
+        def transformed(x: Array) -> Array:
+            return self.mlp(x, of_mlp)
+
+        for norm, sublayer in (
+            (self.attention_norm, attended),
+            (self.mlp_norm, transformed),
+        ):
+            x = x + (norm(sublayer(x)) if self.norm_after else sublayer(norm(x)))
         return axes.constrain(x, "R T D")
 
 
@@ -202,6 +199,12 @@ class Decoder(nnx.Module):
         """The LM head, which a tied architecture shares with the embedding."""
         return self.embedding[...] if self.architecture.tied else self.head[...]
 
+    @property
+    def turned_layers(self) -> Bool[np.ndarray, "L"] | None:
+        """Which layers have RoPE; None: all."""
+        layers, unturned = range(self.architecture.layers), self.architecture.unturned
+        return np.asarray([i not in unturned for i in layers]) if unturned else None
+
     def __call__(
         self,
         tokens: Int[Array, "R T"],
@@ -218,7 +221,8 @@ class Decoder(nnx.Module):
             sliding_window=self.architecture.sliding_window,
             backend=self.attention_backend,
         )
-        angles = positions[..., None] * rope_frequencies(self.architecture)
+        longest = rope.longest_of_pair(self.architecture, positions, pair)
+        turns = rope.turns(self.architecture, positions, longest)
         attend = functools.partial(attention.attend, layout=layout)
         # Cast after: the table's gradient is summed in its own precision.
         x = embedding.look_up(self.embedding[...], tokens).astype(self.compute_dtype)
@@ -226,13 +230,14 @@ class Decoder(nnx.Module):
         # Adapters that are None have an empty state.
         graph, stacked = nnx.split((self.blocks, adapters))
 
-        def run_block(x: Array, layer: nnx.State) -> tuple[Array, None]:
-            block, its_adapters = nnx.merge(graph, layer)
-            return block(x, angles, attend, its_adapters), None
+        def run_block(x: Array, layer: tuple[nnx.State, Any]) -> tuple[Array, None]:
+            state, is_turned = layer
+            block, its_adapters = nnx.merge(graph, state)
+            return block(x, turns.only(is_turned), attend, its_adapters), None
 
         if self.remat != "none":
             run_block = jax.checkpoint(
                 run_block, prevent_cse=False, policy=REMAT_POLICIES[self.remat]
             )
-        x, _ = jax.lax.scan(run_block, x, stacked)
+        x, _ = jax.lax.scan(run_block, x, (stacked, self.turned_layers))
         return self.final_norm(x)

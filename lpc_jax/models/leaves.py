@@ -40,7 +40,7 @@ class Leaf:
     stored: str = ""  # a layer's axes in files, as einops writes them; "": ours
     kind: Kind = "matrix"  # sets start, decay, learning rate and precision
     inputs: int = 1  # axes of a layer that a product contracts
-    rotary: bool = False  # RoPE turns its product
+    rotary: bool = False  # RoPE turns its product; see _NEIGHBOURS
     when: Callable[[Architecture], bool] = lambda _: True  # a decoder has it
 
     @property
@@ -121,6 +121,44 @@ def _layer(path: str, axes: str, hf: str, gguf: str, *more: str, **others: Any) 
     return _top(f"blocks/{path}", f"L {axes}", *names, *more, **others)
 
 
+def _bias(
+    path: str, axes: str, hf: str, gguf: str, which: str, *, rotary: bool = False
+) -> Leaf:
+    return _layer(
+        *(f"{path}_bias", axes, hf, gguf, f"({axes})"),
+        kind="bias",
+        rotary=rotary,
+        when=lambda a: getattr(a, f"{which}_bias"),
+    )
+
+
+def _qk_norm(name: str, axes: str, hf: str) -> Leaf:
+    return _layer(
+        *(f"attention/{name}_norm/scale", axes, f"self_attn.{hf}", f"attn_{hf}"),
+        f"({axes})",
+        kind="norm",
+        when=lambda a: name.endswith(f"_{a.qk_norm}"),
+    )
+
+
+# What a family's files call a layer's leaf otherwise: in safetensors, and in GGUF.
+# Leaves of one name are one tensor there, along its first axis, in the table's order.
+_ELSEWHERE: dict[str, dict[str, tuple[str, str]]] = {
+    "olmo2": {
+        "attention_norm/scale": ("post_attention_layernorm", "post_attention_norm"),
+        "mlp_norm/scale": ("post_feedforward_layernorm", "post_ffw_norm"),
+    },
+    "phi3": {
+        "attention/query": ("self_attn.qkv_proj", "attn_qkv"),
+        "attention/key": ("self_attn.qkv_proj", "attn_qkv"),
+        "attention/value": ("self_attn.qkv_proj", "attn_qkv"),
+        "mlp/gate": ("mlp.gate_up_proj", "ffn_up"),
+        "mlp/up": ("mlp.gate_up_proj", "ffn_up"),
+    },
+}
+# Whose GGUF files are for RoPE that turns neighbours; those of others are as ours.
+_NEIGHBOURS = ("llama", "mistral", "smollm3")
+
 # A leaf that only some families have is a row whose ``when`` reads its field of
 # Architecture; the decoder applies it.
 DECODER: tuple[Leaf, ...] = (
@@ -143,6 +181,17 @@ DECODER: tuple[Leaf, ...] = (
     _layer("mlp/gate", "D F", "mlp.gate_proj", "ffn_gate", "F D"),
     _layer("mlp/up", "D F", "mlp.up_proj", "ffn_up", "F D"),
     _layer("mlp/down", "F D", "mlp.down_proj", "ffn_down", "D F"),
+    _bias("attention/query", "N H", "self_attn.q_proj", "attn_q", "qkv", rotary=True),
+    _bias("attention/key", "K H", "self_attn.k_proj", "attn_k", "qkv", rotary=True),
+    _bias("attention/value", "K H", "self_attn.v_proj", "attn_v", "qkv"),
+    _bias("attention/output", "D", "self_attn.o_proj", "attn_output", "output"),
+    _bias("mlp/gate", "F", "mlp.gate_proj", "ffn_gate", "mlp"),
+    _bias("mlp/up", "F", "mlp.up_proj", "ffn_up", "mlp"),
+    _bias("mlp/down", "D", "mlp.down_proj", "ffn_down", "mlp"),
+    _qk_norm("query_head", "H", "q_norm"),
+    _qk_norm("key_head", "H", "k_norm"),
+    _qk_norm("query_full", "N H", "q_norm"),
+    _qk_norm("key_full", "K H", "k_norm"),
 )
 # Those that can have an adapter, by name.
 TARGETS = {
@@ -153,8 +202,23 @@ TARGETS = {
 
 
 def decoder(architecture: Architecture) -> tuple[Leaf, ...]:
-    """The rows of an architecture's decoder."""
-    return tuple(leaf for leaf in DECODER if leaf.when(architecture))
+    """The rows of an architecture's decoder, as its family's files have them."""
+    family = architecture.family
+    named = {
+        f"decoder/blocks/{path}": {
+            "hf": f"model.layers.{{layer}}.{hf}.weight",
+            "gguf": f"blk.{{layer}}.{gguf}.weight",
+        }
+        for path, (hf, gguf) in _ELSEWHERE.get(family, {}).items()
+    }
+    rotary = family in _NEIGHBOURS
+    return tuple(
+        dataclasses.replace(
+            leaf, rotary=leaf.rotary and rotary, **named.get(leaf.path, {})
+        )
+        for leaf in DECODER
+        if leaf.when(architecture)
+    )
 
 
 def adapters(targets: Sequence[str] = tuple(TARGETS)) -> tuple[Leaf, ...]:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import jax
@@ -36,7 +36,11 @@ _GGUF = ".gguf"
 _SHOWN = 10
 
 # Tensors that may be absent or present, since a decoder knows what they hold.
-_HARMLESS = ("*rotary_emb.inv_freq", gguf_config.ROPE_FACTORS)
+_HARMLESS = (
+    "*rotary_emb.inv_freq",
+    gguf_config.ROPE_FACTORS,
+    *gguf_config.LONGROPE_FACTORS.values(),
+)
 _HARMLESS_WHEN_TIED = ("lm_head.weight",)
 
 
@@ -84,15 +88,26 @@ def read_latent_section(path: Path) -> dict[str, Any] | None:
     return section
 
 
+class Part(NamedTuple):
+    """A row's values of one layer, if it has layers, and where a tensor holds them."""
+
+    leaf: Leaf
+    layer: int | None
+    rows: slice  # of the tensor's first axis
+
+
 def tensors(
     rows: tuple[Leaf, ...], form: Format, sizes: Mapping[str, int]
-) -> dict[str, tuple[Leaf, int | None]]:
-    """Name of every tensor that a file holds, with its row and layer, if it has one."""
-    return {
-        getattr(leaf, form).format(layer=layer): (leaf, layer)
-        for leaf in rows
-        for layer in (range(sizes["L"]) if leaf.stacked else (None,))
-    }
+) -> dict[str, list[Part]]:
+    """Name of every tensor that a file holds, with its parts in order: mostly one."""
+    named: dict[str, list[Part]] = {}
+    for leaf in rows:
+        length = leaves.shape(leaf.axes_in(form)[0], sizes)[0]
+        for layer in range(sizes["L"]) if leaf.stacked else (None,):
+            parts = named.setdefault(getattr(leaf, form).format(layer=layer), [])
+            start = parts[-1].rows.stop if parts else 0
+            parts.append(Part(leaf, layer, slice(start, start + length)))
+    return named
 
 
 def shapes(
@@ -100,8 +115,8 @@ def shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a file holds."""
     return {
-        name: leaves.shape(leaf.axes_in(form)[0], sizes)
-        for name, (leaf, _) in tensors(rows, form, sizes).items()
+        name: (last.rows.stop, *leaves.shape(last.leaf.axes_in(form)[0], sizes)[1:])
+        for name, (*_, last) in tensors(rows, form, sizes).items()
     }
 
 
@@ -214,26 +229,32 @@ def _read(
     dtype_of: Callable[[str], DTypeLike],
     sharding_of: Callable[[str], jax.sharding.Sharding],
 ) -> dict[str, Any]:
+    form, files, sizes = stored
     tree: dict[str, Any] = {}
+    named = tensors(rows, form, sizes)
     for leaf in rows:
         node, (*folders, name) = tree, leaf.within.split("/")
         for folder in folders:
             node = node.setdefault(folder, {})
         node[name] = sharding.place_parts(
-            _parts(leaf, *stored),
-            leaves.shape(leaf.axes, stored[-1]),
+            (
+                (part.layer, _part_in(files[name].read(), part, form, sizes))
+                for name, parts in named.items()
+                for part in parts
+                if part.leaf is leaf
+            ),
+            leaves.shape(leaf.axes, sizes),
             np.dtype(dtype_of(leaf.within)),
             sharding_of(leaf.within),
         )
     return tree
 
 
-def _parts(
-    leaf: Leaf, form: Format, stored: _Tensors, sizes: Mapping[str, int]
-) -> Iterator[tuple[int | None, Shaped[np.ndarray, "..."]]]:
-    theirs, ours = leaf.axes_in(form)
-    for name, (_, layer) in tensors((leaf,), form, sizes).items():
-        yield layer, _rearrange(stored[name].read(), theirs, ours, sizes)
+def _part_in(
+    whole: Shaped[np.ndarray, "..."], part: Part, form: Format, sizes: Mapping[str, int]
+) -> Shaped[np.ndarray, "..."]:
+    theirs, ours = part.leaf.axes_in(form)
+    return _rearrange(whole[part.rows], theirs, ours, sizes)
 
 
 def digest(path: Path) -> str:
@@ -303,14 +324,17 @@ def write(
     named = tensors(rows, "hf", sizes)
 
     def read(name: str) -> Shaped[np.ndarray, "..."]:
-        leaf, layer = named[name]
-        stored, ours = leaf.axes_in("hf")
-        whole = params[leaf.path]
-        part = np.asarray(whole if layer is None else whole[layer])
-        return _rearrange(part, ours, stored, sizes)
+        parts = []
+        for leaf, layer, _ in named[name]:
+            stored, ours = leaf.axes_in("hf")
+            whole = params[leaf.path]
+            part = np.asarray(whole if layer is None else whole[layer])
+            parts.append(_rearrange(part, ours, stored, sizes))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def dtype_of(name: str) -> np.dtype:
-        return np.dtype(dtype if named[name][0] in leaves.DECODER else np.float32)
+        of_decoder = named[name][0].leaf.path.startswith("decoder/")
+        return np.dtype(dtype if of_decoder else np.float32)
 
     fields = hf_config.fields(architecture)
     fields["dtype"] = fields["torch_dtype"] = str(np.dtype(dtype))

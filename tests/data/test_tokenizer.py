@@ -1,7 +1,9 @@
 import json
+from typing import Any
 
 import gguf
 import pytest
+import transformers
 
 from lpc_jax.data import gguf_tokenizer, tokenizer
 from tests.data import tiny_tokenizers as tiny
@@ -79,6 +81,22 @@ def test_llama3_takes_three_digits_at_a_time_and_whole_words_without_merges():
     assert tokens(loaded, "1234") == ["123", "4"]
     without = tiny.chatml(pre="smollm", words=["123"])
     assert tokens(without, "123") == ["1", "2", "3"]
+
+
+def test_qwen2_tokenizes_as_transformers_own_class():
+    options = {
+        "words": ["12", "ĠĠ", "Ġa", "Ã©"],
+        "merges": ["1 2", "Ġ Ġ", "Ġ a", "Ã ©"],
+    }
+    ours = tiny.chatml(pre="qwen2", **options)
+    merges: Any = [tuple(merge.split()) for merge in options["merges"]]
+    theirs = transformers.Qwen2Tokenizer(vocab=ours.get_vocab(), merges=merges)
+    # A letter and its accent as one and as two characters.
+    text = "  12 a  é e\u0301 12's\n\n 🙂"
+    assert tokens(ours, text) == theirs.tokenize(text)
+    assert "Ã©" in tokens(ours, "e\u0301")
+    assert tokens(tiny.chatml(pre="dbrx", **options), "12") == ["12"]
+    assert tokens(ours, "12") == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -215,9 +233,9 @@ def from_metadata_without(name, **options):
 
 def test_an_unknown_pre_tokenizer_is_named():
     assert refusal(tiny.chatml, pre="viking") == (
-        "tiny.gguf: tokenizer.ggml.pre must be one of gpt-2, smollm, llama-bpe, llama3,"
-        " llama-v3, got 'viking'. Set model.tokenizer to the model's folder with"
-        " tokenizer.json."
+        "tiny.gguf: tokenizer.ggml.pre must be one of gpt-2, smollm, qwen2, dbrx,"
+        " llama-bpe, llama3, llama-v3, got 'viking'. Set model.tokenizer to the model's"
+        " folder with tokenizer.json."
     )
 
 

@@ -10,7 +10,7 @@ import transformers
 
 from lpc_jax import config as cfg
 from lpc_jax.models import architectures, hf_config, leaves, weights
-from lpc_jax.models.architectures import Architecture, RopeScaling
+from lpc_jax.models.architectures import FAMILIES, Architecture, RopeScaling
 
 # Llama-3.1-8B's config.json, less what no decoder reads.
 LLAMA31 = {
@@ -54,6 +54,38 @@ MISTRAL = {
     "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
+
+
+# Of each kind of refusal, names as published config.json files have them.
+_MOE, _HYBRID = (
+    "Mixtures of experts",
+    "Hybrids, with layers that are recurrent or of a state space,",
+)
+_GEMMA = "Gemma's norms, its scaled embedding and its capped logits"
+REFUSED = {
+    "GemmaForCausalLM": _GEMMA,
+    "Gemma2ForCausalLM": _GEMMA,
+    "Gemma3ForConditionalGeneration": _GEMMA,
+    "MixtralForCausalLM": _MOE,
+    "Qwen2MoeForCausalLM": _MOE,
+    "Qwen3MoeForCausalLM": _MOE,
+    "DeepseekV3ForCausalLM": _MOE,
+    "GptOssForCausalLM": _MOE,
+    "OlmoeForCausalLM": _MOE,
+    "Llama4ForConditionalGeneration": _MOE,
+    "Qwen3NextForCausalLM": _HYBRID,
+    "GraniteMoeHybridForCausalLM": _HYBRID,
+    "MambaForCausalLM": _HYBRID,
+    "FalconH1ForCausalLM": _HYBRID,
+    "Lfm2ForCausalLM": _HYBRID,
+    "Qwen2_5_VLForConditionalGeneration": "Models that read images",
+    "GPTNeoXForCausalLM": "Other families",
+    "Olmo3ForCausalLM": "Other families",
+}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8}
+PHI3 = {"architectures": ["Phi3ForCausalLM"], "rope_scaling": None}
+MIXED = ["full_attention"] * 16 + ["sliding_attention"] * 16
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 
 
 def test_llama31_is_read_field_by_field():
@@ -155,6 +187,17 @@ def test_linear_rope_scaling_is_read_and_written():
     assert hf_config.read(hf_config.fields(read), "") == read
 
 
+# Where a field says nothing of a Mistral: a family whose config.json has it.
+_OTHERWISE = {
+    "output_bias": "llama",
+    "mlp_bias": "llama",
+    "rotary_width": "phi3",
+    "unturned": "smollm3",
+}
+# Of a family, whatever its config.json says, or with ``output_bias``.
+_OF_FAMILY = {"qk_norm", "norm_after", "qkv_bias"}
+
+
 def test_every_field_of_the_architecture_changes_the_written_config():
     read = hf_config.read({**MISTRAL, "head_dim": 64}, "")
     changed = {
@@ -172,37 +215,101 @@ def test_every_field_of_the_architecture_changes_the_written_config():
         "sliding_window": None,
         "tied": True,
         "context_length": 8,
+        "output_bias": True,
+        "mlp_bias": True,
+        "rotary_width": 48,
+        "unturned": (1,),
     }
-    assert set(changed) == {field.name for field in dataclasses.fields(Architecture)}
-    written = hf_config.fields(read)
+    names = {field.name for field in dataclasses.fields(Architecture)}
+    assert set(changed) == names - _OF_FAMILY
     for field, value in changed.items():
-        other = dataclasses.replace(read, **{field: value})
-        assert hf_config.fields(other) != written, field
+        family = _OTHERWISE.get(field, "mistral")
+        start = dataclasses.replace(read, family=family)
+        other = dataclasses.replace(start, **{field: value})
+        assert hf_config.fields(other) != hf_config.fields(start), field
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"architectures": ["Qwen2ForCausalLM"]},
-            "c.json: architectures[0] must be one of ['LlamaForCausalLM',"
-            " 'MistralForCausalLM'], got 'Qwen2ForCausalLM'. Other families are not"
-            " implemented.",
+        *(
+            (
+                {"architectures": [name]},
+                f"c.json: architectures[0] must be one of {sorted(FAMILIES)}, got"
+                f" '{name}'. {reason} are not implemented.",
+            )
+            for name, reason in REFUSED.items()
         ),
         (
             {"architectures": None},
-            "c.json: architectures[0] must be one of ['LlamaForCausalLM',"
-            " 'MistralForCausalLM'], got None. Other families are not implemented.",
+            f"c.json: architectures[0] must be one of {sorted(FAMILIES)}, got None."
+            " Other families are not implemented.",
         ),
         (
-            {"attention_bias": True},
+            {"architectures": ["MistralForCausalLM"], "attention_bias": True},
             "c.json: attention_bias must be False, got True. The decoder does not"
             " compute this variant.",
         ),
         (
-            {"mlp_bias": True},
+            {"architectures": ["Qwen2ForCausalLM"], "mlp_bias": True},
             "c.json: mlp_bias must be False, got True. The decoder does not compute"
             " this variant.",
+        ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "c.json: partial_rotary_factor must be 1.0, got 0.5. The decoder does not"
+            " compute this variant.",
+        ),
+        (
+            QWEN2 | {"use_sliding_window": True, "max_window_layers": 20},
+            "c.json: max_window_layers must be such that all layers have the sliding"
+            " window or none, got 20. The decoder does not compute this variant.",
+        ),
+        (
+            QWEN2 | {"use_sliding_window": True, "layer_types": MIXED},
+            "c.json: layer_types must be such that all layers have the sliding window"
+            f" or none, got {MIXED!r:.80}. The decoder does not compute this variant.",
+        ),
+        (
+            {
+                "architectures": ["SmolLM3ForCausalLM"],
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "rope_scaling": None,
+            },
+            "c.json: use_sliding_window must be such that all layers have the sliding"
+            " window or none, got True. The decoder does not compute this variant.",
+        ),
+        (
+            {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0]},
+            "c.json: no_rope_layers must be a 0 or 1 for each layer, got [1, 0]."
+            " Download it again.",
+        ),
+        (
+            PHI3 | {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "c.json: rope type 'longrope' takes ['attention_factor', 'factor',"
+            " 'long_factor', 'original_max_position_embeddings', 'short_factor'], got"
+            " ['original_max_position_embeddings', 'short_factor'].",
+        ),
+        (
+            PHI3 | {"rope_scaling": LONGROPE | {"short_factor": [1.0]}},
+            "c.json: short_factor must be a list of 64 numbers, one a plane that RoPE"
+            " turns, got [1.0]. Download it again.",
+        ),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "c.json: the lesser of rope_theta and original_max_position_embeddings must"
+            " be above 1, got 1.0. Download it again.",
+        ),
+        (
+            PHI3 | {"partial_rotary_factor": 1.5},
+            "c.json: partial_rotary_factor must be at most 1, of an even part of 128"
+            " elements, got 1.5. The decoder does not compute this variant.",
+        ),
+        (
+            PHI3 | {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "c.json: rope type must be one of ['default', 'longrope'], got 'linear'."
+            " This scaling is not implemented.",
         ),
         (
             {"hidden_act": "gelu"},
@@ -215,9 +322,15 @@ def test_every_field_of_the_architecture_changes_the_written_config():
             " compute this variant.",
         ),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "c.json: rope type must be one of ['default', 'linear', 'llama3'], got"
-            " 'yarn'. This scaling is not implemented.",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+            "c.json: rope type must be one of ['default', 'linear', 'llama3', 'yarn'],"
+            " got 'dynamic'. This scaling is not implemented.",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}},
+            "c.json: rope type 'yarn' takes ['attention_factor', 'beta_fast',"
+            " 'beta_slow', 'factor', 'original_max_position_embeddings'], got"
+            " ['factor', 'original_max_position_embeddings', 'truncate'].",
         ),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
@@ -255,6 +368,12 @@ def test_what_the_decoder_does_not_compute_is_named(change, message):
         ("alignment-handbook/zephyr-7b-sft-full", 7_241_732_096),
         ("mistralai/Mistral-7B-Instruct-v0.2", 7_241_732_096),
         ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        # Its file has the tied head twice: 751,632,384.
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("HuggingFaceTB/SmolLM3-3B", 3_075_098_624),
+        ("allenai/OLMo-2-0425-1B-Instruct", 1_484_916_736),
+        ("microsoft/Phi-3-mini-4k-instruct", 3_821_079_552),
     ],
 )
 def test_a_known_model_has_as_many_parameters_as_published(path, parameters):

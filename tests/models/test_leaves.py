@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.models import leaves, weights
+from lpc_jax.models.architectures import Architecture
 from lpc_jax.planning import arithmetic
 from lpc_jax.training import optimizer as optimizers
 from tests import tiny
@@ -54,32 +57,16 @@ def test_what_the_config_lets_adapters_be_on_is_what_has_a_row():
     assert cfg.Adapters().targets == tuple(leaves.TARGETS)
 
 
-# --- a leaf more ----------------------------------------------------------------------
+# --- leaves that some families have ---------------------------------------------------
 
 BIAS = "decoder/blocks/attention/query_bias"
-# Of no other test: policies are kept by architecture.
-ARCHITECTURE = tiny.changed(context_length=129)
+BIASED = tiny.changed(qkv_bias=True)
+SIZE = 2 * (4 * 8 + 2 * (2 * 8))  # L (N H + 2 K H)
 
 
-def add_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bias on queries, in one place."""
-    row = leaves.Leaf(
-        BIAS,
-        "L N H",
-        "model.layers.{layer}.self_attn.q_proj.bias",
-        "blk.{layer}.attn_q.bias",
-        "(N H)",
-        kind="bias",
-        rotary=True,
-    )
-    monkeypatch.setattr(leaves, "DECODER", (*leaves.DECODER, row))
-
-
-def test_a_leaf_more_is_made_run_split_counted_and_kept_from_decay(monkeypatch):
+def test_a_leaf_more_is_made_run_split_counted_and_kept_from_decay():
     plain_graph, plain = tiny.split_policy(latent=None)
-    temporary = _temporary()
-    add_bias(monkeypatch)
-    graph, params = tiny.split_policy(ARCHITECTURE, latent=None)
+    graph, params = tiny.split_policy(BIASED, latent=None)
     added = sharding.by_path(params)[BIAS]
     np.testing.assert_array_equal(added, np.zeros((2, 4, 8)))  # L N H
     # The others are drawn as without it, and it adds to what they say.
@@ -93,6 +80,26 @@ def test_a_leaf_more_is_made_run_split_counted_and_kept_from_decay(monkeypatch):
     placed = sharding.by_path(leaves.shardings(params, mesh))
     assert placed[BIAS].spec == P(None, ("tensor",), None)
 
+    size = sum(leaf.size for leaf in jax.tree.leaves(plain))
+    assert leaves.count(BIASED) == size + SIZE
+    temporary = _temporary(BIASED) - _temporary(tiny.ARCHITECTURE)
+    assert temporary == 2 * SIZE  # bfloat16's copies
+
+
+def test_biases_and_norms_are_spared_from_weight_decay():
+    biased = tiny.changed(qkv_bias=True, output_bias=True, mlp_bias=True)
+    rows = {
+        leaf.path: leaf
+        for norm in ("head", "full")
+        for leaf in leaves.decoder(tiny.changed(biased, qk_norm=norm))
+    }
+    of = leaves.sizes(tiny.ARCHITECTURE)
+    params: dict[str, Any] = {}
+    for path, leaf in rows.items():
+        node, (*parts, last) = params, path.split("/")
+        for part in parts:
+            node = node.setdefault(part, {})
+        node[last] = jnp.ones(leaves.shape(leaf.axes, of))
     config = tiny.config(
         latent=None, optimizer=cfg.Optimizer(options={"weight_decay": 0.5})
     )
@@ -100,29 +107,27 @@ def test_a_leaf_more_is_made_run_split_counted_and_kept_from_decay(monkeypatch):
     nothing = jax.tree.map(jnp.zeros_like, params)
     moved, _ = optimizer.update(nothing, optimizer.init(params), params)
     updated = sharding.by_path(optax.apply_updates(params, moved))
-    np.testing.assert_array_equal(updated[BIAS], added + 1.0)
-    assert leaves.at(BIAS).frozen_dtype(jnp.dtype("bfloat16")) == jnp.float32
+    spared = {path for path in updated if "bias" in path or "norm" in path}
+    assert len(spared) == 7 + 3 + 4
+    for path, value in updated.items():
+        assert (np.asarray(value) == 1).all() == (path in spared), path
+        if path in spared:
+            assert leaves.at(path).frozen_dtype(jnp.dtype("bfloat16")) == jnp.float32
 
-    size = sum(leaf.size for leaf in jax.tree.leaves(plain))
-    assert leaves.count(ARCHITECTURE) == size + 2 * 4 * 8
-    assert _temporary() - temporary == 2 * (2 * 4 * 8)  # bfloat16's copies
 
-
-def _temporary() -> int:
+def _temporary(architecture: Architecture) -> int:
     one = {"data": 1, "fsdp": 1, "tensor": 1}
-    return arithmetic.temporary(tiny.config(), ARCHITECTURE, one, "blocks")
+    return arithmetic.temporary(tiny.config(), architecture, one, "blocks")
 
 
-def test_a_leaf_more_is_saved_and_loaded_and_refused_without_its_row(
-    monkeypatch, tmp_path
-):
-    add_bias(monkeypatch)
-    _, params = tiny.split_policy(ARCHITECTURE, latent=None)
+def test_a_leaf_more_is_saved_and_loaded_and_refused_without_its_row(tmp_path):
+    architecture = tiny.changed(qkv_bias=True, family="qwen2")
+    _, params = tiny.split_policy(architecture, latent=None)
     decoder = params["decoder"]
     value = np.random.default_rng(1).normal(size=(2, 4, 8)).astype(np.float32)
     decoder["blocks"]["attention"]["query_bias"] = value
     weights.save(
-        tmp_path, decoder, ARCHITECTURE, dtype=jnp.float32, shard_bytes=1 << 30
+        tmp_path, decoder, architecture, dtype=jnp.float32, shard_bytes=1 << 30
     )
     file = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     for layer in range(2):
@@ -131,13 +136,24 @@ def test_a_leaf_more_is_saved_and_loaded_and_refused_without_its_row(
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     loaded = weights.load(
         tmp_path,
-        ARCHITECTURE,
+        architecture,
         dtype_of=lambda _: jnp.float32,
         sharding_of=lambda _: here,
     )
     jax.tree.map(np.testing.assert_array_equal, loaded, decoder)
-    # GGUF files have its rows pair by pair, as the query's.
-    assert leaves.at(BIAS).axes_in("gguf") == ("(N half two)", "N (two half)")
-    monkeypatch.undo()
     with pytest.raises(ValueError, match=r"unexpected: .*layers\.0.*q_proj\.bias"):
-        weights.check(tmp_path, ARCHITECTURE)
+        weights.check(tmp_path, tiny.ARCHITECTURE)
+
+
+@pytest.mark.parametrize(
+    ("family", "stored"),
+    [
+        # llama.cpp's converter permutes LlamaModel and its subclass SmolLM3Model.
+        *((family, "(N half two)") for family in ("llama", "mistral", "smollm3")),
+        *((family, "(N H)") for family in ("qwen2", "qwen3", "olmo2", "phi3")),
+    ],
+)
+def test_gguf_files_of_llamas_have_rows_pair_by_pair_also_of_biases(family, stored):
+    rows = leaves.decoder(tiny.changed(family=family, qkv_bias=True))
+    (bias,) = (leaf for leaf in rows if leaf.path == BIAS)
+    assert bias.axes_in("gguf")[0] == stored

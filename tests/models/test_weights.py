@@ -587,8 +587,15 @@ def test_gguf_differences_are_listed_in_its_own_names(tmp_path):
     ("arguments", "message"),
     [
         (
-            {"name": "qwen2"},
-            "general.architecture must be 'llama', got 'qwen2'. Other families are not"
+            {"name": "gemma"},
+            "general.architecture must be one of ['llama', 'olmo2', 'phi3', 'qwen2',"
+            " 'qwen3', 'smollm3'], got 'gemma'. Gemma's norms, its scaled embedding and"
+            " its capped logits are not implemented.",
+        ),
+        (
+            {"name": "qwen3moe"},
+            "general.architecture must be one of ['llama', 'olmo2', 'phi3', 'qwen2',"
+            " 'qwen3', 'smollm3'], got 'qwen3moe'. Mixtures of experts are not"
             " implemented.",
         ),
         (
@@ -597,9 +604,25 @@ def test_gguf_differences_are_listed_in_its_own_names(tmp_path):
             " variant.",
         ),
         (
-            {"metadata": {"llama.rope.scaling.type": "yarn"}},
-            "llama.rope.scaling.type must be none, or linear without"
-            " rope_freqs.weight, got 'yarn'. This scaling is not implemented.",
+            {"metadata": {"llama.rope.scaling.type": "longrope"}},
+            "llama.rope.scaling.type must be none, or linear or yarn without"
+            " rope_freqs.weight, got 'longrope'. This scaling is not implemented.",
+        ),
+        (
+            {"metadata": {"llama.rope.scaling.type": "dynamic"}},
+            "llama.rope.scaling.type must be none, or linear or yarn without"
+            " rope_freqs.weight, got 'dynamic'. This scaling is not implemented.",
+        ),
+        (
+            {
+                "metadata": {
+                    "llama.rope.scaling.type": "yarn",
+                    "llama.rope.scaling.factor": 2.0,
+                    "llama.rope.scaling.yarn_ext_factor": 0.5,
+                }
+            },
+            "llama.rope.scaling.* must be of yarn, got ['yarn_ext_factor']. The decoder"
+            " does not compute this variant.",
         ),
         (
             {"metadata": {"llama.rope.scaling.type": "linear"}},

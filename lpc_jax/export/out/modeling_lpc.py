@@ -14,13 +14,8 @@ import json
 import math
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # What a label is where there is nothing to predict.
@@ -304,25 +299,16 @@ def mix_weights(mix, num_codes):
     return weights / total
 
 
-class LpcLlamaConfig(LlamaConfig):
-    """Llama's, with ``lpc``: sizes of the latent and how z is chosen."""
-
-    model_type = "lpc_llama"
-
-
-class LpcMistralConfig(MistralConfig):
-    """Mistral's, with ``lpc``: sizes of the latent and how z is chosen."""
-
-    model_type = "lpc_mistral"
+def _under_lpc(family):
+    """A family's config with ``lpc`` (latent sizes, how z is chosen), and its model."""
+    theirs = getattr(transformers, f"{family}Config")
+    fields = {"model_type": f"lpc_{family.lower()}", "__module__": __name__}
+    config = type(f"Lpc{family}Config", (theirs,), fields)
+    bases = LpcMixin, getattr(transformers, f"{family}ForCausalLM")
+    fields = {"config_class": config, "__module__": __name__}
+    return config, type(f"Lpc{family}ForCausalLM", bases, fields)
 
 
-class LpcLlamaForCausalLM(LpcMixin, LlamaForCausalLM):
-    """Llama under LPC."""
-
-    config_class = LpcLlamaConfig
-
-
-class LpcMistralForCausalLM(LpcMixin, MistralForCausalLM):
-    """Mistral under LPC."""
-
-    config_class = LpcMistralConfig
+for _family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Olmo2", "Phi3"):
+    if hasattr(transformers, f"{_family}Config"):  # older ones lack the newer
+        globals().update({made.__name__: made for made in _under_lpc(_family)})
