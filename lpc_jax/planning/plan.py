@@ -307,8 +307,10 @@ def _memory_by_hand(subject: _Subject) -> memory.Prediction:
     mesh, how, trained = subject.mesh, subject.compute, subject.trained
     split = mesh["fsdp"] * mesh["tensor"]
     masters = 4 * trained // split
-    untrained = sum(subject.parameters.values()) - trained
-    stored = masters + how.dtype.itemsize * untrained // split
+    stored = masters
+    if not subject.config.trains_decoder:
+        of_decoder = (subject.config, subject.architecture, how.dtype.itemsize)
+        stored += arithmetic.frozen(*of_decoder) // split
     # Adam's two moments; optimizers with fewer need less.
     optimizer = 2 * masters
     gradients = masters * (2 if subject.micro_batches > 1 else 1)

@@ -1,6 +1,6 @@
 """The reference's log-probabilities: scored once, cached by content.
 
-Keys are token ids and scored positions; files are per weights and compute dtype. A
+Keys are token ids and scored positions; files are per weights and precision. A
 change of learning rate, beta or order finds them again.
 """
 
@@ -146,7 +146,7 @@ def columns(
     cache = ReferenceCache(
         Path(config.reference.cache),
         weights_digest=digest,
-        compute_dtype=policy.compute.dtype.name,
+        compute_dtype=policy.compute.precision,
     )
     pairs = [*train, *held_out]
     column, scored = cache.column(
