@@ -118,9 +118,11 @@ class _Subject:
 
     @property
     def compute(self) -> compute.Compute:
-        model, length = self.config.model, self.config.packing.row_length
-        platform = self.slice.chip.platform
-        return compute.resolve(model, row_length=length, platform=platform)
+        config, platform = self.config, self.slice.chip.platform
+        length = config.packing.row_length
+        return compute.resolve(
+            config.model, row_length=length, platform=platform, base=config.base
+        )
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -353,7 +355,7 @@ def _assembled(
         row_length=packed.row_length,
         remat=config.model.remat,
         attention=computed.attention,
-        compute_dtype=computed.dtype.name,
+        compute_dtype=computed.precision,
         parameters=sum(subject.parameters.values()),
         trained=subject.trained,
         pair=subject.pair,
