@@ -25,8 +25,16 @@ INITIAL_SCALE = 0.02  # of random weights, as in Llama's and Mistral's configs
 # spread: of the latent's networks; no update changes mean and spread. lora_a, lora_b:
 # of an adapter.
 Kind = Literal[
-    *("matrix", "scale", "norm", "bias", "kernel", "mean", "spread", "codebook"),
-    *("lora_a", "lora_b"),
+    "matrix",
+    "scale",
+    "norm",
+    "bias",
+    "kernel",
+    "mean",
+    "spread",
+    "codebook",
+    "lora_a",
+    "lora_b",
 ]
 Format = Literal["hf", "gguf"]
 

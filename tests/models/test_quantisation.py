@@ -256,7 +256,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
 
 def test_the_base_is_one_of_two():
     with pytest.raises(ValueError, match=r"base must be .*'nf4'"):
-        cfg.Adapters(base="nf4")
+        cfg.Adapters(base="nf4")  # pyright: ignore[reportArgumentType] -- refused
     config = tiny.config(adapters=cfg.Adapters(base="int8"))
     assert config.base == "int8"
     assert dataclasses.replace(config, adapters=None).base == "compute"

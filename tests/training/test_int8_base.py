@@ -9,6 +9,7 @@ import pytest
 import lpc_jax as lpc
 from lpc_jax import asking
 from lpc_jax import config as cfg
+from lpc_jax.config.fields import Base
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.evaluation import comparison
 from lpc_jax.runtime import loading, record
@@ -18,7 +19,7 @@ from tests import runs
 BETA = 0.1
 
 
-def trained(folder: Path, base: str, **changes) -> runs.Run:
+def trained(folder: Path, base: Base, **changes) -> runs.Run:
     made = runs.config(
         folder,
         name=base,
@@ -62,7 +63,11 @@ def test_each_base_has_a_reference_of_its_own(run, folder):
     names = {path.name.partition("-")[2] for path in (folder / "reference").iterdir()}
     assert names == {"float32.npz", "float32-int8.npz"}
     assert "0 found in" in other.said
-    mine, theirs = run.result.run.reference, other.result.run.reference
+    mine, theirs = (
+        np.load(folder / "reference" / f"{digest}-{precision}.npz")["logp"]
+        for digest in [run.result.run.policy.source.digest[:32]]
+        for precision in ("float32-int8", "float32")
+    )
     assert np.abs(mine - theirs).max() > 1e-4
     assert other.lines("eval")[0]["loss/preference"] == pytest.approx(math.log(2))
 
