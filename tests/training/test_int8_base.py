@@ -1,6 +1,8 @@
 """A run over a decoder in int8: its start, its reference, its files and its scores."""
 
+import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,16 @@ def test_checkpoints_hold_adapters_alone(run):
     held = [path for path in saved["leaves"] if path.startswith("params/")]
     assert held
     assert all(path.startswith("params/adapters/") for path in held)
+
+
+def test_a_resumed_run_ends_bit_by_bit(run, tmp_path):
+    copied = shutil.copytree(run.folder, tmp_path / run.folder.name)
+    shutil.rmtree(copied / "checkpoints" / "2")
+    settings = dataclasses.replace(run.config.run, folder=str(tmp_path), resume=True)
+    again = runs.train(dataclasses.replace(run.config, run=settings))
+    assert "resumed after step 1" in again.said
+    params = [one.result.run.state.params for one in (run, again)]
+    assert runs.bits(params[0]) == runs.bits(params[1])
 
 
 def test_each_base_has_a_reference_of_its_own(run, folder):
