@@ -78,7 +78,10 @@ class Policy(policies.Policy):
         start_logp = None
         if reference is not None and reward.over_reference:
             self.require_vocabulary(reference, "Choose one of the same family.")
-            start_logp = reading.score(reference.plain(), pairs.tokens, steering=None)
+            start = reference.plain()
+            if start.compute.base != "compute":
+                start = start.merged()  # rounded as ``policy`` is
+            start_logp = reading.score(start, pairs.tokens, steering=None)
         reward = dataclasses.replace(reward, over_reference=start_logp is not None)
         rewards = reward.of(logp, pair_data.lengths(pairs.tokens), start_logp)
         if policy.latent is None:

@@ -34,6 +34,7 @@ _FOLDER = "must be a plain folder name, printable and of at most 255 bytes"
 FolderName = Annotated[str, Bound(_names_folder, _FOLDER)]
 NumCodes = Annotated[int, at_least(2, "Use latent=None for a run without codes.")]
 PosteriorInput = Literal["concat", "difference", "mean_difference", "both", "all"]
+Base = Literal["compute", "int8"]
 Matrix = Literal["query", "key", "value", "output", "gate", "up", "down"]
 Best = Literal["loss/preference", "loss/total", "reward/accuracy", "reward/margin"]
 Address = Annotated[str, Bound(re.compile(r".+:\d+").fullmatch, "must be host:port")]
@@ -75,7 +76,7 @@ class Model(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapters(Settings):
-    """Low-rank adapters (Hu et al. 2021) of a decoder frozen in the compute dtype."""
+    """Low-rank adapters (Hu et al. 2021) of a frozen decoder."""
 
     rank: PositiveInt = 16
     """Inner width r of each adapter."""
@@ -83,6 +84,9 @@ class Adapters(Settings):
     """An adapter's product is scaled by alpha / rank."""
     targets: Annotated[tuple[Matrix, ...], _ONCE] = typing.get_args(Matrix)
     """The matrices of each block that get one."""
+    base: Base = "compute"
+    """How the decoder's block matrices are kept, and those of a reference: in the
+    compute dtype, or in int8 with a scale for each output channel, half as large."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -328,6 +332,11 @@ class Config(Settings, section=""):
             " expected None",
             "Leave it out.",
         )
+
+    @property
+    def base(self) -> Base:
+        """How the matrices of a frozen decoder are kept."""
+        return "compute" if self.adapters is None else self.adapters.base
 
     @property
     def trains_decoder(self) -> bool:

@@ -102,9 +102,10 @@ def _check_ratio(where: str, unpacked: int, packed: int) -> None:
 
 def _json(file: Path, split: str | None) -> Rows:
     """Objects, a line or several each; or a list, bare or in a wrapper."""
-    for number, text in _objects(file):
+    for place, (number, text) in enumerate(_objects(file)):
         value = _decode(text, f"{file}:{number}" if number else str(file))
-        items = _items(value, str(file), split)
+        # A list behind other rows is a row, and a wrong one.
+        items = None if place else _items(value, str(file), split)
         if items is None:
             yield f"{file.name}:{number}", value
         else:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from lpc_jax import config as cfg
 from lpc_jax import loss_table
+from lpc_jax.config.fields import Base
 from lpc_jax.data import pairs as pair_data
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.examples import PreferenceExample
@@ -150,7 +151,7 @@ class _Policies:
     ) -> None:
         self.arguments, self.run = arguments, run
         self._mesh, self._on_progress = mesh, on_progress
-        self._loaded: dict[tuple[str, str], Policy] = {}
+        self._loaded: dict[tuple[str, str, Base], Policy] = {}
         self._scores: dict[tuple[int, Steering | None, str], np.ndarray] = {}
         self.reward = loss_table.reward(
             arguments.reward, None if run is None else run.loss
@@ -165,18 +166,22 @@ class _Policies:
                 " from with --start, or use --reward mean_logp."
             )
 
-    def load(self, path: str, step: str = "latest", **model: Any) -> Policy:
-        if (path, step) not in self._loaded:
+    def load(
+        self, path: str, step: str = "latest", base: Base = "compute", **model: Any
+    ) -> Policy:
+        if (path, step, base) not in self._loaded:
             if self.arguments.compute_dtype is not None:  # of all policies
                 model["compute_dtype"] = self.arguments.compute_dtype
-            self._loaded[path, step] = loading.load(
-                path, mesh=self._mesh, step=step, model=model
+            self._loaded[path, step, base] = loading.load(
+                path, mesh=self._mesh, step=step, model=model, base=base
             )
-        return self._loaded[path, step]
+        return self._loaded[path, step, base]
 
     def load_start(self, path: str, run: cfg.Config | None) -> Policy:
         """With its run's tokenizer and precision, as in training."""
-        return self.load(path, **({} if run is None else model_for(path, run)))
+        if run is None:
+            return self.load(path)
+        return self.load(path, base=run.base, **model_for(path, run))
 
     def reference(self, policy: Policy, run: cfg.Config | None) -> Policy | None:
         """A run's own; a model that is no run gets the first policy's."""

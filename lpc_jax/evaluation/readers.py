@@ -128,7 +128,7 @@ def _reference_logp(
         nothing = np.zeros((1, policy.latent.num_codes))
         return reading.score_under(policy, judged, nothing)[0]
     model = comparison.model_for(path, config)
-    reference = loading.load(path, mesh=policy.mesh, model=model)
+    reference = loading.load(path, mesh=policy.mesh, model=model, base=config.base)
     # Cached hidden states are of the policy's decoder, not of the reference.
     bare = [dataclasses.replace(pair, states=None) for pair in judged]
     return reading.score(reference, bare, steering=None)

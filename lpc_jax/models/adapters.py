@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lpc_jax.models import leaves
+from lpc_jax.models import leaves, quantisation
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.projection import project
 
@@ -60,10 +60,16 @@ def adapted(
     target: str,
     adapters: nnx.Dict | None,
 ) -> Float[Array, "R T *out"]:
-    """x @ W, with the target's adapter and bias if it has them; input axes as one."""
+    """x @ W, with the target's adapter and bias if it has them; input axes as one.
+
+    W is the target, or its int8 values times the scales beside it.
+    """
     weight = getattr(module, target)[...]
     outputs = weight.shape[leaves.TARGETS[target].inputs :]
     product = project(x, weight.reshape(x.shape[-1], *outputs))
+    scale: nnx.Param | None = getattr(module, f"{target}_scale", None)
+    if scale is not None:  # in fp32: a bf16 scale alone would be off by half a step
+        product = (product * scale[...]).astype(product.dtype)
     if adapters is not None and target in adapters:
         product = product + adapters[target](x)
     bias: nnx.Param | None = getattr(module, f"{target}_bias", None)
@@ -73,7 +79,11 @@ def adapted(
 def merge(
     decoder: dict[str, Any], adapters: dict[str, Any], *, scale: float
 ) -> dict[str, Any]:
-    """A decoder's parameters with adapters added, in fp32; both are stacked on L."""
+    """A decoder's parameters with adapters added, in fp32; both are stacked on L.
+
+    Adapters of an int8 decoder are added to what its values and scales stand for.
+    """
+    decoder = quantisation.dequantised(decoder)
     blocks = dict(decoder["blocks"])
     for part, targets in adapters.items():
         merged = dict(blocks[part])

@@ -21,10 +21,20 @@ from lpc_jax.models.architectures import Architecture
 
 INITIAL_SCALE = 0.02  # of random weights, as in Llama's and Mistral's configs
 
-# matrix: of the decoder. kernel, mean, spread: of the latent's networks; no update
-# changes mean and spread. lora_a, lora_b: of an adapter.
+# matrix: of the decoder; scale: of its output channels, where it is int8. kernel, mean,
+# spread: of the latent's networks; no update changes mean and spread. lora_a, lora_b:
+# of an adapter.
 Kind = Literal[
-    "matrix", "norm", "bias", "kernel", "mean", "spread", "codebook", "lora_a", "lora_b"
+    "matrix",
+    "scale",
+    "norm",
+    "bias",
+    "kernel",
+    "mean",
+    "spread",
+    "codebook",
+    "lora_a",
+    "lora_b",
 ]
 Format = Literal["hf", "gguf"]
 
@@ -100,7 +110,7 @@ class Leaf:
                 return jax.random.uniform(
                     rngs.params(), size, minval=-most, maxval=most
                 )
-            case "norm" | "spread":
+            case "norm" | "spread" | "scale":
                 return jnp.ones(size)
             case "bias" | "mean" | "lora_b":
                 return jnp.zeros(size)
@@ -199,6 +209,15 @@ TARGETS = {
     for leaf in DECODER
     if leaf.kind == "matrix" and leaf.stacked
 }
+# Of each, where the decoder is frozen in int8 (``quantisation``); in no file.
+SCALES = tuple(
+    Leaf(
+        f"{leaf.path}_scale",
+        " ".join(["L", *leaf.layer_axes.split()[leaf.inputs :]]),
+        kind="scale",
+    )
+    for leaf in TARGETS.values()
+)
 
 
 def decoder(architecture: Architecture) -> tuple[Leaf, ...]:
@@ -295,7 +314,7 @@ def fill(
 
 
 def _rows() -> tuple[Leaf, ...]:
-    return (*DECODER, *adapters(), *LATENT)
+    return (*DECODER, *SCALES, *adapters(), *LATENT)
 
 
 def at(path: str) -> Leaf:

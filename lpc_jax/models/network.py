@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lpc_jax.models import quantisation
 from lpc_jax.models.adapters import BlockAdapters
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.decoder import Decoder, stacked
@@ -91,6 +92,7 @@ def build(
     compute_dtype: jnp.dtype,
     attention_backend: str,
     remat: str,
+    base: str = "compute",
     adapters: dict[str, Any] | None,
     latent: dict[str, Any] | None,
     key: Array,
@@ -98,7 +100,7 @@ def build(
     """A network with random weights; under ``nnx.eval_shape`` only its shapes.
 
     ``adapters`` and ``latent`` set ``BlockAdapters`` and ``LatentHead``. No part's
-    weights depend on another's.
+    weights depend on another's. With the ``base`` int8 the blocks are quantised.
     """
     decoder_key, latent_key = jax.random.split(key)
     decoder = Decoder(
@@ -108,6 +110,8 @@ def build(
         remat=remat,
         rngs=nnx.Rngs(decoder_key),
     )
+    if base == "int8":
+        quantisation.quantise_blocks(decoder.blocks)
     low_rank = head = None
     if adapters is not None:
         low_rank = stacked(

@@ -23,7 +23,7 @@ from jaxtyping import Shaped
 from lpc_jax import sharding
 from lpc_jax.errors import UserError
 from lpc_jax.files import gguf, safetensors, sources, untrusted
-from lpc_jax.models import gguf_config, hf_config, leaves
+from lpc_jax.models import gguf_config, hf_config, leaves, quantisation
 from lpc_jax.models.architectures import LPC_FAMILIES, Architecture
 from lpc_jax.models.leaves import Format, Leaf
 
@@ -260,18 +260,41 @@ def _read(
         node, (*folders, name) = tree, leaf.within.split("/")
         for folder in folders:
             node = node.setdefault(folder, {})
-        node[name] = sharding.place_parts(
-            (
-                (part.layer, _part_in(files[name].read(), part, form, sizes))
-                for name, parts in named.items()
-                for part in parts
-                if part.leaf is leaf
-            ),
-            leaves.shape(leaf.axes, sizes),
-            np.dtype(dtype_of(leaf.within)),
-            sharding_of(leaf.within),
+        parts = (
+            (part.layer, _part_in(files[name].read(), part, form, sizes))
+            for name, parts in named.items()
+            for part in parts
+            if part.leaf is leaf
         )
+        dtype, scales = np.dtype(dtype_of(leaf.within)), []
+        if dtype == np.int8:
+            parts = _quantised(parts, leaf, scales)
+        shape, where = leaves.shape(leaf.axes, sizes), sharding_of(leaf.within)
+        node[name] = sharding.place_parts(parts, shape, dtype, where)
+        if scales:
+            its = leaves.at(f"{leaf.path}_scale")
+            shape, where = leaves.shape(its.axes, sizes), sharding_of(its.within)
+            scale = sharding.place_parts(scales, shape, np.dtype("float32"), where)
+            node[f"{name}_scale"] = scale
     return tree
+
+
+_Parts = Iterator[tuple[int | None, Shaped[np.ndarray, "..."]]]
+
+
+def _quantised(
+    parts: _Parts, leaf: Leaf, scales: list[tuple[int | None, np.ndarray]]
+) -> _Parts:
+    """The values of each part; its scales are appended to ``scales``."""
+    for layer, part in parts:
+        values, scale = quantisation.quantise(part, inputs=leaf.inputs)
+        if not np.isfinite(scale).all():
+            raise UserError(
+                f"{leaf.path} must be finite to be kept in int8, got nan or inf in"
+                f" layer {layer}. Check the weights, or use adapters.base 'compute'."
+            )
+        scales.append((layer, scale))
+        yield layer, values
 
 
 def _part_in(

@@ -114,7 +114,9 @@ def _policy(config: cfg.Config, architecture: Architecture, mesh: Mesh) -> Polic
     row_length, platform = config.packing.row_length, sharding.platform(mesh)
     return policy.abstract(
         architecture,
-        compute.resolve(config.model, row_length=row_length, platform=platform),
+        compute.resolve(
+            config.model, row_length=row_length, platform=platform, base=config.base
+        ),
         latent=config.latent,
         adapters=config.adapters,
         train_decoder=config.trains_decoder,

@@ -16,7 +16,7 @@ from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.attention.table import BACKENDS
 from lpc_jax.models.latent import judged_width
 
-_FP32, _BF16 = 4, 2  # bytes
+_FP32, _BF16, _INT8 = 4, 2, 1  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,17 @@ def _block_matrices(architecture: Architecture) -> int:
     return sum(leaf.size(sizes) for leaf in matrices)
 
 
+def frozen(config: cfg.Config, architecture: Architecture, itemsize: int) -> int:
+    """Bytes of an untrained decoder, of ``itemsize`` an element unless it is int8."""
+    kept = itemsize * leaves.count(architecture)
+    if config.base == "compute":
+        return kept
+    sizes = leaves.sizes(architecture)
+    scales = sum(math.prod(leaves.shape(x.axes, sizes)) for x in leaves.SCALES)
+    matrices = architecture.layers * _block_matrices(architecture)
+    return kept - (itemsize - _INT8) * matrices + _FP32 * scales
+
+
 def flops(
     config: cfg.Config, architecture: Architecture, pair: Pair, backend: str
 ) -> tuple[float, float]:
@@ -119,7 +130,7 @@ def flops(
 
 
 def weights_read(config: cfg.Config, architecture: Architecture) -> int:
-    """Bytes of bfloat16 weights read in a micro-batch, over all devices."""
+    """Bytes of bfloat16 or int8 weights read in a micro-batch, over all devices."""
     a, once = architecture, _block_matrices(architecture)
     if config.decoder == "frozen":
         return _BF16 * a.vocabulary * a.width
@@ -128,7 +139,8 @@ def weights_read(config: cfg.Config, architecture: Architecture) -> int:
     block = 2 * once
     if config.model.remat == "block":
         block += once - a.width * a.mlp_width
-    return _BF16 * (a.layers * block + 2 * a.vocabulary * a.width)
+    item = _BF16 if config.base == "compute" else _INT8
+    return item * a.layers * block + _BF16 * 2 * a.vocabulary * a.width
 
 
 def temporary(

@@ -53,6 +53,12 @@ CHIPS = {
         Chip("h100", "gpu", 80 * 10**9, 989e12, 3350e9, 450e9),
         # NVIDIA H200 data sheet, SXM: as the H100, with 141 GB at 4.8 TB/s.
         Chip("h200", "gpu", 141 * 10**9, 989e12, 4800e9, 450e9),
+        # NVIDIA L4 data sheet: 242 TFLOP/s with sparsity, half of it dense; 24 GB at
+        # 300 GB/s; PCIe 64 GB/s in both directions.
+        Chip("l4", "gpu", 24 * 10**9, 121e12, 300e9, 32e9),
+        # NVIDIA Ada GPU architecture white paper, GeForce RTX 4090: 165.2 TFLOP/s dense
+        # with FP32 sums, 24 GB at 1,008 GB/s; PCIe 64 GB/s in both directions.
+        Chip("rtx4090", "gpu", 24 * 10**9, 165.2e12, 1008e9, 32e9),
     )
 }
 

@@ -118,9 +118,11 @@ class _Subject:
 
     @property
     def compute(self) -> compute.Compute:
-        model, length = self.config.model, self.config.packing.row_length
-        platform = self.slice.chip.platform
-        return compute.resolve(model, row_length=length, platform=platform)
+        config, platform = self.config, self.slice.chip.platform
+        length = config.packing.row_length
+        return compute.resolve(
+            config.model, row_length=length, platform=platform, base=config.base
+        )
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -307,8 +309,10 @@ def _memory_by_hand(subject: _Subject) -> memory.Prediction:
     mesh, how, trained = subject.mesh, subject.compute, subject.trained
     split = mesh["fsdp"] * mesh["tensor"]
     masters = 4 * trained // split
-    untrained = sum(subject.parameters.values()) - trained
-    stored = masters + how.dtype.itemsize * untrained // split
+    stored = masters
+    if not subject.config.trains_decoder:
+        of_decoder = (subject.config, subject.architecture, how.dtype.itemsize)
+        stored += arithmetic.frozen(*of_decoder) // split
     # Adam's two moments; optimizers with fewer need less.
     optimizer = 2 * masters
     gradients = masters * (2 if subject.micro_batches > 1 else 1)
@@ -351,7 +355,7 @@ def _assembled(
         row_length=packed.row_length,
         remat=config.model.remat,
         attention=computed.attention,
-        compute_dtype=computed.dtype.name,
+        compute_dtype=computed.precision,
         parameters=sum(subject.parameters.values()),
         trained=subject.trained,
         pair=subject.pair,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lpc_jax import config as cfg
+from lpc_jax.config.fields import Base
 from lpc_jax.models.attention import table
 
 # Row lengths are multiples of attention's blocks: 64 on CPU, 128 in kernels.
@@ -30,9 +31,17 @@ class Compute:
     remat: str
     score_chunk: int  # scored positions of a row that meet the LM head at a time
     row_unit: int  # divides all row lengths, so that attention's blocks are full
+    base: Base = "compute"  # how a frozen decoder's block matrices are kept
+
+    @property
+    def precision(self) -> str:
+        """Of weights and products, in words."""
+        return self.dtype.name + ("" if self.base == "compute" else f"-{self.base}")
 
 
-def resolve(model: cfg.Model, *, row_length: int, platform: str) -> Compute:
+def resolve(
+    model: cfg.Model, *, row_length: int, platform: str, base: Base = "compute"
+) -> Compute:
     """How a model computes on a platform, in rows of at most ``row_length`` tokens."""
     cpu = platform == "cpu"
     dtype = model.compute_dtype
@@ -43,7 +52,9 @@ def resolve(model: cfg.Model, *, row_length: int, platform: str) -> Compute:
         model.attention, platform, dtype=jnp.dtype(dtype), row_unit=row_unit
     )
     chunk = model.score_chunk or (_CPU_SCORE_CHUNK if cpu else _SCORE_CHUNK)
-    return Compute(platform, jnp.dtype(dtype), backend, model.remat, chunk, row_unit)
+    return Compute(
+        platform, jnp.dtype(dtype), backend, model.remat, chunk, row_unit, base
+    )
 
 
 def keep_compiled(folder: Path) -> None:

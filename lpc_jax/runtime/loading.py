@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
+from lpc_jax.config.fields import Base
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
@@ -166,9 +167,17 @@ def load(
     step: str = "latest",
     model: Mapping[str, Any] | None = None,
     dtype: jnp.dtype | None = None,
+    base: Base = "compute",
 ) -> Policy:
-    """Loads what ``find`` finds, for inference; ``dtype`` None is the compute dtype."""
-    return load_from(find(path, step=step, model=model), mesh=mesh, dtype=dtype)
+    """Loads what ``find`` finds, for inference; ``dtype`` None is the compute dtype.
+
+    ``base`` int8 rounds a model's matrices as adapters' base is, to compare with it.
+    """
+    origin = find(path, step=step, model=model)
+    if base == "compute" or origin.run is not None:
+        return load_from(origin, mesh=mesh, dtype=dtype)
+    rounded = outline(origin, mesh=mesh, train_decoder=False, base=base)
+    return start(rounded, seed=0).merged(dtype)
 
 
 def outline(
@@ -179,12 +188,16 @@ def outline(
     adapters: cfg.Adapters | None = None,
     train_decoder: bool = True,
     row_length: int = cfg.Packing.row_length,
+    base: Base | None = None,
 ) -> Policy:
     """A policy without its arrays; the mesh's devices may be elsewhere."""
     abstract = policy.abstract(
         origin.architecture,
         compute.resolve(
-            origin.model, row_length=row_length, platform=sharding.platform(mesh)
+            origin.model,
+            row_length=row_length,
+            platform=sharding.platform(mesh),
+            base=base or (adapters.base if adapters else "compute"),
         ),
         latent=latent,
         adapters=adapters,

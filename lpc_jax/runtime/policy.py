@@ -22,7 +22,7 @@ from lpc_jax import sharding
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.models import adapters as adapter_models
-from lpc_jax.models import leaves, network, weights
+from lpc_jax.models import leaves, network, quantisation, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.network import Network
 from lpc_jax.runtime.compute import Compute
@@ -51,7 +51,7 @@ class Policy:
     own_tokenizer: Tokenizer | None  # None in a plan
     graph: nnx.GraphDef[Network]  # the network without its parameters
     params: Params  # what an update changes, in fp32; for inference all
-    frozen: Params  # an untrained decoder, matrices in the compute dtype; else empty
+    frozen: Params  # an untrained decoder, matrices as ``compute`` says; else empty
     latent: cfg.Latent | None
     adapters: cfg.Adapters | None
     compute: Compute
@@ -112,19 +112,21 @@ class Policy:
         )
 
     def merged(self, dtype: jnp.dtype | None = None) -> Policy:
-        """For inference, adapters merged; ``dtype`` None means the compute dtype."""
-        graph, _ = shapes(
-            self.architecture, self.compute, latent=self.latent, adapters=None
-        )
+        """For inference, adapters merged; ``dtype`` None means the compute dtype.
+
+        They are added to the decoder that they were trained over: int8 or not.
+        """
+        how = dataclasses.replace(self.compute, base="compute")
+        graph, _ = shapes(self.architecture, how, latent=self.latent, adapters=None)
         params = dict(self.whole)
-        decoder = params["decoder"]
+        decoder = quantisation.dequantised(params["decoder"])
         if self.adapters is not None:
             scale = self.adapters.alpha / self.adapters.rank
             factors = params.pop("adapters")
             decoder = adapter_models.merge(decoder, factors, scale=scale)
         params["decoder"] = _cast(decoder, dtype or self.compute.dtype)
         return dataclasses.replace(
-            self, graph=graph, params=params, frozen={}, adapters=None
+            self, graph=graph, params=params, frozen={}, adapters=None, compute=how
         )
 
     def digest(self) -> str:
@@ -174,12 +176,16 @@ def build(
         "codebook_scale": 1.0,  # loading.start knows the head, and scales it
         "posterior_input": latent.posterior_input,
     }
+    low_rank = adapters and dataclasses.asdict(adapters)
+    if low_rank is not None:
+        del low_rank["base"]  # compute's
     return network.build(
         architecture,
         compute_dtype=compute.dtype,
         attention_backend=compute.attention,
         remat=compute.remat,
-        adapters=adapters and dataclasses.asdict(adapters),
+        base=compute.base,
+        adapters=low_rank,
         latent=head,
         key=key,
     )
@@ -240,10 +246,11 @@ def abstract(
 
 
 def _cast(decoder: Params, dtype: jnp.dtype) -> Params:
-    """The decoder's matrices in a dtype; its norms stay in fp32."""
+    """The decoder's matrices in a dtype; int8, scales and norms stay as they are."""
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        to = leaves.at(f"decoder/{sharding.path_name(path)}").frozen_dtype(dtype)
+        row = leaves.at(f"decoder/{sharding.path_name(path)}")
+        to = leaf.dtype if leaf.dtype == jnp.int8 else row.frozen_dtype(dtype)
         is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
         return leaf.update(dtype=to) if is_shape else leaf.astype(to)
 

@@ -1,7 +1,7 @@
 """The reference's log-probabilities: scored once, cached by content.
 
-Keys are token ids and scored positions; files are per weights, architecture and compute
-dtype. A change of learning rate, beta or order finds them again.
+Keys are token ids and scored positions; files are per weights, architecture and
+precision. A change of learning rate, beta or order finds them again.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def columns(
     cache = ReferenceCache(
         Path(config.reference.cache),
         decoder_digest=decoder_digest(digest, policy.architecture),
-        compute_dtype=policy.compute.dtype.name,
+        compute_dtype=policy.compute.precision,
     )
     pairs = pair_data.joined(train.tokens, held_out.tokens)
     sets = [pairs]

@@ -142,7 +142,7 @@ def describe(run: Run) -> None:
     run.say(
         f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
         f" ({latent / 1e6:.2f} M latent{share}), compute"
-        f" {policy.compute.dtype.name}\n"
+        f" {policy.compute.precision}\n"
         f"mesh: {mesh.size} x {mesh.devices.flat[0].device_kind}, {axes};"
         f" attention: {policy.compute.attention}; remat: {config.model.remat}\n"
         f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
@@ -209,6 +209,9 @@ def _remedies(config: cfg.Config, mesh: Any) -> list[str]:
             mesh["data"] > 1
         ),
         "Train adapters=Adapters() over a frozen decoder.": config.trains_decoder,
+        "Set adapters.base to int8.": (
+            config.adapters is not None and config.base == "compute"
+        ),
         "Use more devices, or lower packing.row_length.": True,
     }
     return [text for text, applies in remedies.items() if applies]

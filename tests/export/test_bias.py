@@ -61,7 +61,7 @@ def test_drawn_weights_are_those_that_answers_are_generated_under(lpc, tmp_path)
     ("line", "said"),
     [
         ("{", "expected JSON, got"),
-        ("3", "expected an object with prompt or messages or instruction, got 3"),
+        ("3", "expected an object with prompt or messages or conversations or"),
         ('{"prompt": [{"role": "user"}]}', "message 1 of prompt must be an object"),
         ('{"prompt": []}', "prompt must end with a message of the user, got []"),
     ],

@@ -83,7 +83,8 @@ def test_devices_that_are_none_are_refused(text):
         chips.named(topology=None, devices=text)
     assert str(error.value) == (
         "--devices must be a number of chips such as tpu:8xv5e, tpu:8xv5p, tpu:8xv6e,"
-        f" gpu:8xa100, gpu:8xh100, gpu:8xh200, got {text!r}. Use one of these kinds."
+        f" gpu:8xa100, gpu:8xh100, gpu:8xh200, gpu:8xl4, gpu:8xrtx4090,"
+        f" got {text!r}. Use one of these kinds."
     )
 
 

@@ -117,6 +117,20 @@ def test_adapters_leave_the_decoder_frozen_in_half_the_bytes():
     assert found.fits
 
 
+def test_an_int8_base_takes_a_byte_a_matrix_s_element_and_a_scale_a_channel():
+    config = cfg.read(str(CONFIGS / "llama3_simpo_lora.py"))
+    low_rank = dataclasses.replace(config.adapters, base="int8")
+    found = by_hand(dataclasses.replace(config, adapters=low_rank), "gpu:1xrtx4090")
+    # A layer's query and output, key and value, gate, up and down; their outputs.
+    matrices = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
+    scales = 32 * (4096 + 1024 + 1024 + 4096 + 14_336 + 14_336 + 4096)
+    rest = 8_030_261_248 - matrices
+    assert found.memory.frozen == matrices + 4 * scales + 2 * rest
+    assert found.compute_dtype == "bfloat16-int8"
+    assert found.fits
+    assert not by_hand(config, "gpu:1xrtx4090").fits
+
+
 def test_several_machines_of_gpus_come_with_a_note():
     assert by_hand(flagship(), "gpu:8xh100").notes == ()
     (note,) = by_hand(flagship(), "gpu:16xh100").notes

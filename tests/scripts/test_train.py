@@ -152,8 +152,8 @@ def test_a_missing_field_is_named_with_its_line(command, tmp_path):
     message = command.refusal("--data.train", str(file))
     assert message.startswith("pairs.jsonl:17: expected prompt, chosen and rejected as")
     assert message.endswith(
-        "; got prompt (list), chosen (list), rejected (missing), source (str). Convert"
-        " or remove the row."
+        "; got prompt (messages of system, user), chosen (messages of assistant),"
+        " rejected (missing), source (text). Convert or remove the row."
     )
 
 
@@ -241,7 +241,9 @@ def test_a_tokenizer_without_a_chat_template_is_refused(command, model):
         template.unlink()
     assert command.refusal("--model.path", str(model)) == (
         "The tokenizer must have a chat template to turn conversations into tokens, got"
-        " none. Set model.chat_template to a file with a Jinja chat template."
+        " none. Set model.chat_template to a file with a Jinja chat template, or"
+        " data.template to None for pairs of plain text, which are then read as they"
+        " stand."
     )
 
 

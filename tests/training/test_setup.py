@@ -44,6 +44,7 @@ TESTED_IN = {
     "adapters.rank": "tests/models/test_adapters.py",
     "adapters.alpha": "tests/models/test_adapters.py",
     "adapters.targets": "tests/models/test_adapters.py",
+    "adapters.base": "tests/models/test_quantisation.py",
     "latent.num_codes": "test_sizes_of_the_latent",
     "latent.hidden_width": "test_sizes_of_the_latent",
     "latent.kl_weight": "tests/test_objective.py",
