@@ -396,12 +396,6 @@ def digests(config: cfg.Config) -> dict[str, str]:
     return json.loads(manifest.read_text())
 
 
-def test_a_setting_newer_than_the_run_has_its_default(tmp_path):
-    now = cfg.flat(runs.config(tmp_path))
-    before = {name: value for name, value in now.items() if name != "data.ranked"}
-    assert programs._fixed({"settings": before}) == programs._fixed({"settings": now})
-
-
 @pytest.mark.parametrize("changed_set", ["data", "held_out"])
 def test_resuming_on_other_data_is_refused(crashed, tmp_path, monkeypatch, changed_set):
     config = crashed["DPO"]

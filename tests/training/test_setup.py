@@ -24,7 +24,7 @@ from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.pairs import Pairs
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.runtime import compute, loading
-from lpc_jax.training import program, run_folder, setup, start
+from lpc_jax.training import run_folder, setup, start
 from lpc_jax.training.run import Run
 from tests import runs, tiny
 from tests.harness import logits
@@ -676,15 +676,3 @@ def test_a_run_tells_its_trackers_and_stays_in_its_folder(folder, monkeypatch):
     assert run.folder == folder / "mine" / "tiny"
     assert list((run.folder / "tensorboard").iterdir())
     assert list(elsewhere.iterdir()) == []
-
-
-def test_a_setting_newer_than_a_run_had_its_default_in_it(folder):
-    now = {"settings": cfg.flat(config(folder))}
-    newer = ("data.template", "data.template_arguments", "data.date")
-    older = {n: x for n, x in now["settings"].items() if n not in newer}
-    program.require_same(program._fixed({"settings": older}), program._fixed(now))
-    other = {"settings": older | {"data.template": None}}
-    with pytest.raises(
-        ValueError, match=r"data\.template: checkpoint 'chat', now None"
-    ):
-        program.require_same(program._fixed({"settings": older}), program._fixed(other))
