@@ -54,7 +54,7 @@ class Options:
     """What to read and where to write."""
 
     input: str
-    """A .jsonl, .jsonl.gz, .json or .parquet file, or a hub dataset id."""
+    """A file, folder or hub dataset id, as data.train takes one."""
     output: str
     """The .jsonl or .jsonl.gz file to write."""
     split: str = "train"

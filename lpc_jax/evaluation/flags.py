@@ -90,7 +90,10 @@ def model_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError('must be like {"enable_thinking": false}')
     return value

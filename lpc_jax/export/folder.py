@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lpc_jax import config as cfg
 from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.errors import UserError
+from lpc_jax.files import whole
 from lpc_jax.models import architectures, weights
 from lpc_jax.runtime import compute, ends, fit, steering
 from lpc_jax.runtime import policy as policies
@@ -38,7 +39,7 @@ def require_output(output: Path) -> None:
         problem = "be new or empty. Choose another folder."
     elif output.exists() and not output.is_dir():
         problem = "be new, got a file. Choose another name."
-    elif not (above := _above(output)).is_dir():
+    elif not (above := whole.nearest_existing(output.absolute().parent)).is_dir():
         problem = f"lie in a folder, got {above}, a file."
     elif not os.access(above, os.W_OK | os.X_OK):
         problem = (
@@ -48,11 +49,6 @@ def require_output(output: Path) -> None:
     else:
         return
     raise UserError(f"{output} must {problem}")
-
-
-def _above(output: Path) -> Path:
-    """The nearest parent that exists."""
-    return next(parent for parent in output.absolute().parents if parent.exists())
 
 
 def require_space(output: Path, outline: Origin, *, dtype: str, plain: bool) -> None:
@@ -68,7 +64,7 @@ def require_space(output: Path, outline: Origin, *, dtype: str, plain: bool) -> 
     for part, tree in shapes.items():
         item = jnp.dtype(dtype if part == "decoder" else "float32").itemsize
         needed += item * sum(leaf.size for leaf in jax.tree.leaves(tree))
-    free = shutil.disk_usage(_above(output)).free
+    free = shutil.disk_usage(whole.nearest_existing(output)).free
     if free < needed:
         raise UserError(
             f"{output} needs {needed / _GIGABYTE:.2f} GB of disk space, got"

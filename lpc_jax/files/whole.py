@@ -30,13 +30,18 @@ def require_writable(folder: Path, setting: str) -> None:
 
     A file where a folder must be counts too.
     """
-    place = folder.expanduser().absolute()
-    nearest = next(p for p in (place, *place.parents) if p.exists())
+    nearest = nearest_existing(folder.expanduser())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(
             f"{setting} = {str(folder)!r} must be a folder that can be written to, got"
             f" {nearest}, which cannot. Name another."
         )
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    place = path.absolute()
+    return next(p for p in (place, *place.parents) if p.exists())
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -29,7 +29,7 @@ def of(origin: Origin, *, plain: bool) -> str:
     config = origin.run
     base = origin.model.path
     tags = ["lpc_jax", "preference-alignment"]
-    loss = [] if config is None else [type(config.loss).__name__.lower()]
+    loss = [] if config is None else [config.loss.word]
     data = [] if config is None else _paths(config, "train")
     header = huggingface_hub.ModelCardData(
         library_name="transformers",

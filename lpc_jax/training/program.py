@@ -92,7 +92,7 @@ def _fixed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     whole = cfg.flat(cfg.from_flat(of_run["settings"]))
     settings = {
         name: value
-        for name, value in (json.loads(json.dumps(whole)) | of_run["settings"]).items()
+        for name, value in (whole | of_run["settings"]).items()
         if not name.startswith(FREE_ON_RESUME)
     }
     # Of config.json or a GGUF file; absent in checkpoints of versions before.

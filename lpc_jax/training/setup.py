@@ -152,7 +152,7 @@ def describe(run: Run) -> None:
     )
     if processes.is_main():
         fit.warn_of_length(
-            [*run.train, *run.held_out],
+            pairs.joined(run.train.tokens, run.held_out.tokens),
             policy.architecture.context_length,
             max_length=config.data.max_length,
         )
