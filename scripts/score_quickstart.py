@@ -10,6 +10,7 @@ rule is from `make_quickstart_pairs.py`, a number in [0, 1]; 1 is what the kind 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_steering(parser)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--limit", type=int, help="only the first prompts")
+    parser.add_argument("--output", type=Path, help="a .jsonl for the answers")
     arguments = parser.parse_args(argv)
     policy = flags.load_policy(arguments)
     prompts = answers.read_prompts(
@@ -55,13 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     by_kind: dict[str, list[float]] = defaultdict(list)
     scores: list[float] = []
+    rows: list[str] = []
     refused = harmless = 0
     for prompt, answer in zip(prompts, texts, strict=True):
         kind = prompt.row["source"]
         scores.append(RULES[kind](answer.text))
+        row = {"prompt": prompt.row["prompt"], "source": kind, "answer": answer.text}
+        rows.append(json.dumps(row | {"rule": scores[-1]}) + "\n")
         by_kind[kind].append(scores[-1])
         harmless += kind != "refusal"
         refused += kind != "refusal" and refuses(answer.text)
+    if arguments.output is not None:
+        arguments.output.write_text("".join(rows))
     kinds = ", ".join(f"{k} {np.mean(v):.2f}" for k, v in sorted(by_kind.items()))
     print(
         f"{policy.name}: rule {np.mean(scores):.3f} ({kinds});"
