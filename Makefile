@@ -21,10 +21,12 @@ quickstart: $(HAS)-quickstart
 	    $(BIN)/python scripts/train.py --config configs/quickstart.py $(ARGS)
 
 # Every loss at its defaults on the quickstart's pairs, with codes and plain, each with the
-# quickstart's rates and likelihood term: make losses, or make loss-orpo for one. Two runs of
-# 3 minutes each on 2 quiet cores.
-LOSSES := dpo dpo_ld ipo simpo hinge robust sigmoid_norm apo_zero apo_down exo_pair nca_pair \
-    sppo_hard orpo cpo
+# quickstart's rates and likelihood term, and that term alone: make losses, or make loss-orpo
+# for one. Two runs of 3 minutes each on 2 quiet cores; answers in runs/NAME.jsonl.
+LOSSES := likelihood dpo dpo_ld ipo simpo hinge robust sigmoid_norm apo_zero apo_down \
+    exo_pair nca_pair sppo_hard sppo_hard_05 orpo cpo
+FLAGS_likelihood := cpo --loss.beta 1e-6
+FLAGS_sppo_hard_05 := sppo_hard --loss.beta 0.05
 FLAGS_dpo_ld := dpo --loss.ld-alpha 0.5
 FLAGS_simpo := simpo --loss.gamma 1.0
 losses: $(addprefix loss-,$(LOSSES))
@@ -33,7 +35,8 @@ loss-%: $(HAS)-quickstart
 	    name=$*$${latent:+-plain}; \
 	    $(BIN)/python scripts/train.py --config configs/quickstart.py --training.seed 1 \
 	        --loss $(or $(FLAGS_$*),$*) --loss.sft-weight 3 $$latent --name $$name $(ARGS) \
-	        && $(BIN)/python scripts/score_quickstart.py runs/$$name || exit; \
+	        && $(BIN)/python scripts/score_quickstart.py runs/$$name \
+            --output runs/$$name.jsonl || exit; \
 	done
 
 # Runs docs/tutorial.ipynb: ARGS=--short for a check, ARGS=--write to keep its outputs.
