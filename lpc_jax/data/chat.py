@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 
-from lpc_jax.data import templates
+from lpc_jax.data import faults, templates
 from lpc_jax.data import truncation as truncations
 from lpc_jax.data.examples import Dropped, Message, PreferenceExample, strings
 from lpc_jax.data.pair import TokenizedPair
@@ -69,6 +69,20 @@ class _Encoder:
             token in self._special or not str(self._tokenizer.decode([token])).strip()
         )
 
+    @functools.cached_property
+    def _quotes(self) -> bool:
+        """Whether the template quotes a call's arguments once more if they are JSON."""
+        call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+        self._quotes = False  # while this is found out
+        asked = [{"role": "user", "content": "a"}]
+        try:
+            text = self.text(
+                [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            )
+        except Dropped:
+            return False
+        return '{\\"a' in text
+
     def _require_plain(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
         for text in strings([*messages, tools]):
             if self._control_text.search(text):
@@ -83,6 +97,8 @@ class _Encoder:
     ) -> str:
         """The templated conversation; ``header`` opens the next answer."""
         own = list(tools) or None
+        if any(message.get("tool_calls") for message in messages) and self._quotes:
+            messages = [templates.with_objects(message) for message in messages]
         try:
             template = self._tokenizer.get_chat_template(tools=own)
             if templates.DATE in template:
@@ -130,8 +146,9 @@ class _Encoder:
         prompt = self.prompt(example.prompt, example.tools, notes)
         whole = [[*example.prompt, answer] for answer in answers]
         texts = [self.text(messages, tools=example.tools) for messages in whole]
-        for answer, text in zip(answers, texts, strict=True):
+        for answer, text, messages in zip(answers, texts, whole, strict=True):
             templates.require_answer(text, answer, prompt)
+            templates.require_calls(text, messages)
         notes += self._unread(whole, texts, example.tools)
         contents = list(strings(whole))
         for token in self._written:
@@ -271,7 +288,7 @@ def encode(
         UserError: A prompt is no prefix under ``error``, or a conversation where text
             is read as it stands.
     """
-    encoder = _Encoder(tokenizer, date)
+    encoder, seen = _Encoder(tokenizer, date), set[int]()
     fit = functools.partial(
         truncations.fit,
         max_length=max_length,
@@ -301,6 +318,10 @@ def encode(
         )
         about = example.source, example.index
         tally.mismatches += mismatch
+        prompt, chosen, rejected = (part.tobytes() for part in kept)
+        seen.add(hash((prompt, chosen, rejected)))
+        if hash((prompt, rejected, chosen)) in seen:
+            tally.notes.append((faults.REVERSED, example.origin))
         yield TokenizedPair(*kept, *about, *cuts, user=example.user), example
 
 
@@ -344,7 +365,7 @@ def _token_strings(
                     " got messages or a system text. Give prompt, chosen and rejected"
                     ' as texts, or use data.template="chat".'
                 )
-            of_pair: list[str] = []
+            of_pair = [*example.faults]
             try:
                 texts += encoder.texts(example, of_pair)
             except Dropped as drop:

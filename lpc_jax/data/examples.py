@@ -8,7 +8,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lpc_jax.data import rows
+from lpc_jax.data import faults, forms, rows
+from lpc_jax.data.forms import wrong as _wrong
 from lpc_jax.data.ranked import Ranked, rows_of
 from lpc_jax.data.report import Drops, Tally
 from lpc_jax.errors import UserError
@@ -19,13 +20,20 @@ Message = dict[str, Any]
 _Parts = tuple[list[Message], Message, Message]  # prompt, chosen, rejected
 _ANSWERS = ("chosen", "rejected")
 # Fields that can hold the prompt, of which the first that is there does.
-_PROMPTS = ("prompt", "messages", "conversations", "instruction")
+_PROMPTS = (
+    *("prompt", "messages", "conversations", "instruction", "question", "query"),
+    *("context", "context_messages", "text_prompt", "input"),
+)
 _SYSTEMS = ("system", "system_prompt")  # likewise the system message
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_ROLES = {"human": "user", "gpt": "assistant"} | {
-    role: role for role in ("system", "user", "assistant", "tool")
+_ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "model", "bot", "chatbot"), "assistant"),
+    **dict.fromkeys(("function", "observation"), "tool"),
 }
-COLUMNS = ("prompt", *_ANSWERS)
+_CALL = "function_call"  # LLaMA-Factory's role, and a field of OpenAI's older messages
+_TEXT_PARTS = ("text", "input_text", "output_text")
 NO_SOURCE = "unknown"
 USER = "user"  # the field of a row that says who judged
 # Rules that drop a pair in more than one place.
@@ -48,6 +56,7 @@ class PreferenceExample:
     tools: tuple[Any, ...] = ()  # that the assistant may call
     is_text: bool = False  # prompt and answers were texts, not messages
     unread: tuple[str, ...] = ()  # fields of the row that nothing reads
+    faults: tuple[str, ...] = ()  # known ones, which reports count
 
     def answers(self, *texts: str) -> list[Message]:
         """Both answers as messages, with other texts if these are given."""
@@ -75,7 +84,7 @@ def read(
     tally = Tally()
     every = ((f"{setting}:{number}", row) for number, row in enumerate(source, 1))
     if isinstance(source, str):
-        every = rows.read(source, setting=setting, split=split, columns=COLUMNS)
+        every = rows.read(source, setting=setting, split=split)
     examples = list(stream(every, tally, limit=limit, user=user, ranked=ranked))
     if not examples:
         path = f" = {source!r}" if isinstance(source, str) else ""
@@ -140,7 +149,12 @@ def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceE
     (prompt, chosen, rejected), names = _parts(row, origin)
     prompt, source = _introduced(row, prompt, origin), row.get("source")
     judge, name = row.get(user), _first(row, _PROMPTS)
-    pair = PreferenceExample(
+    unread = _unread(row, names | {*_ANSWERS, "source", user}, origin)
+    own = tools(row, origin)
+    texts = strings([*prompt, chosen, rejected, own, source, judge])
+    _require_characters(origin, *texts)
+    _require_preference(prompt, chosen, rejected)
+    return PreferenceExample(
         prompt=tuple(prompt),
         chosen=chosen["content"] or "",
         rejected=rejected["content"] or "",
@@ -149,15 +163,12 @@ def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceE
         index=index,
         user=str(judge) if isinstance(judge, str | int) else "",
         more=(_more(chosen), _more(rejected)),
-        tools=tools(row, origin),
+        tools=own,
         is_text=len(prompt) == 1
         and {type(row.get(name)), type(row["chosen"])} == {str},
-        unread=_unread(row, names | {*_ANSWERS, "source", user}, origin),
+        unread=unread,
+        faults=tuple(faults.of(row, prompt, chosen, rejected)),
     )
-    texts = strings([*prompt, chosen, rejected, pair.tools, pair.source, pair.user])
-    _require_characters(origin, *texts)
-    _require_preference(prompt, chosen, rejected)
-    return pair
 
 
 def _more(answer: Message) -> Message:
@@ -175,12 +186,12 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(part)
 
 
-def _first(row: dict[str, Any], names: Sequence[str]) -> str:
-    """The first of these fields that the row has, or nothing."""
-    return next((name for name in names if row.get(name) is not None), "")
+def _first(row: dict[str, Any], names: Sequence[str]) -> str | None:
+    """The first of these fields that the row has."""
+    return next((name for name in names if row.get(name) is not None), None)
 
 
-def _unread(row: dict[str, Any], read: set[str], origin: str) -> tuple[str, ...]:
+def _unread(row: dict[str, Any], read: set[str | None], origin: str) -> tuple[str, ...]:
     """Names of fields that hold something and are not read."""
     read |= {_first(row, _SYSTEMS), "history", "tools"}
     filled = [
@@ -200,25 +211,24 @@ def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _parts(row: dict[str, Any], origin: str) -> tuple[_Parts, set[str]]:
     """Prompt, chosen and rejected, and the fields that hold the prompt."""
-    name = _first(row, _PROMPTS)
+    name = _first(row, _PROMPTS) or "prompt"
     match row.get(name), row.get("chosen"), row.get("rejected"):
         case (str() | list(), str(chosen), str(rejected)):
             answers = [{"role": "assistant", "content": c} for c in (chosen, rejected)]
             prompt, names = _prompt(row, name, origin)
             return (prompt, answers[0], answers[1]), names
         case (value, list() | dict() as chosen, list() | dict() as rejected):
-            chosen, rejected = (
+            answers = [
                 _messages(x if isinstance(x, list) else [x], side, origin)
                 for side, x in zip(_ANSWERS, (chosen, rejected), strict=True)
-            )
-            single = len(chosen) == len(rejected) == 1
-            if (single and value is not None) or (
-                name == "prompt" and isinstance(value, list)
-            ):
-                _require_one(chosen, rejected, origin)
+            ]
+            if name == "prompt" and isinstance(value, list):
+                begin = _messages(value, name, origin)
+                answers = [_behind(begin, answer, origin) for answer in answers]
+            if list(map(len, answers)) == [1, 1] and value is not None:
                 prompt, names = _prompt(row, name, origin)
-                return (prompt, chosen[0], rejected[0]), names
-            parts = _implied(chosen, rejected)
+                return (prompt, answers[0][0], answers[1][0]), names
+            parts = _implied(*answers)
             # A text beside two transcripts repeats a turn, or is not read.
             repeats = any(value == message["content"] for message in parts[0])
             return parts, {name} if repeats else set()
@@ -226,18 +236,19 @@ def _parts(row: dict[str, Any], origin: str) -> tuple[_Parts, set[str]]:
     raise UserError(
         f"{origin}: expected prompt, chosen and rejected as three strings, or prompt as"
         " a list of messages and each answer as a list of one, or two full transcripts"
-        f" (lists of messages) as chosen and rejected; got {got}. Convert or remove the"
-        " row."
+        f" (lists of messages) as chosen and rejected; got {got}. {forms.remedy(row)}"
     )
 
 
-def _require_one(chosen: list[Message], rejected: list[Message], origin: str) -> None:
-    for name, messages in zip(_ANSWERS, (chosen, rejected), strict=True):
-        if len(messages) != 1:
-            raise UserError(
-                f"{origin}: beside a prompt list, {name} must hold one message, got"
-                f" {len(messages)}. Move earlier turns to prompt, or leave prompt out."
-            )
+def _behind(prompt: list[Message], answer: list[Message], origin: str) -> list[Message]:
+    """The one message behind a prompt list, which a transcript may repeat."""
+    if len(answer) > 1 and answer[:-1] != prompt:
+        raise UserError(
+            f"{origin}: beside a prompt list, an answer must hold one message, or the"
+            f" prompt and one, got {len(answer)}. Move earlier turns to prompt, or leave"
+            " prompt out."
+        )
+    return answer[-1:]
 
 
 def _implied(chosen: list[Message], rejected: list[Message]) -> _Parts:
@@ -294,15 +305,20 @@ def tools(row: Any, origin: str) -> tuple[Any, ...]:
     """The tools that a row names, as objects or as JSON, as TRL takes them."""
     value = row.get("tools") if isinstance(row, dict) else None
     if isinstance(value, str) and value:
-        try:
-            value = untrusted.parse_json(value.encode(), repeats=True)
-        except ValueError as e:
-            raise _wrong(origin, "tools must be a list or JSON of one", value) from e
+        value = _spelled(value, "tools must be a list or JSON of one", origin)
     if value and not (
         isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
     ):
         raise _wrong(origin, "tools must be a list of objects", value)
     return tuple(value or ())
+
+
+def _spelled(text: str, expected: str, origin: str) -> Any:
+    """The value that a text spells as JSON."""
+    try:
+        return untrusted.parse_json(text.encode(), repeats=True)
+    except ValueError as e:
+        raise _wrong(origin, expected, text) from e
 
 
 def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
@@ -317,11 +333,21 @@ def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
             case _:
                 role, fields = None, {}
         content = _content(fields.pop("content", None), where, origin)
+        calls = fields.pop(_CALL, None)
+        if role == _CALL and content is not None:
+            calls, content, role = (
+                _spelled(content, f"{where} must be JSON", origin),
+                "",
+                "assistant",
+            )
+        if calls:
+            calls = calls if isinstance(calls, list) else [calls]
+            fields["tool_calls"] = [{"type": "function", "function": c} for c in calls]
         if role is None or (content is None and not fields.get("tool_calls")):
             form = "must be an object with the strings role and content"
             raise _wrong(origin, f"{where} {form}", item)
         filled = {name: value for name, value in fields.items() if value is not None}
-        role = _ROLES.get(role.lower(), role)
+        role = _ROLES.get(role.strip().lower(), role)
         messages.append({"role": role, "content": content} | filled)
     return messages
 
@@ -333,18 +359,13 @@ def _content(value: Any, where: str, origin: str) -> str | None:
     texts = []
     for part in value:
         match part:
-            case str(text) | {"type": "text", "text": str(text)}:
+            case str(text):
+                texts.append(text)
+            case {"type": kind, "text": str(text)} if kind in _TEXT_PARTS:
                 texts.append(text)
             case _:
                 raise _wrong(origin, f"{where} must be of text parts alone", part)
     return "".join(texts)
-
-
-def _wrong(origin: str, expected: str, value: Any) -> UserError:
-    return UserError(
-        f"{origin}: {expected}, got {untrusted.shown(repr(value), most=80)}. Mend or"
-        " remove the row."
-    )
 
 
 def _require_characters(origin: str, *texts: str) -> None:
@@ -373,8 +394,8 @@ def _require_preference(
 
 def parse_prompt(row: Any, *, origin: str) -> list[Message]:
     """The messages of a row's prompt, with its system message and history."""
-    name = _first(row, _PROMPTS) if isinstance(row, dict) else ""
-    if not name:
+    name = _first(row, _PROMPTS) if isinstance(row, dict) else None
+    if name is None:
         names = " or ".join(_PROMPTS)
         raise _wrong(origin, f"expected an object with {names}", row)
     _unread(row, set(), origin)

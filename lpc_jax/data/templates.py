@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import datetime
 import functools
 import json
@@ -11,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jinja2
 import jinja2.meta
 
-from lpc_jax.data.examples import Dropped, Message
+from lpc_jax.data.examples import Dropped, Message, strings
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
 
@@ -133,6 +135,26 @@ def require_answer(text: str, answer: Message, prompt: str) -> None:
     behind = text[max(0, shared - len(answer["content"] or "")) :]
     if _lost(behind, [answer]):
         raise Dropped(f"{NOT_WRITTEN} the answer")
+
+
+def require_calls(text: str, messages: Sequence[Message]) -> None:
+    """``Dropped`` where a text lacks a call's name or a text of its arguments."""
+    calls = [c for message in messages for c in message.get("tool_calls") or ()]
+    of = [c.get("function", c) if isinstance(c, dict) else c for c in calls]
+    parts = [(f.get("name"), f.get("arguments")) for f in of if isinstance(f, dict)]
+    if _lost(text, [{"content": x} for x in strings(parts)]):
+        raise Dropped(f"{NOT_WRITTEN} tool_calls")
+
+
+def with_objects(message: Message) -> Message:
+    """The message with what its calls' arguments spell as JSON, as templates expect."""
+    calls = copy.deepcopy(message.get("tool_calls"))
+    for call in calls or ():
+        of = call.get("function", call) if isinstance(call, dict) else {}
+        if isinstance(arguments := of.get("arguments"), str):
+            with contextlib.suppress(ValueError):
+                of["arguments"] = untrusted.parse_json(arguments.encode())
+    return message | {"tool_calls": calls} if calls else message
 
 
 def _lost(text: str, messages: Sequence[Message]) -> list[Message]:

@@ -186,11 +186,12 @@ def test_a_message_without_text_is_refused():
     )
 
 
-def test_several_answer_messages_beside_a_prompt_list_are_refused():
-    assert parse_refusal({**EXPLICIT, "rejected": IMPLIED["rejected"]}) == (
-        "pairs.jsonl:3: beside a prompt list, rejected must hold one message, got 4."
-        " Move earlier turns to prompt, or leave prompt out."
+def test_other_turns_beside_a_prompt_list_are_refused():
+    assert parse_refusal({**EXPLICIT, "rejected": IMPLIED["rejected"][1:]}) == (
+        "pairs.jsonl:3: beside a prompt list, an answer must hold one message, or the"
+        " prompt and one, got 3. Move earlier turns to prompt, or leave prompt out."
     )
+    assert parse({**EXPLICIT, "chosen": IMPLIED["chosen"]}) == parse(EXPLICIT)
 
 
 def test_broken_json_is_named_with_its_line(write):
@@ -253,7 +254,7 @@ def test_a_folder_is_refused(tmp_path):
     assert refusal(tmp_path) == (
         f"data.train = {str(tmp_path)!r} must be a file ending in .jsonl, .json, .csv,"
         " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
-        " set, got a folder without any. Name another."
+        " set, got a folder without any: name another."
     )
 
 
@@ -262,7 +263,7 @@ def test_an_unknown_kind_of_file_is_refused(write):
     assert refusal(file) == (
         f"data.train = {str(file)!r} must be a file ending in .jsonl, .json, .csv,"
         " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
-        " set, got 'a.words'. Convert or rename it."
+        " set, got 'a.words': convert or rename it."
     )
 
 
@@ -322,7 +323,7 @@ def test_a_hub_that_cannot_be_reached_says_in_one_line_how_to_get_the_data(
         "..\\..\\x",
         "https://host/x",
         "s3://bucket/x",
-        "hf://datasets/owner/name",
+        "hf://datasets",
         "package:../../x",
         "package:os/../../x",
         "owner/na\0me",
@@ -353,7 +354,7 @@ def test_a_file_of_the_machine_is_not_read_as_pairs(path, monkeypatch, tmp_path)
     assert refusal(path, split="train") == (
         f"data.train = {path!r} must be a file ending in .jsonl, .json, .csv,"
         " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
-        " set, got 'passwd'. Convert or rename it."
+        " set, got 'passwd': convert or rename it."
     )
 
 
@@ -372,7 +373,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     assert refusal(pipe) == (
         f"data.train = {str(pipe)!r} must be a file ending in .jsonl, .json, .csv,"
         " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
-        " set, got a device or pipe. Write the pairs to a file."
+        " set, got a device or pipe: write it to a file."
     )
 
 
@@ -578,12 +579,12 @@ def test_rows_in_memory_read_as_those_of_a_file():
 
 
 def test_rows_that_one_rule_drops_all_show_their_roles(write):
-    row = {"prompt": "a", "chosen": [{"role": "model", "content": "b"}]}
+    row = {"prompt": "a", "chosen": [{"role": "narrator", "content": "b"}]}
     file = write(
-        "a.jsonl", jsonl([{**row, "rejected": [{"role": "model", "content": "c"}]}])
+        "a.jsonl", jsonl([{**row, "rejected": [{"role": "narrator", "content": "c"}]}])
     )
     assert refusal(file).endswith(
         " 1 answer is not the assistant's (a.jsonl:1). Give rows with a prompt and two"
         " different answers. First row, a.jsonl:1: prompt (text), chosen"
-        " (messages of model), rejected (messages of model)."
+        " (messages of narrator), rejected (messages of narrator)."
     )

@@ -30,10 +30,7 @@ def parquet(of):
 
 
 def read(path, split="train"):
-    columns = ("prompt", "chosen", "rejected")
-    return list(
-        rows.read(str(path), setting="data.train", split=split, columns=columns)
-    )
+    return list(rows.read(str(path), setting="data.train", split=split))
 
 
 def refusal(path, split="train"):
@@ -96,16 +93,6 @@ def test_rows_are_told_by_the_line_they_start_on(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            "question,better,worse\na,b,c\n",
-            "PATH: expected the columns prompt, chosen, rejected, got question, better,"
-            " worse. Name them so in the first line.",
-        ),
-        (
-            "",
-            "PATH: expected the columns prompt, chosen, rejected, got none. Name them"
-            " so in the first line.",
-        ),
         (
             "prompt,chosen,rejected\na,b\n",
             "PATH:2: expected 3 cells, as the first line has, got 2. Put cells with ','"
@@ -253,13 +240,16 @@ def test_one_shard_of_several_is_read_with_a_warning(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"config.py": "", "metrics.jsonl": "{}"}, "the folder of a run. Give the p"),
+        ({"config.py": "", "metrics.jsonl": "{}"}, "the folder of a run: name the p"),
         ({"mine/metrics.jsonl": "{}"}, "a folder of runs"),
         (
             {"config.json": "{}", "tokenizer.json": "{}"},
-            "a model's folder. Give it as --",
+            "a model's folder: give it as --",
         ),
-        ({"adapter_config.json": "{}"}, "the folder of an adapter"),
+        (
+            {"adapter_config.json": "{}"},
+            "a PEFT adapter (base unknown): name the pairs",
+        ),
         ({"0123-float32.npz": ""}, "a cache"),
         ({"README.md": ""}, "a folder without any"),
     ],
@@ -277,11 +267,11 @@ def test_a_folder_of_something_else_is_named(tmp_path, files, words):
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n", "a pointer of Git"),
         ("a.parquet", "<!DOCTYPE html><html>", "a web page"),
         ("a.csv", b"PK\x03\x04...", "a packed file or spreadsheet"),
-        ("a.xlsx", b"", "a spreadsheet. Save it as CSV"),
+        ("a.xlsx", b"", "a spreadsheet: save it as CSV"),
         ("a.jsonl.zst", b"", "a packed file"),
-        ("a.safetensors", b"", "a model's weights. Give it as --model.path"),
+        ("a.safetensors", b"", "one file of weights: give it as --model.path"),
         ("mine.py", "", "a Python file, as configs are"),
-        ("a.pkl", b"", "a file of Python objects, which could run code"),
+        ("a.pkl", b"", "a pickle, which can run code: write one object with"),
         ("a.txt", b"", "a text of no known form"),
     ],
 )
@@ -294,5 +284,5 @@ def test_a_folder_of_the_hub_s_cache_says_which_name_to_give(tmp_path):
     folder = tmp_path / "datasets--owner--name"
     write(folder, {"snapshots/1/a.jsonl": LINES})
     assert refusal(folder).endswith(
-        "got a folder of the hub's cache. Give owner/name here."
+        "got a folder of the hub's cache: give owner/name here."
     )

@@ -40,15 +40,21 @@ def refusal(path: Path) -> str:
         ((*ADAPTER, "config.json"), "a PEFT adapter (base some/base): merge it"),
         ((*ADAPTER, *WHOLE), "a PEFT adapter (base some/base): merge it first"),
         (("model_index.json", "unet/config.json"), "a diffusers pipeline"),
-        (("data-00000-of-00001.arrow", "dataset_info.json"), "a saved set of data"),
-        (("dataset_dict.json", "train/state.json"), "a saved set of data"),
+        (
+            ("data-00000-of-00001.arrow", "dataset_info.json"),
+            "a set of data: name it as data.train",
+        ),
+        (
+            ("dataset_dict.json", "train/state.json"),
+            "a set of data: name it as data.train",
+        ),
         (("config.json", "onnx/model.onnx"), "an ONNX model"),
         (
             ("config.json", "model-00001-of-00002.safetensors"),
             "shards without model.safetensors.index.json",
         ),
         (("model.safetensors", "tokenizer.json"), "weights without config.json"),
-        (("pytorch_model.bin",), "pickled weights without config.json"),
+        (("pytorch_model.bin",), "pickled weights"),
         (("params.json", "consolidated.00.pth"), "a model in its maker's own form"),
         (("train.jsonl",), "a set of data: name it as data.train"),
         (("tokenizer.json", "tokenizer_config.json"), "a tokenizer without a model"),
@@ -82,7 +88,7 @@ def test_a_run_and_what_lies_in_it_name_the_export(tmp_path):
         ("train.jsonl", "a set of data: name it as data.train"),
         ("train.jsonl.gz", "a set of data: name it as data.train"),
         ("config.json", "a file of settings or data"),
-        ("model.onnx", "an ONNX model"),
+        ("model.onnx", "a model of another form"),
     ],
 )
 def test_a_file_is_told_by_its_name(tmp_path, name, told):
