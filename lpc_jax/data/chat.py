@@ -69,20 +69,6 @@ class _Encoder:
             token in self._special or not str(self._tokenizer.decode([token])).strip()
         )
 
-    @functools.cached_property
-    def _quotes(self) -> bool:
-        """Whether the template quotes a call's arguments once more if they are JSON."""
-        call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-        self._quotes = False  # while this is found out
-        asked = [{"role": "user", "content": "a"}]
-        try:
-            text = self.text(
-                [*asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
-            )
-        except Dropped:
-            return False
-        return '{\\"a' in text
-
     def _require_plain(self, messages: Sequence[Message], tools: Sequence[Any]) -> None:
         for text in strings([*messages, tools]):
             if self._control_text.search(text):
@@ -96,9 +82,16 @@ class _Encoder:
         tools: Sequence[Any] = (),
     ) -> str:
         """The templated conversation; ``header`` opens the next answer."""
+        text = self._rendered(messages, header, tools)
+        if any(message.get("tool_calls") for message in messages):
+            objects = templates.with_objects(messages, text)
+            text = self._rendered(objects, header, tools)
+        return text
+
+    def _rendered(
+        self, messages: Sequence[Message], header: bool, tools: Sequence[Any]
+    ) -> str:
         own = list(tools) or None
-        if any(message.get("tool_calls") for message in messages) and self._quotes:
-            messages = [templates.with_objects(message) for message in messages]
         try:
             template = self._tokenizer.get_chat_template(tools=own)
             if templates.DATE in template:
@@ -365,7 +358,8 @@ def _token_strings(
                     " got messages or a system text. Give prompt, chosen and rejected"
                     ' as texts, or use data.template="chat".'
                 )
-            of_pair = [*example.faults]
+            known = example.faults
+            of_pair = [x for x in known if x != faults.TURNS or not encoder.is_plain]
             try:
                 texts += encoder.texts(example, of_pair)
             except Dropped as drop:

@@ -99,7 +99,7 @@ def stream(
     index, events = itertools.count(), tally.events
     for origin, row in itertools.islice(every, limit):
         unread: tuple[str, ...] = ()
-        tally.first = tally.first or f"{origin}: {form(row)}"
+        tally.first = tally.first or f"{origin}: {forms.in_words(row)}"
         for pair in rows_of(row, origin=origin, ranked=ranked, events=events):
             try:
                 example = parse(pair, origin=origin, index=next(index), user=user)
@@ -119,27 +119,6 @@ def none_in(source: str, tally: Tally) -> UserError:
         f"{source} holds no preference pair, expected at least one: {reasons}. Give"
         f" rows with a prompt and two different answers.{first}"
     )
-
-
-def form(row: Any) -> str:
-    """The fields of a row and what they hold, with the roles of messages, in words."""
-    if not isinstance(row, dict):
-        return f"no fields ({type(row).__name__})"
-    fields = ", ".join(f"{name} ({_kind(value)})" for name, value in row.items())
-    return untrusted.shown(fields)
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "missing"
-        case str():
-            return "text"
-        case [{"role": _} | {"from": _}, *_]:
-            roles = (str(m.get("role", m.get("from"))) for m in value if m)
-            return f"messages of {', '.join(dict.fromkeys(roles))}"
-        case _:
-            return type(value).__name__
 
 
 def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceExample:
@@ -212,27 +191,13 @@ def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
 def _parts(row: dict[str, Any], origin: str) -> tuple[_Parts, set[str]]:
     """Prompt, chosen and rejected, and the fields that hold the prompt."""
     name = _first(row, _PROMPTS) or "prompt"
-    match row.get(name), row.get("chosen"), row.get("rejected"):
-        case (str() | list(), str(chosen), str(rejected)):
-            answers = [{"role": "assistant", "content": c} for c in (chosen, rejected)]
-            prompt, names = _prompt(row, name, origin)
-            return (prompt, answers[0], answers[1]), names
-        case (value, list() | dict() as chosen, list() | dict() as rejected):
-            answers = [
-                _messages(x if isinstance(x, list) else [x], side, origin)
-                for side, x in zip(_ANSWERS, (chosen, rejected), strict=True)
-            ]
-            if name == "prompt" and isinstance(value, list):
-                begin = _messages(value, name, origin)
-                answers = [_behind(begin, answer, origin) for answer in answers]
-            if list(map(len, answers)) == [1, 1] and value is not None:
-                prompt, names = _prompt(row, name, origin)
-                return (prompt, answers[0][0], answers[1][0]), names
-            parts = _implied(*answers)
-            # A text beside two transcripts repeats a turn, or is not read.
-            repeats = any(value == message["content"] for message in parts[0])
-            return parts, {name} if repeats else set()
-    got = form(dict.fromkeys(("prompt", *_ANSWERS)) | row)
+    value, sides = row.get(name), [row.get(side) for side in _ANSWERS]
+    texts = [isinstance(side, str) for side in sides]
+    if all(isinstance(side, str | list | dict) for side in sides) and (
+        isinstance(value, str | list) or (value is None and not any(texts))
+    ):
+        return _in_one_form(row, name, sides, origin)
+    got = forms.in_words(dict.fromkeys(("prompt", *_ANSWERS)) | row)
     raise UserError(
         f"{origin}: expected prompt, chosen and rejected as three strings, or prompt as"
         " a list of messages and each answer as a list of one, or two full transcripts"
@@ -240,15 +205,30 @@ def _parts(row: dict[str, Any], origin: str) -> tuple[_Parts, set[str]]:
     )
 
 
-def _behind(prompt: list[Message], answer: list[Message], origin: str) -> list[Message]:
-    """The one message behind a prompt list, which a transcript may repeat."""
-    if len(answer) > 1 and answer[:-1] != prompt:
-        raise UserError(
-            f"{origin}: beside a prompt list, an answer must hold one message, or the"
-            f" prompt and one, got {len(answer)}. Move earlier turns to prompt, or leave"
-            " prompt out."
-        )
-    return answer[-1:]
+def _in_one_form(
+    row: dict[str, Any], name: str, sides: Sequence[Any], origin: str
+) -> tuple[_Parts, set[str]]:
+    """The same of a row whose answers are texts, messages or lists of these."""
+    lists = [x if isinstance(x, list) else [x] for x in sides]
+    answers = [_messages(x, n, origin) for n, x in zip(_ANSWERS, lists, strict=True)]
+    begin = row.get(name)
+    if name == "prompt" and isinstance(begin, list):
+        begin = _messages(begin, name, origin)
+        # A transcript may repeat the prompt.
+        answers = [x[-1:] if x[:-1] == begin else x for x in answers]
+        if (most := max(map(len, answers))) > 1:
+            raise UserError(
+                f"{origin}: beside a prompt list, an answer must hold one message, or"
+                f" the prompt and one, got {most}. Move earlier turns to prompt, or"
+                " leave prompt out."
+            )
+    if begin is not None and list(map(len, answers)) == [1, 1]:
+        prompt, names = _prompt(row, name, origin)
+        return (prompt, answers[0][0], answers[1][0]), names
+    parts = _implied(*answers)
+    # A text beside two transcripts repeats a turn, or is not read.
+    repeats = any(begin == message["content"] for message in parts[0])
+    return parts, {name} if repeats else set()
 
 
 def _implied(chosen: list[Message], rejected: list[Message]) -> _Parts:
@@ -269,10 +249,11 @@ def _prompt(
         return _messages(value, name, origin), {name}
     if not isinstance(value, str):
         raise _wrong(origin, f"{name} must be a text or a list of messages", value)
+    names = {name}
     if name == "instruction" and isinstance(more, str) and more:
         # As LLaMA-Factory joins the two fields of Alpaca's rows.
-        return [{"role": "user", "content": f"{value}\n{more}"}], {name, "input"}
-    return [{"role": "user", "content": value}], {name}
+        value, names = f"{value}\n{more}", {name, "input"}
+    return [{"role": "user", "content": value}], names
 
 
 def _introduced(
@@ -330,16 +311,15 @@ def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
                 pass
             case {"from": str(role), "value": value, **fields}:
                 fields |= {"content": value}
+            case str(text) if name in _ANSWERS:
+                role, fields = "assistant", {"content": text}
             case _:
                 role, fields = None, {}
         content = _content(fields.pop("content", None), where, origin)
         calls = fields.pop(_CALL, None)
         if role == _CALL and content is not None:
-            calls, content, role = (
-                _spelled(content, f"{where} must be JSON", origin),
-                "",
-                "assistant",
-            )
+            calls = _spelled(content, f"{where} must be JSON", origin)
+            role, content = "assistant", ""
         if calls:
             calls = calls if isinstance(calls, list) else [calls]
             fields["tool_calls"] = [{"type": "function", "function": c} for c in calls]

@@ -11,13 +11,14 @@ from typing import Any
 
 TRUTHFUL = "truthful_qa"
 BENCHMARK = f"from {TRUTHFUL}, whose questions a benchmark asks"
+TURNS = "text spells turns that the template does not know"
 REVERSED = "both answers the other way round in an earlier pair"
 _PLACEHOLDERS = {"nan", "none", "null", "n/a", "undefined", "[deleted]", "[removed]"}
 _SCORES = ("score", "rating", "reward")
 _ROLES = {"system", "user", "assistant", "tool"}
 # What a text spells -> what that tells of it.
 _SPELT = {
-    "text spells turns that the template does not know": (
+    TURNS: (
         *("\n\nHuman:", "\n\nAssistant:", "[INST]", "### Instruction:"),
         *("### Response:", "<|im_start|>", "<start_of_turn>", "<|start_header_id|>"),
     ),
@@ -52,7 +53,7 @@ def of(
         yield "both answers begin with the prompt"
     if better != worse and better.split() == worse.split():
         yield "answers differ in white space alone"
-    for role in {message["role"] for message in prompt} - _ROLES:
+    for role in sorted({message["role"] for message in prompt} - _ROLES):
         yield f"a message has the role {role!r:.40}"
 
 

@@ -19,6 +19,7 @@ _PAIRS = (
     ("text_chosen", "text_rejected"),  # the alignment handbook
     ("preferred_output", "non_preferred_output"),  # OpenAI
 )
+_WINNER = {"model_a": 1, "model_b": -1, "tie": 0, "tie (bothbad)": 0}
 # Two answers and what judges them -> by how much the first one is better.
 _JUDGED = {
     # PKU-SafeRLHF, SHP, HelpSteer3, WebGPT, Chatbot Arena
@@ -26,10 +27,13 @@ _JUDGED = {
     ("human_ref_A", "human_ref_B", "labels"): lambda first: first - 0.5,
     ("response1", "response2", "overall_preference"): lambda second: -second,
     ("answer_0", "answer_1", "score_0", "score_1"): lambda a, b: a - b,
-    ("conversation_a", "conversation_b", "winner"): (
-        lambda winner: (winner == "model_a") - (winner == "model_b")
-    ),
+    ("conversation_a", "conversation_b", "winner"): _WINNER.__getitem__,
 }
+_KTO = (
+    "It judges one answer (KTO): join rows of one prompt, an answer of true as chosen"
+    " and one of false as rejected."
+)
+_ONE = "It has one answer, as for fine-tuning; a pair has chosen and rejected."
 # Fields that tell a form which is not read -> how to convert it.
 _TO_CONVERT = {
     ("completions",): "Convert it: python scripts/prepare_ultrafeedback.py --input FILE"
@@ -38,14 +42,12 @@ _TO_CONVERT = {
     " and the post as prompt.",
     ("messages", "rejected_response"): "Give all but the last message as prompt, the"
     " last one as chosen and rejected_response as rejected.",
-    ("completion", "label"): "It judges one answer (KTO): join rows of one prompt, an"
-    " answer of label true as chosen, one of false as rejected.",
-    ("kto_tag",): "It judges one answer (KTO): join rows of one prompt, an answer of"
-    " kto_tag true as chosen, one of false as rejected.",
+    ("completion", "label"): _KTO,
+    ("kto_tag",): _KTO,
     ("response", "helpfulness"): "It scores one answer: join the rows of one prompt to"
     " prompt, answers and scores, both lists.",
-    ("messages",): "It has one answer, as for fine-tuning; preferences take two.",
-    ("conversations",): "It has one answer, as for fine-tuning; preferences take two.",
+    ("messages",): _ONE,
+    ("conversations",): _ONE,
 }
 _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")  # of HH-RLHF
 
@@ -60,7 +62,7 @@ def known(row: dict[str, Any], origin: str) -> dict[str, Any]:
     answers = [row.get("chosen"), row.get("rejected")]
     if answers != [None, None]:
         parted = [turns(answer) for answer in answers]
-        if "prompt" not in row and all(parted):
+        if row.get("prompt") is None and all(parted):
             return row | {"chosen": parted[0], "rejected": parted[1]}
         return row
     for names in _PAIRS:
@@ -72,8 +74,8 @@ def known(row: dict[str, Any], origin: str) -> dict[str, Any]:
             judged = [row[name] for name in names]
             try:
                 scores = [float(better(*judged[2:])), 0.0]
-            except TypeError as e:
-                raise wrong(origin, f"{names[2]} must be a number", judged[2]) from e
+            except (TypeError, LookupError) as e:
+                raise wrong(origin, f"{names[2]} must judge", judged[2]) from e
             return _without(row, *names) | {"answers": judged[:2], "scores": scores}
     return row
 
@@ -115,6 +117,27 @@ def turns(text: Any) -> list[dict[str, str]]:
     ]
     # An empty turn of the assistant opens its answer.
     return messages[: len(messages) - (not messages[-1]["content"].strip())]
+
+
+def in_words(row: Any) -> str:
+    """The fields of a row and what they hold, with the roles of messages, in words."""
+    if not isinstance(row, dict):
+        return f"no fields ({type(row).__name__})"
+    fields = ", ".join(f"{name} ({_kind(value)})" for name, value in row.items())
+    return untrusted.shown(fields)
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "missing"
+        case str():
+            return "text"
+        case [{"role": _} | {"from": _}, *_]:
+            roles = (str(m.get("role", m.get("from"))) for m in value if m)
+            return f"messages of {', '.join(dict.fromkeys(roles))}"
+        case _:
+            return type(value).__name__
 
 
 def remedy(row: dict[str, Any]) -> str:

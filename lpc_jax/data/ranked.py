@@ -41,7 +41,7 @@ def rows_of(
         return
     rest = {k: v for k, v in row.items() if k not in ("answers", "scores")}
     for better, worse in _chosen_pairs(scored, row, origin, ranked, events):
-        yield rest | _in_one_form(rest.get("prompt"), better[1], worse[1])
+        yield rest | {"chosen": better[1], "rejected": worse[1]}
 
 
 def _scored(row: dict[str, Any], origin: str) -> list[_Scored]:
@@ -88,19 +88,3 @@ def _chosen_pairs(
     content = json.dumps(row, sort_keys=True, default=str).encode()
     drawn = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
     return [unequal[drawn % len(unequal)]]
-
-
-def _in_one_form(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
-    """Texts, or lists of messages; a text beside messages becomes one."""
-    if all(isinstance(x, str) for x in (prompt, chosen, rejected)):
-        return {"chosen": chosen, "rejected": rejected}
-    pair = {"chosen": _messages(chosen), "rejected": _messages(rejected)}
-    if isinstance(prompt, str) and all(len(answer) == 1 for answer in pair.values()):
-        pair["prompt"] = [{"role": "user", "content": prompt}]
-    return pair
-
-
-def _messages(answer: Any) -> Any:
-    if isinstance(answer, str):
-        return [{"role": "assistant", "content": answer}]
-    return [answer] if isinstance(answer, dict) else answer

@@ -9,6 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jinja2
 import jinja2.meta
@@ -139,22 +140,40 @@ def require_answer(text: str, answer: Message, prompt: str) -> None:
 
 def require_calls(text: str, messages: Sequence[Message]) -> None:
     """``Dropped`` where a text lacks a call's name or a text of its arguments."""
-    calls = [c for message in messages for c in message.get("tool_calls") or ()]
-    of = [c.get("function", c) if isinstance(c, dict) else c for c in calls]
-    parts = [(f.get("name"), f.get("arguments")) for f in of if isinstance(f, dict)]
-    if _lost(text, [{"content": x} for x in strings(parts)]):
+    if all(
+        _lost(text, [{"content": x} for x in strings(_named(form))])
+        for form in (messages, with_objects(messages))
+    ):
         raise Dropped(f"{NOT_WRITTEN} tool_calls")
 
 
-def with_objects(message: Message) -> Message:
-    """The message with what its calls' arguments spell as JSON, as templates expect."""
-    calls = copy.deepcopy(message.get("tool_calls"))
-    for call in calls or ():
-        of = call.get("function", call) if isinstance(call, dict) else {}
-        if isinstance(arguments := of.get("arguments"), str):
+def with_objects(
+    messages: Sequence[Message], quoted: str | None = None
+) -> Sequence[Message]:
+    """The messages with their calls' arguments as objects, as most templates expect.
+
+    With the text of a template only those that it quotes: of JSON, once more.
+    """
+    changed = copy.deepcopy(messages)
+    for function in _functions(changed):
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and (
+            quoted is None or json.dumps(arguments, ensure_ascii=False) in quoted
+        ):
             with contextlib.suppress(ValueError):
-                of["arguments"] = untrusted.parse_json(arguments.encode())
-    return message | {"tool_calls": calls} if calls else message
+                function["arguments"] = untrusted.parse_json(arguments.encode())
+    return changed
+
+
+def _functions(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    lists = [m["tool_calls"] for m in messages if isinstance(m.get("tool_calls"), list)]
+    calls = [call for calls in lists for call in calls if isinstance(call, dict)]
+    functions = [call.get("function", call) for call in calls]
+    return [function for function in functions if isinstance(function, dict)]
+
+
+def _named(messages: Sequence[Message]) -> list[Any]:
+    return [(f.get("name"), f.get("arguments")) for f in _functions(messages)]
 
 
 def _lost(text: str, messages: Sequence[Message]) -> list[Message]:

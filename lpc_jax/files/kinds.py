@@ -14,24 +14,24 @@ _LARGEST = 1 << 20
 _CONFIG, _ADAPTER, _RUN = "config.json", "adapter_config.json", "checkpoints"
 
 
-class _Kind(NamedTuple):
-    """What a path is, and what to do where a model or data is wanted; None: nothing."""
+class _Is(NamedTuple):
+    """What a path is; what to do where a model or data is wanted, None: it may be."""
 
     words: str
     model: str | None = None
     data: str | None = None
 
 
-def _either(words: str, remedy: str) -> _Kind:
-    return _Kind(words, remedy, remedy)
+def _neither(words: str, remedy: str) -> _Is:
+    return _Is(words, remedy, remedy)
 
 
+_HF = "name the folder with its safetensors"
 _PAIRS = "give it as --model.path, and the pairs here"
-_SET = _Kind("a set of data", "name it as data.train, and the model here")
-_WITH_SAFETENSORS = "name the folder with its safetensors"
-_JSON_LINES = "write one object with prompt, chosen and rejected a line in .jsonl"
-_PICKLE = _Kind("a pickle, which can run code", _WITH_SAFETENSORS, _JSON_LINES)
-_ADAPTED = _Kind(
+_LINES = "write one object with prompt, chosen and rejected a line in .jsonl"
+_SET = _Is("a set of data", "name it as data.train, and the model here")
+_PICKLE = _Is("a pickle, which can run code", _HF, _LINES)
+_ADAPTED = _Is(
     "a PEFT adapter (base {base})",
     "merge it first (PEFT's merge_and_unload), or name the base",
     "name the pairs",
@@ -39,90 +39,78 @@ _ADAPTED = _Kind(
 # By what a folder holds, the more telling first.
 _FOLDERS = {
     _ADAPTER: _ADAPTED,
-    "*/metrics.jsonl */manifest.json": _Kind(
+    "*/metrics.jsonl */manifest.json": _Is(
         "a folder of runs", "name what scripts/export.py makes of one", "name the pairs"
     ),
-    f"metrics.jsonl {_RUN}": _Kind(
-        "the folder of a run", None, "name the pairs that its config.py names"
-    ),
-    "model_index.json": _Kind("a diffusers pipeline", "name a language model"),
+    f"metrics.jsonl {_RUN}": _Is("a run's folder", None, "name its config's pairs"),
+    "model_index.json": _Is("a diffusers pipeline", "name a language model"),
     "dataset_info.json dataset_dict.json": _SET,
-    "weights.npz": _Kind("MLX weights", _WITH_SAFETENSORS),
-    "*.npz pairs-*.arrow": _either("a cache", "name what it was made from"),
-    "*.safetensors* *.gguf pytorch_model* tokenizer* config.json": _Kind(
+    "weights.npz": _Is("MLX weights", _HF),
+    "*.npz pairs-*.arrow": _neither("a cache", "name what it was made from"),
+    "*.safetensors* *.gguf pytorch_model* tokenizer* config.json": _Is(
         "a model's folder", None, _PAIRS
     ),
-    "params.json": _Kind("a model in its maker's own form", _WITH_SAFETENSORS),
-    "*.onnx onnx/*.onnx": _Kind("an ONNX model", _WITH_SAFETENSORS),
-    "model-*-of-*.safetensors": _Kind(
+    "params.json": _Is("a model in its maker's own form", _HF),
+    "*.onnx onnx/*.onnx": _Is("an ONNX model", _HF),
+    "model-*-of-*.safetensors": _Is(
         f"shards without {safetensors.INDEX}, which says what each holds", "add it"
     ),
-    "*.gguf": _Kind("a folder of GGUF files", "name one itself, such as {match}"),
-    "*.distcp */*.distcp": _Kind(
-        "a sharded checkpoint of PyTorch", "join it first (accelerate merge-weights)"
-    ),
-    "zero_to_fp32.py": _Kind(
-        "a DeepSpeed checkpoint", "join it first (zero_to_fp32.py --safe_serialization)"
-    ),
-    "tf_model.h5 flax_model.msgpack": _Kind(
-        "weights of TensorFlow or Flax", _WITH_SAFETENSORS
-    ),
-    "*.bin *.pt *.pth": _Kind("pickled weights", _WITH_SAFETENSORS),
-    "*.incomplete": _Kind("a model of which a part is missing", "fetch it again"),
+    "*.gguf": _Is("a folder of GGUF files", "name one itself, such as {match}"),
+    "*.distcp */*.distcp": _Is("shards", "join them first (accelerate merge-weights)"),
+    "zero_to_fp32.py": _Is("a DeepSpeed checkpoint", "run its zero_to_fp32.py first"),
+    "tf_model.h5 flax_model.msgpack": _Is("weights of TensorFlow or Flax", _HF),
+    "*.bin *.pt *.pth": _Is("pickled weights", _HF),
+    "*.incomplete": _Is("a model of which a part is missing", "fetch it again"),
 }
 # Likewise of a model, where there is no config.json either.
 _WITHOUT_CONFIG = {
-    "*/config.json": _Kind("a folder of models", "name one, such as {match.parent}"),
-    f"*/{_ADAPTER}": _Kind("a folder of adapters", "merge one into its base first"),
-    "*.safetensors": _Kind(f"weights without {_CONFIG}", "add the model's own"),
-    "tokenizer*": _Kind(
-        "a tokenizer without a model",
-        "set model.tokenizer to it, and the model here",
+    "*/config.json": _Is("a folder of models", "name one, such as {match.parent}"),
+    f"*/{_ADAPTER}": _Is("a folder of adapters", "merge one into its base first"),
+    "*.safetensors": _Is(f"weights without {_CONFIG}", "add the model's own"),
+    "tokenizer*": _Is(
+        "a tokenizer without a model", "set model.tokenizer to it, and the model here"
     ),
     "*.arrow *.json* *.parquet *.csv* */*.json* */*.parquet */*.arrow": _SET,
 }
+_PAGE = _neither("a web page", "fetch the file itself, not the page about it")
+_DATABASE = _Is("a database", _HF, _LINES)
+_UTF16 = _neither("text in UTF-16", "save it as UTF-8")
 # By a file's first bytes, in lower case, and by the end of its name.
 _FIRST_BYTES = {
-    b"version https://git-lfs": _either(
+    b"version https://git-lfs": _neither(
         "a pointer of Git LFS", "run git lfs pull there"
     ),
-    **dict.fromkeys(
-        (b"<!doctype html", b"<html"),
-        _either("a web page", "fetch the file itself, not the page about it"),
-    ),
-    b"pk\x03\x04": _either("a packed file or spreadsheet", "unpack it, or save as CSV"),
-    b"\x28\xb5\x2f\xfd": _either("a file packed with zstd", "unpack it"),
-    b"sqlite format 3": _either("a database", _JSON_LINES),
-    **dict.fromkeys(
-        (b"\xff\xfe", b"\xfe\xff"), _either("text in UTF-16", "save it as UTF-8")
-    ),
-    **dict.fromkeys((b"\x80\x04", b"\x80\x05", b"\x93numpy"), _PICKLE),
-    b"gguf": _Kind("a model's weights", None, _PAIRS),
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+    b"pk\x03\x04": _Is("a packed file or spreadsheet", "unpack it", "save it as CSV"),
+    b"\x28\xb5\x2f\xfd": _neither("a file packed with zstd", "unpack it"),
+    b"sqlite format 3": _DATABASE,
+    b"\xff\xfe": _UTF16,
+    b"\xfe\xff": _UTF16,
+    b"\x80\x04": _PICKLE,
+    b"\x80\x05": _PICKLE,
+    b"gguf": _Is("a model's weights", None, _PAIRS),
 }
 _SUFFIXES = {
-    ".gguf": _Kind("a model's weights", None, _PAIRS),
-    ".safetensors": _Kind(
+    ".gguf": _Is("a model's weights", None, _PAIRS),
+    ".safetensors": _Is(
         "one file of weights", f"name its folder, with {_CONFIG}", _PAIRS
     ),
     ".bin .pt .pth .ckpt .pkl .pickle .joblib .npy .npz": _PICKLE,
-    ".onnx .h5 .msgpack": _Kind("a model of another form", _WITH_SAFETENSORS, _PAIRS),
-    ".json": _Kind(
-        "a file of settings or data", f"name a model's folder, with {_CONFIG}"
-    ),
+    ".onnx .h5 .msgpack": _Is("a model of another form", _HF, _PAIRS),
+    ".json": _Is("a file of settings or data", f"name a folder with {_CONFIG}"),
     ".jsonl .ndjson .csv .tsv .parquet .arrow .feather": _SET,
     ".jsonl.gz .json.gz .csv.gz .tsv.gz": _SET,
-    ".py": _either("a Python file, as configs are", "give a config as --config"),
-    ".zip .tar .gz .tgz .zst .bz2 .xz .7z .rar": _either(
+    ".py": _neither("a Python file, as configs are", "give a config as --config"),
+    ".zip .tar .gz .tgz .zst .bz2 .xz .7z .rar": _neither(
         "a packed file", "give what is inside"
     ),
-    ".xlsx .xls .ods .numbers": _either("a spreadsheet", "save it as CSV"),
-    ".db .sqlite .sqlite3 .duckdb": _either("a database", _JSON_LINES),
-    ".incomplete .partial .part .crdownload": _either(
-        "part of a download", "fetch it again"
+    ".xlsx .xls .ods .numbers": _Is("a spreadsheet", _HF, "save it as CSV"),
+    ".db .sqlite .sqlite3 .duckdb": _DATABASE,
+    ".incomplete .partial .part": _neither("part of a download", "fetch it again"),
+    ".txt .md .yaml .yml .xml .log modelfile": _Is(
+        "a text of no known form", _HF, _LINES
     ),
-    ".txt .md .yaml .yml .xml .log modelfile": _either(
-        "a text of no known form", _JSON_LINES
-    )._replace(model=_WITH_SAFETENSORS),
 }
 # By general.type, where it is no model.
 _GGUF = {
@@ -156,7 +144,7 @@ def what(path: Path, wanted: Wanted) -> str | None:
     return next(told, None)
 
 
-def _by_bytes(file: Path) -> list[_Kind]:
+def _by_bytes(file: Path) -> list[_Is]:
     with file.open("rb") as opened:
         head = opened.read(64).lstrip().lower()
     return [kind for start, kind in _FIRST_BYTES.items() if head.startswith(start)]

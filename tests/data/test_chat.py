@@ -515,6 +515,36 @@ def test_tools_and_calls_are_what_transformers_makes_of_the_row():
     assert report.notes.counts == {"not read: name of messages": 1}
 
 
+@pytest.mark.parametrize(
+    ("template", "arguments"),
+    [
+        (TOOLS, {"city": "\u00e9"}),
+        # As DeepSeek's, which puts a text together.
+        (TOOLS.replace("c.function | tojson", "'' + c.function.arguments"), None),
+    ],
+)
+def test_arguments_spelt_as_json_are_what_the_template_expects(template, arguments):
+    loaded, row = tiny.chatml(template=template), {**CALLS, "prompt": "Hi"}
+    spelt = '{"city": "\\u00e9"}'
+    call = calling("", "I look.")
+    call["tool_calls"][0]["function"]["arguments"] = spelt
+    pair, _ = one(parsed({**row, "chosen": [call], "rejected": "No."}), loaded)
+    if arguments:
+        call["tool_calls"][0]["function"]["arguments"] = arguments
+    whole = loaded.apply_chat_template(
+        [{"role": "user", "content": "Hi"}, call], tools=[TOOL], tokenize=False
+    )
+    assert text(loaded, [*pair.prompt, *pair.chosen]) + "\n" == whole
+
+
+def test_a_call_of_several_that_is_not_written_drops_the_pair():
+    template = TOOLS.replace("in m.tool_calls or []", "in (m.tool_calls or [])[:1]")
+    both = calling("Rome", "I look.")
+    both["tool_calls"] += calling("Lima")["tool_calls"]
+    rule = dropped(parsed({**CALLS, "chosen": [both]}), tiny.chatml(template=template))
+    assert rule == "the chat template does not write all of tool_calls"
+
+
 def test_a_prompt_may_end_with_what_a_tool_returned_and_takes_tools():
     loaded = tiny.chatml(template=TOOLS)
     messages = examples.parse_prompt(CALLS, origin="x:1")

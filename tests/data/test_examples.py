@@ -163,12 +163,14 @@ def test_a_missing_field_is_named_with_its_line(name):
 
 
 def test_an_unknown_form_is_named_with_what_was_seen():
-    assert parse_refusal({**PLAIN, "chosen": [assistant("Me.")], "id": 1}) == (
+    assert parse_refusal(
+        {**PLAIN, "chosen": None, "rejected": [user("a")], "id": 1}
+    ) == (
         "pairs.jsonl:3: expected prompt, chosen and rejected as three strings, or"
         " prompt as a list of messages and each answer as a list of one, or two full"
         " transcripts (lists of messages) as chosen and rejected; got prompt (text),"
-        " chosen (messages of assistant), rejected (text), id (int). Convert"
-        " or remove the row."
+        " chosen (missing), rejected (messages of user), id (int). Convert or remove"
+        " the row."
     )
 
 
@@ -348,6 +350,17 @@ def test_what_is_no_name_of_a_data_set_is_refused_without_a_request(
     )
 
 
+@pytest.mark.parametrize(
+    "start",
+    ["https://huggingface.co/datasets/", "http://hf.co/", "hf://datasets/"],
+)
+def test_a_hub_page_s_address_names_the_hub_id(start):
+    address = f"{start}owner/pa.irs/tree/main"
+    assert refusal(address).endswith(
+        "of the form owner/name. Give 'owner/pa.irs', its hub id."
+    )
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../../../../../../etc/passwd"])
 def test_a_file_of_the_machine_is_not_read_as_pairs(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -468,7 +481,7 @@ HI = [user("Hi"), assistant("Hello")]
                     user(
                         [
                             {"type": "text", "text": "Wh", "image": None},
-                            {"type": "text", "text": "o?"},
+                            {"type": "input_text", "text": "o?"},
                         ]
                     )
                 ],
@@ -551,6 +564,31 @@ def test_fields_beside_the_text_are_kept_with_the_answer():
     ]
     assert pair.tools == ({"name": "f"},)
     assert pair.unread == ("prompt_id",)
+
+
+def test_calls_in_older_forms_are_tool_calls():
+    call = {"name": "f", "arguments": "{}"}
+    older = [{"role": "assistant", "content": None, "function_call": call}]
+    pair = parse({**EXPLICIT, "chosen": older})
+    calls = [{"type": "function", "function": call}]
+    assert pair.answers()[0]["tool_calls"] == calls
+    turns = [
+        {"from": "human", "value": "Who?"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "4"},
+    ]
+    row = {"conversations": turns, **SIDES}
+    assert parse(row).prompt == (
+        user("Who?"), assistant("") | {"tool_calls": calls},
+        {"role": "tool", "content": "4"},
+    )  # fmt: skip
+    turns[1]["value"] = "f()"
+    assert "message 2 of conversations must be JSON, got 'f()'" in parse_refusal(row)
+
+
+def test_the_index_that_pandas_writes_is_no_system_message():
+    pair = parse({"": "0", **PLAIN})
+    assert (pair.prompt, pair.unread) == ((user("Who?"),), ("",))
 
 
 def test_answers_that_differ_in_their_calls_alone_are_a_pair():

@@ -5,6 +5,7 @@ import json
 
 import datasets
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -26,6 +27,13 @@ CSV = (
 def parquet(of):
     out = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(of), out)
+    return out.getvalue().to_pybytes()
+
+
+def feather(of):
+    out, table = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist(of)
+    with pyarrow.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
     return out.getvalue().to_pybytes()
 
 
@@ -71,6 +79,10 @@ def write(folder, files):
         "table.parquet": parquet(ROWS),
         "table.jsonl": parquet(ROWS),
         "lines.parquet": LINES,
+        "lines.ndjson": LINES,
+        "LINES.JSONL": LINES,
+        "indexed.arrow": feather(ROWS),
+        "table.feather": feather(ROWS),
     }.items(),
 )
 def test_the_first_bytes_tell_how_a_file_is_read(tmp_path, name, content):
@@ -122,6 +134,16 @@ def test_rows_are_told_by_the_line_they_start_on(tmp_path):
 def test_a_csv_that_cannot_be_read_is_told_by_its_line(tmp_path, content, message):
     write(tmp_path, {"a.csv": content})
     assert refusal(tmp_path / "a.csv") == message
+
+
+def test_nulls_that_a_table_adds_to_unlike_objects_are_none_of_the_row(tmp_path):
+    calls = [[{"arguments": {"city": "Oslo"}}], [{"arguments": {"zone": None}}]]
+    of = [{"calls": call, "scores": None} for call in calls]
+    write(tmp_path, {"a.parquet": parquet(of)})
+    assert [row for _, row in read(tmp_path / "a.parquet")] == [
+        {"calls": calls[0], "scores": None},
+        {"calls": [{"arguments": {}}], "scores": None},
+    ]
 
 
 def test_messages_in_a_csv_are_read_as_json(tmp_path):
@@ -240,7 +262,10 @@ def test_one_shard_of_several_is_read_with_a_warning(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"config.py": "", "metrics.jsonl": "{}"}, "the folder of a run: name the p"),
+        (
+            {"config.py": "", "metrics.jsonl": "{}"},
+            "a run's folder: name its config's pairs",
+        ),
         ({"mine/metrics.jsonl": "{}"}, "a folder of runs"),
         (
             {"config.json": "{}", "tokenizer.json": "{}"},
@@ -273,6 +298,8 @@ def test_a_folder_of_something_else_is_named(tmp_path, files, words):
         ("mine.py", "", "a Python file, as configs are"),
         ("a.pkl", b"", "a pickle, which can run code: write one object with"),
         ("a.txt", b"", "a text of no known form"),
+        ("a.jsonl", "a".encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+        ("a.json", b"SQLite format 3\0", "a database: write one object with"),
     ],
 )
 def test_a_file_of_something_else_is_named(tmp_path, name, content, words):
