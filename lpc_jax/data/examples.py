@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -33,6 +32,7 @@ _ROLES = {
     **dict.fromkeys(("function", "observation"), "tool"),
 }
 _CALL = "function_call"  # LLaMA-Factory's role, and a field of OpenAI's older messages
+_EMPTY = (None, "", [], {})
 _TEXT_PARTS = ("text", "input_text", "output_text")
 NO_SOURCE = "unknown"
 USER = "user"  # the field of a row that says who judged
@@ -173,19 +173,11 @@ def _first(row: dict[str, Any], names: Sequence[str]) -> str | None:
 def _unread(row: dict[str, Any], read: set[str | None], origin: str) -> tuple[str, ...]:
     """Names of fields that hold something and are not read."""
     read |= {_first(row, _SYSTEMS), "history", "tools"}
-    filled = [
-        name for name, x in row.items() if x is not None and x not in ("", [], {})
-    ]
+    filled = [name for name, x in row.items() if x not in _EMPTY]
     for name in filled:
         if name in _MEDIA:
             raise _wrong(origin, f"{name} cannot be read, text alone can", row[name])
-    return _shared(tuple(name for name in filled if name not in read))
-
-
-@functools.cache
-def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
-    """One object for the same names of every row."""
-    return names
+    return tuple(name for name in filled if name not in read)
 
 
 def _parts(row: dict[str, Any], origin: str) -> tuple[_Parts, set[str]]:
@@ -197,6 +189,8 @@ def _parts(row: dict[str, Any], origin: str) -> tuple[_Parts, set[str]]:
         isinstance(value, str | list) or (value is None and not any(texts))
     ):
         return _in_one_form(row, name, sides, origin)
+    if row.keys() >= {*_ANSWERS} and any(x is None or x != x for x in sides):
+        raise Dropped(EMPTY)  # null, or NaN as pandas writes it
     got = forms.in_words(dict.fromkeys(("prompt", *_ANSWERS)) | row)
     raise UserError(
         f"{origin}: expected prompt, chosen and rejected as three strings, or prompt as"
@@ -326,7 +320,7 @@ def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
         if role is None or (content is None and not fields.get("tool_calls")):
             form = "must be an object with the strings role and content"
             raise _wrong(origin, f"{where} {form}", item)
-        filled = {name: value for name, value in fields.items() if value is not None}
+        filled = {n: x for n, x in fields.items() if x not in _EMPTY}
         role = _ROLES.get(role.strip().lower(), role)
         messages.append({"role": role, "content": content} | filled)
     return messages
@@ -374,13 +368,13 @@ def _require_preference(
 
 def parse_prompt(row: Any, *, origin: str) -> list[Message]:
     """The messages of a row's prompt, with its system message and history."""
-    name = _first(row, _PROMPTS) if isinstance(row, dict) else None
-    if name is None:
+    known = forms.known(row, origin) if isinstance(row, dict) else {}
+    if (name := _first(known, _PROMPTS)) is None:
         names = " or ".join(_PROMPTS)
         raise _wrong(origin, f"expected an object with {names}", row)
-    _unread(row, set(), origin)
-    messages = _introduced(row, _prompt(row, name, origin)[0], origin)
+    _unread(known, set(), origin)
+    messages = _introduced(known, _prompt(known, name, origin)[0], origin)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise _wrong(origin, f"{name} must end with a message of the user", row[name])
+        raise _wrong(origin, f"{name} must end with a message of the user", known[name])
     _require_characters(origin, *strings(messages))
     return messages

@@ -6,7 +6,6 @@ import csv
 import gzip
 import itertools
 import json
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,7 +36,6 @@ _GZIP, _PARQUET, _BOM = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"
 _ARROW_FILE = b"ARROW1"  # of a file with an index, which Feather is; streams have none
 # A row has one of these; what has none may be a wrapper around rows.
 _ROW_FIELDS = {"prompt", "chosen", "rejected", "messages", "instruction", "answers"}
-_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]""")
 
 
 def is_readable(name: str) -> bool:
@@ -253,7 +251,7 @@ def _csv(file: Path) -> Rows:
                     f" {separator!r} or line breaks in quotes."
                 )
             origin = where.replace(str(file), file.name, 1)
-            yield origin, {name: _cell(cell, where) for name, cell in row.items()}
+            yield origin, row
     except csv.Error as e:
         raise UserError(f"{file}:{start}: broken CSV ({e}). Mend or remove it.") from e
 
@@ -265,20 +263,6 @@ def _utf8(line: bytes, where: str) -> str:
         raise UserError(
             f"{where}: expected text in UTF-8, got the byte {line[e.start]:#04x} at"
             f" {e.start}. Save it as UTF-8."
-        ) from e
-
-
-def _cell(text: str, where: str) -> Any:
-    """The text, or the messages that it spells as JSON."""
-    if not _MESSAGES.match(text):
-        return text
-    try:
-        return untrusted.parse_json(text.encode(), repeats=True)
-    except ValueError as e:
-        raise UserError(
-            f"{where}: expected text, or messages as JSON, got"
-            f" {untrusted.shown(text, most=60)}, messages as Python prints them. Save"
-            " the data as parquet or JSON lines, which hold lists."
         ) from e
 
 
@@ -297,11 +281,11 @@ def _parquet(file: Path) -> Iterator[pyarrow.RecordBatch]:
 def _arrow(file: Path, indexed: bool) -> Iterator[pyarrow.RecordBatch]:
     """Of a stream, as ``save_to_disk`` writes shards, or of a file with an index."""
     with pyarrow.memory_map(str(file)) as mapped:
+        batches: Any = (pyarrow.ipc.open_file if indexed else pyarrow.ipc.open_stream)(
+            mapped
+        )
         if indexed:
-            opened = pyarrow.ipc.open_file(mapped)
-            batches = map(opened.get_batch, range(opened.num_record_batches))
-        else:
-            batches = pyarrow.ipc.open_stream(mapped)
+            batches = map(batches.get_batch, range(batches.num_record_batches))
         for batch in batches:
             for first in range(0, batch.num_rows, _TABLE_ROWS):
                 yield batch.slice(first, _TABLE_ROWS)

@@ -46,9 +46,12 @@ _TO_CONVERT = {
     ("kto_tag",): _KTO,
     ("response", "helpfulness"): "It scores one answer: join the rows of one prompt to"
     " prompt, answers and scores, both lists.",
+    ("response_a", "response_b"): "Give the better answer as chosen, the other one as"
+    " rejected.",
     ("messages",): _ONE,
     ("conversations",): _ONE,
 }
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]""")
 _TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):[ ]?")  # of HH-RLHF
 
 
@@ -58,7 +61,7 @@ def known(row: dict[str, Any], origin: str) -> dict[str, Any]:
     Raises:
         UserError: A judgement that is none.
     """
-    row = _unwrapped(row)
+    row = {name: _spelt(value, origin) for name, value in _unwrapped(row).items()}
     answers = [row.get("chosen"), row.get("rejected")]
     if answers != [None, None]:
         parted = [turns(answer) for answer in answers]
@@ -78,6 +81,20 @@ def known(row: dict[str, Any], origin: str) -> dict[str, Any]:
                 raise wrong(origin, f"{names[2]} must judge", judged[2]) from e
             return _without(row, *names) | {"answers": judged[:2], "scores": scores}
     return row
+
+
+def _spelt(value: Any, origin: str) -> Any:
+    """A value, or the messages that it spells as JSON, as tables of texts have them."""
+    if not isinstance(value, str) or not _MESSAGES.match(value):
+        return value
+    try:
+        return untrusted.parse_json(value.encode(), repeats=True)
+    except ValueError as e:
+        raise UserError(
+            f"{origin}: expected text, or messages as JSON, got"
+            f" {untrusted.shown(value, most=60)}, messages as Python prints them. Save"
+            " the data as parquet or JSON lines, which hold lists."
+        ) from e
 
 
 def _unwrapped(row: dict[str, Any]) -> dict[str, Any]:

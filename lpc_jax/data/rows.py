@@ -60,9 +60,11 @@ def find(path: str, *, setting: str, split: str | None) -> list[Path] | None:
     """The files that a path means, in order; None for a hub data set."""
     if not sources.exists(path):
         if formats.is_readable(path) or not sources.is_hub_id(path):
+            several = "Give the folder of all files." if "*" in path else ""
+            hint = sources.of_address(path) or several or _near(Path(path))
             raise UserError(
                 f"{setting} = {path!r}: no such file, and not a hub id of the form"
-                f" owner/name. {sources.of_address(path) or _near(Path(path))}"
+                f" owner/name. {hint}"
             )
         return None
     file = Path(path).expanduser()

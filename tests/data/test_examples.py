@@ -138,18 +138,20 @@ def test_rows_without_a_preference_are_counted_with_their_origins(write):
         {**EXPLICIT, "prompt": []},
         {"chosen": [user("a"), assistant("b")], "rejected": [user("c")]},
         {"chosen": [], "rejected": []},
+        {**PLAIN, "rejected": None},
+        {**PLAIN, "rejected": float("nan")},
         {**IMPLIED, "rejected": IMPLIED["chosen"]},
     ]
     found, drops = read(write("a.jsonl", jsonl(rows)))
     assert [example.index for example in found] == [0]
     assert drops.counts == {
-        "empty answer": 2,
+        "empty answer": 4,
         "chosen equals rejected": 2,
         "answer is not the assistant's": 1,
         "prompt does not end with the user's turn": 2,
         "transcripts differ before the last answer": 1,
     }
-    assert drops.origins("chosen equals rejected") == "a.jsonl:3, a.jsonl:9"
+    assert drops.origins("chosen equals rejected") == "a.jsonl:3, a.jsonl:11"
 
 
 @pytest.mark.parametrize("name", ["chosen", "rejected", "prompt"])
@@ -163,13 +165,11 @@ def test_a_missing_field_is_named_with_its_line(name):
 
 
 def test_an_unknown_form_is_named_with_what_was_seen():
-    assert parse_refusal(
-        {**PLAIN, "chosen": None, "rejected": [user("a")], "id": 1}
-    ) == (
+    assert parse_refusal({**PLAIN, "chosen": 7, "rejected": [user("a")], "id": 1}) == (
         "pairs.jsonl:3: expected prompt, chosen and rejected as three strings, or"
         " prompt as a list of messages and each answer as a list of one, or two full"
         " transcripts (lists of messages) as chosen and rejected; got prompt (text),"
-        " chosen (missing), rejected (messages of user), id (int). Convert or remove"
+        " chosen (int), rejected (messages of user), id (int). Convert or remove"
         " the row."
     )
 
@@ -554,13 +554,15 @@ def test_fields_beside_the_text_are_kept_with_the_answer():
         "chosen": [
             {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
         ],
-        "rejected": [{"role": "assistant", "content": "No.", "weight": 1}],
+        "rejected": [
+            {"role": "assistant", "content": "No.", "weight": 1, "tool_calls": []}
+        ],
         "tools": '[{"name": "f"}]',
     }
     pair = parse(row)
     assert pair.answers() == [
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        row["rejected"][0],
+        {"role": "assistant", "content": "No.", "weight": 1},
     ]
     assert pair.tools == ({"name": "f"},)
     assert pair.unread == ("prompt_id",)

@@ -1,5 +1,7 @@
 """Rows as public sets have them; what each means is written out by hand."""
 
+import json
+
 import pytest
 
 from lpc_jax.data import examples, ranked
@@ -8,6 +10,7 @@ from lpc_jax.errors import UserError
 Q, BETTER, WORSE = "Name a colour.", "Blue.", "No."
 ASK = {"role": "user", "content": Q}
 GOOD, BAD = ({"role": "assistant", "content": x} for x in (BETTER, WORSE))
+SIDES = {"chosen": GOOD, "rejected": BAD}
 TALK = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Name a colour.\n\nAssistant:"
 
 
@@ -74,6 +77,20 @@ def test_public_forms_are_read(row):
     assert pair.unread == ()
 
 
+def test_messages_that_a_table_spells_as_json_are_read():
+    row = {"prompt": json.dumps([ASK]), "chosen": BETTER, "rejected": WORSE}
+    both = {side: json.dumps([ASK, answer]) for side, answer in SIDES.items()}
+    assert [pair.prompt for of in (row, both) for pair in pairs(of)] == [(ASK,)] * 2
+    assert examples.parse_prompt(row, origin="x:1") == [ASK]
+    assert pairs(both)[0].chosen == BETTER
+    with pytest.raises(UserError) as refused:
+        pairs({**row, "rejected": "[{'role': 'user'}]"})
+    assert str(refused.value) == (
+        "x:1: expected text, or messages as JSON, got [{'role': 'user'}], messages as"
+        " Python prints them. Save the data as parquet or JSON lines, which hold lists."
+    )
+
+
 def test_transcripts_in_one_text_are_parted_at_their_speakers():
     (pair,) = pairs({"chosen": f"{TALK} {BETTER}", "rejected": f"{TALK} {WORSE}"})
     greeting = [{"role": "user", "content": "Hi"}]
@@ -127,6 +144,7 @@ def test_rows_that_prefer_neither_answer_are_counted(row, event):
             "Give all but the last message as prompt",
         ),
         ({"prompt": Q, "response": "a", "helpfulness": 4}, "prompt, answers and sc"),
+        ({"prompt": "a", "response_a": "b", "response_b": "c"}, "the better answer"),
         ({"info": {"post": Q}, "summaries": [], "choice": 0}, "the chosen one first"),
     ],
 )

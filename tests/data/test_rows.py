@@ -116,12 +116,6 @@ def test_rows_are_told_by_the_line_they_start_on(tmp_path):
             " ',' or line breaks in quotes.",
         ),
         (
-            "prompt,chosen,rejected\na,b,\"[{'role': 'user'}]\"\n",
-            "PATH:2: expected text, or messages as JSON, got [{'role': 'user'}],"
-            " messages as Python prints them. Save the data as parquet or JSON lines,"
-            " which hold lists.",
-        ),
-        (
             'prompt,chosen,rejected\na,b,"c\n',
             "PATH:2: broken CSV (unexpected end of data). Mend or remove it.",
         ),
@@ -146,13 +140,6 @@ def test_nulls_that_a_table_adds_to_unlike_objects_are_none_of_the_row(tmp_path)
     ]
 
 
-def test_messages_in_a_csv_are_read_as_json(tmp_path):
-    messages = [{"role": "user", "content": "Why?"}]
-    cell = json.dumps(messages).replace('"', '""')
-    write(tmp_path, {"a.csv": f'prompt,chosen,rejected\n"{cell}",b,c\n'})
-    assert read(tmp_path / "a.csv")[0][1]["prompt"] == messages
-
-
 @pytest.mark.parametrize(
     "value",
     [
@@ -166,6 +153,10 @@ def test_columns_in_json_are_named(tmp_path, value):
         "PATH: expected rows, got columns, as pandas writes them. Write it with"
         " to_json(FILE, orient='records', lines=True)."
     )
+
+
+def test_a_pattern_of_files_names_the_folder(tmp_path):
+    assert refusal(tmp_path / "*.jsonl").endswith(" Give the folder of all files.")
 
 
 def test_json_of_several_lists_needs_the_split(tmp_path):
