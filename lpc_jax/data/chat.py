@@ -234,7 +234,14 @@ def tokenize(
     pairs = [pair for pair, _ in encode(examples, tokenizer, tally, **rules)]
     if not pairs:
         raise none_left(tally)
-    return pairs, report_of(pairs, tally)
+    cuts = [(p.cut_prompt, p.cut_chosen, p.cut_rejected) for p in pairs]
+    return pairs, measured(
+        np.asarray([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]),
+        cuts=np.asarray(cuts),
+        different=len({pair.key() for pair in pairs}),
+        sources=[pair.source for pair in pairs],
+        tally=tally,
+    )
 
 
 def none_left(tally: Tally) -> UserError:
@@ -376,15 +383,3 @@ def _token_strings(
 def _common_prefix(a: Ids, b: Ids) -> int:
     shorter = min(len(a), len(b))
     return int(np.logical_and.accumulate(a[:shorter] == b[:shorter]).sum())
-
-
-def report_of(pairs: Sequence[TokenizedPair], tally: Tally) -> Report:
-    """The report of these pairs."""
-    cuts = [(p.cut_prompt, p.cut_chosen, p.cut_rejected) for p in pairs]
-    return measured(
-        np.asarray([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]),
-        cuts=np.asarray(cuts),
-        different=len({pair.key() for pair in pairs}),
-        sources=[pair.source for pair in pairs],
-        tally=tally,
-    )

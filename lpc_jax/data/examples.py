@@ -165,12 +165,14 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(part)
 
 
-def _first(row: dict[str, Any], names: Sequence[str]) -> str | None:
-    """The first of these fields that the row has."""
-    return next((name for name in names if row.get(name) is not None), None)
+def _first(row: dict[str, Any], names: Sequence[str]) -> str:
+    """The first of these fields that holds something, else that is there."""
+    there = [name for name in names if row.get(name) is not None]
+    filled = [name for name in there if row[name] not in _EMPTY]
+    return (*filled, *there, *names)[0]
 
 
-def _unread(row: dict[str, Any], read: set[str | None], origin: str) -> tuple[str, ...]:
+def _unread(row: dict[str, Any], read: set[str], origin: str) -> tuple[str, ...]:
     """Names of fields that hold something and are not read."""
     read |= {_first(row, _SYSTEMS), "history", "tools"}
     filled = [name for name, x in row.items() if x not in _EMPTY]
@@ -182,7 +184,7 @@ def _unread(row: dict[str, Any], read: set[str | None], origin: str) -> tuple[st
 
 def _parts(row: dict[str, Any], origin: str) -> tuple[_Parts, set[str]]:
     """Prompt, chosen and rejected, and the fields that hold the prompt."""
-    name = _first(row, _PROMPTS) or "prompt"
+    name = _first(row, _PROMPTS)
     value, sides = row.get(name), [row.get(side) for side in _ANSWERS]
     texts = [isinstance(side, str) for side in sides]
     if all(isinstance(side, str | list | dict) for side in sides) and (
@@ -203,8 +205,12 @@ def _in_one_form(
     row: dict[str, Any], name: str, sides: Sequence[Any], origin: str
 ) -> tuple[_Parts, set[str]]:
     """The same of a row whose answers are texts, messages or lists of these."""
-    lists = [x if isinstance(x, list) else [x] for x in sides]
-    answers = [_messages(x, n, origin) for n, x in zip(_ANSWERS, lists, strict=True)]
+    answers = []
+    for side, value in zip(_ANSWERS, sides, strict=True):
+        texts = isinstance(value, str)
+        item = {"role": "assistant", "content": value} if texts else value
+        items = item if isinstance(item, list) else [item]
+        answers.append(_messages(items, side, origin))
     begin = row.get(name)
     if name == "prompt" and isinstance(begin, list):
         begin = _messages(begin, name, origin)
@@ -305,8 +311,6 @@ def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
                 pass
             case {"from": str(role), "value": value, **fields}:
                 fields |= {"content": value}
-            case str(text) if name in _ANSWERS:
-                role, fields = "assistant", {"content": text}
             case _:
                 role, fields = None, {}
         content = _content(fields.pop("content", None), where, origin)
@@ -369,7 +373,7 @@ def _require_preference(
 def parse_prompt(row: Any, *, origin: str) -> list[Message]:
     """The messages of a row's prompt, with its system message and history."""
     known = forms.known(row, origin) if isinstance(row, dict) else {}
-    if (name := _first(known, _PROMPTS)) is None:
+    if known.get(name := _first(known, _PROMPTS)) is None:
         names = " or ".join(_PROMPTS)
         raise _wrong(origin, f"expected an object with {names}", row)
     _unread(known, set(), origin)

@@ -60,8 +60,9 @@ def of(
 def _of_scores(row: dict[str, Any]) -> Iterator[str]:
     for name, better in row.items():
         worse = row.get(name.replace("chosen", "rejected"))
-        numbers = isinstance(better, int | float) and isinstance(worse, int | float)
-        if "chosen" in name and numbers and any(word in name for word in _SCORES):
+        if "chosen" not in name or not any(word in name for word in _SCORES):
+            continue
+        if isinstance(better, int | float) and isinstance(worse, int | float):
             if better == worse:
                 yield f"both answers have the same {name}"
             elif better < worse:

@@ -312,7 +312,7 @@ def _table(file: Path, kind: str, batches: Iterator[pyarrow.RecordBatch]) -> Row
         ) from e
 
 
-def filled(row: dict[str, Any]) -> dict[str, Any]:
+def filled(row: Any) -> dict[str, Any]:
     """The row without the nulls that a table adds to objects of unlike fields."""
     return {name: _without_nulls(value) for name, value in row.items()}
 

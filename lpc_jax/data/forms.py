@@ -61,7 +61,7 @@ def known(row: dict[str, Any], origin: str) -> dict[str, Any]:
     Raises:
         UserError: A judgement that is none.
     """
-    row = {name: _spelt(value, origin) for name, value in _unwrapped(row).items()}
+    row = {n: _spelt(n, value, origin) for n, value in _unwrapped(row).items()}
     answers = [row.get("chosen"), row.get("rejected")]
     if answers != [None, None]:
         parted = [turns(answer) for answer in answers]
@@ -83,13 +83,15 @@ def known(row: dict[str, Any], origin: str) -> dict[str, Any]:
     return row
 
 
-def _spelt(value: Any, origin: str) -> Any:
+def _spelt(name: str, value: Any, origin: str) -> Any:
     """A value, or the messages that it spells as JSON, as tables of texts have them."""
     if not isinstance(value, str) or not _MESSAGES.match(value):
         return value
     try:
         return untrusted.parse_json(value.encode(), repeats=True)
     except ValueError as e:
+        if name not in ("prompt", "messages", "chosen", "rejected"):
+            return value
         raise UserError(
             f"{origin}: expected text, or messages as JSON, got"
             f" {untrusted.shown(value, most=60)}, messages as Python prints them. Save"

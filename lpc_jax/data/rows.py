@@ -37,7 +37,11 @@ def read(path: str, *, setting: str, split: str | None) -> Rows:
     """
     files = find(path, setting=setting, split=split)
     if files is None:
-        return _hub(path, setting=setting, split=split)
+        table = load_hub(path, setting=setting, split=split)
+        return (
+            (f"{path}/{split}:{number}", formats.filled(row))
+            for number, row in enumerate(table, 1)
+        )
     return itertools.chain.from_iterable(
         formats.rows_of(file, split=split) for file in files
     )
@@ -181,11 +185,6 @@ def _own(folder: Path, name: str) -> Path:
     if (wrong := kinds.what(file, "data")) is not None:
         raise UserError(f"{file} must be a file of pairs, got {wrong}.")
     return file
-
-
-def _hub(path: str, *, setting: str, split: str | None) -> Rows:
-    for number, row in enumerate(load_hub(path, setting=setting, split=split), 1):
-        yield f"{path}/{split}:{number}", formats.filled(row)
 
 
 def load_hub(path: str, *, setting: str, split: str | None) -> datasets.Dataset:

@@ -472,6 +472,7 @@ HI = [user("Hi"), assistant("Hello")]
             [{"role": "system", "content": "Be brief."}, *EXPLICIT["prompt"]],
         ),
         ({**TEXT, "system": "", "history": []}, [user("Who?")]),
+        ({**TEXT, "prompt": "", "messages": [user("Who?")]}, [user("Who?")]),
         ({**TEXT, "history": [["Hi", "Hello"]]}, [*HI, user("Who?")]),
         ({**TEXT, "history": HI}, [*HI, user("Who?")]),
         (
@@ -511,6 +512,10 @@ def test_forms_in_which_pairs_come(row, prompt):
             "images cannot be read, text alone can, got ['a.png']",
         ),
         ({**TEXT, "history": "Hi"}, "history must be a list of turns, got 'Hi'"),
+        (
+            {**TEXT, "chosen": ["a", "b"]},
+            "message 1 of chosen must be an object with the strings role and content,",
+        ),
         (
             {**TEXT, "history": [["Hi"]]},
             "message 1 of history must be an object with the strings role and content,",

@@ -83,6 +83,7 @@ def test_messages_that_a_table_spells_as_json_are_read():
     assert [pair.prompt for of in (row, both) for pair in pairs(of)] == [(ASK,)] * 2
     assert examples.parse_prompt(row, origin="x:1") == [ASK]
     assert pairs(both)[0].chosen == BETTER
+    assert pairs({**row, "other": "[{'role': 'user'}]"})[0].unread == ("other",)
     with pytest.raises(UserError) as refused:
         pairs({**row, "rejected": "[{'role': 'user'}]"})
     assert str(refused.value) == (
