@@ -280,10 +280,9 @@ def _parquet(file: Path) -> Iterator[pyarrow.RecordBatch]:
 
 def _arrow(file: Path, indexed: bool) -> Iterator[pyarrow.RecordBatch]:
     """Of a stream, as ``save_to_disk`` writes shards, or of a file with an index."""
+    reader = pyarrow.ipc.open_file if indexed else pyarrow.ipc.open_stream
     with pyarrow.memory_map(str(file)) as mapped:
-        batches: Any = (pyarrow.ipc.open_file if indexed else pyarrow.ipc.open_stream)(
-            mapped
-        )
+        batches: Any = reader(mapped)
         if indexed:
             batches = map(batches.get_batch, range(batches.num_record_batches))
         for batch in batches:
