@@ -140,11 +140,11 @@ def require_answer(text: str, answer: Message, prompt: str) -> None:
 
 def require_calls(text: str, messages: Sequence[Message]) -> None:
     """``Dropped`` where a text lacks a call's name or a text of its arguments."""
-    if all(
-        _lost(text, [{"content": x} for x in strings(_named(form))])
-        for form in (messages, with_objects(messages))
-    ):
-        raise Dropped(f"{NOT_WRITTEN} tool_calls")
+    for form in (messages, with_objects(messages)):
+        parts = [(f.get("name"), f.get("arguments")) for f in _functions(form)]
+        if not _lost(text, [{"content": part} for part in strings(parts)]):
+            return
+    raise Dropped(f"{NOT_WRITTEN} tool_calls")
 
 
 def with_objects(
@@ -170,10 +170,6 @@ def _functions(messages: Sequence[Message]) -> list[dict[str, Any]]:
     calls = [call for calls in lists for call in calls if isinstance(call, dict)]
     functions = [call.get("function", call) for call in calls]
     return [function for function in functions if isinstance(function, dict)]
-
-
-def _named(messages: Sequence[Message]) -> list[Any]:
-    return [(f.get("name"), f.get("arguments")) for f in _functions(messages)]
 
 
 def _lost(text: str, messages: Sequence[Message]) -> list[Message]:

@@ -204,7 +204,8 @@ def test_a_template_that_shares_no_tokens_drops_the_pair():
     assert refusal([example("Who?", "Me.", "You.")], loaded) == (
         "No preference pair is left of 1, expected at least one: 1 prompt and answers"
         " share no tokens (pairs.jsonl:1). Raise data.max_length and"
-        " packing.row_length, choose another data.truncation, or mend the data."
+        " packing.row_length, choose another data.truncation or model.chat_template, or"
+        " mend the data."
         " First row, pairs.jsonl:1: a prompt of user."
     )
 
@@ -386,8 +387,9 @@ def test_no_pair_left_is_refused_with_the_counts_of_reading_too():
     assert refusal([LONG], tiny.inst(), row_length=10, drops=drops) == (
         "No preference pair is left of 2, expected at least one: 1 empty answer"
         " (pairs.jsonl:9); 1 prompt longer than packing.row_length (pairs.jsonl:1)."
-        " Raise data.max_length and packing.row_length, choose another data.truncation,"
-        " or mend the data. First row, pairs.jsonl:1: a prompt of user."
+        " Raise data.max_length and packing.row_length, choose another data.truncation"
+        " or model.chat_template, or mend the data. First row, pairs.jsonl:1: a prompt"
+        " of user."
     )
 
 
