@@ -29,7 +29,7 @@ import tyro
 from rich.console import Console
 
 from lpc_jax import config as cfg
-from lpc_jax.data import examples, rows
+from lpc_jax.data import examples, faults, rows
 from lpc_jax.data.report import Drops
 from lpc_jax.errors import UserError
 from lpc_jax.files import whole
@@ -42,10 +42,9 @@ WRONG_TEN = (
     "best by an overall_score of 10 beside a fine-grained_score of at most 2"
     " (OpenBMB/UltraFeedback issue 8)"
 )
-TRUTHFUL = "truthful_qa"
 FROM_TRUTHFUL = (
-    f"from {TRUTHFUL}, whose questions a benchmark asks; HuggingFaceH4 left them out of"
-    f" ultrafeedback_binarized, as --leave-out {TRUTHFUL} does"
+    f"{faults.BENCHMARK}; HuggingFaceH4 left them out of ultrafeedback_binarized, as"
+    f" --leave-out {faults.TRUTHFUL} does"
 )
 
 
@@ -205,7 +204,7 @@ def _score(completion: dict[str, Any], name: str) -> float | None:
 
 def _faults(row: dict[str, Any], score: str) -> Iterator[str]:
     """What is known to be wrong with public rows, of one that is kept."""
-    if row.get("source") == TRUTHFUL:
+    if row.get("source") == faults.TRUTHFUL:
         yield FROM_TRUTHFUL
     (other,) = (name for name in SCORES if name != score)
     both = [(_score(item, score), _score(item, other)) for item in row["completions"]]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 
-from lpc_jax.data import templates
+from lpc_jax.data import faults, templates
 from lpc_jax.data import truncation as truncations
 from lpc_jax.data.examples import Dropped, Message, PreferenceExample, strings
 from lpc_jax.data.pair import TokenizedPair
@@ -82,6 +82,15 @@ class _Encoder:
         tools: Sequence[Any] = (),
     ) -> str:
         """The templated conversation; ``header`` opens the next answer."""
+        text = self._rendered(messages, header, tools)
+        if any(message.get("tool_calls") for message in messages):
+            objects = templates.with_objects(messages, text)
+            text = self._rendered(objects, header, tools)
+        return text
+
+    def _rendered(
+        self, messages: Sequence[Message], header: bool, tools: Sequence[Any]
+    ) -> str:
         own = list(tools) or None
         try:
             template = self._tokenizer.get_chat_template(tools=own)
@@ -130,8 +139,9 @@ class _Encoder:
         prompt = self.prompt(example.prompt, example.tools, notes)
         whole = [[*example.prompt, answer] for answer in answers]
         texts = [self.text(messages, tools=example.tools) for messages in whole]
-        for answer, text in zip(answers, texts, strict=True):
+        for answer, text, messages in zip(answers, texts, whole, strict=True):
             templates.require_answer(text, answer, prompt)
+            templates.require_calls(text, messages)
         notes += self._unread(whole, texts, example.tools)
         contents = list(strings(whole))
         for token in self._written:
@@ -224,7 +234,14 @@ def tokenize(
     pairs = [pair for pair, _ in encode(examples, tokenizer, tally, **rules)]
     if not pairs:
         raise none_left(tally)
-    return pairs, report_of(pairs, tally)
+    cuts = [(p.cut_prompt, p.cut_chosen, p.cut_rejected) for p in pairs]
+    return pairs, measured(
+        np.asarray([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]),
+        cuts=np.asarray(cuts),
+        different=len({pair.key() for pair in pairs}),
+        sources=[pair.source for pair in pairs],
+        tally=tally,
+    )
 
 
 def none_left(tally: Tally) -> UserError:
@@ -234,7 +251,8 @@ def none_left(tally: Tally) -> UserError:
     return UserError(
         f"No preference pair is left of {drops.total}, expected at least one:"
         f" {'; '.join(drops.lines()) or 'none came in'}. Raise data.max_length and"
-        " packing.row_length, choose another data.truncation, or mend the data."
+        " packing.row_length, choose another data.truncation or model.chat_template, or"
+        " mend the data."
         f"{first}"
     )
 
@@ -271,7 +289,7 @@ def encode(
         UserError: A prompt is no prefix under ``error``, or a conversation where text
             is read as it stands.
     """
-    encoder = _Encoder(tokenizer, date)
+    encoder, seen = _Encoder(tokenizer, date), set[int]()
     fit = functools.partial(
         truncations.fit,
         max_length=max_length,
@@ -301,6 +319,10 @@ def encode(
         )
         about = example.source, example.index
         tally.mismatches += mismatch
+        prompt, chosen, rejected = (part.tobytes() for part in kept)
+        seen.add(hash((prompt, chosen, rejected)))
+        if hash((prompt, rejected, chosen)) in seen:
+            tally.notes.append((faults.REVERSED, example.origin))
         yield TokenizedPair(*kept, *about, *cuts, user=example.user), example
 
 
@@ -344,7 +366,8 @@ def _token_strings(
                     " got messages or a system text. Give prompt, chosen and rejected"
                     ' as texts, or use data.template="chat".'
                 )
-            of_pair: list[str] = []
+            known = example.faults
+            of_pair = [x for x in known if x != faults.TURNS or not encoder.is_plain]
             try:
                 texts += encoder.texts(example, of_pair)
             except Dropped as drop:
@@ -361,15 +384,3 @@ def _token_strings(
 def _common_prefix(a: Ids, b: Ids) -> int:
     shorter = min(len(a), len(b))
     return int(np.logical_and.accumulate(a[:shorter] == b[:shorter]).sum())
-
-
-def report_of(pairs: Sequence[TokenizedPair], tally: Tally) -> Report:
-    """The report of these pairs."""
-    cuts = [(p.cut_prompt, p.cut_chosen, p.cut_rejected) for p in pairs]
-    return measured(
-        np.asarray([(len(p.prompt), len(p.chosen), len(p.rejected)) for p in pairs]),
-        cuts=np.asarray(cuts),
-        different=len({pair.key() for pair in pairs}),
-        sources=[pair.source for pair in pairs],
-        tally=tally,
-    )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lpc_jax.data import rows
+from lpc_jax.data import faults, forms, rows
+from lpc_jax.data.forms import wrong as _wrong
 from lpc_jax.data.ranked import Ranked, rows_of
 from lpc_jax.data.report import Drops, Tally
 from lpc_jax.errors import UserError
@@ -19,13 +19,21 @@ Message = dict[str, Any]
 _Parts = tuple[list[Message], Message, Message]  # prompt, chosen, rejected
 _ANSWERS = ("chosen", "rejected")
 # Fields that can hold the prompt, of which the first that is there does.
-_PROMPTS = ("prompt", "messages", "conversations", "instruction")
+_PROMPTS = (
+    *("prompt", "messages", "conversations", "instruction", "question", "query"),
+    *("context", "context_messages", "text_prompt", "input"),
+)
 _SYSTEMS = ("system", "system_prompt")  # likewise the system message
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_ROLES = {"human": "user", "gpt": "assistant"} | {
-    role: role for role in ("system", "user", "assistant", "tool")
+_ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "model", "bot", "chatbot"), "assistant"),
+    **dict.fromkeys(("function", "observation"), "tool"),
 }
-COLUMNS = ("prompt", *_ANSWERS)
+_CALL = "function_call"  # LLaMA-Factory's role, and a field of OpenAI's older messages
+_EMPTY = (None, "", [], {})
+_TEXT_PARTS = ("text", "input_text", "output_text")
 NO_SOURCE = "unknown"
 USER = "user"  # the field of a row that says who judged
 # Rules that drop a pair in more than one place.
@@ -48,6 +56,7 @@ class PreferenceExample:
     tools: tuple[Any, ...] = ()  # that the assistant may call
     is_text: bool = False  # prompt and answers were texts, not messages
     unread: tuple[str, ...] = ()  # fields of the row that nothing reads
+    faults: tuple[str, ...] = ()  # known ones, which reports count
 
     def answers(self, *texts: str) -> list[Message]:
         """Both answers as messages, with other texts if these are given."""
@@ -75,7 +84,7 @@ def read(
     tally = Tally()
     every = ((f"{setting}:{number}", row) for number, row in enumerate(source, 1))
     if isinstance(source, str):
-        every = rows.read(source, setting=setting, split=split, columns=COLUMNS)
+        every = rows.read(source, setting=setting, split=split)
     examples = list(stream(every, tally, limit=limit, user=user, ranked=ranked))
     if not examples:
         path = f" = {source!r}" if isinstance(source, str) else ""
@@ -90,7 +99,7 @@ def stream(
     index, events = itertools.count(), tally.events
     for origin, row in itertools.islice(every, limit):
         unread: tuple[str, ...] = ()
-        tally.first = tally.first or f"{origin}: {form(row)}"
+        tally.first = tally.first or f"{origin}: {forms.in_words(row)}"
         for pair in rows_of(row, origin=origin, ranked=ranked, events=events):
             try:
                 example = parse(pair, origin=origin, index=next(index), user=user)
@@ -112,27 +121,6 @@ def none_in(source: str, tally: Tally) -> UserError:
     )
 
 
-def form(row: Any) -> str:
-    """The fields of a row and what they hold, with the roles of messages, in words."""
-    if not isinstance(row, dict):
-        return f"no fields ({type(row).__name__})"
-    fields = ", ".join(f"{name} ({_kind(value)})" for name, value in row.items())
-    return untrusted.shown(fields)
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "missing"
-        case str():
-            return "text"
-        case [{"role": _} | {"from": _}, *_]:
-            roles = (str(m.get("role", m.get("from"))) for m in value if m)
-            return f"messages of {', '.join(dict.fromkeys(roles))}"
-        case _:
-            return type(value).__name__
-
-
 def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceExample:
     """One row as a pair; ``UserError`` where its form is not known."""
     if not isinstance(row, dict):
@@ -140,7 +128,12 @@ def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceE
     (prompt, chosen, rejected), names = _parts(row, origin)
     prompt, source = _introduced(row, prompt, origin), row.get("source")
     judge, name = row.get(user), _first(row, _PROMPTS)
-    pair = PreferenceExample(
+    unread = _unread(row, names | {*_ANSWERS, "source", user}, origin)
+    own = tools(row, origin)
+    texts = strings([*prompt, chosen, rejected, own, source, judge])
+    _require_characters(origin, *texts)
+    _require_preference(prompt, chosen, rejected)
+    return PreferenceExample(
         prompt=tuple(prompt),
         chosen=chosen["content"] or "",
         rejected=rejected["content"] or "",
@@ -149,15 +142,12 @@ def parse(row: Any, *, origin: str, index: int, user: str = USER) -> PreferenceE
         index=index,
         user=str(judge) if isinstance(judge, str | int) else "",
         more=(_more(chosen), _more(rejected)),
-        tools=tools(row, origin),
+        tools=own,
         is_text=len(prompt) == 1
         and {type(row.get(name)), type(row["chosen"])} == {str},
-        unread=_unread(row, names | {*_ANSWERS, "source", user}, origin),
+        unread=unread,
+        faults=tuple(faults.of(row, prompt, chosen, rejected)),
     )
-    texts = strings([*prompt, chosen, rejected, pair.tools, pair.source, pair.user])
-    _require_characters(origin, *texts)
-    _require_preference(prompt, chosen, rejected)
-    return pair
 
 
 def _more(answer: Message) -> Message:
@@ -176,68 +166,69 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def _first(row: dict[str, Any], names: Sequence[str]) -> str:
-    """The first of these fields that the row has, or nothing."""
-    return next((name for name in names if row.get(name) is not None), "")
+    """The first of these fields that holds something, else that is there."""
+    there = [name for name in names if row.get(name) is not None]
+    filled = [name for name in there if row[name] not in _EMPTY]
+    return (*filled, *there, *names)[0]
 
 
 def _unread(row: dict[str, Any], read: set[str], origin: str) -> tuple[str, ...]:
     """Names of fields that hold something and are not read."""
     read |= {_first(row, _SYSTEMS), "history", "tools"}
-    filled = [
-        name for name, x in row.items() if x is not None and x not in ("", [], {})
-    ]
+    filled = [name for name, x in row.items() if x not in _EMPTY]
     for name in filled:
         if name in _MEDIA:
             raise _wrong(origin, f"{name} cannot be read, text alone can", row[name])
-    return _shared(tuple(name for name in filled if name not in read))
-
-
-@functools.cache
-def _shared(names: tuple[str, ...]) -> tuple[str, ...]:
-    """One object for the same names of every row."""
-    return names
+    return tuple(name for name in filled if name not in read)
 
 
 def _parts(row: dict[str, Any], origin: str) -> tuple[_Parts, set[str]]:
     """Prompt, chosen and rejected, and the fields that hold the prompt."""
     name = _first(row, _PROMPTS)
-    match row.get(name), row.get("chosen"), row.get("rejected"):
-        case (str() | list(), str(chosen), str(rejected)):
-            answers = [{"role": "assistant", "content": c} for c in (chosen, rejected)]
-            prompt, names = _prompt(row, name, origin)
-            return (prompt, answers[0], answers[1]), names
-        case (value, list() | dict() as chosen, list() | dict() as rejected):
-            chosen, rejected = (
-                _messages(x if isinstance(x, list) else [x], side, origin)
-                for side, x in zip(_ANSWERS, (chosen, rejected), strict=True)
-            )
-            single = len(chosen) == len(rejected) == 1
-            if (single and value is not None) or (
-                name == "prompt" and isinstance(value, list)
-            ):
-                _require_one(chosen, rejected, origin)
-                prompt, names = _prompt(row, name, origin)
-                return (prompt, chosen[0], rejected[0]), names
-            parts = _implied(chosen, rejected)
-            # A text beside two transcripts repeats a turn, or is not read.
-            repeats = any(value == message["content"] for message in parts[0])
-            return parts, {name} if repeats else set()
-    got = form(dict.fromkeys(("prompt", *_ANSWERS)) | row)
+    value, sides = row.get(name), [row.get(side) for side in _ANSWERS]
+    texts = [isinstance(side, str) for side in sides]
+    if all(isinstance(side, str | list | dict) for side in sides) and (
+        isinstance(value, str | list) or (value is None and not any(texts))
+    ):
+        return _in_one_form(row, name, sides, origin)
+    if row.keys() >= {*_ANSWERS} and any(x is None or x != x for x in sides):
+        raise Dropped(EMPTY)  # null, or NaN as pandas writes it
+    got = forms.in_words(dict.fromkeys(("prompt", *_ANSWERS)) | row)
     raise UserError(
         f"{origin}: expected prompt, chosen and rejected as three strings, or prompt as"
         " a list of messages and each answer as a list of one, or two full transcripts"
-        f" (lists of messages) as chosen and rejected; got {got}. Convert or remove the"
-        " row."
+        f" (lists of messages) as chosen and rejected; got {got}. {forms.remedy(row)}"
     )
 
 
-def _require_one(chosen: list[Message], rejected: list[Message], origin: str) -> None:
-    for name, messages in zip(_ANSWERS, (chosen, rejected), strict=True):
-        if len(messages) != 1:
+def _in_one_form(
+    row: dict[str, Any], name: str, sides: Sequence[Any], origin: str
+) -> tuple[_Parts, set[str]]:
+    """The same of a row whose answers are texts, messages or lists of these."""
+    answers = []
+    for side, value in zip(_ANSWERS, sides, strict=True):
+        texts = isinstance(value, str)
+        item = {"role": "assistant", "content": value} if texts else value
+        items = item if isinstance(item, list) else [item]
+        answers.append(_messages(items, side, origin))
+    begin = row.get(name)
+    if name == "prompt" and isinstance(begin, list):
+        begin = _messages(begin, name, origin)
+        # A transcript may repeat the prompt.
+        answers = [x[-1:] if x[:-1] == begin else x for x in answers]
+        if (most := max(map(len, answers))) > 1:
             raise UserError(
-                f"{origin}: beside a prompt list, {name} must hold one message, got"
-                f" {len(messages)}. Move earlier turns to prompt, or leave prompt out."
+                f"{origin}: beside a prompt list, an answer must hold one message, or"
+                f" the prompt and one, got {most}. Move earlier turns to prompt, or"
+                " leave prompt out."
             )
+    if begin is not None and list(map(len, answers)) == [1, 1]:
+        prompt, names = _prompt(row, name, origin)
+        return (prompt, answers[0][0], answers[1][0]), names
+    parts = _implied(*answers)
+    # A text beside two transcripts repeats a turn, or is not read.
+    repeats = any(begin == message["content"] for message in parts[0])
+    return parts, {name} if repeats else set()
 
 
 def _implied(chosen: list[Message], rejected: list[Message]) -> _Parts:
@@ -258,10 +249,11 @@ def _prompt(
         return _messages(value, name, origin), {name}
     if not isinstance(value, str):
         raise _wrong(origin, f"{name} must be a text or a list of messages", value)
+    names = {name}
     if name == "instruction" and isinstance(more, str) and more:
         # As LLaMA-Factory joins the two fields of Alpaca's rows.
-        return [{"role": "user", "content": f"{value}\n{more}"}], {name, "input"}
-    return [{"role": "user", "content": value}], {name}
+        value, names = f"{value}\n{more}", {name, "input"}
+    return [{"role": "user", "content": value}], names
 
 
 def _introduced(
@@ -294,15 +286,20 @@ def tools(row: Any, origin: str) -> tuple[Any, ...]:
     """The tools that a row names, as objects or as JSON, as TRL takes them."""
     value = row.get("tools") if isinstance(row, dict) else None
     if isinstance(value, str) and value:
-        try:
-            value = untrusted.parse_json(value.encode(), repeats=True)
-        except ValueError as e:
-            raise _wrong(origin, "tools must be a list or JSON of one", value) from e
+        value = _spelled(value, "tools must be a list or JSON of one", origin)
     if value and not (
         isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
     ):
         raise _wrong(origin, "tools must be a list of objects", value)
     return tuple(value or ())
+
+
+def _spelled(text: str, expected: str, origin: str) -> Any:
+    """The value that a text spells as JSON."""
+    try:
+        return untrusted.parse_json(text.encode(), repeats=True)
+    except ValueError as e:
+        raise _wrong(origin, expected, text) from e
 
 
 def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
@@ -317,11 +314,18 @@ def _messages(items: list[Any], name: str, origin: str) -> list[Message]:
             case _:
                 role, fields = None, {}
         content = _content(fields.pop("content", None), where, origin)
+        calls = fields.pop(_CALL, None)
+        if role == _CALL and content is not None:
+            calls = _spelled(content, f"{where} must be JSON", origin)
+            role, content = "assistant", ""
+        if calls:
+            calls = calls if isinstance(calls, list) else [calls]
+            fields["tool_calls"] = [{"type": "function", "function": c} for c in calls]
         if role is None or (content is None and not fields.get("tool_calls")):
             form = "must be an object with the strings role and content"
             raise _wrong(origin, f"{where} {form}", item)
-        filled = {name: value for name, value in fields.items() if value is not None}
-        role = _ROLES.get(role.lower(), role)
+        filled = {n: x for n, x in fields.items() if x not in _EMPTY}
+        role = _ROLES.get(role.strip().lower(), role)
         messages.append({"role": role, "content": content} | filled)
     return messages
 
@@ -333,18 +337,13 @@ def _content(value: Any, where: str, origin: str) -> str | None:
     texts = []
     for part in value:
         match part:
-            case str(text) | {"type": "text", "text": str(text)}:
+            case str(text):
+                texts.append(text)
+            case {"type": kind, "text": str(text)} if kind in _TEXT_PARTS:
                 texts.append(text)
             case _:
                 raise _wrong(origin, f"{where} must be of text parts alone", part)
     return "".join(texts)
-
-
-def _wrong(origin: str, expected: str, value: Any) -> UserError:
-    return UserError(
-        f"{origin}: {expected}, got {untrusted.shown(repr(value), most=80)}. Mend or"
-        " remove the row."
-    )
 
 
 def _require_characters(origin: str, *texts: str) -> None:
@@ -373,13 +372,13 @@ def _require_preference(
 
 def parse_prompt(row: Any, *, origin: str) -> list[Message]:
     """The messages of a row's prompt, with its system message and history."""
-    name = _first(row, _PROMPTS) if isinstance(row, dict) else ""
-    if not name:
+    known = forms.known(row, origin) if isinstance(row, dict) else {}
+    if known.get(name := _first(known, _PROMPTS)) is None:
         names = " or ".join(_PROMPTS)
         raise _wrong(origin, f"expected an object with {names}", row)
-    _unread(row, set(), origin)
-    messages = _introduced(row, _prompt(row, name, origin)[0], origin)
+    _unread(known, set(), origin)
+    messages = _introduced(known, _prompt(known, name, origin)[0], origin)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise _wrong(origin, f"{name} must end with a message of the user", row[name])
+        raise _wrong(origin, f"{name} must end with a message of the user", known[name])
     _require_characters(origin, *strings(messages))
     return messages

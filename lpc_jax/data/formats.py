@@ -6,7 +6,6 @@ import csv
 import gzip
 import itertools
 import json
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,9 +19,10 @@ from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
 
 Rows = Iterator[tuple[str, Any]]
-_TEXTS = (".jsonl", ".json", ".csv", ".tsv")
-SUFFIXES = (*_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS), ".parquet", ".arrow")
-IN_WORDS = f"{', '.join(_TEXTS)} (each also .gz), .parquet or .arrow"
+_TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_TABLES = (".parquet", ".arrow", ".feather")
+SUFFIXES = (*_TEXTS, *(f"{suffix}.gz" for suffix in _TEXTS), *_TABLES)
+IN_WORDS = ".jsonl, .json, .csv, .tsv (each also .gz), .parquet or .arrow"
 # Bytes read at a time. A line is one pair: a million tokens of English are about 4 MB.
 # JSON that is no line is parsed whole, and then takes several times its size.
 LONGEST_LINE = 64 << 20
@@ -33,29 +33,33 @@ MOST_UNPACKED, UNPACKED_FREELY = 200, 16 << 20
 # Rows unpacked at a time: a table can repeat a large text in any number of them.
 _TABLE_ROWS = 256
 _GZIP, _PARQUET, _BOM = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"
+_ARROW_FILE = b"ARROW1"  # of a file with an index, which Feather is; streams have none
 # A row has one of these; what has none may be a wrapper around rows.
 _ROW_FIELDS = {"prompt", "chosen", "rejected", "messages", "instruction", "answers"}
-_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]""")
 
 
-def rows_of(file: Path, *, split: str | None, columns: tuple[str, ...] = ()) -> Rows:
+def is_readable(name: str) -> bool:
+    """Whether a file's name ends as one of ``SUFFIXES``."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def rows_of(file: Path, *, split: str | None) -> Rows:
     """Each row with its ``file:line``; the first bytes tell more than the name.
 
     Args:
         file: With one of ``SUFFIXES``.
         split: Chooses among the named lists of a JSON file that has several.
-        columns: What a CSV file must have.
     """
     head = _head(file)
-    name = file.name.removesuffix(".gz")
+    name = file.name.lower().removesuffix(".gz")
     if head.startswith(_PARQUET) or (
         name.endswith(".parquet") and head[:1] not in b"{["
     ):
         return _table(file, "parquet", _parquet(file))
-    if name.endswith(".arrow"):
-        return _table(file, "Arrow", _arrow(file))
+    if name.endswith((".arrow", ".feather")):
+        return _table(file, "Arrow", _arrow(file, head.startswith(_ARROW_FILE)))
     if name.endswith((".csv", ".tsv")):
-        return _csv(file, columns)
+        return _csv(file)
     return _json(file, split)
 
 
@@ -225,7 +229,7 @@ def _decode(text: bytes, where: str) -> Any:
 # --- CSV ------------------------------------------------------------------------------
 
 
-def _csv(file: Path, columns: tuple[str, ...]) -> Rows:
+def _csv(file: Path) -> Rows:
     """Rows of text by the header's names; the header tells what separates cells."""
     csv.field_size_limit(LONGEST_LINE)
     lines = (_utf8(line, f"{file}:{number}") for number, line in _lines(file))
@@ -237,12 +241,6 @@ def _csv(file: Path, columns: tuple[str, ...]) -> Rows:
     start = 2
     try:
         names = list(table.fieldnames or ())
-        if not set(columns) <= set(names):
-            raise UserError(
-                f"{file}: expected the columns {', '.join(columns)}, got"
-                f" {untrusted.shown(', '.join(names)) or 'none'}. Name them so in the"
-                " first line."
-            )
         for row in table:
             start, where = table.line_num + 1, f"{file}:{start}"
             cells = len(row) - (None in row) - list(row.values()).count(None)
@@ -253,7 +251,7 @@ def _csv(file: Path, columns: tuple[str, ...]) -> Rows:
                     f" {separator!r} or line breaks in quotes."
                 )
             origin = where.replace(str(file), file.name, 1)
-            yield origin, {name: _cell(cell, where) for name, cell in row.items()}
+            yield origin, row
     except csv.Error as e:
         raise UserError(f"{file}:{start}: broken CSV ({e}). Mend or remove it.") from e
 
@@ -265,20 +263,6 @@ def _utf8(line: bytes, where: str) -> str:
         raise UserError(
             f"{where}: expected text in UTF-8, got the byte {line[e.start]:#04x} at"
             f" {e.start}. Save it as UTF-8."
-        ) from e
-
-
-def _cell(text: str, where: str) -> Any:
-    """The text, or the messages that it spells as JSON."""
-    if not _MESSAGES.match(text):
-        return text
-    try:
-        return untrusted.parse_json(text.encode(), repeats=True)
-    except ValueError as e:
-        raise UserError(
-            f"{where}: expected text, or messages as JSON, got"
-            f" {untrusted.shown(text, most=60)}, messages as Python prints them. Save"
-            " the data as parquet or JSON lines, which hold lists."
         ) from e
 
 
@@ -294,10 +278,14 @@ def _parquet(file: Path) -> Iterator[pyarrow.RecordBatch]:
         yield from table.iter_batches(batch_size=_TABLE_ROWS)
 
 
-def _arrow(file: Path) -> Iterator[pyarrow.RecordBatch]:
-    """Of a shard of a data set that ``save_to_disk`` wrote."""
+def _arrow(file: Path, indexed: bool) -> Iterator[pyarrow.RecordBatch]:
+    """Of a stream, as ``save_to_disk`` writes shards, or of a file with an index."""
+    reader = pyarrow.ipc.open_file if indexed else pyarrow.ipc.open_stream
     with pyarrow.memory_map(str(file)) as mapped:
-        for batch in pyarrow.ipc.open_stream(mapped):
+        batches: Any = reader(mapped)
+        if indexed:
+            batches = map(batches.get_batch, range(batches.num_record_batches))
+        for batch in batches:
             for first in range(0, batch.num_rows, _TABLE_ROWS):
                 yield batch.slice(first, _TABLE_ROWS)
 
@@ -314,10 +302,25 @@ def _table(file: Path, kind: str, batches: Iterator[pyarrow.RecordBatch]) -> Row
             _check_ratio(f"{file}:{number + 1}", unpacked, file.stat().st_size)
             for row in batch.to_pylist():
                 number += 1
-                yield f"{file.name}:{number}", row
+                yield f"{file.name}:{number}", filled(row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         raise UserError(
             f"{file}: broken or truncated {kind} file after row {number}"
             f" ({untrusted.shown(reason)}). Fetch or write it again."
         ) from e
+
+
+def filled(row: Any) -> dict[str, Any]:
+    """The row without the nulls that a table adds to objects of unlike fields."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    match value:
+        case list():
+            return [_without_nulls(x) for x in value]
+        case dict():
+            return {k: _without_nulls(x) for k, x in value.items() if x is not None}
+        case _:
+            return value

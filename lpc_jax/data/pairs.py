@@ -180,9 +180,7 @@ class Reading:
         self, part: Part, of_rows: Tally, of_pairs: Tally
     ) -> Iterator[tuple[TokenizedPair, PreferenceExample]]:
         """As ``chat.encode``; what reading rows tells goes to a tally of its own."""
-        every = rows.read(
-            part.path, setting=self.setting, split=part.split, columns=examples.COLUMNS
-        )
+        every = rows.read(part.path, setting=self.setting, split=part.split)
         texts = examples.stream(
             every, of_rows, limit=part.limit, user=self.user, ranked=self.ranked
         )

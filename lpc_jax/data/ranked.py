@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal, assert_never
 
-from lpc_jax.errors import UserError
-from lpc_jax.files import untrusted
+from lpc_jax.data.forms import known
+from lpc_jax.data.forms import wrong as _wrong
 
 Ranked = Literal["all", "best_each", "best_random"]
 # Rules that leave a pair or a row out.
@@ -29,18 +29,19 @@ def rows_of(
     Raises:
         UserError: Answers or scores that are none, or not one score an answer.
     """
+    row = known(row, origin) if isinstance(row, dict) else row
     if not isinstance(row, dict) or "answers" not in row or row.get("chosen"):
         yield row
         return
-    scored = _scored(row, origin)
-    known = [one for one in scored if not math.isnan(one[0])]
-    events += [(UNSCORED, origin)] * (len(scored) - len(known))
-    if len(known) < 2:
+    every = _scored(row, origin)
+    scored = [one for one in every if not math.isnan(one[0])]
+    events += [(UNSCORED, origin)] * (len(every) - len(scored))
+    if len(scored) < 2:
         events.append((ALONE, origin))
         return
     rest = {k: v for k, v in row.items() if k not in ("answers", "scores")}
-    for better, worse in _chosen_pairs(known, row, origin, ranked, events):
-        yield rest | _in_one_form(rest.get("prompt"), better[1], worse[1])
+    for better, worse in _chosen_pairs(scored, row, origin, ranked, events):
+        yield rest | {"chosen": better[1], "rejected": worse[1]}
 
 
 def _scored(row: dict[str, Any], origin: str) -> list[_Scored]:
@@ -58,11 +59,6 @@ def _scored(row: dict[str, Any], origin: str) -> list[_Scored]:
             raise _wrong(origin, "a score must be a number", score)
     numbers = [math.nan if score is None else float(score) for score in scores]
     return list(zip(numbers, answers, strict=True))
-
-
-def _wrong(origin: str, expected: str, value: Any) -> UserError:
-    got = untrusted.shown(repr(value), most=80)
-    return UserError(f"{origin}: {expected}, got {got}. Mend or remove the row.")
 
 
 def _chosen_pairs(
@@ -92,19 +88,3 @@ def _chosen_pairs(
     content = json.dumps(row, sort_keys=True, default=str).encode()
     drawn = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
     return [unequal[drawn % len(unequal)]]
-
-
-def _in_one_form(prompt: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
-    """Texts, or lists of messages; a text beside messages becomes one."""
-    if all(isinstance(x, str) for x in (prompt, chosen, rejected)):
-        return {"chosen": chosen, "rejected": rejected}
-    pair = {"chosen": _messages(chosen), "rejected": _messages(rejected)}
-    if isinstance(prompt, str) and all(len(answer) == 1 for answer in pair.values()):
-        pair["prompt"] = [{"role": "user", "content": prompt}]
-    return pair
-
-
-def _messages(answer: Any) -> Any:
-    if isinstance(answer, str):
-        return [{"role": "assistant", "content": answer}]
-    return [answer] if isinstance(answer, dict) else answer

@@ -100,7 +100,8 @@ class Report:
 
     def _unread(self) -> list[str]:
         """One line for all fields that nothing reads, if there are any."""
-        fields = (f"{untrusted.shown(n)} ({c:,})" for n, c in self.unread.items())
+        names = ((untrusted.shown(n or "unnamed"), c) for n, c in self.unread.items())
+        fields = (f"{name} ({count:,})" for name, count in names)
         return [f"fields not read (rows): {', '.join(fields)}"] if self.unread else []
 
     def lines(self) -> list[str]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import datasets
 from datasets import exceptions as dataset_errors
 
-from lpc_jax.data import formats, mistaken
+from lpc_jax.data import formats
 from lpc_jax.data.formats import Rows
 from lpc_jax.errors import UserError
-from lpc_jax.files import sources, untrusted
+from lpc_jax.files import kinds, sources, untrusted
 
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _ABOUT = {"dataset_info.json", "dataset_infos.json", _SAVED, _SAVED_SPLITS}
@@ -27,22 +27,23 @@ _LONGEST_FIRST = sorted(formats.SUFFIXES, key=len, reverse=True)
 _LOG = logging.getLogger(__name__)
 
 
-def read(
-    path: str, *, setting: str, split: str | None, columns: tuple[str, ...] = ()
-) -> Rows:
+def read(path: str, *, setting: str, split: str | None) -> Rows:
     """Each row of a file, a folder of shards or a data set, with its ``file:line``.
 
     Args:
         path: A file, a folder or a hub id.
         setting: Names the path in messages.
         split: Of a hub or saved data set; in a folder, of the files that begin so.
-        columns: What a CSV file must have.
     """
     files = find(path, setting=setting, split=split)
     if files is None:
-        return _hub(path, setting=setting, split=split)
+        table = load_hub(path, setting=setting, split=split)
+        return (
+            (f"{path}/{split}:{number}", formats.filled(row))
+            for number, row in enumerate(table, 1)
+        )
     return itertools.chain.from_iterable(
-        formats.rows_of(file, split=split, columns=columns) for file in files
+        formats.rows_of(file, split=split) for file in files
     )
 
 
@@ -62,18 +63,20 @@ def digest(path: str, *, setting: str, split: str | None) -> str:
 def find(path: str, *, setting: str, split: str | None) -> list[Path] | None:
     """The files that a path means, in order; None for a hub data set."""
     if not sources.exists(path):
-        if path.endswith(formats.SUFFIXES) or not sources.is_hub_id(path):
+        if formats.is_readable(path) or not sources.is_hub_id(path):
+            several = "Give the folder of all files." if "*" in path else ""
+            hint = sources.of_address(path) or several or _near(Path(path))
             raise UserError(
                 f"{setting} = {path!r}: no such file, and not a hub id of the form"
-                f" owner/name. {_near(Path(path))}"
+                f" owner/name. {hint}"
             )
         return None
     file = Path(path).expanduser()
-    wrong = mistaken.what(file)
-    if wrong is None and file.is_file() and not file.name.endswith(formats.SUFFIXES):
-        wrong = mistaken.by_suffix(file)
+    wrong = kinds.what(file, "data")
+    if wrong is None and file.is_file() and not formats.is_readable(file.name):
+        wrong = f"{file.name!r}: convert or rename it"
     if wrong is not None:
-        raise _refused(path, setting, *wrong)
+        raise _refused(path, setting, wrong)
     if file.is_dir():
         return _in_folder(file, path, setting, split)
     _, _, shards = _parts(file.name)
@@ -87,16 +90,17 @@ def find(path: str, *, setting: str, split: str | None) -> list[Path] | None:
 
 def _parts(name: str) -> tuple[str, int, int]:
     """The set that a file is of, which shard, and of how many; 0 where not said."""
-    stem = next(name.removesuffix(x) for x in _LONGEST_FIRST if name.endswith(x))
+    ends = (x for x in _LONGEST_FIRST if name.lower().endswith(x))
+    stem = name[: -len(next(ends))]
     matched = _NAME.fullmatch(stem)
     assert matched is not None
     return matched[1], int(matched[2] or 0), int(matched[3] or 0)
 
 
-def _refused(path: str, setting: str, words: str, remedy: str) -> UserError:
+def _refused(path: str, setting: str, got: str) -> UserError:
     return UserError(
         f"{setting} = {path!r} must be a file ending in {formats.IN_WORDS}, a"
-        f" folder of such, or a saved data set, got {words}. {remedy}"
+        f" folder of such, or a saved data set, got {got}."
     )
 
 
@@ -127,7 +131,7 @@ def _in_folder(folder: Path, path: str, setting: str, split: str | None) -> list
             raise UserError(f"{inner} must be a folder inside {folder}. Save it again.")
         return _in_folder(inner, path, setting, split)
     if not names:
-        raise _refused(path, setting, "a folder without any", "Name another.")
+        raise _refused(path, setting, "a folder without any: name another")
     sets = collections.defaultdict(list)
     for name in names:
         sets[_parts(name)[0]].append(name)
@@ -138,7 +142,7 @@ def _in_folder(folder: Path, path: str, setting: str, split: str | None) -> list
 
 def _files(folder: Path) -> list[str]:
     names = sorted(file.name for file in folder.iterdir() if file.name[0] != ".")
-    return [n for n in names if n.endswith(formats.SUFFIXES) and n not in _ABOUT]
+    return [n for n in names if formats.is_readable(n) and n not in _ABOUT]
 
 
 def _one(names: list[str], split: str | None, setting: str, path: str) -> str:
@@ -178,15 +182,9 @@ def _own(folder: Path, name: str) -> Path:
     file = untrusted.own_file(folder, name)
     if file is None:
         raise UserError(f"{folder} must hold {name!r}, got none. Save it again.")
-    wrong = mistaken.what(file)
-    if wrong is not None:
-        raise UserError(f"{file} must be a file of pairs, got {wrong[0]}. {wrong[1]}")
+    if (wrong := kinds.what(file, "data")) is not None:
+        raise UserError(f"{file} must be a file of pairs, got {wrong}.")
     return file
-
-
-def _hub(path: str, *, setting: str, split: str | None) -> Rows:
-    for number, row in enumerate(load_hub(path, setting=setting, split=split), 1):
-        yield f"{path}/{split}:{number}", row
 
 
 def load_hub(path: str, *, setting: str, split: str | None) -> datasets.Dataset:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import datetime
 import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jinja2
 import jinja2.meta
 
-from lpc_jax.data.examples import Dropped, Message
+from lpc_jax.data.examples import Dropped, Message, strings
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted
 
@@ -133,6 +136,40 @@ def require_answer(text: str, answer: Message, prompt: str) -> None:
     behind = text[max(0, shared - len(answer["content"] or "")) :]
     if _lost(behind, [answer]):
         raise Dropped(f"{NOT_WRITTEN} the answer")
+
+
+def require_calls(text: str, messages: Sequence[Message]) -> None:
+    """``Dropped`` where a text lacks a call's name or a text of its arguments."""
+    for form in (messages, with_objects(messages)):
+        parts = [(f.get("name"), f.get("arguments")) for f in _functions(form)]
+        if not _lost(text, [{"content": part} for part in strings(parts)]):
+            return
+    raise Dropped(f"{NOT_WRITTEN} tool_calls")
+
+
+def with_objects(
+    messages: Sequence[Message], quoted: str | None = None
+) -> Sequence[Message]:
+    """The messages with their calls' arguments as objects, as most templates expect.
+
+    With the text of a template only those that it quotes: of JSON, once more.
+    """
+    changed = copy.deepcopy(messages)
+    for function in _functions(changed):
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and (
+            quoted is None or json.dumps(arguments, ensure_ascii=False) in quoted
+        ):
+            with contextlib.suppress(ValueError):
+                function["arguments"] = untrusted.parse_json(arguments.encode())
+    return changed
+
+
+def _functions(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    lists = [m["tool_calls"] for m in messages if isinstance(m.get("tool_calls"), list)]
+    calls = [call for calls in lists for call in calls if isinstance(call, dict)]
+    functions = [call.get("function", call) for call in calls]
+    return [function for function in functions if isinstance(function, dict)]
 
 
 def _lost(text: str, messages: Sequence[Message]) -> list[Message]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,11 @@ FAILURES = (_HTTP_ERROR, OSError)
 _PAUSES, _LONGEST_PAUSE = (2.0, 4.0, 8.0), 300.0
 _TIMEOUT, _RATE_LIMITED, _SERVER_ERROR = 408, 429, 500
 _LOG = logging.getLogger(__name__)
+# https://huggingface.co/docs/huggingface_hub/guides/hf_file_system
+_ADDRESS = re.compile(
+    r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)|hf:/)/(?:datasets/)?"
+    r"([\w.-]+/[\w.-]+)"
+)
 T = TypeVar("T")
 
 
@@ -71,6 +77,12 @@ def names_repository(path: str) -> bool:
     return True
 
 
+def of_address(path: str) -> str:
+    """What to give instead of a hub page's address; nothing for other paths."""
+    matched = _ADDRESS.match(path)
+    return f"Give {matched[1]!r}, its hub id." if matched else ""
+
+
 def exists(path: str) -> bool:
     """Whether a file or folder has this name."""
     try:
@@ -90,7 +102,7 @@ def resolve(
     if not is_hub_id(path):
         raise UserError(
             f"{setting} = {path!r}: no such file or folder, and not a hub id of the"
-            " form owner/name. Check the path."
+            f" form owner/name. {of_address(path) or 'Check the path.'}"
         )
     fetch = functools.partial(
         huggingface_hub.snapshot_download,

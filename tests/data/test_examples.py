@@ -138,18 +138,20 @@ def test_rows_without_a_preference_are_counted_with_their_origins(write):
         {**EXPLICIT, "prompt": []},
         {"chosen": [user("a"), assistant("b")], "rejected": [user("c")]},
         {"chosen": [], "rejected": []},
+        {**PLAIN, "rejected": None},
+        {**PLAIN, "rejected": float("nan")},
         {**IMPLIED, "rejected": IMPLIED["chosen"]},
     ]
     found, drops = read(write("a.jsonl", jsonl(rows)))
     assert [example.index for example in found] == [0]
     assert drops.counts == {
-        "empty answer": 2,
+        "empty answer": 4,
         "chosen equals rejected": 2,
         "answer is not the assistant's": 1,
         "prompt does not end with the user's turn": 2,
         "transcripts differ before the last answer": 1,
     }
-    assert drops.origins("chosen equals rejected") == "a.jsonl:3, a.jsonl:9"
+    assert drops.origins("chosen equals rejected") == "a.jsonl:3, a.jsonl:11"
 
 
 @pytest.mark.parametrize("name", ["chosen", "rejected", "prompt"])
@@ -163,12 +165,12 @@ def test_a_missing_field_is_named_with_its_line(name):
 
 
 def test_an_unknown_form_is_named_with_what_was_seen():
-    assert parse_refusal({**PLAIN, "chosen": [assistant("Me.")], "id": 1}) == (
+    assert parse_refusal({**PLAIN, "chosen": 7, "rejected": [user("a")], "id": 1}) == (
         "pairs.jsonl:3: expected prompt, chosen and rejected as three strings, or"
         " prompt as a list of messages and each answer as a list of one, or two full"
         " transcripts (lists of messages) as chosen and rejected; got prompt (text),"
-        " chosen (messages of assistant), rejected (text), id (int). Convert"
-        " or remove the row."
+        " chosen (int), rejected (messages of user), id (int). Convert or remove"
+        " the row."
     )
 
 
@@ -186,11 +188,12 @@ def test_a_message_without_text_is_refused():
     )
 
 
-def test_several_answer_messages_beside_a_prompt_list_are_refused():
-    assert parse_refusal({**EXPLICIT, "rejected": IMPLIED["rejected"]}) == (
-        "pairs.jsonl:3: beside a prompt list, rejected must hold one message, got 4."
-        " Move earlier turns to prompt, or leave prompt out."
+def test_other_turns_beside_a_prompt_list_are_refused():
+    assert parse_refusal({**EXPLICIT, "rejected": IMPLIED["rejected"][1:]}) == (
+        "pairs.jsonl:3: beside a prompt list, an answer must hold one message, or the"
+        " prompt and one, got 3. Move earlier turns to prompt, or leave prompt out."
     )
+    assert parse({**EXPLICIT, "chosen": IMPLIED["chosen"]}) == parse(EXPLICIT)
 
 
 def test_broken_json_is_named_with_its_line(write):
@@ -253,7 +256,7 @@ def test_a_folder_is_refused(tmp_path):
     assert refusal(tmp_path) == (
         f"data.train = {str(tmp_path)!r} must be a file ending in .jsonl, .json, .csv,"
         " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
-        " set, got a folder without any. Name another."
+        " set, got a folder without any: name another."
     )
 
 
@@ -262,7 +265,7 @@ def test_an_unknown_kind_of_file_is_refused(write):
     assert refusal(file) == (
         f"data.train = {str(file)!r} must be a file ending in .jsonl, .json, .csv,"
         " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
-        " set, got 'a.words'. Convert or rename it."
+        " set, got 'a.words': convert or rename it."
     )
 
 
@@ -322,7 +325,7 @@ def test_a_hub_that_cannot_be_reached_says_in_one_line_how_to_get_the_data(
         "..\\..\\x",
         "https://host/x",
         "s3://bucket/x",
-        "hf://datasets/owner/name",
+        "hf://datasets",
         "package:../../x",
         "package:os/../../x",
         "owner/na\0me",
@@ -347,13 +350,24 @@ def test_what_is_no_name_of_a_data_set_is_refused_without_a_request(
     )
 
 
+@pytest.mark.parametrize(
+    "start",
+    ["https://huggingface.co/datasets/", "http://hf.co/", "hf://datasets/"],
+)
+def test_a_hub_page_s_address_names_the_hub_id(start):
+    address = f"{start}owner/pa.irs/tree/main"
+    assert refusal(address).endswith(
+        "of the form owner/name. Give 'owner/pa.irs', its hub id."
+    )
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "../../../../../../../etc/passwd"])
 def test_a_file_of_the_machine_is_not_read_as_pairs(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert refusal(path, split="train") == (
         f"data.train = {path!r} must be a file ending in .jsonl, .json, .csv,"
         " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
-        " set, got 'passwd'. Convert or rename it."
+        " set, got 'passwd': convert or rename it."
     )
 
 
@@ -372,7 +386,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     assert refusal(pipe) == (
         f"data.train = {str(pipe)!r} must be a file ending in .jsonl, .json, .csv,"
         " .tsv (each also .gz), .parquet or .arrow, a folder of such, or a saved data"
-        " set, got a device or pipe. Write the pairs to a file."
+        " set, got a device or pipe: write it to a file."
     )
 
 
@@ -458,6 +472,7 @@ HI = [user("Hi"), assistant("Hello")]
             [{"role": "system", "content": "Be brief."}, *EXPLICIT["prompt"]],
         ),
         ({**TEXT, "system": "", "history": []}, [user("Who?")]),
+        ({**TEXT, "prompt": "", "messages": [user("Who?")]}, [user("Who?")]),
         ({**TEXT, "history": [["Hi", "Hello"]]}, [*HI, user("Who?")]),
         ({**TEXT, "history": HI}, [*HI, user("Who?")]),
         (
@@ -467,7 +482,7 @@ HI = [user("Hi"), assistant("Hello")]
                     user(
                         [
                             {"type": "text", "text": "Wh", "image": None},
-                            {"type": "text", "text": "o?"},
+                            {"type": "input_text", "text": "o?"},
                         ]
                     )
                 ],
@@ -497,6 +512,10 @@ def test_forms_in_which_pairs_come(row, prompt):
             "images cannot be read, text alone can, got ['a.png']",
         ),
         ({**TEXT, "history": "Hi"}, "history must be a list of turns, got 'Hi'"),
+        (
+            {**TEXT, "chosen": ["a", "b"]},
+            "message 1 of chosen must be an object with the strings role and content,",
+        ),
         (
             {**TEXT, "history": [["Hi"]]},
             "message 1 of history must be an object with the strings role and content,",
@@ -540,16 +559,43 @@ def test_fields_beside_the_text_are_kept_with_the_answer():
         "chosen": [
             {"role": "assistant", "content": None, "tool_calls": [call], "name": None}
         ],
-        "rejected": [{"role": "assistant", "content": "No.", "weight": 1}],
+        "rejected": [
+            {"role": "assistant", "content": "No.", "weight": 1, "tool_calls": []}
+        ],
         "tools": '[{"name": "f"}]',
     }
     pair = parse(row)
     assert pair.answers() == [
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        row["rejected"][0],
+        {"role": "assistant", "content": "No.", "weight": 1},
     ]
     assert pair.tools == ({"name": "f"},)
     assert pair.unread == ("prompt_id",)
+
+
+def test_calls_in_older_forms_are_tool_calls():
+    call = {"name": "f", "arguments": "{}"}
+    older = [{"role": "assistant", "content": None, "function_call": call}]
+    pair = parse({**EXPLICIT, "chosen": older})
+    calls = [{"type": "function", "function": call}]
+    assert pair.answers()[0]["tool_calls"] == calls
+    turns = [
+        {"from": "human", "value": "Who?"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "4"},
+    ]
+    row = {"conversations": turns, **SIDES}
+    assert parse(row).prompt == (
+        user("Who?"), assistant("") | {"tool_calls": calls},
+        {"role": "tool", "content": "4"},
+    )  # fmt: skip
+    turns[1]["value"] = "f()"
+    assert "message 2 of conversations must be JSON, got 'f()'" in parse_refusal(row)
+
+
+def test_the_index_that_pandas_writes_is_no_system_message():
+    pair = parse({"": "0", **PLAIN})
+    assert (pair.prompt, pair.unread) == ((user("Who?"),), ("",))
 
 
 def test_answers_that_differ_in_their_calls_alone_are_a_pair():
@@ -578,12 +624,12 @@ def test_rows_in_memory_read_as_those_of_a_file():
 
 
 def test_rows_that_one_rule_drops_all_show_their_roles(write):
-    row = {"prompt": "a", "chosen": [{"role": "model", "content": "b"}]}
+    row = {"prompt": "a", "chosen": [{"role": "narrator", "content": "b"}]}
     file = write(
-        "a.jsonl", jsonl([{**row, "rejected": [{"role": "model", "content": "c"}]}])
+        "a.jsonl", jsonl([{**row, "rejected": [{"role": "narrator", "content": "c"}]}])
     )
     assert refusal(file).endswith(
         " 1 answer is not the assistant's (a.jsonl:1). Give rows with a prompt and two"
         " different answers. First row, a.jsonl:1: prompt (text), chosen"
-        " (messages of model), rejected (messages of model)."
+        " (messages of narrator), rejected (messages of narrator)."
     )

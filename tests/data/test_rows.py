@@ -5,6 +5,7 @@ import json
 
 import datasets
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
@@ -29,11 +30,15 @@ def parquet(of):
     return out.getvalue().to_pybytes()
 
 
+def feather(of):
+    out, table = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist(of)
+    with pyarrow.ipc.new_file(out, table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue().to_pybytes()
+
+
 def read(path, split="train"):
-    columns = ("prompt", "chosen", "rejected")
-    return list(
-        rows.read(str(path), setting="data.train", split=split, columns=columns)
-    )
+    return list(rows.read(str(path), setting="data.train", split=split))
 
 
 def refusal(path, split="train"):
@@ -74,6 +79,10 @@ def write(folder, files):
         "table.parquet": parquet(ROWS),
         "table.jsonl": parquet(ROWS),
         "lines.parquet": LINES,
+        "lines.ndjson": LINES,
+        "LINES.JSONL": LINES,
+        "indexed.arrow": feather(ROWS),
+        "table.feather": feather(ROWS),
     }.items(),
 )
 def test_the_first_bytes_tell_how_a_file_is_read(tmp_path, name, content):
@@ -97,16 +106,6 @@ def test_rows_are_told_by_the_line_they_start_on(tmp_path):
     ("content", "message"),
     [
         (
-            "question,better,worse\na,b,c\n",
-            "PATH: expected the columns prompt, chosen, rejected, got question, better,"
-            " worse. Name them so in the first line.",
-        ),
-        (
-            "",
-            "PATH: expected the columns prompt, chosen, rejected, got none. Name them"
-            " so in the first line.",
-        ),
-        (
             "prompt,chosen,rejected\na,b\n",
             "PATH:2: expected 3 cells, as the first line has, got 2. Put cells with ','"
             " or line breaks in quotes.",
@@ -115,12 +114,6 @@ def test_rows_are_told_by_the_line_they_start_on(tmp_path):
             "prompt,chosen,rejected\na,b,c\na,b,c,d\n",
             "PATH:3: expected 3 cells, as the first line has, got more. Put cells with"
             " ',' or line breaks in quotes.",
-        ),
-        (
-            "prompt,chosen,rejected\na,b,\"[{'role': 'user'}]\"\n",
-            "PATH:2: expected text, or messages as JSON, got [{'role': 'user'}],"
-            " messages as Python prints them. Save the data as parquet or JSON lines,"
-            " which hold lists.",
         ),
         (
             'prompt,chosen,rejected\na,b,"c\n',
@@ -137,11 +130,14 @@ def test_a_csv_that_cannot_be_read_is_told_by_its_line(tmp_path, content, messag
     assert refusal(tmp_path / "a.csv") == message
 
 
-def test_messages_in_a_csv_are_read_as_json(tmp_path):
-    messages = [{"role": "user", "content": "Why?"}]
-    cell = json.dumps(messages).replace('"', '""')
-    write(tmp_path, {"a.csv": f'prompt,chosen,rejected\n"{cell}",b,c\n'})
-    assert read(tmp_path / "a.csv")[0][1]["prompt"] == messages
+def test_nulls_that_a_table_adds_to_unlike_objects_are_none_of_the_row(tmp_path):
+    calls = [[{"arguments": {"city": "Oslo"}}], [{"arguments": {"zone": None}}]]
+    of = [{"calls": call, "scores": None} for call in calls]
+    write(tmp_path, {"a.parquet": parquet(of)})
+    assert [row for _, row in read(tmp_path / "a.parquet")] == [
+        {"calls": calls[0], "scores": None},
+        {"calls": [{"arguments": {}}], "scores": None},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +153,10 @@ def test_columns_in_json_are_named(tmp_path, value):
         "PATH: expected rows, got columns, as pandas writes them. Write it with"
         " to_json(FILE, orient='records', lines=True)."
     )
+
+
+def test_a_pattern_of_files_names_the_folder(tmp_path):
+    assert refusal(tmp_path / "*.jsonl").endswith(" Give the folder of all files.")
 
 
 def test_json_of_several_lists_needs_the_split(tmp_path):
@@ -253,13 +253,19 @@ def test_one_shard_of_several_is_read_with_a_warning(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"config.py": "", "metrics.jsonl": "{}"}, "the folder of a run. Give the p"),
+        (
+            {"config.py": "", "metrics.jsonl": "{}"},
+            "a run's folder: name its config's pairs",
+        ),
         ({"mine/metrics.jsonl": "{}"}, "a folder of runs"),
         (
             {"config.json": "{}", "tokenizer.json": "{}"},
-            "a model's folder. Give it as --",
+            "a model's folder: give it as --",
         ),
-        ({"adapter_config.json": "{}"}, "the folder of an adapter"),
+        (
+            {"adapter_config.json": "{}"},
+            "a PEFT adapter (base unknown): name the pairs",
+        ),
         ({"0123-float32.npz": ""}, "a cache"),
         ({"README.md": ""}, "a folder without any"),
     ],
@@ -277,12 +283,14 @@ def test_a_folder_of_something_else_is_named(tmp_path, files, words):
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n", "a pointer of Git"),
         ("a.parquet", "<!DOCTYPE html><html>", "a web page"),
         ("a.csv", b"PK\x03\x04...", "a packed file or spreadsheet"),
-        ("a.xlsx", b"", "a spreadsheet. Save it as CSV"),
+        ("a.xlsx", b"", "a spreadsheet: save it as CSV"),
         ("a.jsonl.zst", b"", "a packed file"),
-        ("a.safetensors", b"", "a model's weights. Give it as --model.path"),
+        ("a.safetensors", b"", "one file of weights: give it as --model.path"),
         ("mine.py", "", "a Python file, as configs are"),
-        ("a.pkl", b"", "a file of Python objects, which could run code"),
+        ("a.pkl", b"", "a pickle, which can run code: write one object with"),
         ("a.txt", b"", "a text of no known form"),
+        ("a.jsonl", "a".encode("utf-16"), "text in UTF-16: save it as UTF-8"),
+        ("a.json", b"SQLite format 3\0", "a database: write one object with"),
     ],
 )
 def test_a_file_of_something_else_is_named(tmp_path, name, content, words):
@@ -294,5 +302,5 @@ def test_a_folder_of_the_hub_s_cache_says_which_name_to_give(tmp_path):
     folder = tmp_path / "datasets--owner--name"
     write(folder, {"snapshots/1/a.jsonl": LINES})
     assert refusal(folder).endswith(
-        "got a folder of the hub's cache. Give owner/name here."
+        "got a folder of the hub's cache: give owner/name here."
     )

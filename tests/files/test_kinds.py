@@ -40,18 +40,33 @@ def refusal(path: Path) -> str:
         ((*ADAPTER, "config.json"), "a PEFT adapter (base some/base): merge it"),
         ((*ADAPTER, *WHOLE), "a PEFT adapter (base some/base): merge it first"),
         (("model_index.json", "unet/config.json"), "a diffusers pipeline"),
-        (("data-00000-of-00001.arrow", "dataset_info.json"), "a saved set of data"),
-        (("dataset_dict.json", "train/state.json"), "a saved set of data"),
+        (
+            ("data-00000-of-00001.arrow", "dataset_info.json"),
+            "a set of data: name it as data.train",
+        ),
+        (
+            ("dataset_dict.json", "train/state.json"),
+            "a set of data: name it as data.train",
+        ),
         (("config.json", "onnx/model.onnx"), "an ONNX model"),
         (
             ("config.json", "model-00001-of-00002.safetensors"),
             "shards without model.safetensors.index.json",
         ),
         (("model.safetensors", "tokenizer.json"), "weights without config.json"),
-        (("pytorch_model.bin",), "pickled weights without config.json"),
+        (("pytorch_model.bin",), "pickled weights"),
         (("params.json", "consolidated.00.pth"), "a model in its maker's own form"),
         (("train.jsonl",), "a set of data: name it as data.train"),
         (("tokenizer.json", "tokenizer_config.json"), "a tokenizer without a model"),
+        (("config.json", "pytorch_model.bin"), "pickled weights: name the folder"),
+        (("config.json", "tf_model.h5"), "weights of TensorFlow or Flax"),
+        (("config.json", "weights.npz"), "MLX weights"),
+        (("config.json", "zero_to_fp32.py"), "a DeepSpeed checkpoint: run its"),
+        (("fsdp_0/__0_0.distcp",), "shards: join them first"),
+        (("checkpoint-5/adapter_config.json",), "a folder of adapters"),
+        (("mine/manifest.json", "mine/checkpoints/1/x"), "a folder of runs"),
+        (("train.json", "test.json"), "a set of data"),
+        (("pairs-01.arrow",), "a cache"),
     ],
 )
 def test_a_folder_is_told_by_what_lies_in_it(tmp_path, names, told):
@@ -63,6 +78,24 @@ def test_a_folder_of_models_or_of_gguf_files_names_one(tmp_path):
     assert refusal(of_models).endswith(f"name one, such as {of_models}/checkpoint-500.")
     of_files = put(tmp_path / "b", "q8.gguf", "README.md")
     assert refusal(of_files).endswith(f"name one itself, such as {of_files}/q8.gguf.")
+
+
+def test_weights_that_were_not_fetched_are_told_by_their_first_bytes(tmp_path):
+    folder = put(tmp_path, *WHOLE)
+    for content, told in {
+        "version https://git-lfs.github.com/spec/v1": "a pointer of Git LFS: run",
+        "<!DOCTYPE html>": "a web page: fetch the file itself",
+    }.items():
+        (folder / "model.safetensors").write_text(content)
+        start = "a folder whose model.safetensors is "
+        assert refusal(folder).startswith(start + told)
+
+
+def test_a_folder_of_the_hub_s_cache_says_whose_it_is(tmp_path):
+    folder = put(tmp_path / "models--a--b", "snapshots/1/config.json")
+    assert refusal(folder) == "a folder of the hub's cache: give a/b here."
+    folder = put(tmp_path / "datasets--a--b", "snapshots/1/a.json")
+    assert refusal(folder).endswith("give a/b as --data.train.")
 
 
 def test_a_run_and_what_lies_in_it_name_the_export(tmp_path):
@@ -82,7 +115,10 @@ def test_a_run_and_what_lies_in_it_name_the_export(tmp_path):
         ("train.jsonl", "a set of data: name it as data.train"),
         ("train.jsonl.gz", "a set of data: name it as data.train"),
         ("config.json", "a file of settings or data"),
-        ("model.onnx", "an ONNX model"),
+        ("mine.py", "a Python file, as configs are"),
+        ("model.tar.gz", "a packed file"),
+        ("Modelfile", "a text of no known form"),
+        ("model.onnx", "a model of another form"),
     ],
 )
 def test_a_file_is_told_by_its_name(tmp_path, name, told):

@@ -152,7 +152,7 @@ def test_what_is_wrong_is_said_before_any_compute(
     ("rows", "message"),
     [
         ([], "must hold at least one prompt, got none."),
-        ([{"question": "a"}], "prompts.jsonl:1: expected an object with prompt or"),
+        ([{"headline": "a"}], "prompts.jsonl:1: expected an object with prompt or"),
         ([{"prompt": 3}], "prompts.jsonl:1: prompt must be a text or a list of"),
         ([{"prompt": []}], "prompts.jsonl:1: prompt must end with a message of the"),
         (
