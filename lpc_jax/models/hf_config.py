@@ -79,6 +79,7 @@ _READ: dict[str, tuple[str, ...]] = {
     "olmo2": ("attention_bias",),
     "phi3": (_PARTIAL,),
 }
+_ONE = "Write all of it in rope_parameters."
 _WINDOWED = ("mistral", "phi3")  # families whose code always reads the window
 # Of each kind of stretch: the fields that it needs, and those that may be left out.
 _ORIGINAL = "original_max_position_embeddings"  # the others are named as ours
@@ -126,9 +127,10 @@ def read(config: Mapping[str, Any], origin: str) -> Architecture:
     switched = _SWITCH in _READ[family] and config.get(_SWITCH)
     if family not in _WINDOWED and not switched:
         values["sliding_window"] = None
+    for name in (*(_NAMES[ours] for ours in _FLAGS), _SWITCH):
+        flag = config.get(name)
+        require(type(flag) in (bool, type(None)), origin, name, "true or false", flag)
     flags = {ours: values.get(ours) or False for ours in _FLAGS}
-    for ours, flag in flags.items():
-        require(type(flag) is bool, origin, _NAMES[ours], "true or false", flag)
     plain = checked(values, _NAMES, origin, family=family, **flags)
     plain = dataclasses.replace(
         plain,
@@ -153,11 +155,12 @@ def _family(config: Mapping[str, Any], origin: str) -> str:
         if field not in _READ[families[name]]:
             got = config.get(field)
             require(got in (None, value), origin, field, repr(value), got, NOT_COMPUTED)
-    if config.get("quantization_config") is not None:
-        raise UserError(
-            f"{origin}: quantization_config must be absent. Use the model's"
-            " unquantised safetensors, or a GGUF file."
-        )
+    for field in ("quantization_config", "quantization"):  # the latter is MLX's
+        if config.get(field) is not None:
+            raise UserError(
+                f"{origin}: {field} must be absent. Use the model's unquantised"
+                " safetensors, or a GGUF file."
+            )
     return families[name]
 
 
@@ -216,6 +219,9 @@ def _rope_section(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         section = config.get(field) or {}
         is_object = isinstance(section, Mapping)
         require(is_object, origin, field, "an object or null", section)
+        # A later version reads the one and an earlier one the other.
+        once = not (section and parameters) or section == parameters
+        require(once, origin, field, "absent beside rope_parameters", section, _ONE)
         parameters.update(section)
     return {name: value for name, value in parameters.items() if value is not None}
 

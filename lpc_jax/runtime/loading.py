@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lpc_jax.runtime.policy import Params, Policy
 
 CHECKPOINTS = "checkpoints"
 _TRAINED = "params/"  # in a run's checkpoint
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,19 @@ class Origin:
     checkpoint: Path | None = None  # likewise
     # How conversations become text: fields of cfg.Data.
     rendering: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trained_tokenizer: str | None = None  # digest of a run's; None: another is meant
+
+    @property
+    def latent_sizes(self) -> weights.LatentSizes | None:
+        """Of an exported folder's latent; None without one."""
+        if self.latent is None:
+            return None
+        width = self.architecture.width
+        return weights.LatentSizes(
+            self.latent.num_codes,
+            self.latent.hidden_width or width,
+            latent_models.judged_width(self.latent.posterior_input, width),
+        )
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, with its chat template; its ids have rows of the embedding."""
@@ -56,6 +71,13 @@ class Origin:
             path, chat_template=self.model.chat_template, **self.rendering
         )
         fit.require_rows(loaded, self.architecture, self.path)
+        if self.trained_tokenizer not in (None, tokenizers.digest(loaded)):
+            _LOG.warning(
+                f"{self.name}: the tokenizer or chat template of {path} is not the one"
+                " of its training (its digest differs), so that other tokens are read."
+                " Put that back, or name the one that is meant with --tokenizer or"
+                " --chat-template."
+            )
         return loaded
 
 
@@ -75,7 +97,10 @@ def find(
     rendering = {n: changes.pop(n) for n in tokenizers.RENDERING if n in changes}
     cfg.Data(train="none", **rendering)  # refuses what is no value of theirs
     origin = _find(path, run, step, changes)
-    return dataclasses.replace(origin, rendering={**origin.rendering, **rendering})
+    if rendering:
+        whole = {**origin.rendering, **rendering}
+        origin = dataclasses.replace(origin, rendering=whole, trained_tokenizer=None)
+    return origin
 
 
 def _find(path: str, run: Path, step: str, model: dict[str, Any]) -> Origin:
@@ -86,11 +111,22 @@ def _find(path: str, run: Path, step: str, model: dict[str, Any]) -> Origin:
             f"--step {step} is of a run's checkpoints, got the model {path!r}. Leave it"
             " out, or name a run folder."
         )
-    return find_model(cfg.Model(path=path, **model))
+    origin = _origin(cfg.Model(path=path, **model), "model.path")
+    weights.check(origin.path, origin.architecture, origin.latent_sizes)
+    return origin
 
 
 def find_model(model: cfg.Model, setting: str = "model.path") -> Origin:
-    """A model, or an exported folder with its codes; ``setting`` is for messages."""
+    """A decoder to start from or to compare with; ``setting`` is for messages.
+
+    Its tensors are there by name, shape and type, and are no codes.
+    """
+    origin = _origin(model, setting)
+    weights.check(origin.path, origin.architecture)
+    return origin
+
+
+def _origin(model: cfg.Model, setting: str) -> Origin:
     path = weights.find(model.path, setting=setting, revision=model.revision)
     kinds.require_model(path, setting)
     architecture = weights.read_architecture(path)
@@ -109,7 +145,8 @@ def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Origin:
             " has its own. Leave it out."
         )
     settings = dataclasses.replace(config.model, **model)
-    start = find_model(settings)
+    start = _origin(settings, "model.path")  # whose weights a run may not need
+    is_own = model.keys().isdisjoint(("tokenizer", "chat_template"))
     _require_architecture(meta.get("architecture", {}), start, run)
     return dataclasses.replace(
         start,
@@ -118,6 +155,7 @@ def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Origin:
         run=dataclasses.replace(config, model=settings),
         checkpoint=checkpoint,
         rendering=tokenizers.rendering(config.data),
+        trained_tokenizer=meta.get("tokenizer_digest") if is_own else None,
     )
 
 
@@ -215,15 +253,7 @@ def load_from(origin: Origin, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> 
     if origin.run is not None:
         return _load_run(origin, origin.run, mesh).merged(dtype)
     model = outline(origin, mesh=mesh, latent=origin.latent, train_decoder=False)
-    expected = model.merged(dtype).params
-    latent = None
-    if model.latent is not None:
-        width = model.architecture.width
-        latent = weights.LatentSizes(
-            model.latent.num_codes,
-            model.latent.hidden_width or width,
-            latent_models.judged_width(model.latent.posterior_input, width),
-        )
+    expected, latent = model.merged(dtype).params, origin.latent_sizes
     params = {"decoder": _decoder(model, expected["decoder"], latent)}
     if latent is not None:
         leaves = sharding.by_path(expected["latent"])

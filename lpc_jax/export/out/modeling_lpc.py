@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # What a label is where there is nothing to predict.
 IGNORED = -100
+UNREAD = ("system", "system_prompt", "history")  # fields of a pair
 HOW = ("mean", "sample", "argmax")
 # A mix given by hand must sum to 1 within this.
 TOLERANCE = 1e-3
@@ -256,18 +257,38 @@ def prompt_end(hidden, attention_mask=None, prompt_lengths=None, labels=None):
 
 
 def pair_ids(row, tokenizer):
-    """Token ids of a judged pair: prompt, chosen and rejected, each answer with EOS."""
+    """Token ids of a judged pair: prompt, chosen and rejected, each answer with EOS.
+
+    ``tools`` goes to the chat template.
+    """
     missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
     if missing:
         raise ValueError(
             f"a judged pair needs prompt, chosen and rejected, got none of {missing}."
         )
+    unread = [name for name in UNREAD if row.get(name)]
+    if unread:
+        raise ValueError(f"a judged pair has {unread} in its prompt's messages.")
+    tools = row.get("tools") or None
+    tools = json.loads(tools) if isinstance(tools, str) else tools
 
     def messages(value, role):
-        return [{"role": role, "content": value}] if isinstance(value, str) else value
+        if isinstance(value, str):
+            return [{"role": role, "content": value}]
+        one = role != "assistant" or len(value) == 1
+        if not one or not all(
+            {"role", "content"} <= message.keys() for message in value
+        ):
+            raise ValueError(
+                "a judged pair's prompt and answers are each a text or messages with"
+                f" role and content, one of an answer, got {value!r:.200}."
+            )
+        return value
 
     def encoded(conversation, **options):
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(
+            conversation, tools=tools, tokenize=False, **options
+        )
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     prompt = messages(row["prompt"], "user")
