@@ -38,7 +38,7 @@ def require_output(output: Path) -> None:
         raise UserError(f"{output} must be new or empty. Choose another folder.")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} must be new, got a file. Choose another name.")
-    whole.require_writable(output, "output")
+    whole.require_writable(output.absolute().parent, "output")
 
 
 def require_space(output: Path, outline: Origin, *, dtype: str, plain: bool) -> None:

@@ -107,7 +107,11 @@ def open_folder(path: Path) -> tuple[dict[str, Any], Path]:
             f"{path}: expected a folder with {NAME}, or a file ending in .gguf."
             " Check the path."
         )
-    return untrusted.read_object(config, most=_LARGEST), config
+    fields = untrusted.read_object(config, most=_LARGEST)
+    if fields.get("architectures") is None:  # transformers goes by the type alone
+        names = (n for n, its in FAMILIES.items() if its == fields.get("model_type"))
+        fields["architectures"] = list(names)
+    return fields, config
 
 
 def read(config: Mapping[str, Any], origin: str) -> Architecture:
@@ -141,6 +145,10 @@ def read(config: Mapping[str, Any], origin: str) -> Architecture:
     scaling = _scaling(plain, config, section, origin)
     if family not in _WINDOWED and not _windowed(plain, config, origin):
         plain = dataclasses.replace(plain, sliding_window=None)
+    # transformers goes by the type, other programs by the architectures.
+    kind, family = config.get("model_type"), plain.family
+    same = kind in (None, family, f"lpc_{family}")
+    require(same, origin, "model_type", repr(family), kind, "Correct one of the two.")
     return dataclasses.replace(plain, rope_scaling=scaling)
 
 

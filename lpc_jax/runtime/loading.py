@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -71,6 +72,14 @@ class Origin:
             path, chat_template=self.model.chat_template, **self.rendering
         )
         fit.require_rows(loaded, self.architecture, self.path)
+        if path != self.path and tokenizers.is_beside(self.path):
+            with contextlib.suppress(UserError):  # its own may be what is broken
+                own = tokenizers.load(self.path, chat_template=None)
+                if differ := tokenizers.differing(loaded, own):
+                    _LOG.warning(
+                        f"model.tokenizer {path}: {differ} have other ids than in"
+                        f" {self.path}. Leave it out unless the model was trained so."
+                    )
         if self.trained_tokenizer not in (None, tokenizers.digest(loaded)):
             _LOG.warning(
                 f"{self.name}: the tokenizer or chat template of {path} is not the one"
