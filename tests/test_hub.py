@@ -392,7 +392,7 @@ def test_a_push_sends_the_folder_with_its_card(pushed):
         ),
         (
             "other",
-            "--push other/new: owner must be one of someone, team, who are logged in,"
+            "--push other/new must be of someone, team, who are logged in,"
             " got other. Name one, or log in as other.",
         ),
         (

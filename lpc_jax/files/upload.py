@@ -11,10 +11,7 @@ from lpc_jax.files import sources
 
 
 def require_access(repository: str, *, setting: str, private: bool = False) -> None:
-    """Raises ``UserError`` unless a login may write to ``owner/name`` on the hub.
-
-    ``private`` refuses a repository that is there and public, which would stay so.
-    """
+    """Refuses what no login may write to, or, where ``private``, what stays public."""
     if not sources.names_repository(repository):
         raise UserError(
             f"{setting} must be owner/name on the hub, got {repository!r}. Name one."
@@ -22,34 +19,26 @@ def require_access(repository: str, *, setting: str, private: bool = False) -> N
     api = huggingface_hub.HfApi()
     try:
         account = api.whoami()
-        is_public = (
-            private
-            and api.repo_exists(repository)
-            and not api.model_info(repository).private
-        )
+        is_there = private and api.repo_exists(repository)
+        is_public = is_there and not api.model_info(repository).private
     except sources.FAILURES as error:
         cause = sources.cause_of(error)
         raise UserError(
             f"{setting} {repository} needs a login on the hub, which failed:"
             f" {cause.what}. Run `hf auth login` or set HF_TOKEN."
         ) from error
-    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise UserError(
-            f"{setting} {repository} needs a token that may write, got one that may"
-            " read. Make one on the hub and run `hf auth login`."
-        )
-    if is_public:
-        raise UserError(
-            f"{setting} {repository} must be new or private, got one that is public."
-            " Name another, or make it private on the hub."
-        )
     owners = [account["name"], *(org["name"] for org in account.get("orgs", ()))]
-    owner = repository.partition("/")[0]
-    if owner not in owners:
-        raise UserError(
-            f"{setting} {repository}: owner must be one of {', '.join(owners)}, who are"
-            f" logged in, got {owner}. Name one, or log in as {owner}."
+    owner, problem = repository.partition("/")[0], None
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        problem = "needs a token that may write, got one that may read. Make one"
+    elif is_public:
+        problem = "must be new or private, got one that is public. Name another"
+    elif owner not in owners:
+        problem = (
+            f"must be of {', '.join(owners)}, who are logged in, got {owner}. Name one"
         )
+    if problem is not None:
+        raise UserError(f"{setting} {repository} {problem}, or log in as another.")
 
 
 def push(folder: Path, repository: str, *, private: bool, setting: str) -> str:

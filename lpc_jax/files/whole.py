@@ -14,10 +14,7 @@ from lpc_jax.errors import UserError
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the path's place when the block ends, and never in part.
-
-    Makes its folder.
-    """
+    """A file, in its folder, that is there when the block ends, and never in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -79,6 +79,7 @@ _READ: dict[str, tuple[str, ...]] = {
     "olmo2": ("attention_bias",),
     "phi3": (_PARTIAL,),
 }
+_UNQUANTISED = "Use the model's unquantised safetensors, or a GGUF file."
 _ONE = "Write all of it in rope_parameters."
 _WINDOWED = ("mistral", "phi3")  # families whose code always reads the window
 # Of each kind of stretch: the fields that it needs, and those that may be left out.
@@ -164,11 +165,8 @@ def _family(config: Mapping[str, Any], origin: str) -> str:
             got = config.get(field)
             require(got in (None, value), origin, field, repr(value), got, NOT_COMPUTED)
     for field in ("quantization_config", "quantization"):  # the latter is MLX's
-        if config.get(field) is not None:
-            raise UserError(
-                f"{origin}: {field} must be absent. Use the model's unquantised"
-                " safetensors, or a GGUF file."
-            )
+        got = config.get(field)
+        require(got is None, origin, field, "absent", got, _UNQUANTISED)
     return families[name]
 
 

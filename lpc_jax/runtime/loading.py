@@ -82,9 +82,8 @@ class Origin:
                     )
         if self.trained_tokenizer not in (None, tokenizers.digest(loaded)):
             _LOG.warning(
-                f"{self.name}: the tokenizer or chat template of {path} is not the one"
-                " of its training (its digest differs), so that other tokens are read."
-                " Put that back, or name the one that is meant with --tokenizer or"
+                f"{self.name}: the tokenizer or chat template of {path} is not that of"
+                " its training. Put that back, or name what is meant: --tokenizer,"
                 " --chat-template."
             )
         return loaded
@@ -105,31 +104,24 @@ def find(
     run, changes = Path(path).expanduser(), dict(model or {})
     rendering = {n: changes.pop(n) for n in tokenizers.RENDERING if n in changes}
     cfg.Data(train="none", **rendering)  # refuses what is no value of theirs
-    origin = _find(path, run, step, changes)
+    if (run / CHECKPOINTS).is_dir():
+        origin = _find_run(run, step, changes)
+    elif step != "latest":
+        raise UserError(
+            f"--step {step} is of a run's checkpoints, got the model {path!r}. Leave it"
+            " out, or name a run folder."
+        )
+    else:
+        origin = _origin(cfg.Model(path=path, **changes), "model.path")
+        weights.check(origin.path, origin.architecture, origin.latent_sizes)
     if rendering:
         whole = {**origin.rendering, **rendering}
         origin = dataclasses.replace(origin, rendering=whole, trained_tokenizer=None)
     return origin
 
 
-def _find(path: str, run: Path, step: str, model: dict[str, Any]) -> Origin:
-    if (run / CHECKPOINTS).is_dir():
-        return _find_run(run, step, model)
-    if step != "latest":
-        raise UserError(
-            f"--step {step} is of a run's checkpoints, got the model {path!r}. Leave it"
-            " out, or name a run folder."
-        )
-    origin = _origin(cfg.Model(path=path, **model), "model.path")
-    weights.check(origin.path, origin.architecture, origin.latent_sizes)
-    return origin
-
-
 def find_model(model: cfg.Model, setting: str = "model.path") -> Origin:
-    """A decoder to start from or to compare with; ``setting`` is for messages.
-
-    Its tensors are there by name, shape and type, and are no codes.
-    """
+    """A decoder whose tensors are there and no codes; ``setting`` is for messages."""
     origin = _origin(model, setting)
     weights.check(origin.path, origin.architecture)
     return origin
@@ -263,15 +255,10 @@ def load_from(origin: Origin, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> 
         return _load_run(origin, origin.run, mesh).merged(dtype)
     model = outline(origin, mesh=mesh, latent=origin.latent, train_decoder=False)
     expected, latent = model.merged(dtype).params, origin.latent_sizes
-    params = {"decoder": _decoder(model, expected["decoder"], latent)}
-    if latent is not None:
-        leaves = sharding.by_path(expected["latent"])
-        params["latent"] = weights.load_latent(
-            model.source.path,
-            model.architecture,
-            latent,
-            sharding_of=lambda path: leaves[path].sharding,
-        )
+    params = {
+        part: _load(model, part, its_leaves, latent)
+        for part, its_leaves in expected.items()
+    }
     return dataclasses.replace(model, params=params, frozen={})
 
 
@@ -295,9 +282,7 @@ def _load_run(origin: Origin, run: cfg.Config, mesh: Mesh) -> Policy:
         row_length=run.packing.row_length,
     )
     # Adapters are added in fp32 to the matrices that they were trained beside.
-    frozen = {
-        part: _decoder(trained, leaves) for part, leaves in trained.frozen.items()
-    }
+    frozen = {name: _load(trained, name, x) for name, x in trained.frozen.items()}
     arrays = reader.read(
         origin.checkpoint,
         {p: leaf for p, leaf in saved["leaves"].items() if p.startswith(_TRAINED)},
@@ -308,10 +293,13 @@ def _load_run(origin: Origin, run: cfg.Config, mesh: Mesh) -> Policy:
     return dataclasses.replace(trained, params=params, frozen=frozen, run=run)
 
 
-def _decoder(
-    abstract: Policy, expected: Params, latent: weights.LatentSizes | None = None
+def _load(
+    abstract: Policy,
+    part: Any,
+    expected: Params,
+    latent: weights.LatentSizes | None = None,
 ) -> Params:
-    """Reads a decoder leaf by leaf, straight onto the mesh."""
+    """Reads the decoder or the latent leaf by leaf, straight onto the mesh."""
     leaves = sharding.by_path(expected)
     return weights.load(
         abstract.source.path,
@@ -319,12 +307,13 @@ def _decoder(
         dtype_of=lambda path: leaves[path].dtype,
         sharding_of=lambda path: leaves[path].sharding,
         latent=latent,
+        part=part,
     )
 
 
 def start(abstract: Policy, *, seed: int) -> Policy:
     """Gives an abstract policy its arrays: the decoder from files, the rest seeded."""
-    params = {"decoder": _decoder(abstract, abstract.whole["decoder"])}
+    params = {"decoder": _load(abstract, "decoder", abstract.whole["decoder"])}
     seeded = {name: x for name, x in abstract.params.items() if name != "decoder"}
 
     def make(key: Array) -> Params:

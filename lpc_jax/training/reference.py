@@ -24,7 +24,7 @@ from lpc_jax.data.pairs import Pairs, of_every_length
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted, whole
 from lpc_jax.runtime import loading, processes, programs, reading
-from lpc_jax.runtime.policy import Policy, abstract, decoder_digest
+from lpc_jax.runtime.policy import Policy, decoder_digest
 from lpc_jax.types import Batch
 
 # Pairs re-scored live when a cache is found, and how far they may be off, in nats per
@@ -191,16 +191,16 @@ def outline(config: cfg.Config, policy: Policy) -> Policy | None:
         config.model, path=config.reference.path, revision=None
     )
     model = loading.find_model(settings, setting="reference.path")
-    made = abstract(
-        model.architecture,
-        policy.compute,
-        latent=None,
-        adapters=None,
-        train_decoder=config.trains_decoder,
+    if not tokenizers.is_beside(model.path):  # then it is the policy's
+        own = config.model.tokenizer or config.model.path
+        own = dataclasses.replace(settings, tokenizer=own)
+        model = dataclasses.replace(model, model=own)
+    made = loading.outline(
+        model,
         mesh=policy.mesh,
-        path=model.path,
-        name=config.reference.path,
-        tokenizer=model.tokenizer() if tokenizers.is_beside(model.path) else None,
+        train_decoder=config.trains_decoder,
+        row_length=config.packing.row_length,
+        base=config.base,
     )
     policy.require_vocabulary(made, "Choose a reference.path of the same family.")
     return made

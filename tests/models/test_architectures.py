@@ -350,13 +350,13 @@ def test_every_field_of_the_architecture_changes_the_written_config():
         ),
         (
             {"quantization_config": {"bits": 4}},
-            "c.json: quantization_config must be absent. Use the model's unquantised"
-            " safetensors, or a GGUF file.",
+            "c.json: quantization_config must be absent, got {'bits': 4}. Use the"
+            " model's unquantised safetensors, or a GGUF file.",
         ),
         (
-            {"quantization": {"bits": 4, "group_size": 64}},
-            "c.json: quantization must be absent. Use the model's unquantised"
-            " safetensors, or a GGUF file.",
+            {"quantization": {"bits": 4}},
+            "c.json: quantization must be absent, got {'bits': 4}. Use the model's"
+            " unquantised safetensors, or a GGUF file.",
         ),
         (
             QWEN2 | {"use_sliding_window": "false", "rope_scaling": None},

@@ -229,10 +229,10 @@ def test_a_mix_like_judged_pairs_is_ours(posterior_input, torch, tmp_path):
     for rows, message in (
         ([], "needs judged pairs, got none"),
         ([{"prompt": "x", "chosen": "y"}], "needs prompt, chosen and rejected"),
-        ([row | {"system": "Be brief."}], r"has \['system'\] in its prompt's messages"),
-        ([row | {"history": [["a", "b"]]}], r"has \['history'\] in its prompt's"),
-        ([row | {"chosen": two, "rejected": two}], "with role and content, one of an"),
-        ([row | {"prompt": shared}], "with role and content, one of an answer"),
+        ([row | {"system": "Be brief."}], r"and no \{'system'\}, got prompt 'x'"),
+        ([row | {"history": [["a", "b"]]}], r"and no \{'history'\}, got prompt 'x'"),
+        ([row | {"chosen": two, "rejected": two}], "an answer one of them, and no"),
+        ([row | {"prompt": shared}], "messages with role and content, an answer"),
     ):
         with pytest.raises(ValueError, match=message):
             model.mix_like(rows, tokenizer)
@@ -243,8 +243,9 @@ def test_tools_of_a_judged_pair_reach_the_template(torch, tmp_path):
 
     ours, folder = exports.with_codes("tiny_llama"), tmp_path / "model"
     written = "{% if tools %}{{ tools | tojson }}{% endif %}"
-    template = written + ours.tokenizer.chat_template
-    ours.tokenizer.chat_template = template
+    template = ours.tokenizer.chat_template
+    assert template.startswith("{{ bos_token }}")
+    ours.tokenizer.chat_template = template.replace("}}", "}}" + written, 1)
     write(ours, folder, plain=False)
     tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
     rows = [judged_pairs()[0] | {"tools": t} for t in (tools, json.dumps(tools))]
