@@ -192,7 +192,7 @@ def outline(config: cfg.Config, policy: Policy) -> Policy | None:
     )
     model = loading.find_model(settings, setting="reference.path")
     if not tokenizers.is_beside(model.path):  # then it is the policy's
-        own = config.model.tokenizer or config.model.path
+        own = config.model.tokenizer or str(policy.source.path)
         own = dataclasses.replace(settings, tokenizer=own)
         model = dataclasses.replace(model, model=own)
     made = loading.outline(
