@@ -227,6 +227,7 @@ def start(
         data=cfg.Data(
             train="given",
             eval=None if held_out is None else "given",
+            date=pairs.date,
             **policy.rendering,
         ),
         training=dataclasses.replace(settings, steps=steps or settings.steps),

@@ -360,9 +360,10 @@ def _count(text: str) -> int:
 def _require_writable(arguments: argparse.Namespace) -> None:
     """Refuses a place that cannot be written, before anything is computed."""
     from lpc_jax.evaluation import flags
+    from lpc_jax.files import whole
 
     if arguments.output is not None:
-        flags.require_writable(arguments.output, flag="--output")
+        whole.require_writable(arguments.output, "--output")
     if arguments.json is not None:
         flags.require_new_file(arguments.json, overwrite=True, flag="--json")
 

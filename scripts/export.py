@@ -98,9 +98,11 @@ def _export(arguments: argparse.Namespace) -> None:
         )
     output, plain, pushed = arguments.output, arguments.plain, arguments.push
     folder.require_output(output)
+    if arguments.bias is not None and output.is_dir():
+        raise UserError(f"--bias writes a file, got the folder {output}. Name a file.")
     outline = flags.find_policy(arguments)
     if pushed is not None:
-        upload.require_access(pushed, setting="--push")
+        upload.require_access(pushed, setting="--push", private=arguments.private)
     if arguments.bias is not None:
         _export_bias(arguments, outline)
         return

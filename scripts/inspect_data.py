@@ -60,8 +60,7 @@ def inspect(config: cfg.Config, console: Console, *, pairs: int) -> None:
     """
     data, row_length = config.data, config.packing.row_length
     loaded = _tokenizer(config.model, data)
-    if templates.writes_date(loaded.chat_template):
-        day = data.date or templates.today()
+    if day := templates.day(loaded.chat_template, data.date):
         console.print(f"The chat template writes today's date: here {day} (data.date).")
     for name in ("train", "eval"):
         sources_of = pair_data.parts_of(data, name)

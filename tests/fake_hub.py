@@ -22,6 +22,7 @@ from typing import Any
 
 COMMIT = "a" * 40
 TOKEN, ACCOUNT = "hf_abc", {"name": "someone", "orgs": [{"name": "team"}]}
+READER = "hf_read"  # a token of the same account that may not write
 # For what is no download, or must not be tried again.
 _API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(/.*)?")
 _FILE = re.compile(r"(/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)")
@@ -151,10 +152,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         reply: Any = {}
         match path.rpartition("/api")[2].split("/")[1:]:
             case ["whoami-v2"]:
-                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+                if token not in (TOKEN, READER):
                     self._send(401, b"{}", {})
                     return True
-                reply = ACCOUNT
+                role = "read" if token == READER else "write"
+                reply = ACCOUNT | {"auth": {"accessToken": {"role": role}}}
             case ["validate-yaml"]:
                 reply = {"errors": [], "warnings": []}
             case ["repos", "create"]:

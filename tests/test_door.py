@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
+import json
 import subprocess
 import sys
 
@@ -12,6 +15,7 @@ import pytest
 
 import lpc_jax as lpc
 from lpc_jax import sharding
+from lpc_jax.data import templates
 from tests import runs
 from tests.conftest import REPOSITORY
 
@@ -208,6 +212,35 @@ def test_a_run_with_a_folder_is_loaded_and_resumed(policy, pairs, run, tmp_path)
     again = load(folder)
     assert again.digest() == run.policy.digest()
     assert again.config.loss == loss
+
+
+def test_a_date_of_pairs_is_the_run_s_and_named_on_resume(tmp_path, monkeypatch):
+    file, day = tmp_path / "template.jinja", datetime.date(2026, 11, 27)
+    file.write_text(
+        "{{ bos_token }}{{ strftime_now('%d %b') }}{% for m in messages %}"
+        "[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    monkeypatch.setattr(templates, "today", lambda: day)
+    policy = load(chat_template=str(file), latent=None)
+
+    def start(**of_pairs):
+        pairs = lpc.read_pairs(runs.PAIRS, policy, limit=8, **SHORT, **of_pairs)
+        how = {"folder": tmp_path / "run", "resume": True, "packing": PACKING}
+        how["training"] = lpc.Training(log_every=1, samples=0, checkpoint_every=1)
+        return iter(lpc.start(policy, pairs, lpc.Simpo(gamma=1.0), steps=2, **how))
+
+    with contextlib.closing(start()) as steps:
+        next(steps)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["settings"]["data.date"] == "2026-11-27"
+    day = datetime.date(2026, 11, 28)
+    named = r"data.date: checkpoint '2026-11-27', now '2026-11-28'(.*\n)*.*"
+    with pytest.raises(
+        lpc.UserError, match=named + r"read_pairs\(\.\.\., date='2026-11-27'"
+    ):
+        next(start())
+    assert [step["step"] for step in start(date="2026-11-27")] == [2]
 
 
 @pytest.mark.parametrize("how", [{"adapters": lpc.Adapters(rank=2)}, {"frozen": True}])

@@ -332,7 +332,8 @@ for name, token, folder in json.loads(sys.argv[1]):
     os.environ["HF_TOKEN"] = token
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        status = export.main([sys.argv[2], folder, "--push", name])
+        private = ["--private"] * name.endswith("/there")
+        status = export.main([sys.argv[2], folder, "--push", name, *private])
     outcomes.append([status, said.getvalue()])
 print(json.dumps(outcomes))
 """
@@ -347,12 +348,14 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "nobody": ("someone/new", ""),
         "stranger": ("someone/new", "hf_wrong"),
         "other": ("other/new", fake_hub.TOKEN),
+        "reader": ("someone/new", fake_hub.READER),
+        "public": ("someone/there", fake_hub.TOKEN),
         "no-name": ("new", fake_hub.TOKEN),
         "refused": ("someone/refused", fake_hub.TOKEN),
     }
     faults = {"someone/refused": Fault("/commit/", EVER, 403)}
     listed = [[*one, str(base / folder)] for folder, one in tries.items()]
-    with fake_hub.serve({}, faults) as hub:
+    with fake_hub.serve({"someone/there": runs.MODEL}, faults) as hub:
         command = [sys.executable, "-c", PUSH, json.dumps(listed), str(runs.MODEL)]
         environment = environment_of(base / "home", hub.endpoint)
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -389,8 +392,18 @@ def test_a_push_sends_the_folder_with_its_card(pushed):
         ),
         (
             "other",
-            "--push other/new: owner must be one of someone, team, who are logged in,"
+            "--push other/new must be of someone, team, who are logged in,"
             " got other. Name one, or log in as other.",
+        ),
+        (
+            "reader",
+            "--push someone/new needs a token that may write, got one that may read."
+            " Make one on the hub and run `hf auth login`.",
+        ),
+        (
+            "public",
+            "--push someone/there must be new or private, got one that is public. Name"
+            " another, or make it private on the hub.",
         ),
         ("no-name", "--push must be owner/name on the hub, got 'new'. Name one."),
     ],

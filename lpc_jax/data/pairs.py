@@ -69,6 +69,7 @@ class Pairs:
     report: Report | None = None
     # The last turn before the answers, by pair id.
     prompts: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    date: str | None = None  # that the chat template writes in them as today's
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -132,7 +133,7 @@ def load(
         first=[tally.first for tally in tallies],
         taken=words,
     )
-    return Pairs(whole, report, Prompts(whole))
+    return Pairs(whole, report, Prompts(whole), reading.rules["date"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +159,8 @@ class Reading:
     ) -> Reading:
         """As a run's data settings say."""
         alone = len(data.sources(name)) == 1
-        how = rules(data) | {"row_length": row_length}
+        date = templates.day(tokenizer.chat_template, data.date)
+        how = rules(data) | {"row_length": row_length, "date": date}
         known = data.user, data.ranked, alone, data.cache
         return cls(tokenizer, setting, *known, how)
 
@@ -170,8 +172,6 @@ class Reading:
         else:
             content = rows.digest(part.path, setting=self.setting, split=part.split)
             settings = [list(part), self.user, self.ranked, self.alone, self.rules]
-            if templates.writes_date(self.tokenizer.chat_template):
-                settings.append(self.rules["date"] or templates.today().isoformat())
             name = kept.key(content, self.tokenizer, settings)
             batches, tally = kept.read(Path(self.cache), name, make)
         return Columns.of(batches), tally
@@ -213,9 +213,10 @@ def of_rows(
         user=data.user,
         ranked=data.ranked,
     )
-    tokens, report = tokenize(texts, tokenizer, drops, **rules(data))
+    how = rules(data) | {"date": templates.day(tokenizer.chat_template, data.date)}
+    tokens, report = tokenize(texts, tokenizer, drops, **how)
     prompts = {text.index: text.prompt[-1]["content"] or "" for text in texts}
-    return Pairs(tokens, report, prompts)
+    return Pairs(tokens, report, prompts, how["date"])
 
 
 def prompt_key(text: PreferenceExample) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import tokenizers
 from google.protobuf.message import DecodeError
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers
 from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model
 
 from lpc_jax.data import gguf_tokenizer
@@ -18,6 +18,7 @@ from lpc_jax.files import untrusted
 _LARGEST = 1 << 27  # the largest known has some 5 MB
 _BPE = 2  # TrainerSpec.ModelType
 _BESIDE = ("*.json", "*.jinja")
+_ADDED = "added_tokens.json"
 
 
 def convert(folder: Path, output: Path) -> bool:
@@ -47,7 +48,8 @@ def convert(folder: Path, output: Path) -> bool:
         )
     for pattern in _BESIDE:
         for beside in folder.glob(pattern):
-            shutil.copyfile(beside, output / beside.name)
+            if beside.name != _ADDED:
+                shutil.copyfile(beside, output / beside.name)
     _backend(content, folder).save(str(output / "tokenizer.json"))
     return True
 
@@ -73,6 +75,16 @@ def _backend(content: Any, folder: Path) -> tokenizers.Tokenizer:
     backend: Any = gguf_tokenizer.from_metadata(
         metadata, file=str(folder / "tokenizer.model")
     ).backend_tokenizer
+    if beside := untrusted.own_file(folder, _ADDED):
+        ids = untrusted.read_object(beside, most=_LARGEST)
+        # As they stand: behind the normalizer's space they would not be found.
+        names = sorted(ids, key=lambda name: str(ids[name]).zfill(10))
+        backend.add_tokens([AddedToken(name, normalized=False) for name in names])
+        if any(backend.token_to_id(name) != ids[name] for name in names):
+            raise UserError(
+                f"{beside}: ids must follow the {len(pieces)} pieces of tokenizer.model"
+                f" without a gap, got {untrusted.shown(ids)}. Fetch both again."
+            )
     if settings.get("legacy") is False:  # a space before the text alone
         backend.normalizer = None
         backend.pre_tokenizer = pre_tokenizers.Metaspace(

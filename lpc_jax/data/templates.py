@@ -31,7 +31,7 @@ _FILLED = {"messages", "tools", "documents", "add_generation_prompt"}
 # Tags that transformers adds to Jinja.
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _DIRECTIVES = [
-    f"%{flag}{c}" for flag in ("", "-") for c in "aAbBcdDeFHIjmMpSTuUVwWxXyY"
+    f"%{flag}{c}" for flag in ("", "-") for c in "aAbBcCdDeFgGhHIjklmMpPrRSTuUVwWxXyY"
 ]
 
 
@@ -61,10 +61,10 @@ def default(template: Template | None) -> str:
     return template.get("default", "") if isinstance(template, dict) else template or ""
 
 
-def writes_date(template: Template | None) -> bool:
-    """Whether some template asks for today's date."""
+def day(template: Template | None, date: str | None) -> str | None:
+    """The date, or today's, that some template writes; None where none asks for it."""
     texts = template.values() if isinstance(template, dict) else [default(template)]
-    return any(DATE in text for text in texts)
+    return date or today().isoformat() if any(DATE in text for text in texts) else None
 
 
 def with_arguments(

@@ -167,8 +167,23 @@ def _adds_bos(tokenizer: Tokenizer) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
+def is_beside(path: Path) -> bool:
+    """Whether a model's folder or GGUF file has a tokenizer."""
+    return path.is_file() or any((path / n).is_file() for n in TOKENIZER_FILES)
+
+
+def differing(one: Tokenizer, other: Tokenizer) -> str:
+    """Tokens with another id in the other, added ones aside, in words; or nothing."""
+    ids, others = (
+        backend.get_vocab(with_added_tokens=False) if backend else {}
+        for backend in (getattr(t, "backend_tokenizer", None) for t in (one, other))
+    )
+    differ = [token for token, i in ids.items() if others.get(token, i) != i]
+    return f"{len(differ)} of {len(ids)} tokens" if differ else ""
+
+
 def _from_folder(folder: Path) -> Tokenizer:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not is_beside(folder):
         raise UserError(
             f"{folder}: expected a tokenizer, {' or '.join(TOKENIZER_FILES)}, got"
             " none of them. Copy them beside the weights or set model.tokenizer."

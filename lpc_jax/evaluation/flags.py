@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from jax.sharding import Mesh
 from lpc_jax import config as cfg
 from lpc_jax import sharding
 from lpc_jax.errors import UserError
+from lpc_jax.files import whole
 from lpc_jax.generation import like
 from lpc_jax.runtime import compute, loading, steering
 from lpc_jax.runtime.loading import Origin
@@ -149,17 +148,4 @@ def require_new_file(path: Path, *, overwrite: bool, flag: str) -> None:
             f"{flag} {path} must be a new file, got one that is there. Name another, or"
             " add --overwrite."
         )
-    require_writable(path.parent, flag=flag)
-
-
-def require_writable(folder: Path, *, flag: str) -> None:
-    """Makes a folder; raises ``UserError`` where it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{flag}: {folder} must be a folder that can be written to, got"
-            f" {os.strerror(error.errno or 0)}. Name another."
-        ) from error
+    whole.require_writable(path.parent, flag)

@@ -44,5 +44,4 @@ def write(
             weights.append(jax.device_get(weigh(policy.params, padded, length, seeds)))
         bias = jax.device_get(programs.code_bias(graph, mesh)(policy.params))
     tensors = {"code_bias": bias, "weights": np.concatenate(weights)}
-    output.parent.mkdir(parents=True, exist_ok=True)
     whole.write(output, safetensors.numpy.save(tensors))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,19 +35,10 @@ _GIGABYTE = 1e9
 def require_output(output: Path) -> None:
     """Raises ``UserError`` for a folder that is not empty or cannot be made."""
     if output.is_dir() and any(output.iterdir()):
-        problem = "be new or empty. Choose another folder."
-    elif output.exists() and not output.is_dir():
-        problem = "be new, got a file. Choose another name."
-    elif not (above := whole.nearest_existing(output.absolute().parent)).is_dir():
-        problem = f"lie in a folder, got {above}, a file."
-    elif not os.access(above, os.W_OK | os.X_OK):
-        problem = (
-            f"lie where you may write, got {above}, where you may not. Choose another"
-            " folder."
-        )
-    else:
-        return
-    raise UserError(f"{output} must {problem}")
+        raise UserError(f"{output} must be new or empty. Choose another folder.")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} must be new, got a file. Choose another name.")
+    whole.require_writable(output.absolute().parent, "output")
 
 
 def require_space(output: Path, outline: Origin, *, dtype: str, plain: bool) -> None:

@@ -10,14 +10,17 @@ from lpc_jax.errors import UserError
 from lpc_jax.files import sources
 
 
-def require_access(repository: str, *, setting: str) -> None:
-    """Raises ``UserError`` unless a login may write to ``owner/name`` on the hub."""
+def require_access(repository: str, *, setting: str, private: bool = False) -> None:
+    """Refuses what no login may write to, or, where ``private``, what stays public."""
     if not sources.names_repository(repository):
         raise UserError(
             f"{setting} must be owner/name on the hub, got {repository!r}. Name one."
         )
+    api = huggingface_hub.HfApi()
     try:
-        account = huggingface_hub.HfApi().whoami()
+        account = api.whoami()
+        is_there = private and api.repo_exists(repository)
+        is_public = is_there and not api.model_info(repository).private
     except sources.FAILURES as error:
         cause = sources.cause_of(error)
         raise UserError(
@@ -25,12 +28,17 @@ def require_access(repository: str, *, setting: str) -> None:
             f" {cause.what}. Run `hf auth login` or set HF_TOKEN."
         ) from error
     owners = [account["name"], *(org["name"] for org in account.get("orgs", ()))]
-    owner = repository.partition("/")[0]
-    if owner not in owners:
-        raise UserError(
-            f"{setting} {repository}: owner must be one of {', '.join(owners)}, who are"
-            f" logged in, got {owner}. Name one, or log in as {owner}."
+    owner, problem = repository.partition("/")[0], None
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        problem = "needs a token that may write, got one that may read. Make one"
+    elif is_public:
+        problem = "must be new or private, got one that is public. Name another"
+    elif owner not in owners:
+        problem = (
+            f"must be of {', '.join(owners)}, who are logged in, got {owner}. Name one"
         )
+    if problem is not None:
+        raise UserError(f"{setting} {repository} {problem}, or log in as another.")
 
 
 def push(folder: Path, repository: str, *, private: bool, setting: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +14,8 @@ from lpc_jax.errors import UserError
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the path's place when the block ends, and never in part."""
+    """A file, in its folder, that is there when the block ends, and never in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -31,11 +33,14 @@ def require_writable(folder: Path, setting: str) -> None:
     A file where a folder must be counts too.
     """
     nearest = nearest_existing(folder.expanduser())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
         raise UserError(
             f"{setting} = {str(folder)!r} must be a folder that can be written to, got"
-            f" {nearest}, which cannot. Name another."
-        )
+            f" {nearest}: {os.strerror(error.errno or 0)}. Name another."
+        ) from error
 
 
 def nearest_existing(path: Path) -> Path:

@@ -88,7 +88,7 @@ def write(
     """
     rows: list[dict[str, Any]] = []
     if form == "jsonl":
-        path.write_bytes(b"")
+        whole.write(path, b"")
     for start in range(0, len(prompts), at_a_time):
         part = prompts[start : start + at_a_time]
         completions = answer([prompt.ids for prompt in part])

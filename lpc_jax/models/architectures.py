@@ -34,6 +34,7 @@ _REFUSED = {
         "Mixtures of experts"
     ),
     "conditionalgeneration|vl(for|$)|vision|llava": "Models that read images",
+    "classification|rewardmodel|questionanswering|model$": "Models without an LM head",
 }
 # With a latent over it, as lpc_jax/export/out/modeling_lpc.py has them.
 LPC_FAMILIES = {f"Lpc{name}": family for name, family in FAMILIES.items()}

@@ -79,6 +79,8 @@ _READ: dict[str, tuple[str, ...]] = {
     "olmo2": ("attention_bias",),
     "phi3": (_PARTIAL,),
 }
+_UNQUANTISED = "Use the model's unquantised safetensors, or a GGUF file."
+_ONE = "Write all of it in rope_parameters."
 _WINDOWED = ("mistral", "phi3")  # families whose code always reads the window
 # Of each kind of stretch: the fields that it needs, and those that may be left out.
 _ORIGINAL = "original_max_position_embeddings"  # the others are named as ours
@@ -106,7 +108,11 @@ def open_folder(path: Path) -> tuple[dict[str, Any], Path]:
             f"{path}: expected a folder with {NAME}, or a file ending in .gguf."
             " Check the path."
         )
-    return untrusted.read_object(config, most=_LARGEST), config
+    fields = untrusted.read_object(config, most=_LARGEST)
+    if fields.get("architectures") is None:  # transformers goes by the type alone
+        names = (n for n, its in FAMILIES.items() if its == fields.get("model_type"))
+        fields["architectures"] = list(names)
+    return fields, config
 
 
 def read(config: Mapping[str, Any], origin: str) -> Architecture:
@@ -126,9 +132,10 @@ def read(config: Mapping[str, Any], origin: str) -> Architecture:
     switched = _SWITCH in _READ[family] and config.get(_SWITCH)
     if family not in _WINDOWED and not switched:
         values["sliding_window"] = None
+    for name in (*(_NAMES[ours] for ours in _FLAGS), _SWITCH):
+        flag = config.get(name)
+        require(type(flag) in (bool, type(None)), origin, name, "true or false", flag)
     flags = {ours: values.get(ours) or False for ours in _FLAGS}
-    for ours, flag in flags.items():
-        require(type(flag) is bool, origin, _NAMES[ours], "true or false", flag)
     plain = checked(values, _NAMES, origin, family=family, **flags)
     plain = dataclasses.replace(
         plain,
@@ -139,6 +146,10 @@ def read(config: Mapping[str, Any], origin: str) -> Architecture:
     scaling = _scaling(plain, config, section, origin)
     if family not in _WINDOWED and not _windowed(plain, config, origin):
         plain = dataclasses.replace(plain, sliding_window=None)
+    # transformers goes by the type, other programs by the architectures.
+    kind, family = config.get("model_type"), plain.family
+    same = kind in (None, family, f"lpc_{family}")
+    require(same, origin, "model_type", repr(family), kind, "Correct one of the two.")
     return dataclasses.replace(plain, rope_scaling=scaling)
 
 
@@ -153,11 +164,9 @@ def _family(config: Mapping[str, Any], origin: str) -> str:
         if field not in _READ[families[name]]:
             got = config.get(field)
             require(got in (None, value), origin, field, repr(value), got, NOT_COMPUTED)
-    if config.get("quantization_config") is not None:
-        raise UserError(
-            f"{origin}: quantization_config must be absent. Use the model's"
-            " unquantised safetensors, or a GGUF file."
-        )
+    for field in ("quantization_config", "quantization"):  # the latter is MLX's
+        got = config.get(field)
+        require(got is None, origin, field, "absent", got, _UNQUANTISED)
     return families[name]
 
 
@@ -216,6 +225,9 @@ def _rope_section(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         section = config.get(field) or {}
         is_object = isinstance(section, Mapping)
         require(is_object, origin, field, "an object or null", section)
+        # A later version reads the one and an earlier one the other.
+        once = not (section and parameters) or section == parameters
+        require(once, origin, field, "absent beside rope_parameters", section, _ONE)
         parameters.update(section)
     return {name: value for name, value in parameters.items() if value is not None}
 

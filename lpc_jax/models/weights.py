@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import einops
 import jax
@@ -164,14 +164,8 @@ def _differences(
 
 def check(
     path: Path, architecture: Architecture, latent: LatentSizes | None = None
-) -> None:
-    """Refuses with a UserError what ``load`` would, by names and shapes."""
-    _open(path, architecture, latent)
-
-
-def _open(
-    path: Path, architecture: Architecture, latent: LatentSizes | None
 ) -> _Stored:
+    """Refuses with a UserError what is no such decoder, by names, shapes and types."""
     if _is_gguf(path):
         form, stored = "gguf", gguf.read(path).tensors
     else:
@@ -224,36 +218,16 @@ def load(
     dtype_of: Callable[[str], DTypeLike],
     sharding_of: Callable[[str], jax.sharding.Sharding],
     latent: LatentSizes | None = None,
+    part: Literal["decoder", "latent"] = "decoder",
 ) -> dict[str, Any]:
-    """The decoder's parameters as a nested dict, each part read onto its device.
+    """A part's parameters as a nested dict, each read onto its device.
 
     All names and shapes are checked before anything is read. ``dtype_of`` and
     ``sharding_of`` take a path such as ``blocks/attention/query``; ``latent`` is of an
-    exported LPC folder, whose latent ``load_latent`` reads.
+    exported LPC folder.
     """
-    stored = _open(path, architecture, latent)
-    return _read(leaves.decoder(architecture), stored, dtype_of, sharding_of)
-
-
-def load_latent(
-    path: Path,
-    architecture: Architecture,
-    latent: LatentSizes,
-    *,
-    sharding_of: Callable[[str], jax.sharding.Sharding],
-) -> dict[str, Any]:
-    """The latent's parameters of an exported LPC folder, in fp32; see ``load``."""
-    stored = _open(path, architecture, latent)
-    return _read(leaves.LATENT, stored, lambda _: np.float32, sharding_of)
-
-
-def _read(
-    rows: tuple[Leaf, ...],
-    stored: _Stored,
-    dtype_of: Callable[[str], DTypeLike],
-    sharding_of: Callable[[str], jax.sharding.Sharding],
-) -> dict[str, Any]:
-    form, files, sizes = stored
+    form, files, sizes = check(path, architecture, latent)
+    rows = leaves.decoder(architecture) if part == "decoder" else leaves.LATENT
     tree: dict[str, Any] = {}
     named = tensors(rows, form, sizes)
     for leaf in rows:
@@ -355,7 +329,7 @@ def write(
 ) -> None:
     """Writes safetensors and ``config.json`` into a ``new_folder``, tensor by tensor.
 
-    ``decoder`` and ``latent`` are as ``load`` and ``load_latent`` return them;
+    ``decoder`` and ``latent`` are as ``load`` returns them;
     ``dtype`` is the decoder's (float32, float16 or bfloat16), the latent's is fp32.
     ``config`` adds or replaces fields; above ``shard_bytes`` weights take several
     files.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lpc_jax.errors import UserError
+from lpc_jax.files import whole
 from lpc_jax.planning.plan import Plan
 from lpc_jax.training.memory import size
 
@@ -77,8 +78,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 def write_json(plan: Plan, file: Path) -> None:
     """Writes ``to_json`` to a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(to_json(plan), indent=1) + "\n", encoding="utf-8")
+    whole.write(file, json.dumps(to_json(plan), indent=1) + "\n")
 
 
 def table(files: Sequence[Path]) -> str:

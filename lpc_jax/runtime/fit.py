@@ -22,9 +22,16 @@ _SHOWN = 5
 _LOG = logging.getLogger(__name__)
 
 
+def _generation_config(path: Path) -> Path | None:
+    """The file that transformers makes its generation config of."""
+    names = (GENERATION_CONFIG, "config.json") if path.is_dir() else ()
+    files = (untrusted.own_file(path, name) for name in names)
+    return next(filter(None, files), None)
+
+
 def generation_ids(path: Path, field: str) -> list[int]:
-    """Ids in a field of a model folder's generation config; none without one."""
-    file = untrusted.own_file(path, GENERATION_CONFIG) if path.is_dir() else None
+    """Ids in a field of a model folder's generation config, else of its config."""
+    file = _generation_config(path)
     if file is None:
         return []
     value = untrusted.read_object(file, most=_LARGEST_CONFIG).get(field)
@@ -62,7 +69,7 @@ def require_rows(tokenizer: Tokenizer, architecture: Architecture, path: Path) -
         for token in generation_ids(path, field):
             if token >= rows:
                 raise UserError(
-                    f"{path / GENERATION_CONFIG}: {field} must be below the embedding's"
+                    f"{_generation_config(path)}: {field} must be below the embedding's"
                     f" {rows} rows, got {token}. Correct the file."
                 )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from lpc_jax.runtime.policy import Params, Policy
 
 CHECKPOINTS = "checkpoints"
 _TRAINED = "params/"  # in a run's checkpoint
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,19 @@ class Origin:
     checkpoint: Path | None = None  # likewise
     # How conversations become text: fields of cfg.Data.
     rendering: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trained_tokenizer: str | None = None  # digest of a run's; None: another is meant
+
+    @property
+    def latent_sizes(self) -> weights.LatentSizes | None:
+        """Of an exported folder's latent; None without one."""
+        if self.latent is None:
+            return None
+        width = self.architecture.width
+        return weights.LatentSizes(
+            self.latent.num_codes,
+            self.latent.hidden_width or width,
+            latent_models.judged_width(self.latent.posterior_input, width),
+        )
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, with its chat template; its ids have rows of the embedding."""
@@ -56,6 +72,20 @@ class Origin:
             path, chat_template=self.model.chat_template, **self.rendering
         )
         fit.require_rows(loaded, self.architecture, self.path)
+        if path != self.path and tokenizers.is_beside(self.path):
+            with contextlib.suppress(UserError):  # its own may be what is broken
+                own = tokenizers.load(self.path, chat_template=None)
+                if differ := tokenizers.differing(loaded, own):
+                    _LOG.warning(
+                        f"model.tokenizer {path}: {differ} have other ids than in"
+                        f" {self.path}. Leave it out unless the model was trained so."
+                    )
+        if self.trained_tokenizer not in (None, tokenizers.digest(loaded)):
+            _LOG.warning(
+                f"{self.name}: the tokenizer or chat template of {path} is not that of"
+                " its training. Put that back, or name what is meant: --tokenizer,"
+                " --chat-template."
+            )
         return loaded
 
 
@@ -74,23 +104,30 @@ def find(
     run, changes = Path(path).expanduser(), dict(model or {})
     rendering = {n: changes.pop(n) for n in tokenizers.RENDERING if n in changes}
     cfg.Data(train="none", **rendering)  # refuses what is no value of theirs
-    origin = _find(path, run, step, changes)
-    return dataclasses.replace(origin, rendering={**origin.rendering, **rendering})
-
-
-def _find(path: str, run: Path, step: str, model: dict[str, Any]) -> Origin:
     if (run / CHECKPOINTS).is_dir():
-        return _find_run(run, step, model)
-    if step != "latest":
+        origin = _find_run(run, step, changes)
+    elif step != "latest":
         raise UserError(
             f"--step {step} is of a run's checkpoints, got the model {path!r}. Leave it"
             " out, or name a run folder."
         )
-    return find_model(cfg.Model(path=path, **model))
+    else:
+        origin = _origin(cfg.Model(path=path, **changes), "model.path")
+        weights.check(origin.path, origin.architecture, origin.latent_sizes)
+    if rendering:
+        whole = {**origin.rendering, **rendering}
+        origin = dataclasses.replace(origin, rendering=whole, trained_tokenizer=None)
+    return origin
 
 
 def find_model(model: cfg.Model, setting: str = "model.path") -> Origin:
-    """A model, or an exported folder with its codes; ``setting`` is for messages."""
+    """A decoder whose tensors are there and no codes; ``setting`` is for messages."""
+    origin = _origin(model, setting)
+    weights.check(origin.path, origin.architecture)
+    return origin
+
+
+def _origin(model: cfg.Model, setting: str) -> Origin:
     path = weights.find(model.path, setting=setting, revision=model.revision)
     kinds.require_model(path, setting)
     architecture = weights.read_architecture(path)
@@ -109,7 +146,8 @@ def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Origin:
             " has its own. Leave it out."
         )
     settings = dataclasses.replace(config.model, **model)
-    start = find_model(settings)
+    start = _origin(settings, "model.path")  # whose weights a run may not need
+    is_own = model.keys().isdisjoint(("tokenizer", "chat_template"))
     _require_architecture(meta.get("architecture", {}), start, run)
     return dataclasses.replace(
         start,
@@ -118,6 +156,7 @@ def _find_run(run: Path, step: str, model: Mapping[str, Any]) -> Origin:
         run=dataclasses.replace(config, model=settings),
         checkpoint=checkpoint,
         rendering=tokenizers.rendering(config.data),
+        trained_tokenizer=meta.get("tokenizer_digest") if is_own else None,
     )
 
 
@@ -215,24 +254,11 @@ def load_from(origin: Origin, *, mesh: Mesh, dtype: jnp.dtype | None = None) -> 
     if origin.run is not None:
         return _load_run(origin, origin.run, mesh).merged(dtype)
     model = outline(origin, mesh=mesh, latent=origin.latent, train_decoder=False)
-    expected = model.merged(dtype).params
-    latent = None
-    if model.latent is not None:
-        width = model.architecture.width
-        latent = weights.LatentSizes(
-            model.latent.num_codes,
-            model.latent.hidden_width or width,
-            latent_models.judged_width(model.latent.posterior_input, width),
-        )
-    params = {"decoder": _decoder(model, expected["decoder"], latent)}
-    if latent is not None:
-        leaves = sharding.by_path(expected["latent"])
-        params["latent"] = weights.load_latent(
-            model.source.path,
-            model.architecture,
-            latent,
-            sharding_of=lambda path: leaves[path].sharding,
-        )
+    expected, latent = model.merged(dtype).params, origin.latent_sizes
+    params = {
+        part: _load(model, part, its_leaves, latent)
+        for part, its_leaves in expected.items()
+    }
     return dataclasses.replace(model, params=params, frozen={})
 
 
@@ -256,9 +282,7 @@ def _load_run(origin: Origin, run: cfg.Config, mesh: Mesh) -> Policy:
         row_length=run.packing.row_length,
     )
     # Adapters are added in fp32 to the matrices that they were trained beside.
-    frozen = {
-        part: _decoder(trained, leaves) for part, leaves in trained.frozen.items()
-    }
+    frozen = {name: _load(trained, name, x) for name, x in trained.frozen.items()}
     arrays = reader.read(
         origin.checkpoint,
         {p: leaf for p, leaf in saved["leaves"].items() if p.startswith(_TRAINED)},
@@ -269,10 +293,13 @@ def _load_run(origin: Origin, run: cfg.Config, mesh: Mesh) -> Policy:
     return dataclasses.replace(trained, params=params, frozen=frozen, run=run)
 
 
-def _decoder(
-    abstract: Policy, expected: Params, latent: weights.LatentSizes | None = None
+def _load(
+    abstract: Policy,
+    part: Any,
+    expected: Params,
+    latent: weights.LatentSizes | None = None,
 ) -> Params:
-    """Reads a decoder leaf by leaf, straight onto the mesh."""
+    """Reads the decoder or the latent leaf by leaf, straight onto the mesh."""
     leaves = sharding.by_path(expected)
     return weights.load(
         abstract.source.path,
@@ -280,12 +307,13 @@ def _decoder(
         dtype_of=lambda path: leaves[path].dtype,
         sharding_of=lambda path: leaves[path].sharding,
         latent=latent,
+        part=part,
     )
 
 
 def start(abstract: Policy, *, seed: int) -> Policy:
     """Gives an abstract policy its arrays: the decoder from files, the rest seeded."""
-    params = {"decoder": _decoder(abstract, abstract.whole["decoder"])}
+    params = {"decoder": _load(abstract, "decoder", abstract.whole["decoder"])}
     seeded = {name: x for name, x in abstract.params.items() if name != "decoder"}
 
     def make(key: Array) -> Params:

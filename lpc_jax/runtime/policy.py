@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
+from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.tokenizer import Tokenizer
 from lpc_jax.errors import UserError
 from lpc_jax.models import adapters as adapter_models
@@ -138,8 +139,11 @@ class Policy:
         return content.hexdigest()
 
     def require_vocabulary(self, reference: Policy, remedy: str) -> None:
-        """Raises ``UserError`` for a reference with another number of token ids."""
+        """Raises ``UserError`` for a reference with other token ids."""
         expected, got = (x.architecture.vocabulary for x in (self, reference))
+        if expected == got and self.own_tokenizer and reference.own_tokenizer:
+            other = tokenizers.differing(self.own_tokenizer, reference.own_tokenizer)
+            got = f"other ids for {other}" * bool(other) or expected
         if expected != got:
             raise UserError(
                 f"the reference {reference.name} must share the vocabulary of"

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpc_jax import sharding
+from lpc_jax.files import whole
 from lpc_jax.runtime import processes
 from lpc_jax.training.run import Run, Update
 
@@ -52,8 +53,7 @@ def report(run: Run, update: Update, number: int, in_a_row: int) -> str:
             "gradients_not_finite": sorted(gradients),
             "pairs": sorted(pairs, key=lambda pair: pair["finite"]),
         }
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(contents, indent=1) + "\n")
+        whole.write(file, json.dumps(contents, indent=1) + "\n")
         arrays = {
             f"{index}/{name}": value
             for index, batch in enumerate(rows)

@@ -29,7 +29,6 @@ from lpc_jax.training.run import Run
 # Settings that a resumed run may change: they alter no update.
 FREE_ON_RESUME = (
     "run.",
-    "data.date",  # the tokens' digest tells
     "hub.",
     "mesh.",
     "distributed.",
@@ -71,8 +70,10 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 def _further(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """How a run that was to go on for longer goes on; empty if it was not."""
-    lengths = ("training.epochs", "training.steps")
+    """How a run of another day or length goes on; empty if it is of neither."""
+    lengths, date = ("training.epochs", "training.steps"), saved.get("data.date")
+    if date not in (None, now.get("data.date")):
+        return f"\nThe template writes the date: lpc.read_pairs(..., date={date!r})."
     if all(saved.get(name) == now.get(name) for name in lengths):
         return ""
     plain = " --plain" * any(name.startswith("latent.") for name in saved)
@@ -153,6 +154,7 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
             f"date: the chat template writes today's; this run's is {config.data.date}"
             " also when it is resumed. Exports and answers have the day's own."
         )
+    compared = reference.outline(config, outline)
     train, held_out = setup.read_pairs(config, outline.tokenizer)
     # Another config, data or JAX is refused before any process waits for the others.
     digests = setup.digests(outline.tokenizer, train, held_out or Pairs([]))
@@ -171,7 +173,7 @@ def prepare(config: cfg.Config, mesh: Mesh, folder: Path, console: Console) -> R
         policy,
         train,
         held_out,
-        reference_policy=reference.load(config, policy),
+        reference_policy=compared and loading.start(compared, seed=0).plain(),
         folder=folder,
         say=say,
     )

@@ -7,6 +7,7 @@ precision. A change of learning rate, beta or order finds them again.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,18 +18,20 @@ from jaxtyping import Float
 from lpc_jax import config as cfg
 from lpc_jax.data import packing
 from lpc_jax.data import pairs as pair_data
+from lpc_jax.data import tokenizer as tokenizers
 from lpc_jax.data.pair import TokenizedPair
 from lpc_jax.data.pairs import Pairs, of_every_length
 from lpc_jax.errors import UserError
 from lpc_jax.files import untrusted, whole
 from lpc_jax.runtime import loading, processes, programs, reading
-from lpc_jax.runtime.policy import Policy, abstract, decoder_digest
+from lpc_jax.runtime.policy import Policy, decoder_digest
 from lpc_jax.types import Batch
 
 # Pairs re-scored live when a cache is found, and how far they may be off, in nats per
 # token: bf16 rounding under another packing stays well below it, other weights don't.
 CHECKED_PAIRS = 6
 CHECK_TOLERANCE = 0.02
+_LOG = logging.getLogger(__name__)
 ScoreBatch = Callable[[Batch], Float[np.ndarray, "R P 2"]]
 
 
@@ -69,7 +72,6 @@ class ReferenceCache:
         self._known = {k.tobytes(): v for k, v in zip(keys, logp, strict=True)}
 
     def _store(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         keys = np.frombuffer(b"".join(self._known), np.uint8)
         with whole.writing(self.path) as file:
             np.savez(
@@ -113,7 +115,10 @@ class ReferenceCache:
             # By key: a pair that is there twice has one value, now and from the file.
             column[missing] = [fresh[keys[i]] for i in missing]
             self._known |= fresh
-            processes.from_main(self._store)
+            try:
+                processes.from_main(self._store)
+            except OSError as e:  # the disk is full: what was scored is not lost for it
+                _LOG.warning(f"reference.cache: what was scored cannot be kept: {e}")
         return column, len(missing)
 
     def _require_agreement(self, off: float, count: int) -> None:
@@ -174,11 +179,11 @@ def columns(
     return column[: len(train)], column[len(train) :], digest
 
 
-def load(config: cfg.Config, policy: Policy) -> Policy | None:
-    """The reference at ``reference.path`` on the policy's mesh; None without a path.
+def outline(config: cfg.Config, policy: Policy) -> Policy | None:
+    """The reference at ``reference.path`` without its arrays; None without a path.
 
     Raises:
-        UserError: A reference with another vocabulary.
+        UserError: No such model, or one with other tokens than the policy.
     """
     if config.reference.path is None:
         return None
@@ -186,20 +191,16 @@ def load(config: cfg.Config, policy: Policy) -> Policy | None:
         config.model, path=config.reference.path, revision=None
     )
     model = loading.find_model(settings, setting="reference.path")
-    vocabulary = policy.architecture.vocabulary
-    if model.architecture.vocabulary != vocabulary:
-        raise UserError(
-            f"reference.path must share the policy's tokenizer: vocabulary {vocabulary}"
-            f" expected, got {model.architecture.vocabulary}. Choose a reference of the"
-            " same family."
-        )
-    outline = abstract(
-        model.architecture,
-        policy.compute,
-        latent=None,
-        adapters=None,
-        train_decoder=config.trains_decoder,
+    if not tokenizers.is_beside(model.path):  # then it is the policy's
+        own = config.model.tokenizer or str(policy.source.path)
+        own = dataclasses.replace(settings, tokenizer=own)
+        model = dataclasses.replace(model, model=own)
+    made = loading.outline(
+        model,
         mesh=policy.mesh,
-        path=model.path,
+        train_decoder=config.trains_decoder,
+        row_length=config.packing.row_length,
+        base=config.base,
     )
-    return loading.start(outline, seed=0).plain()
+    policy.require_vocabulary(made, "Choose a reference.path of the same family.")
+    return made

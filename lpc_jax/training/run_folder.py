@@ -31,7 +31,7 @@ def dated(config: cfg.Config, tokenizer: Tokenizer, folder: Path) -> cfg.Config:
     A resumed run keeps its own; ``UserError`` for a date that is never written.
     """
     date = config.data.date
-    if not templates.writes_date(tokenizer.chat_template):
+    if templates.day(tokenizer.chat_template, date) is None:
         if date is not None:
             raise UserError(
                 f"data.date = {date!r} must be None: the chat template calls no"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import types
 import uuid
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lpc_jax.errors import UserError
+from lpc_jax.files import upload
 
 # The package behind each tracker; the extra that installs it has the tracker's name.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
@@ -104,8 +106,11 @@ def require_trackers(trackers: Sequence[str]) -> None:
 
 
 def require_logins(trackers: Sequence[str]) -> None:
-    """Refuses, besides, W&B without a key, or with one that it does not take."""
+    """Refuses, besides, W&B or trackio's space where the login is not taken."""
     require_trackers(trackers)
+    space = os.environ.get("TRACKIO_SPACE_ID")
+    if "trackio" in trackers and space:
+        upload.require_access(space, setting="run.trackers trackio, TRACKIO_SPACE_ID")
     if "wandb" in trackers:
         wandb = _package("wandb")
         try:

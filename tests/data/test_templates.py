@@ -85,14 +85,15 @@ def test_a_dated_template_writes_the_day_that_it_is_given():
     template = (
         "{% if strftime_now is defined %}{% set d = strftime_now('%d %b %Y') %}"
         "{% else %}{% set d = 'never' %}{% endif %}"
-        "{{ d }} {{ strftime_now('%A, %Y-%m-%d, 100 %j') }}"
+        "{{ d }} {{ strftime_now('%A, %Y-%m-%d, 100 %j, %D %h %k') }}"
     )
-    assert templates.writes_date(template)
-    assert templates.writes_date({"default": "", "tool_use": template})
-    assert not templates.writes_date(THINKING)
+    assert templates.day(template, "2026-11-27") == "2026-11-27"
+    assert templates.day({"default": "", "tool_use": template}, None) is not None
+    assert templates.day(THINKING, "2026-11-27") is None
     # The calendar: 27 November 2026 is a Friday and day 331.
     assert rendered(templates.dated(template, "2026-11-27")) == (
-        "27 Nov 2026 Friday, 2026-11-27, 100 331"
+        "27 Nov 2026 Friday, 2026-11-27, 100 331, 11/27/26 Nov  0"
     )
     today = templates.today().isoformat()
+    template = template.replace("%k", "")  # the hour, which is midnight's
     assert rendered(templates.dated(template, today)) == rendered(template)

@@ -200,6 +200,23 @@ def test_a_tokenizer_model_alone_gives_the_ids_of_transformers_4(
     assert (loaded.bos_token_id, loaded.eos_token_id) == (1, 2)
 
 
+def test_added_tokens_beside_a_tokenizer_model_are_found_in_a_text(tmp_path):
+    """transformers 5 behind a space alone; llama.cpp and a slow tokenizer anywhere."""
+    path = sentencepiece_folder(tmp_path / "model")
+    file = path / "added_tokens.json"
+    file.write_text(json.dumps({"<|end|>": 267, "<|turn|>": 266}))
+    loaded = tokenizer.load(path, chat_template=None)
+    assert tokens(loaded, "a<|turn|>abc<|end|>") == [
+        *("▁a", "<|turn|>", "▁a", "bc", "<|end|>")
+    ]
+    assert loaded.convert_tokens_to_ids(["<|turn|>", "<|end|>"]) == [266, 267]
+    file.write_text(json.dumps({"<|turn|>": 300}))
+    message = refusal(tokenizer.load, path, chat_template=None)
+    assert message.startswith(
+        f"{file}: ids must follow the 266 pieces of tokenizer.mod"
+    )
+
+
 def test_a_tokenizer_model_of_unigrams_is_refused_with_what_helps(tmp_path):
     path = sentencepiece_folder(tmp_path / "model")
     file = path / "tokenizer.model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lpc_jax.errors import UserError
 from lpc_jax.files import whole
 
 
@@ -16,6 +17,19 @@ def test_a_file_takes_its_place_when_the_block_ends(tmp_path):
         assert file.read_text("utf-8") == "old"
     assert file.read_text("utf-8") == "né"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_place_is_tried_and_left_as_it_was(tmp_path):
+    file = tmp_path / "new" / "a.txt"
+    whole.require_writable(file.parent, "data.cache")
+    assert not list(tmp_path.iterdir())
+    whole.write(file, "made with its folder")
+    with pytest.raises(UserError) as refused:
+        whole.require_writable(file / "below", "data.cache")
+    assert str(refused.value) == (
+        f"data.cache = '{file}/below' must be a folder that can be written to, got"
+        f" {file}: Not a directory. Name another."
+    )
 
 
 def test_a_block_that_fails_leaves_the_old_file_alone(tmp_path):

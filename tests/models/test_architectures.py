@@ -79,6 +79,9 @@ REFUSED = {
     "FalconH1ForCausalLM": _HYBRID,
     "Lfm2ForCausalLM": _HYBRID,
     "Qwen2_5_VLForConditionalGeneration": "Models that read images",
+    "LlamaForSequenceClassification": "Models without an LM head",
+    "Qwen2ForRewardModel": "Models without an LM head",
+    "MistralModel": "Models without an LM head",
     "GPTNeoXForCausalLM": "Other families",
     "Olmo3ForCausalLM": "Other families",
 }
@@ -180,6 +183,14 @@ def test_transformers_reads_hf_config_as_the_original(config, theirs):
     assert read == expected
 
 
+def test_a_type_alone_names_the_family(tmp_path):
+    """AutoModelForCausalLM goes by it."""
+    file = tmp_path / "config.json"
+    for kind, names in {"qwen3": ["Qwen3ForCausalLM"], "bloom": []}.items():
+        file.write_text(json.dumps({"model_type": kind, "architectures": None}))
+        assert hf_config.open_folder(tmp_path)[0]["architectures"] == names
+
+
 def test_linear_rope_scaling_is_read_and_written():
     config = {**LLAMA31, "rope_scaling": {"type": "linear", "factor": 2.0}}
     read = hf_config.read(config, "")
@@ -256,7 +267,7 @@ def test_every_field_of_the_architecture_changes_the_written_config():
             " this variant.",
         ),
         (
-            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            {"rope_parameters": {"partial_rotary_factor": 0.5}, "rope_scaling": None},
             "c.json: partial_rotary_factor must be 1.0, got 0.5. The decoder does not"
             " compute this variant.",
         ),
@@ -339,8 +350,28 @@ def test_every_field_of_the_architecture_changes_the_written_config():
         ),
         (
             {"quantization_config": {"bits": 4}},
-            "c.json: quantization_config must be absent. Use the model's unquantised"
-            " safetensors, or a GGUF file.",
+            "c.json: quantization_config must be absent, got {'bits': 4}. Use the"
+            " model's unquantised safetensors, or a GGUF file.",
+        ),
+        (
+            {"quantization": {"bits": 4}},
+            "c.json: quantization must be absent, got {'bits': 4}. Use the model's"
+            " unquantised safetensors, or a GGUF file.",
+        ),
+        (
+            QWEN2 | {"use_sliding_window": "false", "rope_scaling": None},
+            "c.json: use_sliding_window must be true or false, got 'false'. Download it"
+            " again.",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "c.json: rope_scaling must be absent beside rope_parameters, got"
+            f" {LLAMA31['rope_scaling']!r:.80}. Write all of it in rope_parameters.",
+        ),
+        (
+            {"model_type": "mistral"},
+            "c.json: model_type must be 'llama', got 'mistral'. Correct one of the"
+            " two.",
         ),
         (
             {"num_key_value_heads": 5},

@@ -223,10 +223,40 @@ def test_a_mix_like_judged_pairs_is_ours(posterior_input, torch, tmp_path):
         np.testing.assert_allclose(
             list(mix.values()), [weight for _, weight in expected.mix], atol=1e-5
         )
-    with pytest.raises(ValueError, match="needs judged pairs, got none"):
-        model.mix_like([], tokenizer)
-    with pytest.raises(ValueError, match="needs prompt, chosen and rejected"):
-        model.mix_like([{"prompt": "x", "chosen": "y"}], tokenizer)
+    row = {"prompt": "x", "chosen": "y", "rejected": "z"}
+    two = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    shared = [{"from": "human", "value": "x"}]
+    for rows, message in (
+        ([], "needs judged pairs, got none"),
+        ([{"prompt": "x", "chosen": "y"}], "needs prompt, chosen and rejected"),
+        ([row | {"system": "Be brief."}], r"and no \{'system'\}, got prompt 'x'"),
+        ([row | {"history": [["a", "b"]]}], r"and no \{'history'\}, got prompt 'x'"),
+        ([row | {"chosen": two, "rejected": two}], "an answer one of them, and no"),
+        ([row | {"prompt": shared}], "messages with role and content, an answer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.mix_like(rows, tokenizer)
+
+
+def test_tools_of_a_judged_pair_reach_the_template(torch, tmp_path):
+    from transformers import AutoTokenizer
+
+    ours, folder = exports.with_codes("tiny_llama"), tmp_path / "model"
+    written = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    template = ours.tokenizer.chat_template
+    assert template.startswith("{{ bos_token }}")
+    ours.tokenizer.chat_template = template.replace("}}", "}}" + written, 1)
+    write(ours, folder, plain=False)
+    tools = [{"type": "function", "function": {"name": "now", "parameters": {}}}]
+    rows = [judged_pairs()[0] | {"tools": t} for t in (tools, json.dumps(tools))]
+    file = tmp_path / "judged.jsonl"
+    file.write_text(json.dumps(rows[0]))
+    expected = like.read(str(file), "posterior", exports.LATENT, "ours")(ours)
+    model = loaded(torch, folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for row in rows:
+        mix = list(model.mix_like([row], tokenizer).values())
+        np.testing.assert_allclose(mix, [w for _, w in expected.mix], atol=1e-5)
 
 
 def test_a_beam_has_the_score_that_we_give_its_tokens_under_its_prompt_s_z(torch, lpc):

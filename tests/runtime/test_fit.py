@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from lpc_jax.errors import UserError
 from lpc_jax.models import weights
 from lpc_jax.runtime import fit, loading
+from lpc_jax.training import setup
 from tests import runs, systems, tiny
 
 TOKENS = 480  # of the golden model's tokenizer; its embedding has 512 rows
@@ -31,8 +32,18 @@ def folder_with(tmp_path: Path, file: str, **fields: object) -> Path:
 
 def without_spare_rows(tmp_path: Path, **fields: object) -> Path:
     """The golden model as if its embedding had a row for each token and no more."""
-    folder_with(tmp_path, "config.json", vocab_size=TOKENS)
+    with_rows(tmp_path, TOKENS)
     return folder_with(tmp_path, "tokenizer_config.json", **fields)
+
+
+def with_rows(tmp_path: Path, rows: int) -> Path:
+    """The golden model with fewer rows of embedding and head."""
+    folder = folder_with(tmp_path, "config.json", vocab_size=rows)
+    tensors = load_file(runs.MODEL / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        tensors[name] = tensors[name][:rows]
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 def add_token(folder: Path, token: str, index: int) -> None:
@@ -87,8 +98,96 @@ def test_a_generation_config_beyond_the_embedding_is_refused(tmp_path, value):
 
 def test_fewer_tokens_than_rows_are_fine(tmp_path):
     for rows in (TOKENS, TOKENS + 1):
-        folder = folder_with(tmp_path, "config.json", vocab_size=rows)
+        folder = with_rows(tmp_path, rows)
         loading.outline(loading.find(str(folder)), mesh=systems.mesh())
+
+
+def test_a_config_stands_for_a_generation_config_that_is_absent(tmp_path):
+    """transformers makes the one of the other."""
+    folder = folder_with(
+        tmp_path, "config.json", eos_token_id=[2, 11], pad_token_id=512
+    )
+    (folder / "generation_config.json").unlink()
+    assert fit.generation_ids(folder, "eos_token_id") == [2, 11]
+    assert refusal(folder) == (
+        f"{folder}/config.json: pad_token_id must be below the embedding's 512 rows,"
+        " got 512. Correct the file."
+    )
+
+
+def with_other_ids(tmp_path: Path) -> Path:
+    """The golden model with a tokenizer of as many tokens, two of them exchanged."""
+    folder = folder_with(tmp_path, "config.json")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_a_reference_with_other_ids_is_refused(tmp_path):
+    ours = systems.plain(systems.mesh())
+    other = systems.plain(systems.mesh(), with_other_ids(tmp_path))
+    ours.require_vocabulary(systems.plain(systems.mesh()), "Choose another.")
+    with pytest.raises(
+        UserError, match="512 tokens, got other ids for 2 of 480 tokens"
+    ):
+        ours.require_vocabulary(other, "Choose another.")
+
+
+def test_a_tokenizer_with_other_ids_than_the_model_s_own_is_told(tmp_path, caplog):
+    other = with_other_ids(tmp_path)
+    for named, messages in (
+        (runs.MODEL, []),
+        (other, [f"model.tokenizer {other}: 2 of"]),
+    ):
+        loading.find(str(runs.MODEL), model={"tokenizer": str(named)}).tokenizer()
+        assert [m[: len(messages[0])] for m in caplog.messages] == messages
+
+
+# --- before any pair is read ----------------------------------------------------------
+
+
+def packed(folder: Path) -> None:
+    """As GPTQ has a matrix, where config.json says nothing of it."""
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    del tensors[f"{name}.weight"]
+    save_file(
+        tensors | {f"{name}.qweight": np.zeros((4, 72), np.int32)},
+        folder / "model.safetensors",
+    )
+
+
+def without_a_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    shards = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+
+
+def narrower(folder: Path) -> None:
+    folder_with(folder.parent, "config.json", intermediate_size=40)
+
+
+@pytest.mark.parametrize("role", ["model", "reference"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (packed, r"mlp\.up_proj\.qweight must be of type BF16, F16, F32, got I32"),
+        (without_a_shard, r"expected 1 shards, missing \['model-00002-of-00002"),
+        (narrower, r"mlp\.gate_proj\.weight \(expected \[40, 32\], got \[72, 32\]\)"),
+    ],
+)
+def test_weights_that_are_no_model_s_are_refused_before_pairs_are_read(
+    tmp_path, monkeypatch, role, spoil, message
+):
+    folder = folder_with(tmp_path, "config.json")
+    spoil(folder)
+    monkeypatch.setattr(setup, "read_pairs", None)
+    made = runs.config(tmp_path, latent=None, **{role: {"path": str(folder)}})
+    with pytest.raises(UserError, match=message), runs.prepared(made):
+        pass
 
 
 def tied(tmp_path: Path, *, says: bool, head: np.ndarray | None) -> Path:

@@ -156,6 +156,20 @@ def test_a_run_whose_start_model_now_computes_otherwise_is_refused(
     loading.find(str(adapted.folder))
 
 
+def test_a_tokenizer_that_is_not_the_training_s_is_told(adapted, monkeypatch, caplog):
+    path, same = str(adapted.folder), {"tokenizer": str(runs.MODEL)}
+    loading.find(path).tokenizer()
+    saved = record.read(adapted.folder / "checkpoints" / "2")
+    meta = saved["meta"] | {"tokenizer_digest": "0"}  # as before the template's edit
+    monkeypatch.setattr(record, "read", lambda _: saved | {"meta": meta})
+    loading.find(path, model=same).tokenizer()
+    loading.find(path, model={"template": None}).tokenizer()
+    assert not caplog.messages
+    loading.find(path).tokenizer()
+    (said,) = caplog.messages
+    assert said.startswith(f"{path} at step 2: the tokenizer or chat template of")
+
+
 def test_a_run_is_no_start_model(adapted):
     with pytest.raises(ValueError, match="is a run: python scripts/") as error:
         loading.find_model(cfg.Model(path=str(adapted.folder)), "reference.path")

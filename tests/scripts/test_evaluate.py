@@ -170,11 +170,11 @@ def test_a_place_that_cannot_be_written_is_refused_first(tmp_path, capsys, monke
     file.write_text("")
     ask = [MODEL, "--pairs", PAIRS]
     assert refusal([*ask, "--output", str(file)], capsys) == (
-        f"--output: {file} must be a folder that can be written to, got File exists."
-        " Name another."
+        f"--output = '{file}' must be a folder that can be written to, got {file}: Not"
+        " a directory. Name another."
     )
     assert refusal([*ask, "--json", str(file / "out.json")], capsys).startswith(
-        f"--json: {file} must be a folder that can be written to, got "
+        f"--json = '{file}' must be a folder that can be written to, got "
     )
     assert refusal([*ask, "--json", str(tmp_path)], capsys) == (
         f"--json {tmp_path} must be a file, got a folder."

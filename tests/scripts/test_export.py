@@ -97,10 +97,17 @@ GOLDEN = exports.GOLDEN / "tiny_llama"
         (["nowhere", "out"], "model.path = 'nowhere': no such file or folder"),
         ([GOLDEN, "out", "--step", "3"], "--step 3 is of a run's checkpoints, got"),
         ([GOLDEN, "full"], "full must be new or empty. Choose another folder."),
-        ([GOLDEN, "full/file/out"], "must lie in a folder, got"),
+        (
+            [GOLDEN, "full/file/out"],
+            "full/file' must be a folder that can be written to",
+        ),
         (
             [GOLDEN, "out", "--bias", "full/file"],
             f"--bias needs codes, got {GOLDEN}, which has none",
+        ),
+        (
+            ["LPC", "empty", "--bias", "full/file"],
+            "--bias writes a file, got the folder",
         ),
         (["LPC", "out", "--bias", "absent"], "--bias = 'absent': no such file"),
         (
@@ -114,13 +121,14 @@ def test_what_can_be_mended_is_one_line_and_status_2(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     status, said, errors = run(*(lpc if flag == "LPC" else flag for flag in flags))
     assert (status, said) == (2, "")
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
     assert message in errors
-    assert [entry.name for entry in tmp_path.iterdir()] == ["full"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"empty", "full"}
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from rich.console import Console
 
+from lpc_jax.errors import UserError
 from lpc_jax.evaluation.preference import Evaluation
 from lpc_jax.generation.samples import Sample
 from lpc_jax.training import log as logs
@@ -387,6 +389,21 @@ def test_a_tracker_that_is_not_installed_names_its_extra(
         " out."
     )
     assert (tmp_path / "metrics.jsonl").read_text() == "kept\n"
+
+
+def test_trackio_s_space_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "trackio", FakeRun())
+    trackers.require_logins(["trackio"])
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "someone/board")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", offline)
+    message = "TRACKIO_SPACE_ID someone/board needs a login on the hub, which failed"
+    with pytest.raises(UserError, match=message):
+        trackers.require_logins(["trackio"])
+
+
+def offline(_: Any) -> None:
+    raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
 
 
 def test_no_tracker_is_imported_unasked(

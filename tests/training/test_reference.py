@@ -22,6 +22,7 @@ from lpc_jax.runtime import reading
 from lpc_jax.training import reference
 from lpc_jax.types import Batch
 from tests import runs, tiny
+from tests.runtime import test_fit
 
 SHAPE = packing.RowShape(rows=2, row_lengths=(48,), pair_slots=4, scored=32)
 DIGEST = "0123456789abcdef" * 4
@@ -301,14 +302,30 @@ def test_a_corrected_config_scores_all_again_and_dpo_starts_at_ln_2(tmp_path):
 
 
 def test_a_reference_of_another_vocabulary_is_refused(folder, tmp_path):
-    other = Path(shutil.copytree(runs.MODEL, tmp_path / "other"))
-    file = other / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 500}))
+    other = test_fit.with_rows(tmp_path, 500)
     with pytest.raises(ValueError) as error:  # noqa: PT011 -- compared whole
         runs.said_before_training(config(folder, reference={"path": str(other)}))
     assert str(error.value) == (
-        "reference.path must share the policy's tokenizer: vocabulary 512 expected, got"
-        " 500. Choose a reference of the same family."
+        f"the reference {other} must share the vocabulary of {runs.MODEL}, 512 tokens,"
+        " got 500. Choose a reference.path of the same family."
+    )
+
+
+def test_a_disk_that_is_full_costs_the_cache_and_not_what_was_scored(
+    tmp_path, monkeypatch, caplog
+):
+    pairs = tiny.pairs(6)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    found, scored = column(cache(tmp_path), Scorer(), pairs)
+    assert (scored, list(tmp_path.iterdir())) == (6, [])
+    np.testing.assert_allclose(found, expected(pairs), rtol=1e-6)
+    (said,) = caplog.messages
+    assert said.startswith(
+        "reference.cache: what was scored cannot be kept: [Errno 28]"
     )
 
 

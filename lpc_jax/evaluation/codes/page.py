@@ -11,7 +11,6 @@ from typing import Any
 import jinja2
 
 from lpc_jax.errors import UserError
-from lpc_jax.evaluation import flags
 from lpc_jax.evaluation.codes import map as maps
 from lpc_jax.evaluation.codes import measures, pictures
 from lpc_jax.evaluation.codes.look import Code, Look
@@ -27,10 +26,10 @@ _LONGEST_PROMPT = 400
 
 
 def require(num_codes: int | None, name: str, output: Path) -> None:
-    """Checks what a page needs before anything is loaded, and makes ``output``."""
+    """Checks what a page needs before anything is loaded."""
     steering.require_codes(num_codes, "--codes", name)
     maps.require()
-    flags.require_writable(output, flag="--output")
+    whole.require_writable(output, "--output")
 
 
 def write(look: Look, output: Path) -> Path:

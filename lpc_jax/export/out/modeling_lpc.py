@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # What a label is where there is nothing to predict.
 IGNORED = -100
+UNREAD = ("system", "system_prompt", "history")  # fields of a pair
 HOW = ("mean", "sample", "argmax")
 # A mix given by hand must sum to 1 within this.
 TOLERANCE = 1e-3
@@ -257,22 +258,29 @@ def prompt_end(hidden, attention_mask=None, prompt_lengths=None, labels=None):
 
 def pair_ids(row, tokenizer):
     """Token ids of a judged pair: prompt, chosen and rejected, each answer with EOS."""
-    missing = [name for name in ("prompt", "chosen", "rejected") if name not in row]
-    if missing:
-        raise ValueError(
-            f"a judged pair needs prompt, chosen and rejected, got none of {missing}."
-        )
+    tools = row.get("tools") or None
+    tools = json.loads(tools) if isinstance(tools, str) else tools
 
-    def messages(value, role):
-        return [{"role": role, "content": value}] if isinstance(value, str) else value
+    def messages(name, role):
+        value, unread = row.get(name), {n for n in UNREAD if row.get(n)}
+        listed = [{"role": role, "content": value}] if isinstance(value, str) else value
+        read = listed and all({"role", "content"} <= m.keys() for m in listed)
+        if unread or not read or (role == "assistant" and len(listed) > 1):
+            raise ValueError(
+                "a judged pair needs prompt, chosen and rejected, each a text or"
+                " messages with role and content, an answer one of them, and no"
+                f" {unread or UNREAD}, got {name} {value!r:.200}."
+            )
+        return listed
 
     def encoded(conversation, **options):
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+        options |= {"tools": tools, "tokenize": False}
+        text = tokenizer.apply_chat_template(conversation, **options)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    prompt = messages(row["prompt"], "user")
+    prompt = messages("prompt", "user")
     header = encoded(prompt, add_generation_prompt=True)
-    sides = messages(row["chosen"], "assistant"), messages(row["rejected"], "assistant")
+    sides = [messages(name, "assistant") for name in ("chosen", "rejected")]
     whole = [encoded(prompt + side) for side in sides]
     columns = zip(header, *whole)  # noqa: B905 - up to the shortest
     alike = itertools.takewhile(lambda ids: len(set(ids)) == 1, columns)

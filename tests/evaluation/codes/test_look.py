@@ -238,8 +238,8 @@ def test_an_output_that_is_no_folder_is_refused_before_any_pair_is_read(
     file.write_text("mine")
     message = refused(loaded, tmp_path / "none.jsonl", file / "report")
     assert message == (
-        f"--output: {file / 'report'} must be a folder that can be written to, got Not"
-        " a directory. Name another."
+        f"--output = '{file}/report' must be a folder that can be written to, got"
+        f" {file}: Not a directory. Name another."
     )
     assert file.read_text() == "mine"
 
