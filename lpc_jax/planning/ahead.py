@@ -179,7 +179,11 @@ def _policy(config: cfg.Config, architecture: Architecture, mesh: Mesh) -> Polic
     return policy.abstract(
         architecture,
         compute.resolve(
-            config.model, row_length=row_length, platform=platform, base=config.base
+            config.model,
+            head_width=architecture.head_width,
+            row_length=row_length,
+            platform=platform,
+            base=config.base,
         ),
         latent=config.latent,
         adapters=config.adapters,

@@ -173,7 +173,7 @@ def parse_topology(text: str) -> Slice:
 
 
 def _gpus(text: str) -> Slice:
-    known = parse_devices(text)
+    known = parse_devices(text, "--topology")
     if known.chip.gpu is None:
         kinds = ", ".join(chip.name for chip in CHIPS.values() if chip.gpu)
         raise UserError(
@@ -188,7 +188,7 @@ def _gpus(text: str) -> Slice:
     return dataclasses.replace(known, topology=text)
 
 
-def parse_devices(text: str) -> Slice:
+def parse_devices(text: str, flag: str = "--devices") -> Slice:
     """The chips of ``--devices`` (``gpu:8xh100``, ``tpu:4xv5p``), or ``UserError``."""
     matched = re.fullmatch(r"(?:(gpu|tpu):)?([1-9]\d*)x([a-z0-9]+)", text)
     platform, count, name = matched.groups() if matched else (None, "", "")
@@ -196,7 +196,7 @@ def parse_devices(text: str) -> Slice:
     if chip is None or platform not in (None, chip.platform):
         known = ", ".join(f"{c.platform}:8x{c.name}" for c in CHIPS.values())
         raise UserError(
-            f"--devices must be a number of chips such as {known}, got {text!r}."
+            f"{flag} must be a number of chips such as {known}, got {text!r}."
             " Use one of these kinds."
         )
     return Slice(chip, int(count))

@@ -116,10 +116,13 @@ class _Subject:
 
     @property
     def compute(self) -> compute.Compute:
-        config, platform = self.config, self.slice.chip.platform
-        length = config.packing.row_length
+        config = self.config
         return compute.resolve(
-            config.model, row_length=length, platform=platform, base=config.base
+            config.model,
+            head_width=self.architecture.head_width,
+            row_length=config.packing.row_length,
+            platform=self.slice.chip.platform,
+            base=config.base,
         )
 
     @property
@@ -314,7 +317,11 @@ def _memory_by_hand(subject: _Subject) -> memory.Prediction:
     optimizer = 2 * masters
     gradients = masters * (2 if subject.micro_batches > 1 else 1)
     temporary = arithmetic.temporary(
-        subject.config, subject.architecture, mesh, how.attention
+        subject.config,
+        subject.architecture,
+        mesh,
+        backend=how.attention,
+        platform=how.platform,
     )
     return memory.Prediction(
         parameters=masters,
