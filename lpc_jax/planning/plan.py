@@ -272,7 +272,10 @@ def _by_compiler(subject: _Subject, say: Say) -> Plan:
         for collective in collectives.read(program.as_text()):
             sent[collective.kind] += collective.sent * runs[name]
             inexact += not collective.exact
-    predicted, (compiler, _) = needed(programs), ahead.COMPILERS[subject.compute.platform]
+    predicted, (compiler, _) = (
+        needed(programs),
+        ahead.COMPILERS[subject.compute.platform],
+    )
     return _assembled(
         subject,
         predicted,

@@ -365,9 +365,7 @@ def test_a_new_backend_is_built_into_the_network_of_a_config(toy):
 
     def hidden(attention):
         model = cfg.Model(path="unused", attention=attention)
-        resolved = compute.resolve(
-            model, head_width=8, row_length=64, platform="cpu"
-        )
+        resolved = compute.resolve(model, head_width=8, row_length=64, platform="cpu")
         key = jax.random.key(0)
         network = policy.build(
             tiny.ARCHITECTURE, resolved, latent=None, adapters=None, key=key
