@@ -26,8 +26,6 @@ Attend = Callable[[Array, Array, Array], Array]
 
 # Results of a block's matrix products, but for attention's scores.
 _KEPT = (projection.PRODUCT, KEPT)
-# What the backward pass finds of a block: its input alone, or ``_KEPT`` too, on the
-# device or, being needed much later, in the host's memory.
 _save_kept = jax.checkpoint_policies.save_only_these_names(*_KEPT)
 
 
@@ -37,6 +35,8 @@ def _save_products(primitive: Any, *values: Any, **params: Any) -> Any:
     return is_kernel or _save_kept(primitive, *values, **params)
 
 
+# What the backward pass finds of a block: its input alone, or ``_KEPT`` too, on the
+# device or, being needed much later, in the host's memory.
 REMAT_POLICIES = {
     "block": None,
     "dots": _save_products,
