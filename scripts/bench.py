@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, list[dict[str, Any]]] = {entry.name: [] for entry in entries}
     peaks = []
     for number in range(asked.rounds):
-        peaks.append(_contest("peak"))
+        peaks.append(contest("peak"))
         for entry in entries[:: -1 if number % 2 else 1]:
             console.print(f"round {number + 1}: {entry.name}", highlight=False)
             inputs_of = inputs["small" if entry.group == "tunix" else "smollm2"]
@@ -241,7 +241,7 @@ def _smollm2(folder: Path, pairs: str, steps: int) -> Inputs:
         loaded.save_pretrained(model)
     order = np.random.default_rng(SEED).permutation(len(tokenized))
     chosen = [tokenized[i] for i in order[: steps * PAIRS_PER_STEP]]
-    ids = _write_ids(
+    ids = write_ids(
         folder / "pairs.json",
         [(pair.prompt, pair.chosen, pair.rejected) for pair in chosen],
     )
@@ -280,11 +280,12 @@ def _small(folder: Path, steps: int) -> Inputs:
         weights.save(model, params, SMALL, dtype=jnp.float32, shard_bytes=1 << 40)
     draw = np.random.default_rng(SEED).integers
     rows = draw(0, SMALL.vocabulary, (steps * PAIRS_PER_STEP, 3, SMALL_PART))
-    ids = _write_ids(folder / "small_pairs.json", list(rows))
+    ids = write_ids(folder / "small_pairs.json", list(rows))
     return Inputs(model, ids, (PAIRS_PER_STEP * 3 * SMALL_PART,))
 
 
-def _write_ids(file: Path, rows: Sequence[Sequence[np.ndarray]]) -> Path:
+def write_ids(file: Path, rows: Sequence[Sequence[np.ndarray]]) -> Path:
+    """Writes prompts, chosen and rejected answers as the contestants read them."""
     names = ("prompt", "chosen", "rejected")
     ids = [dict(zip(names, map(np.ndarray.tolist, r), strict=True)) for r in rows]
     file.write_text(json.dumps(ids))
@@ -311,10 +312,10 @@ def _run(entry: Entry, inputs: Inputs, folder: Path, attention: str) -> dict[str
     }
     file = folder / "spec.json"
     file.write_text(json.dumps(spec))
-    return _contest(str(file))
+    return contest(str(file))
 
 
-def _contest(argument: str) -> Any:
+def contest(argument: str) -> Any:
     """What bench_contestant.py prints, in a process of its own."""
     command = [sys.executable, str(HERE / "bench_contestant.py"), argument]
     environment = os.environ | {"PYTHONPATH": str(HERE.parent)}

@@ -2,11 +2,13 @@
 
 python scripts/plan.py --config configs/llama3_simpo.py --topology v5e:8x8
 python scripts/plan.py --config configs/llama3_simpo.py --topology v5p-8 --mesh.tensor 2
-python scripts/plan.py --config configs/llama3_simpo_lora.py --devices gpu:1xh100
+python scripts/plan.py --config configs/llama3_simpo.py --topology gpu:8xh100
+python scripts/plan.py --config configs/llama3_simpo_lora.py --devices gpu:1xl4
 python scripts/plan.py --table plans/*.json
 
-A topology's programs are compiled for it, which needs the extra `plan` and no TPU;
---devices is arithmetic. Every other flag overrides a setting, as in train.py.
+A topology's programs are compiled for it, which needs the extra `plan` and no TPU, or
+the extra `plan-gpu` and no GPU; --devices is arithmetic. Every other flag overrides a
+setting, as in train.py.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="plan.py", add_help=False, allow_abbrev=False, description=__doc__
     )
     cfg.add_version(own)
-    own.add_argument("--topology", help="a TPU slice: v5e:8x8, v5p:2x2x1, v6e-8")
-    own.add_argument("--devices", help="by arithmetic: gpu:8xh100, tpu:8xv5e")
+    own.add_argument("--topology", help="v5e:8x8, v5p:2x2x1, v6e-8, gpu:8xh100")
+    own.add_argument("--devices", help="by arithmetic: gpu:8xl4, tpu:8xv5e")
     own.add_argument("--json", type=Path, help="write everything to this file")
     own.add_argument("--table", type=Path, nargs="+", help="files of --json, as one")
     # UltraFeedback is of about this length with Llama 3's tokenizer; an assumption.

@@ -64,7 +64,8 @@ class Model(Settings):
     attention: str = "auto"
     """Backend: xla holds a row's scores under a mask; blocks and splash (a kernel for
     TPUs) skip masked blocks; cudnn (for GPUs, in bfloat16) holds no scores and skips
-    nothing. auto: blocks on CPU, splash on TPU if 128 divides row lengths, else xla."""
+    nothing. auto: blocks on CPU, splash on TPU if 128 divides row lengths, cudnn on GPU
+    in bfloat16 if the head's width is a multiple of 8 of at most 128, else xla."""
     remat: Literal["none", "dots", "offload", "block"] = "block"
     """What the backward pass recomputes: nothing; all but matrix products; likewise,
     their results waiting in the host's memory; or each decoder block."""

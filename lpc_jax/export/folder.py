@@ -46,7 +46,12 @@ def require_space(output: Path, outline: Origin, *, dtype: str, plain: bool) -> 
     model = cfg.Model(path=str(outline.path))
     _, shapes = policies.shapes(
         outline.architecture,
-        compute.resolve(model, row_length=cfg.Packing.row_length, platform="cpu"),
+        compute.resolve(
+            model,
+            head_width=outline.architecture.head_width,
+            row_length=cfg.Packing.row_length,
+            platform="cpu",
+        ),
         latent=None if plain else outline.latent,
         adapters=None,
     )

@@ -17,6 +17,7 @@ from lpc_jax.models import attention, embedding, leaves, projection, rope
 from lpc_jax.models.adapters import BlockAdapters, adapted
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.attention.blocks import KEPT
+from lpc_jax.models.attention.table import CUDNN_KERNEL
 from lpc_jax.models.rope import Turns, rotate
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -25,11 +26,20 @@ Attend = Callable[[Array, Array, Array], Array]
 
 # Results of a block's matrix products, but for attention's scores.
 _KEPT = (projection.PRODUCT, KEPT)
+_save_kept = jax.checkpoint_policies.save_only_these_names(*_KEPT)
+
+
+def _save_products(primitive: Any, *values: Any, **params: Any) -> Any:
+    """Whether to keep a result; cuDNN's has no name inside JAX's own derivative."""
+    is_kernel = primitive.name == CUDNN_KERNEL
+    return is_kernel or _save_kept(primitive, *values, **params)
+
+
 # What the backward pass finds of a block: its input alone, or ``_KEPT`` too, on the
 # device or, being needed much later, in the host's memory.
 REMAT_POLICIES = {
     "block": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(*_KEPT),
+    "dots": _save_products,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=list(_KEPT),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib.metadata
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from lpc_jax.files import sources
 from lpc_jax.models import architectures, weights
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.planning.arithmetic import Pair
+from lpc_jax.planning.chips import GPUS_OF_A_MACHINE, Chip, Multiprocessors, Slice
 from lpc_jax.runtime import compute, policy, programs
 from lpc_jax.runtime.policy import Policy
 from lpc_jax.training import memory, step
@@ -31,8 +33,9 @@ from lpc_jax.types import Batch
 
 # Updates in the run; its value changes no program's size.
 _STEPS = 1000
-# In the compiler's error when a program alone is larger than the memory.
-_TOO_LARGE = "RESOURCE_EXHAUSTED"
+# In the error of a TPU's compiler when a program alone is larger than the memory. A
+# GPU's says so of a kernel's shared memory alone.
+_TOO_LARGE, _SHARED = "RESOURCE_EXHAUSTED", "hared memory"
 _USED = re.compile(r"(?:Used |for HLO temporaries \()([\d.]+)([KMGT])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -55,17 +58,78 @@ def find_architecture(path: str) -> Architecture:
     return architectures.KNOWN[path]
 
 
-def devices(topology: str) -> tuple[Any, ...]:
-    """Devices of a TPU slice to compile for; ``UserError`` without libtpu."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "--topology needs the TPU's compiler, the package libtpu, which is not"
-            " installed. Install it with pip install -e '.[plan]', or use make plan."
-        )
-    options: dict[str, Any] = {"platform": "tpu", "topology_name": topology}
-    if topology.endswith(":1x1"):  # less than the four chips of a host
+# The packages that hold each platform's compiler, and the extra that brings them.
+COMPILERS = {
+    "tpu": (("libtpu",), "plan"),
+    "gpu": (("jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-cudnn-cu13"), "plan-gpu"),
+}
+
+
+def devices(of: Slice) -> tuple[Any, ...]:
+    """Devices to compile for; ``UserError`` without their compiler."""
+    packages, extra = COMPILERS[of.chip.platform]
+    for package in packages:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(
+                f"--topology {of.topology} needs a compiler, the package {package},"
+                f" which is not installed. Install it with pip install -e '.[{extra}]',"
+                f" or use make {extra}."
+            ) from None
+    options: dict[str, Any] = {"platform": "tpu", "topology_name": of.topology}
+    if of.chip.gpu is not None:
+        hosts = math.ceil(of.count / GPUS_OF_A_MACHINE)
+        options = {
+            "platform": "cuda",
+            "target_config": _target(of.chip, of.chip.gpu),
+            "topology": f"1x{hosts}x{of.count // hosts}",
+        }
+    elif of.count == 1:  # less than the four chips of a host
         options["chips_per_host_bounds"] = (1, 1, 1)
     return tuple(topologies.get_topology_desc(**options).devices)
+
+
+def _target(chip: Chip, gpu: Multiprocessors) -> str:
+    """A GPU as XLA's compiler is told of it (``GpuTargetConfigProto``, as text).
+
+    Limits of threads, blocks and registers are those of all these capabilities.
+    """
+    major, minor = gpu.capability.removesuffix("a").split(".")
+    extended = "ACCELERATED_FEATURES" if gpu.capability.endswith("a") else "NONE"
+    fields = {
+        "core_count": gpu.count,
+        "fpus_per_core": gpu.fp32_units,
+        "clock_rate_ghz": gpu.clock_ghz,
+        "device_memory_size": gpu.memory,
+        "memory_bandwidth": round(chip.memory_bandwidth),
+        "l2_cache_size": gpu.cache,
+        "shared_memory_per_core": gpu.shared_memory,
+        "shared_memory_per_block": 48 * 2**10,
+        "shared_memory_per_block_optin": gpu.shared_memory_of_block,
+        "threads_per_warp": 32,
+        "threads_per_block_limit": 1024,
+        "threads_per_core_limit": 2048,
+        "registers_per_core_limit": 2**16,
+        "registers_per_block_limit": 2**16,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 2**16 - 1,
+        "block_dim_limit_z": 2**16 - 1,
+        "thread_dim_limit_x": 1024,
+        "thread_dim_limit_y": 1024,
+        "thread_dim_limit_z": 64,
+        "device_address_bits": 64,
+        "driver_version": '"13.0.0"',
+        "runtime_version": '"13.0.0"',
+        "dnn_version": '"9.12.0"',
+    }
+    device = " ".join(f"{name}: {value}" for name, value in fields.items())
+    return (
+        f"gpu_device_info {{ {device} cuda_compute_capability {{ major: {major} minor:"
+        f" {minor} feature_extension: {extended} }} }}\n"
+        'platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 }\n'
+        f'device_description_str: "NVIDIA {chip.name.upper()}"'
+    )
 
 
 def compiled(name: str, lowered: Any) -> Any:
@@ -73,7 +137,7 @@ def compiled(name: str, lowered: Any) -> Any:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as e:
-        if _TOO_LARGE not in str(e):
+        if _TOO_LARGE not in str(e) or _SHARED in str(e):
             raise
         text = f"{name} is larger than the memory of a chip"
         if used := _USED.search(str(e)):
@@ -115,7 +179,11 @@ def _policy(config: cfg.Config, architecture: Architecture, mesh: Mesh) -> Polic
     return policy.abstract(
         architecture,
         compute.resolve(
-            config.model, row_length=row_length, platform=platform, base=config.base
+            config.model,
+            head_width=architecture.head_width,
+            row_length=row_length,
+            platform=platform,
+            base=config.base,
         ),
         latent=config.latent,
         adapters=config.adapters,

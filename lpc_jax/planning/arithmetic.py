@@ -144,7 +144,12 @@ def weights_read(config: cfg.Config, architecture: Architecture) -> int:
 
 
 def temporary(
-    config: cfg.Config, architecture: Architecture, mesh: dict[str, int], backend: str
+    config: cfg.Config,
+    architecture: Architecture,
+    mesh: dict[str, int],
+    *,
+    backend: str,
+    platform: str,
 ) -> int:
     """Bytes that the gradients' program needs besides its arguments and results."""
     a, packed = architecture, config.packing
@@ -156,10 +161,11 @@ def temporary(
     heads = (2 * a.query_heads + 2 * a.kv_heads) * a.head_width
     products = tokens * (heads + a.width + 3 * a.mlp_width) * _BF16
     scores = 0
-    if BACKENDS[backend].whole_rows:
-        # In fp32, and their softmax in bfloat16 (compiled: docs/performance.md).
-        # cuDNN's kernel holds none, yet is counted so: nobody has measured it.
-        scores = tokens * a.query_heads * packed.row_length * (_FP32 + _BF16)
+    if BACKENDS[backend].holds_scores:
+        # In fp32, and their softmax in bfloat16; a GPU's compiler keeps that in fp32
+        # beside it (compiled: docs/pods.md).
+        bytes_of_one = _FP32 + _BF16 + _FP32 * (platform == "gpu")
+        scores = tokens * a.query_heads * packed.row_length * bytes_of_one
     saved = {
         "block": stream,
         "offload": stream,
@@ -171,7 +177,8 @@ def temporary(
     weights, copies = block * _BF16, 0
     if config.trains_decoder:
         weights += block * _FP32
-        # Compilers cast all weights to bfloat16 before the layers' loop.
+    if config.trains_decoder and platform == "tpu":
+        # Its compiler casts all weights to bfloat16 before the layers' loop.
         copies = leaves.count(a) // (mesh["fsdp"] * mesh["tensor"]) * _BF16
     # 2 * products: the activations of the block in work and their gradients.
     return a.layers * saved + 2 * products + scores + weights + copies

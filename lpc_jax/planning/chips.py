@@ -9,6 +9,22 @@ import re
 from lpc_jax.errors import UserError
 
 GIB = 2**30
+# GPUs that NVLink joins, in NVIDIA's HGX and DGX machines of these kinds.
+GPUS_OF_A_MACHINE = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Multiprocessors:
+    """What XLA's compiler for GPUs asks of a chip besides its data sheet."""
+
+    capability: str  # of CUDA
+    count: int
+    fp32_units: int  # of each
+    clock_ghz: float
+    shared_memory: int  # bytes of each
+    shared_memory_of_block: int  # bytes that one thread block may ask for
+    cache: int  # bytes of L2
+    memory: int  # bytes that the driver reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +41,7 @@ class Chip:
     link_bandwidth: float
     layouts: tuple[str, ...] = ()  # of slices; none of GPUs
     cores_in_name: int = 1  # what the number in a name such as v5p-8 counts for a chip
+    gpu: Multiprocessors | None = None  # where programs can be compiled for it
 
 
 # Google Cloud, "TPU v5e" and "TPU v6e": supported configurations. The single chip is
@@ -32,6 +49,18 @@ class Chip:
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 # Google Cloud, "TPU v5p": supported configurations, those of up to a cube of 8.
 _CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+# NVIDIA H100 Tensor Core GPU architecture white paper, SXM5, and CUDA C++ Programming
+# Guide, technical specifications of capability 9.0; memory as devices report it.
+_HOPPER = Multiprocessors(
+    capability="9.0a",
+    count=132,
+    fp32_units=128,
+    clock_ghz=1.98,
+    shared_memory=228 * 2**10,
+    shared_memory_of_block=227 * 2**10,
+    cache=50 * 2**20,
+    memory=84_942_979_072,
+)
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -47,12 +76,38 @@ CHIPS = {
         Chip("v6e", "tpu", 32 * GIB, 918e12, 1640e9, 400e9, _PLANE),
         # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOP/s dense, 2,039 GB/s, NVLink 600
         # GB/s in both directions.
-        Chip("a100", "gpu", 80 * 10**9, 312e12, 2039e9, 300e9),
+        # Its white paper, and the same guide's capability 8.0, for the rest.
+        Chip(
+            "a100",
+            "gpu",
+            80 * 10**9,
+            312e12,
+            2039e9,
+            300e9,
+            gpu=Multiprocessors(
+                capability="8.0",
+                count=108,
+                fp32_units=64,
+                clock_ghz=1.41,
+                shared_memory=164 * 2**10,
+                shared_memory_of_block=163 * 2**10,
+                cache=40 * 2**20,
+                memory=85_100_068_864,
+            ),
+        ),
         # NVIDIA H100 data sheet, SXM: 1,979 TFLOP/s with sparsity, half of it dense; 80
         # GB at 3.35 TB/s; NVLink 900 GB/s in both directions.
-        Chip("h100", "gpu", 80 * 10**9, 989e12, 3350e9, 450e9),
+        Chip("h100", "gpu", 80 * 10**9, 989e12, 3350e9, 450e9, gpu=_HOPPER),
         # NVIDIA H200 data sheet, SXM: as the H100, with 141 GB at 4.8 TB/s.
-        Chip("h200", "gpu", 141 * 10**9, 989e12, 4800e9, 450e9),
+        Chip(
+            "h200",
+            "gpu",
+            141 * 10**9,
+            989e12,
+            4800e9,
+            450e9,
+            gpu=dataclasses.replace(_HOPPER, memory=151_397_597_184),
+        ),
         # NVIDIA L4 data sheet: 242 TFLOP/s with sparsity, half of it dense; 24 GB at
         # 300 GB/s; PCIe 64 GB/s in both directions.
         Chip("l4", "gpu", 24 * 10**9, 121e12, 300e9, 32e9),
@@ -69,7 +124,9 @@ class Slice:
 
     chip: Chip
     count: int
-    topology: str | None = None  # as the TPU compiler knows it (``v5e:8x8``)
+    topology: str | None = (
+        None  # what can be compiled for (``v5e:8x8``, ``gpu:8xh100``)
+    )
 
     @property
     def name(self) -> str:
@@ -85,13 +142,19 @@ def named(*, topology: str | None, devices: str | None) -> Slice:
         return parse_devices(devices)
     raise UserError(
         "exactly one of --topology and --devices is required, got"
-        f" {'neither' if topology is None else 'both'}. Use --topology v5e:8x8 to"
-        " compile for a TPU slice, --devices gpu:8xh100 for arithmetic."
+        f" {'neither' if topology is None else 'both'}. Use --topology v5e:8x8 or"
+        " gpu:8xh100 to compile for them, --devices gpu:8xl4 for arithmetic."
     )
 
 
 def parse_topology(text: str) -> Slice:
-    """The slice of ``--topology`` (``v5e:8x8``, ``v5p-8``), or ``UserError``."""
+    """The slice of ``--topology`` (``v5e:8x8``, ``v5p-8``, ``gpu:8xh100``).
+
+    Raises:
+        UserError: There is none of that name, or no compiler for it.
+    """
+    if text.startswith("gpu:"):
+        return _gpus(text)
     # As Google's accelerator types spell it.
     name = text.removeprefix("tpu:").replace("v5litepod", "v5e")
     kind = re.split("[:-]", name)[0]
@@ -104,14 +167,30 @@ def parse_topology(text: str) -> Slice:
         if name in names:
             return known_slice
     known = ", ".join(f"{topology} ({number})" for topology, number in slices)
-    expected = f"one of {known}" if known else "a TPU slice: v5e:8x8, v5p-8, v6e-8"
+    expected = known or "a TPU slice or GPUs: v5e:8x8, v5p-8, v6e-8, gpu:8xh100"
     raise UserError(
-        f"--topology must be {expected}, got {text!r}. Use such a slice; GPUs have"
-        " --devices."
+        f"--topology must be {'one of ' * bool(known)}{expected}, got {text!r}. Use"
+        " such a one."
     )
 
 
-def parse_devices(text: str) -> Slice:
+def _gpus(text: str) -> Slice:
+    known = parse_devices(text, "--topology")
+    if known.chip.gpu is None:
+        kinds = ", ".join(chip.name for chip in CHIPS.values() if chip.gpu)
+        raise UserError(
+            f"--topology must be of GPUs that programs can be compiled for ({kinds}),"
+            f" got {text!r}. Use --devices {text} for arithmetic."
+        )
+    if known.count > GPUS_OF_A_MACHINE and known.count % GPUS_OF_A_MACHINE:
+        raise UserError(
+            f"--topology must be of whole machines above {GPUS_OF_A_MACHINE} GPUs, got"
+            f" {text!r}. Use a multiple of {GPUS_OF_A_MACHINE}."
+        )
+    return dataclasses.replace(known, topology=text)
+
+
+def parse_devices(text: str, flag: str = "--devices") -> Slice:
     """The chips of ``--devices`` (``gpu:8xh100``, ``tpu:4xv5p``), or ``UserError``."""
     matched = re.fullmatch(r"(?:(gpu|tpu):)?([1-9]\d*)x([a-z0-9]+)", text)
     platform, count, name = matched.groups() if matched else (None, "", "")
@@ -119,7 +198,7 @@ def parse_devices(text: str) -> Slice:
     if chip is None or platform not in (None, chip.platform):
         known = ", ".join(f"{c.platform}:8x{c.name}" for c in CHIPS.values())
         raise UserError(
-            f"--devices must be a number of chips such as {known}, got {text!r}."
+            f"{flag} must be a number of chips such as {known}, got {text!r}."
             " Use one of these kinds."
         )
     return Slice(chip, int(count))

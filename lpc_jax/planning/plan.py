@@ -1,7 +1,7 @@
 """What a run would need and could reach on chips that are not here.
 
-TPU programs are compiled ahead of time; GPUs need their own compiler, so their plans
-are arithmetic. All pairs are taken to be of one length.
+Programs are compiled ahead of time, or counted by arithmetic. All pairs are taken to be
+of one length.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +22,11 @@ from lpc_jax.errors import UserError
 from lpc_jax.models.architectures import Architecture
 from lpc_jax.planning import ahead, arithmetic, collectives
 from lpc_jax.planning.arithmetic import Pair
-from lpc_jax.planning.chips import Slice
+from lpc_jax.planning.chips import GPUS_OF_A_MACHINE, Slice
 from lpc_jax.runtime import compute
 from lpc_jax.training import memory
 
 Say = Callable[[str], None]
-# GPUs that NVLink joins, in NVIDIA's HGX and DGX machines of these kinds.
-_GPUS_OF_A_MACHINE = 8
 # Widths of the tensor axis that are tried.
 _TENSOR = (2, 4, 8)
 
@@ -118,10 +116,13 @@ class _Subject:
 
     @property
     def compute(self) -> compute.Compute:
-        config, platform = self.config, self.slice.chip.platform
-        length = config.packing.row_length
+        config = self.config
         return compute.resolve(
-            config.model, row_length=length, platform=platform, base=config.base
+            config.model,
+            head_width=self.architecture.head_width,
+            row_length=config.packing.row_length,
+            platform=self.slice.chip.platform,
+            base=config.base,
         )
 
     @property
@@ -170,7 +171,7 @@ def make(config: cfg.Config, on: Slice, pair: Pair, say: Say) -> Plan:
     if short := -config.packing.rows % subject.ways:  # the result doesn't depend on it
         subject = subject.changed("packing", rows=config.packing.rows + short)
     if on.topology is not None:
-        subject = dataclasses.replace(subject, devices=ahead.devices(on.topology))
+        subject = dataclasses.replace(subject, devices=ahead.devices(on))
     first = _plan(subject, say)
     return first if first is not None and first.fits else _fitting(subject, first, say)
 
@@ -271,14 +272,20 @@ def _by_compiler(subject: _Subject, say: Say) -> Plan:
         for collective in collectives.read(program.as_text()):
             sent[collective.kind] += collective.sent * runs[name]
             inexact += not collective.exact
-    predicted, libraries = needed(programs), ("jax", "jaxlib", "libtpu")
+    predicted, (compiler, _) = (
+        needed(programs),
+        ahead.COMPILERS[subject.compute.platform],
+    )
     return _assembled(
         subject,
         predicted,
         sent,
         inexact=inexact,
         reference_peak=reference_peak,
-        versions={name: importlib.metadata.version(name) for name in libraries},
+        versions={
+            name: importlib.metadata.version(name)
+            for name in ("jax", "jaxlib", *compiler)
+        },
         compile_seconds=seconds,
     )
 
@@ -296,12 +303,8 @@ def _by_hand(subject: _Subject) -> Plan:
         "all-reduce": 2 * gradients / fsdp * (data - 1) / data,
     }
     sent = {kind: round(count * moved.get(kind, 0)) for kind in collectives.KINDS}
-    notes = []
-    if subject.compute.platform == "gpu" and subject.slice.count > _GPUS_OF_A_MACHINE:
-        notes.append("NVLink is taken to join all; between machines it does not")
-    if tensor > 1:
-        notes.append("what mesh.tensor sends is not counted")
-    return _assembled(subject, _memory_by_hand(subject), sent, notes=tuple(notes))
+    notes = ["what mesh.tensor sends is not counted"] if tensor > 1 else []
+    return _assembled(subject, _memory_by_hand(subject), sent, notes=notes)
 
 
 def _memory_by_hand(subject: _Subject) -> memory.Prediction:
@@ -317,7 +320,11 @@ def _memory_by_hand(subject: _Subject) -> memory.Prediction:
     optimizer = 2 * masters
     gradients = masters * (2 if subject.micro_batches > 1 else 1)
     temporary = arithmetic.temporary(
-        subject.config, subject.architecture, mesh, how.attention
+        subject.config,
+        subject.architecture,
+        mesh,
+        backend=how.attention,
+        platform=how.platform,
     )
     return memory.Prediction(
         parameters=masters,
@@ -332,7 +339,12 @@ def _memory_by_hand(subject: _Subject) -> memory.Prediction:
 
 
 def _assembled(
-    subject: _Subject, predicted: memory.Prediction, sent: dict[str, int], **how: Any
+    subject: _Subject,
+    predicted: memory.Prediction,
+    sent: dict[str, int],
+    *,
+    notes: Sequence[str] = (),
+    **how: Any,
 ) -> Plan:
     config, packed, chip = subject.config, subject.config.packing, subject.slice.chip
     of_run, computed = (config, subject.architecture), subject.compute
@@ -344,8 +356,11 @@ def _assembled(
     weights = arithmetic.weights_read(*of_run) / subject.mesh["tensor"]
     traffic = math.ceil(subject.micro_batches) * (weights + 2 * masters)
     traffic += 3 * masters + 2 * predicted.optimizer
+    if computed.platform == "gpu" and subject.slice.count > GPUS_OF_A_MACHINE:
+        notes = *notes, "NVLink is taken to join all; between machines it does not"
     return Plan(
         **how,
+        notes=tuple(notes),
         config=config.name,
         slice=subject.slice.name,
         chips=subject.slice.count,

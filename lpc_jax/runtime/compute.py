@@ -28,6 +28,7 @@ class Compute:
     platform: str  # as JAX names it: cpu, gpu, tpu
     dtype: jnp.dtype  # of matrix products
     attention: str  # the backend
+    reason: str  # why that one; empty where the config names it
     remat: str
     score_chunk: int  # scored positions of a row that meet the LM head at a time
     row_unit: int  # divides all row lengths, so that attention's blocks are full
@@ -40,7 +41,12 @@ class Compute:
 
 
 def resolve(
-    model: cfg.Model, *, row_length: int, platform: str, base: Base = "compute"
+    model: cfg.Model,
+    *,
+    head_width: int,
+    row_length: int,
+    platform: str,
+    base: Base = "compute",
 ) -> Compute:
     """How a model computes on a platform, in rows of at most ``row_length`` tokens."""
     cpu = platform == "cpu"
@@ -48,12 +54,11 @@ def resolve(
     if dtype == "auto":  # bfloat16 where the device is made for it
         dtype = "float32" if cpu else "bfloat16"
     row_unit = math.gcd(row_length, _CPU_ROW_UNIT if cpu else _ROW_UNIT)
-    backend = table.choose(
-        model.attention, platform, dtype=jnp.dtype(dtype), row_unit=row_unit
-    )
+    where = table.Where(platform, jnp.dtype(dtype), row_unit, head_width)
+    backend, reason = table.choose(model.attention, where)
     chunk = model.score_chunk or (_CPU_SCORE_CHUNK if cpu else _SCORE_CHUNK)
     return Compute(
-        platform, jnp.dtype(dtype), backend, model.remat, chunk, row_unit, base
+        platform, where.dtype, backend, reason, model.remat, chunk, row_unit, base
     )
 
 

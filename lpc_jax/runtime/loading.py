@@ -234,6 +234,7 @@ def outline(
         origin.architecture,
         compute.resolve(
             origin.model,
+            head_width=origin.architecture.head_width,
             row_length=row_length,
             platform=sharding.platform(mesh),
             base=base or (adapters.base if adapters else "compute"),

@@ -137,14 +137,16 @@ def describe(run: Run) -> None:
         for tree in (policy.whole, policy.params, policy.whole.get("latent", {}))
     )
     share = "" if trained == count else f", {trained / 1e6:.2f} M trained"
-    mesh = policy.mesh
+    mesh, reason = policy.mesh, policy.compute.reason
+    reason = f" ({reason})" if reason else ""
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     run.say(
         f"model: {config.model.path}, {count / 1e6:.1f} M parameters"
         f" ({latent / 1e6:.2f} M latent{share}), compute"
         f" {policy.compute.precision}\n"
         f"mesh: {mesh.size} x {mesh.devices.flat[0].device_kind}, {axes};"
-        f" attention: {policy.compute.attention}; remat: {config.model.remat}\n"
+        f" attention: {policy.compute.attention}{reason}; remat:"
+        f" {config.model.remat}\n"
         f"batch: {config.packing.pairs_per_step} pairs a step in micro-batches of"
         f" {shape.rows} rows x {' or '.join(map(str, shape.row_lengths))} tokens,"
         f" {shape.scored} scored a row; {run.total_steps} steps\n"

@@ -197,15 +197,16 @@ def test_the_tpu_kernel_equals_a_masked_row_in_value_and_gradient(sliding_window
     chex.assert_trees_all_close(found, expected, atol=2e-5)
 
 
-def choose(name, platform, *, dtype="bfloat16", row_unit=256):
-    return table.choose(name, platform, dtype=jnp.dtype(dtype), row_unit=row_unit)
+def choose(name, platform, *, dtype="bfloat16", row_unit=256, head_width=64):
+    where = table.Where(platform, jnp.dtype(dtype), row_unit, head_width)
+    return table.choose(name, where)[0]
 
 
 @pytest.mark.parametrize(
     ("backend", "platform", "row_unit", "expected"),
     [
         ("auto", "cpu", 256, "blocks"),
-        ("auto", "gpu", 256, "xla"),
+        ("auto", "gpu", 256, "cudnn"),
         ("auto", "tpu", 256, "splash"),
         ("auto", "tpu", 200, "xla"),
         ("xla", "cpu", 256, "xla"),
@@ -216,6 +217,42 @@ def choose(name, platform, *, dtype="bfloat16", row_unit=256):
 )
 def test_auto_is_what_suits_the_platform(backend, platform, row_unit, expected):
     assert choose(backend, platform, row_unit=row_unit) == expected
+
+
+def test_auto_says_why():
+    def why(platform, dtype="bfloat16"):
+        where = table.Where(platform, jnp.dtype(dtype), 256, 64)
+        return table.choose("auto", where)
+
+    assert why("gpu") == ("cudnn", "the default on a gpu")
+    needs = "cudnn needs model.compute_dtype bfloat16, got float32."
+    assert why("gpu", "float32") == ("xla", needs)
+    assert table.choose("xla", table.Where("gpu", jnp.dtype("bfloat16"), 256, 64)) == (
+        "xla",
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "here", "expected"),
+    [
+        (RuntimeError("cuDNN is not detected."), "gpu", "cuDNN, got: cuDNN is not"),
+        (RuntimeError("cuDNN is not detected."), "cpu", None),
+        (NotImplementedError("The head dim must be"), "cpu", "what its kernel takes,"),
+    ],
+)
+def test_what_jax_says_of_cudnn_decides_unless_none_is_here(
+    monkeypatch, error, here, expected
+):
+    def ask(*_, **__):
+        raise error
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", ask)
+    monkeypatch.setattr(jax, "default_backend", lambda: here)
+    table._cudnn_refuses.cache_clear()
+    needs = table._cudnn_refuses(table.Where("gpu", jnp.dtype("bfloat16"), 8, 20))
+    table._cudnn_refuses.cache_clear()
+    assert needs is None if expected is None else needs.startswith(expected)
 
 
 SPLASH_NEEDS = (
@@ -291,7 +328,7 @@ def toy(monkeypatch):
     backend = table.Backend(
         prepare=table.BACKENDS["xla"].prepare,
         attend=attend,
-        refuses=lambda platform, dtype, unit: None if unit % 2 == 0 else "even rows.",
+        refuses=lambda where: None if where.row_unit % 2 == 0 else "even rows.",
         auto_on="gpu",
         computed_again=1.0,
     )
@@ -300,8 +337,9 @@ def toy(monkeypatch):
 
 
 def test_a_new_backend_is_chosen_refused_and_named(toy):
-    assert choose("auto", "gpu") == "toy"
-    assert choose("auto", "gpu", row_unit=3) == "xla"
+    single = {"dtype": "float32"}  # which cuDNN's refuses
+    assert choose("auto", "gpu", **single) == "toy"
+    assert choose("auto", "gpu", row_unit=3, **single) == "xla"
     assert choose("toy", "cpu") == "toy"
     with pytest.raises(UserError, match=r"^model\.attention='toy' needs even rows\.$"):
         choose("toy", "gpu", row_unit=3)
@@ -327,7 +365,7 @@ def test_a_new_backend_is_built_into_the_network_of_a_config(toy):
 
     def hidden(attention):
         model = cfg.Model(path="unused", attention=attention)
-        resolved = compute.resolve(model, row_length=64, platform="cpu")
+        resolved = compute.resolve(model, head_width=8, row_length=64, platform="cpu")
         key = jax.random.key(0)
         network = policy.build(
             tiny.ARCHITECTURE, resolved, latent=None, adapters=None, key=key
@@ -346,7 +384,7 @@ def test_a_new_backend_is_planned_by_its_costs(toy):
         pair = Pair(prompt=20, answer=30)
         return plan.make(config, chips.parse_devices("gpu:1xh100"), pair, print)
 
-    by_toy, by_blocks = planned("auto"), planned("blocks")
+    by_toy, by_blocks = planned("toy"), planned("blocks")
     assert (by_toy.attention, by_blocks.attention) == ("toy", "blocks")
     # Of attention's two forward products it computes two again, blocks one: of 4 heads
     # of 8, in 2 layers, at every key that is seen.

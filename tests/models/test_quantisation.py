@@ -241,7 +241,11 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, bad):
     )
     architecture = weights.read_architecture(folder)
     how = compute.resolve(
-        cfg.Model(path="unused"), row_length=64, platform="cpu", base="int8"
+        cfg.Model(path="unused"),
+        head_width=8,
+        row_length=64,
+        platform="cpu",
+        base="int8",
     )
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     outline = policy.abstract(

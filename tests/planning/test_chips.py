@@ -16,6 +16,8 @@ NAMES = [
     ("v5p-128", "v5p:4x4x4", 64),
     ("v6e-8", "v6e:2x4", 8),
     ("tpu:v6e:2x4", "v6e:2x4", 8),
+    ("gpu:1xh100", "gpu:1xh100", 1),
+    ("gpu:16xa100", "gpu:16xa100", 16),
 ]
 
 
@@ -40,34 +42,47 @@ def test_devices_by_kind_and_number(text, kind, count):
     [
         (
             "v5q:2x2",
-            "--topology must be a TPU slice: v5e:8x8, v5p-8, v6e-8, got 'v5q:2x2'. Use"
-            " such a slice; GPUs have --devices.",
+            "--topology must be a TPU slice or GPUs: v5e:8x8, v5p-8, v6e-8, gpu:8xh100,"
+            " got 'v5q:2x2'. Use such a one.",
         ),
         (
             "h100-8",
-            "--topology must be a TPU slice: v5e:8x8, v5p-8, v6e-8, got 'h100-8'. Use"
-            " such a slice; GPUs have --devices.",
+            "--topology must be a TPU slice or GPUs: v5e:8x8, v5p-8, v6e-8, gpu:8xh100,"
+            " got 'h100-8'. Use such a one.",
         ),
         (
             "v5p-7",
             "--topology must be one of v5p:2x2x1 (v5p-8), v5p:2x2x2 (v5p-16), v5p:2x2x4"
             " (v5p-32), v5p:2x4x4 (v5p-64), v5p:4x4x4 (v5p-128), v5p:4x4x8 (v5p-256),"
-            " v5p:4x8x8 (v5p-512), v5p:8x8x8 (v5p-1024), got 'v5p-7'. Use such a slice;"
-            " GPUs have --devices.",
+            " v5p:4x8x8 (v5p-512), v5p:8x8x8 (v5p-1024), got 'v5p-7'. Use such a one.",
         ),
         (
             "v6e:3x3",
             "--topology must be one of v6e:1x1 (v6e-1), v6e:2x2 (v6e-4), v6e:2x4"
             " (v6e-8), v6e:4x4 (v6e-16), v6e:4x8 (v6e-32), v6e:8x8 (v6e-64), v6e:8x16"
-            " (v6e-128), v6e:16x16 (v6e-256), got 'v6e:3x3'. Use such a slice; GPUs"
-            " have --devices.",
+            " (v6e-128), v6e:16x16 (v6e-256), got 'v6e:3x3'. Use such a one.",
         ),
         (
             "v5e",
             "--topology must be one of v5e:1x1 (v5e-1), v5e:2x2 (v5e-4), v5e:2x4"
             " (v5e-8), v5e:4x4 (v5e-16), v5e:4x8 (v5e-32), v5e:8x8 (v5e-64), v5e:8x16"
-            " (v5e-128), v5e:16x16 (v5e-256), got 'v5e'. Use such a slice; GPUs have"
-            " --devices.",
+            " (v5e-128), v5e:16x16 (v5e-256), got 'v5e'. Use such a one.",
+        ),
+        (
+            "gpu:8xl4",
+            "--topology must be of GPUs that programs can be compiled for (a100, h100,"
+            " h200), got 'gpu:8xl4'. Use --devices gpu:8xl4 for arithmetic.",
+        ),
+        (
+            "gpu:12xh100",
+            "--topology must be of whole machines above 8 GPUs, got 'gpu:12xh100'. Use"
+            " a multiple of 8.",
+        ),
+        (
+            "gpu:h100",
+            "--topology must be a number of chips such as tpu:8xv5e, tpu:8xv5p,"
+            " tpu:8xv6e, gpu:8xa100, gpu:8xh100, gpu:8xh200, gpu:8xl4, gpu:8xrtx4090,"
+            " got 'gpu:h100'. Use one of these kinds.",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Plans: what is counted by hand, what is tried where it doesn't fit, what is said."""
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import pytest
 
 from lpc_jax import config as cfg
 from lpc_jax import sharding
+from lpc_jax.errors import UserError
 from lpc_jax.planning import ahead, chips, plan, report
 from lpc_jax.planning.arithmetic import Pair
 from lpc_jax.training import memory
@@ -48,18 +50,28 @@ def test_what_an_8b_model_keeps_is_what_is_known_of_it():
     assert not found.compiled
 
 
-# What libtpu 0.0.42.1 said of these (docs/pods.md), peak and temporary in GB.
-COMPILED = {
-    "tpu:64xv5e": (5.93, 3.91),
-    "tpu:8xv6e": (25.32, 5.11),
-    "tpu:4xv5p": (49.73, 9.32),
-}
+# What libtpu 0.0.42.1, and XLA's compiler for GPUs with jax 0.10.2, said of these
+# (docs/pods.md), peak and temporary in GB.
+COMPILED = [
+    ("llama3_simpo", "tpu:64xv5e", "auto", 5.93, 3.91),
+    ("llama3_simpo", "tpu:8xv6e", "auto", 25.32, 5.11),
+    ("llama3_simpo", "tpu:4xv5p", "auto", 49.73, 9.32),
+    ("llama3_simpo", "gpu:8xh100", "auto", 23.59, 3.38),
+    ("llama3_simpo", "gpu:8xh100", "xla", 29.76, 9.55),
+    ("llama3_simpo_lora", "gpu:1xh100", "auto", 22.05, 4.13),
+    ("llama3_simpo_lora", "gpu:1xh100", "xla", 32.12, 14.20),
+]
 
 
-@pytest.mark.parametrize("devices", COMPILED)
-def test_memory_by_arithmetic_is_near_what_the_compiler_said(devices):
-    found = by_hand(flagship(), devices)
-    peak, temporary = COMPILED[devices]
+@pytest.mark.parametrize(
+    ("config", "devices", "attention", "peak", "temporary"), COMPILED
+)
+def test_memory_by_arithmetic_is_near_what_the_compiler_said(
+    config, devices, attention, peak, temporary
+):
+    config = cfg.read(str(CONFIGS / f"{config}.py"))
+    model = dataclasses.replace(config.model, attention=attention)
+    found = by_hand(dataclasses.replace(config, model=model), devices)
     assert found.peak / GB == pytest.approx(peak, rel=0.07)
     assert found.memory.temporary / GB == pytest.approx(temporary, rel=0.1)
 
@@ -88,9 +100,12 @@ def test_the_roofline_is_the_slowest_of_three():
     assert slow.mfu == found.model_flops / (4 * 8 * 989e12)
 
 
-def test_a_model_s_operations_are_six_a_weight_and_token():
+# Forward, twice that backward, and once by remat; cuDNN computes scores once more.
+@pytest.mark.parametrize(("attention", "times"), [("xla", 4), ("cudnn", 4.5)])
+def test_a_model_s_operations_are_six_a_weight_and_token(attention, times):
     # Of the head only what is scored, and attention besides: by hand, a bit more.
-    found = by_hand(flagship(latent=None), "gpu:8xh100")
+    model = dataclasses.replace(flagship().model, attention=attention)
+    found = by_hand(flagship(latent=None, model=model), "gpu:8xh100")
     block, head = 32 * 218_103_808, 525_336_576
     dense = 6 * 128 * (block * 900 + head * 700)
     seen = 200 * 201 // 2 + 2 * (350 * 200 + 350 * 351 // 2)
@@ -99,7 +114,9 @@ def test_a_model_s_operations_are_six_a_weight_and_token():
     again = 2 * 128 * ((block - 32 * 58_720_256) * 900 + head * 700)
     # On a GPU scores of the whole row are computed: 4096 keys a query.
     rows = 128 * 32 * 4 * 4096 * 900 * 4096
-    assert found.hardware_flops == pytest.approx(dense + 4 * rows + again, rel=1e-12)
+    assert found.hardware_flops == pytest.approx(
+        dense + times * rows + again, rel=1e-12
+    )
 
 
 def test_rows_are_raised_to_what_the_mesh_splits():
@@ -304,19 +321,35 @@ def test_what_a_program_would_use_is_read_from_the_refusal(message, used):
     assert str(error.value) == f"gradients is larger than the memory of a chip{used}"
 
 
-def test_another_fault_of_the_compiler_is_not_hidden():
-    refused = Refused("INTERNAL: something else")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        ahead.compiled("gradients", refused)
+@pytest.mark.parametrize(
+    "message",
+    [
+        "INTERNAL: something else",
+        # Of a GPU's kernel, not of the program.
+        "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 262144",
+    ],
+)
+def test_another_fault_of_the_compiler_is_not_hidden(message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        ahead.compiled("gradients", Refused(message))
 
 
-def test_without_libtpu_it_says_which_extra(monkeypatch):
-    monkeypatch.setattr(ahead.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError) as error:  # noqa: PT011 -- the whole message is compared
-        planned(flagship())
+@pytest.mark.parametrize(
+    ("topology", "package", "extra"),
+    [("v6e-8", "libtpu", "plan"), ("gpu:8xh100", "jax-cuda13-plugin", "plan-gpu")],
+)
+def test_without_a_compiler_it_says_which_extra(monkeypatch, topology, package, extra):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    slice_ = chips.parse_topology(topology)
+    with pytest.raises(UserError) as error:
+        ahead.devices(slice_)
     assert str(error.value) == (
-        "--topology needs the TPU's compiler, the package libtpu, which is not"
-        " installed. Install it with pip install -e '.[plan]', or use make plan."
+        f"--topology {slice_.topology} needs a compiler, the package {package}, which"
+        f" is not installed. Install it with pip install -e '.[{extra}]', or use make"
+        f" {extra}."
     )
 
 

@@ -237,7 +237,9 @@ def test_bfloat16_computes_otherwise_on_the_same_masters(folder, base):
 
 def resolved(model: dict[str, Any], platform: str) -> compute.Compute:
     model = {"path": "unread"} | model
-    return compute.resolve(cfg.Model(**model), row_length=128, platform=platform)
+    return compute.resolve(
+        cfg.Model(**model), head_width=64, row_length=128, platform=platform
+    )
 
 
 def test_auto_is_float32_on_a_cpu():

@@ -20,7 +20,7 @@ _BLOCKS = (512, 384, 256, 128)
 _OF_PASSES = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
 
 
-def refuses(platform: str, dtype: jnp.dtype, row_unit: int) -> str | None:
+def refuses(platform: str, row_unit: int) -> str | None:
     """What the kernel needs where it cannot run; None where it can."""
     if platform == "tpu" and row_unit % UNIT == 0:
         return None
