@@ -221,12 +221,11 @@ def random_pairs(count: int, lengths: Sequence[int], *, vocabulary: int) -> Pair
     def ids(length: int) -> np.ndarray:
         return draw(3, vocabulary, length).astype(np.int32)
 
-    return Pairs(
-        [
-            TokenizedPair(*map(ids, lengths), "", i, False, False, False)
-            for i in range(count)
-        ]
-    )
+    def pair(number: int) -> TokenizedPair:
+        prompt, chosen, rejected = map(ids, lengths)
+        return TokenizedPair(prompt, chosen, rejected, "", number, False, False, False)
+
+    return Pairs([pair(number) for number in range(count)])
 
 
 def _backends_agree(sizes: Sizes, dtype: str, limit: float, say: Say) -> None:
@@ -286,7 +285,10 @@ def _attention_inputs(
 
 def _attended(backend: str) -> Callable[..., Any]:
     def of(heads: list[Any], tokens: list[Any]) -> Any:
-        layout = attention.layout(*tokens, sliding_window=None, backend=backend)
+        position, pair, branch = tokens
+        layout = attention.layout(
+            position, pair, branch, sliding_window=None, backend=backend
+        )
         return attention.attend(*heads, layout)
 
     return of
