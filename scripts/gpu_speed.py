@@ -39,6 +39,7 @@ from scripts.gpu_stages import (
     Say,
     Sizes,
     begun,
+    one_device,
     random_pairs,
     seconds,
 )
@@ -47,19 +48,31 @@ from scripts.gpu_stages import (
 
 _PEAK = re.compile(r"memory: ([\d.]+) GB at the peak, ([\d.]+) GB predicted")
 
+_CONFIG = f"""
+import dataclasses
+import runpy
+from lpc_jax.config import Adapters
+
+config = dataclasses.replace(
+    runpy.run_path({str(ROOT / "configs" / "quickstart.py")!r})["config"],
+    adapters=Adapters() if {{adapters}} else None,
+)
+"""
+
 
 def memory(sizes: Sizes, say: Say, folder: Path) -> None:
     """What a run says it will need and what it took, fully and with adapters."""
-    for name, flags in (("full", []), ("adapters", ["--adapters", "adapters"])):
+    for name in ("full", "adapters"):
+        config = folder / f"{name}.py"
+        config.write_text(_CONFIG.format(adapters=name == "adapters"))
         done = subprocess.run(
             [
                 sys.executable,
                 str(ROOT / "scripts" / "train.py"),
-                *("--config", str(ROOT / "configs" / "quickstart.py")),
+                *("--config", str(config), "--name", name),
                 *("--model.path", sizes.model, "--run.folder", str(folder / "runs")),
                 *("--training.steps", "3", "--training.samples", "0"),
-                *("--data.limit", "32", "--data.eval-limit", "8", "--name", name),
-                *flags,
+                *("--data.limit", "32", "--data.eval-limit", "8"),
             ],
             capture_output=True,
             text=True,
@@ -171,6 +184,7 @@ def _speed(sizes: Sizes, model: Path, trial: Trial) -> tuple[float, float, int, 
     length, rows = sizes.row_length, sizes.rows
     policy = lpc.load(
         str(model),
+        mesh=one_device(),
         latent=cfg.Latent(),
         row_length=length,
         **dataclasses.asdict(trial),
@@ -241,6 +255,7 @@ def adapters(sizes: Sizes, say: Say, folder: Path) -> None:
     length = sizes.adapted_row_length
     policy = lpc.load(
         str(model),
+        mesh=one_device(),
         latent=cfg.Latent(),
         adapters=cfg.Adapters(),
         row_length=length,
@@ -269,7 +284,7 @@ def adapters(sizes: Sizes, say: Say, folder: Path) -> None:
 def generation(sizes: Sizes, say: Say, folder: Path) -> None:
     """Greedy tokens a second at each batch."""
     del folder
-    policy = loading.load(sizes.model, mesh=lpc.load(sizes.model).mesh)
+    policy = loading.load(sizes.model, mesh=one_device())
     prompts = np.random.default_rng(SEED).integers(3, 400, (max(sizes.batches), 64))
     for batch in sizes.batches:
         generator = Generator(policy, batch=batch)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import lpc_jax as lpc
 from lpc_jax import config as cfg
@@ -161,6 +162,12 @@ def parity(sizes: Sizes, say: Say, folder: Path) -> None:
         _backends_agree(sizes, dtype, limit, say)
 
 
+def one_device(device: Any = None) -> Mesh:
+    """A mesh of one device, by default the first."""
+    devices = [device or jax.devices()[0]]
+    return sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=devices)
+
+
 def _most(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.max(np.abs(found - expected)))
 
@@ -173,7 +180,7 @@ def _trained(
     sizes: Sizes, pairs: Pairs, device: Any, dtype: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Log-probabilities, the first gradient and the losses of 8 steps on a device."""
-    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=[device])
+    mesh = one_device(device)
     with jax.default_device(device):
         policy = lpc.load(sizes.model, mesh=mesh, compute_dtype=dtype)
         logp = reading.score(policy, pairs.tokens, steering=None)
@@ -289,7 +296,8 @@ def _attended(backend: str) -> Callable[..., Any]:
         layout = attention.layout(
             position, pair, branch, sliding_window=None, backend=backend
         )
-        return attention.attend(*heads, layout)
+        query, key, value = heads
+        return attention.attend(query, key, value, layout)
 
     return of
 

@@ -379,9 +379,9 @@ def test_a_size_that_no_model_has_is_refused(model, field, value):
         ("architectures", 7, "architectures[0] must be one of"),
         ("architectures", [["LlamaForCausalLM"]], "architectures[0] must be one of"),
         ("rope_scaling", [1], "rope_scaling must be an object or null"),
-        ("rope_scaling", {"rope_type": ["x"]}, "rope type must be one of"),
+        ("rope_parameters", {"rope_type": ["x"]}, "rope type must be one of"),
         (
-            "rope_scaling",
+            "rope_parameters",
             {"rope_type": "linear", "factor": float("inf")},
             "factor must be a number above 0",
         ),

@@ -30,15 +30,22 @@ def require_access(repository: str, *, setting: str, private: bool = False) -> N
     owners = [account["name"], *(org["name"] for org in account.get("orgs", ()))]
     owner, problem = repository.partition("/")[0], None
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        problem = "needs a token that may write, got one that may read. Make one"
+        problem = (
+            "needs a token that may write, got one that may read. Make one on the hub"
+            " and run `hf auth login`."
+        )
     elif is_public:
-        problem = "must be new or private, got one that is public. Name another"
+        problem = (
+            "must be new or private, got one that is public. Name another, or make it"
+            " private on the hub."
+        )
     elif owner not in owners:
         problem = (
-            f"must be of {', '.join(owners)}, who are logged in, got {owner}. Name one"
+            f"must be of {', '.join(owners)}, who are logged in, got {owner}. Name one,"
+            f" or log in as {owner}."
         )
     if problem is not None:
-        raise UserError(f"{setting} {repository} {problem}, or log in as another.")
+        raise UserError(f"{setting} {repository} {problem}")
 
 
 def push(folder: Path, repository: str, *, private: bool, setting: str) -> str:

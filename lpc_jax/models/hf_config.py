@@ -226,7 +226,7 @@ def _rope_section(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
         is_object = isinstance(section, Mapping)
         require(is_object, origin, field, "an object or null", section)
         # A later version reads the one and an earlier one the other.
-        once = not (section and parameters) or section == parameters
+        once = not parameters or section.items() <= parameters.items()
         require(once, origin, field, "absent beside rope_parameters", section, _ONE)
         parameters.update(section)
     return {name: value for name, value in parameters.items() if value is not None}

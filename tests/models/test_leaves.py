@@ -117,7 +117,9 @@ def test_biases_and_norms_are_spared_from_weight_decay():
 
 def _temporary(architecture: Architecture) -> int:
     one = {"data": 1, "fsdp": 1, "tensor": 1}
-    return arithmetic.temporary(tiny.config(), architecture, one, "blocks")
+    return arithmetic.temporary(
+        tiny.config(), architecture, one, backend="blocks", platform="tpu"
+    )
 
 
 def test_a_leaf_more_is_saved_and_loaded_and_refused_without_its_row(tmp_path):

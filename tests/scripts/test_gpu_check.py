@@ -43,6 +43,7 @@ def test_trl_is_timed_where_it_is(tmp_path, monkeypatch):
 def test_the_driver_writes_what_was_measured_and_ends_with_1_when_a_stage_stops(
     tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.delenv("XLA_FLAGS")  # one device for the processes that it starts
     slow, _ = gpu_check.STAGES["generation"]
     monkeypatch.setitem(gpu_check.STAGES, "generation", (slow, 0.01))
     flags = ["--toy", "--only", "memory", "--only", "generation"]

@@ -308,7 +308,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(command, tmp_path):
     said = command.refusal("--run.folder", str(tmp_path / "file"))
     assert said == (
         f"run.folder = '{tmp_path}/file' must be a folder that can be written to, got"
-        f" {tmp_path}/file, which cannot. Name another."
+        f" {tmp_path}/file: Not a directory. Name another."
     )
 
 

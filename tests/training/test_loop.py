@@ -184,7 +184,8 @@ def test_schedules_are_logged_as_they_are_applied(lpc_dpo):
 def test_the_run_says_what_it_works_on_and_ends_with_a_table(lpc_dpo):
     for line in (
         "Lengths",
-        "mesh: 1 x cpu, data=1 fsdp=1 tensor=1; attention: blocks; remat: block",
+        "mesh: 1 x cpu, data=1 fsdp=1 tensor=1; attention: blocks (the default on a"
+        " cpu); remat: block",
         "loss = -log sigmoid(0.1 * (r_w - r_l)) + 0.05 KL(q||p)",
         "reference: 53 pairs scored, 0 found in",
         "step 6/6  loss ",
