@@ -80,15 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     sizes = TOY if flags.toy else FULL
     sizes = dataclasses.replace(sizes, model=flags.model or sizes.model)
+    platform = jax.devices()[0].platform
+    if platform != "gpu" and not flags.toy:
+        print(f"error: expected a GPU, got a {platform}. Use --toy.", file=sys.stderr)
+        return 2
     folder = flags.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if flags.stage:
         run_stage(flags.stage, sizes, folder)
         return 0
-    platform = jax.devices()[0].platform
-    if platform != "gpu" and not flags.toy:
-        print(f"error: expected a GPU, got a {platform}. Use --toy.", file=sys.stderr)
-        return 2
     return _check(flags, sizes, folder)
 
 

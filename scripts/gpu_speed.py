@@ -73,6 +73,7 @@ def memory(sizes: Sizes, say: Say, folder: Path) -> None:
                 *("--model.path", sizes.model, "--run.folder", str(folder / "runs")),
                 *("--training.steps", "3", "--training.samples", "0"),
                 *("--data.limit", "32", "--data.eval-limit", "8"),
+                *("--packing.length-choices", "1"),
             ],
             capture_output=True,
             text=True,

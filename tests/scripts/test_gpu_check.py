@@ -44,8 +44,9 @@ def test_the_driver_writes_what_was_measured_and_ends_with_1_when_a_stage_stops(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.delenv("XLA_FLAGS")  # one device for the processes that it starts
-    slow, _ = gpu_check.STAGES["generation"]
-    monkeypatch.setitem(gpu_check.STAGES, "generation", (slow, 0.01))
+    for name, limit in (("memory", 600), ("generation", 0.01)):
+        stage, _ = gpu_check.STAGES[name]
+        monkeypatch.setitem(gpu_check.STAGES, name, (stage, limit))
     flags = ["--toy", "--only", "memory", "--only", "generation"]
     assert gpu_check.main([*flags, "--folder", str(tmp_path)]) == 1
     report = json.loads((tmp_path / "gpu_check.json").read_text())
@@ -66,6 +67,7 @@ def test_a_row_beyond_its_limit_fails_the_check():
     assert not gpu_check.holds(row | {"value": math.nan})
 
 
-def test_without_a_gpu_it_says_so(capsys):
-    assert gpu_check.main([]) == 2
+def test_without_a_gpu_it_says_so_and_leaves_nothing(capsys, tmp_path):
+    assert gpu_check.main(["--folder", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
     assert capsys.readouterr().err == "error: expected a GPU, got a cpu. Use --toy.\n"
