@@ -20,7 +20,7 @@ their Mistral's (training_configs/mistral-7b-base-simpo.yaml), not the model's c
 of 32,768. num_codes 32 and the codes' rates are ours, as in `smollm2_simpo.py`.
 sft_weight 0.1 is ours: without it small models forget how to speak (docs/results.md).
 
-Hardware: by `scripts/plan.py --devices gpu:1xh100` 15.7 GB at 8 rows of 2048 tokens a
+Hardware: by `scripts/plan.py --topology gpu:1xh100` 11.7 GB at 8 rows of 2048 tokens a
 micro-batch, of which 494 M parameters with Adam and gradients are 10 GB.
 """
 

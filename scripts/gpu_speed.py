@@ -31,6 +31,7 @@ from lpc_jax.models.architectures import Architecture
 from lpc_jax.models.latent import Steering
 from lpc_jax.planning import arithmetic, chips, plan
 from lpc_jax.runtime import loading
+from lpc_jax.training import memory as memories
 from scripts import bench, bench_contestant
 from scripts.gpu_stages import (
     ROOT,
@@ -209,18 +210,13 @@ def _speed(sizes: Sizes, model: Path, trial: Trial) -> tuple[float, float, int, 
     chip = _chip()
     mfu = rate / pair.tokens * flops / chip.flops
     planned = plan.make(config, chips.Slice(chip, 1), pair, lambda _: None)
-    return rate, mfu, _peak_bytes(), planned.memory.peak
+    return rate, mfu, (memories.real_peak() or 0), planned.memory.peak
 
 
 def _chip() -> chips.Chip:
     """The data sheet of the GPU that is here; an H100's where it is none of them."""
     kind = jax.devices()[0].device_kind.lower()
     return next((c for n, c in chips.CHIPS.items() if n in kind), chips.CHIPS["h100"])
-
-
-def _peak_bytes() -> int:
-    statistics = jax.devices()[0].memory_stats() or {}
-    return statistics.get("peak_bytes_in_use", 0)
 
 
 def _trl_speed(
@@ -276,7 +272,7 @@ def adapters(sizes: Sizes, say: Say, folder: Path) -> None:
     rates = [metrics["speed/pairs_per_second"] for metrics in run]
     say(f"adapters, 2 x {length}: pairs", float(np.median(rates[1:])), "a second")
     say(f"adapters, 2 x {length}: tokens of a pair", 3 * part, "")
-    say(f"adapters, 2 x {length}: peak", _peak_bytes() / 1e9, "GB")
+    say(f"adapters, 2 x {length}: peak", (memories.real_peak() or 0) / 1e9, "GB")
 
 
 # --- answers --------------------------------------------------------------------------

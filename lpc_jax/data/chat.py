@@ -251,7 +251,7 @@ def none_left(tally: Tally) -> UserError:
     return UserError(
         f"No preference pair is left of {drops.total}, expected at least one:"
         f" {'; '.join(drops.lines()) or 'none came in'}. Raise data.max_length and"
-        " packing.row_length, choose another data.truncation or model.chat_template, or"
+        " packing.row_length, change data.truncation or model.chat_template, or"
         " mend the data."
         f"{first}"
     )

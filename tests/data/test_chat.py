@@ -204,7 +204,7 @@ def test_a_template_that_shares_no_tokens_drops_the_pair():
     assert refusal([example("Who?", "Me.", "You.")], loaded) == (
         "No preference pair is left of 1, expected at least one: 1 prompt and answers"
         " share no tokens (pairs.jsonl:1). Raise data.max_length and"
-        " packing.row_length, choose another data.truncation or model.chat_template, or"
+        " packing.row_length, change data.truncation or model.chat_template, or"
         " mend the data."
         " First row, pairs.jsonl:1: a prompt of user."
     )
@@ -361,7 +361,7 @@ def test_a_template_whose_expression_fails_drops_the_pair_with_its_reason(
         tokenize([example("Hi", "Me.", "You.")], loaded)
     assert f"refused by the chat template: {reason}" in str(raised.value)
     assert str(raised.value).isprintable()
-    assert len(str(raised.value)) < 620
+    assert len(str(raised.value)) < 600
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused():
@@ -387,7 +387,7 @@ def test_no_pair_left_is_refused_with_the_counts_of_reading_too():
     assert refusal([LONG], tiny.inst(), row_length=10, drops=drops) == (
         "No preference pair is left of 2, expected at least one: 1 empty answer"
         " (pairs.jsonl:9); 1 prompt longer than packing.row_length (pairs.jsonl:1)."
-        " Raise data.max_length and packing.row_length, choose another data.truncation"
+        " Raise data.max_length and packing.row_length, change data.truncation"
         " or model.chat_template, or mend the data. First row, pairs.jsonl:1: a prompt"
         " of user."
     )
