@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import importlib.metadata
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ import numpy as np
 from lpc_jax import config as cfg
 
 if TYPE_CHECKING:  # torch's contestant must not pay for JAX
+    from lpc_jax.data.packing import RowShape
     from lpc_jax.data.pair import TokenizedPair
     from lpc_jax.types import Batch
 
@@ -88,6 +90,7 @@ class Result:
         first_step: Seconds from the process's start to the end of the first step.
         peak_bytes: Resident on the host, or allocated on the accelerator.
         device: Its name.
+        about: Versions, threads, attention.
     """
 
     seconds: dict[str, list[float]]
@@ -95,6 +98,7 @@ class Result:
     first_step: float
     peak_bytes: int
     device: str
+    about: str
 
 
 def _peak_on_host() -> int:
@@ -137,8 +141,21 @@ def ours(spec: Spec) -> Result:
                 losses[name].append(runs[name].step(number))
                 seconds[name].append(time.perf_counter() - begun)
                 first = first or time.time() - spec.started
+            if number == 0:  # so that no later step compiles
+                for run in runs.values():
+                    run.warm_up()
     peak, device = _peak_of_jax()
-    return Result(seconds, losses, first, peak, device)
+    attention = next(iter(runs.values())).attention
+    return Result(
+        seconds, losses, first, peak, device, _about(attention, "jax", "lpc_jax")
+    )
+
+
+def _about(attention: str, *packages: str) -> str:
+    """Versions, this process's cores, and who computes attention."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    cores = len(os.sched_getaffinity(0))
+    return ", ".join([*versions, f"{cores} cores", f"attention: {attention}"])
 
 
 class _OurRun:
@@ -166,7 +183,7 @@ class _OurRun:
             ),
             seed=config.training.seed,
         )
-        chunk = policy.compute.score_chunk
+        chunk, self.attention = policy.compute.score_chunk, policy.compute.attention
         lengths = packing.pair_lengths(every)
         self.shape = packing.row_shape(
             lengths,
@@ -191,22 +208,21 @@ class _OurRun:
         self.reference = jax.tree.map(jnp.copy, plain.params)
         self.column = np.zeros((len(every), 2), np.float32)
         if not self.online:
-            self.column = self.score(every)
+            self.column = self.score(every, self.shape.of_one_length)
             self.reference = {}
         key = jax.random.key(0)
         self.state = step.initial_state(policy.params, optimizer, key, layout)
         if variant == "padded":
             self.padded_gradients = _padded_gradients(policy.graph, chunk)
-        self.warm_up()
 
-    def score(self, some: list[TokenizedPair]) -> np.ndarray:
+    def score(self, some: list[TokenizedPair], shape: RowShape) -> np.ndarray:
         """Log-probabilities of pairs under the reference."""
         from lpc_jax.training import reference
 
         return reference.score_pairs(
             lambda batch: np.asarray(self.score_batch(batch)),
             some,
-            self.shape,
+            shape,
             lambda _: None,
         )
 
@@ -217,7 +233,7 @@ class _OurRun:
         return reading.on_mesh(self.score_placed, self.reference, self.mesh)(batch)
 
     def warm_up(self) -> None:
-        """Compiles what the steps need."""
+        """Compiles what the first step did not need."""
         import jax
 
         from lpc_jax.data import packing
@@ -265,7 +281,7 @@ class _OurRun:
 
         some = self.pairs[number]
         if self.online:
-            self.column[[pair.id for pair in some]] = self.score(some)
+            self.column[[pair.id for pair in some]] = self.score(some, self.shape)
         gradients, loss = self.gradients(some)
         self.state, norm, _ = self.programs.update(
             self.state, gradients, jnp.asarray(len(some)), {}
@@ -445,9 +461,9 @@ def trl(spec: Spec) -> Result:
     if on_gpu:
         peak, device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
     seconds = [float(s) for s in np.diff([np.nan, *clock.ends])]
-    return Result(
-        {"trl": seconds}, {"trl": Pretokenized.found}, clock.first, peak, device
-    )
+    about = _about(model.config._attn_implementation, "torch", "transformers", "trl")
+    losses = {"trl": Pretokenized.found}
+    return Result({"trl": seconds}, losses, clock.first, peak, device, about)
 
 
 def tunix(spec: Spec) -> Result:
@@ -507,7 +523,9 @@ def tunix(spec: Spec) -> Result:
         trainer.train(batches())
     peak, device = _peak_of_jax()
     seconds = [float(s) for s in np.diff([np.nan, *ends])]
-    return Result({"tunix": seconds}, {"tunix": Trainer.found}, first, peak, device)
+    about = _about("its Llama's scores under a mask", "jax", "google-tunix")
+    losses = {"tunix": Trainer.found}
+    return Result({"tunix": seconds}, losses, first, peak, device, about)
 
 
 # A product of square matrices large enough to reach the device's peak.

@@ -30,6 +30,16 @@ class RowShape:
     pair_slots: int  # P
     scored: int  # S of the greatest length; no row has more of them than tokens
 
+    @property
+    def longest(self) -> int:
+        """The greatest row length."""
+        return self.row_lengths[-1]
+
+    @property
+    def of_one_length(self) -> RowShape:
+        """The longest rows alone: what a set that is read once is worth compiling."""
+        return dataclasses.replace(self, row_lengths=(self.longest,))
+
     def holding(self, tokens: int) -> int:
         """The smallest row length of at least ``tokens``."""
         return next(length for length in self.row_lengths if length >= tokens)
@@ -80,11 +90,13 @@ def choose_row_lengths(
     *,
     choices: int,
     unit: int,
+    least_saved: float = 0,
 ) -> RowShape:
     """The shape with up to ``choices`` row lengths, the shorter multiples of ``unit``.
 
     Greedy: each added length is the one with which the steps (indices of pairs) take
-    the fewest tokens; lengths that no step takes are removed again.
+    the fewest tokens, if it saves more than ``least_saved`` of them a row; lengths that
+    no step takes are removed again.
     """
     (row_length,) = shape.row_lengths
     stride = unit * -(-row_length // (unit * _CANDIDATES))
@@ -109,7 +121,7 @@ def choose_row_lengths(
     chosen = [row_length]
     while shorter and len(chosen) < choices:
         added = min(shorter, key=lambda length: tokens([*chosen, length]))
-        if tokens([*chosen, added]) == tokens(chosen):
+        if tokens(chosen) - tokens([*chosen, added]) <= least_saved:
             break
         chosen.append(added)
     longest = int(lengths.sum(axis=1).max())

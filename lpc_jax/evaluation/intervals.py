@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import scipy.stats
 from jaxtyping import Float, Int
 
 RESAMPLES = 10_000
@@ -52,6 +51,8 @@ def estimates(
     _, place, counts = np.unique(prompts, return_inverse=True, return_counts=True)
     if len(counts) < 2:
         return [Estimate(mean, None, None) for mean in means]
+    import scipy.stats  # slow to import, and runs need it for their cards alone
+
     # Per-prompt sums suffice: a draw's mean is the ratio of two sums over its prompts.
     sums = np.zeros((len(counts), values.shape[1]))
     np.add.at(sums, place, values)

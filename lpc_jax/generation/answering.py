@@ -159,8 +159,8 @@ class Generator:
         ids = np.stack([np.pad(text, (length - len(text), 0)) for text in texts])
         network, hidden, at = (self._graph, self._params), None, 0
         with jax.set_mesh(self.policy.mesh):
-            cache = decode.empty_cache(*network, rows=rows, slots=slots)
-            cache = dataclasses.replace(cache, longest=longest)
+            # Not a host's array: `read` would be compiled for it and for the device's.
+            cache = decode.empty_cache(*network, longest, slots=slots)
             while at < length:
                 chunk = ids[:, at : at + next(n for n in _CHUNKS if n <= length - at)]
                 cache, hidden = decode.read(*network, cache, chunk, np.int32(at), first)

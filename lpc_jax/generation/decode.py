@@ -44,18 +44,19 @@ class State:
     keys: Any = None  # a row's own randomness
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def lay_apart(graph: Any, params: Any) -> tuple[Any, Any]:
     """Decoder, its layers apart, and latent of a network, for ``nnx.merge``."""
     network = nnx.merge(graph, params)
     return nnx.split((CachedDecoder(network.decoder), network.latent))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("rows", "slots"))
-def empty_cache(graph: Any, params: Any, *, rows: int, slots: int) -> Cache:
+@functools.partial(jax.jit, static_argnums=0, static_argnames="slots")
+def empty_cache(
+    graph: Any, params: Any, longest: Int[HostOrDevice, "R"], *, slots: int
+) -> Cache:
     """Room for prompts and answers."""
     decoder, _ = nnx.merge(graph, params)
-    return decoder.empty_cache(rows, slots)
+    return decoder.empty_cache(longest, slots)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -29,6 +29,12 @@ class Cache:
     longest: Int[HostOrDevice, "R"]  # tokens that a row may come to; see ``rope.turns``
 
 
+@jax.jit
+def _layer(stacked: Float[Array, "L ..."], i: Int[Array, ""]) -> Float[Array, "..."]:
+    """One program for all layers of a leaf: one for the decoder compiles for 1.6 s."""
+    return jax.lax.dynamic_index_in_dim(stacked, i, keepdims=False)
+
+
 class CachedDecoder(nnx.Module):
     """A ``Decoder`` with its layers apart; it shares the other parameters."""
 
@@ -40,7 +46,7 @@ class CachedDecoder(nnx.Module):
         # A loop over stacked layers copies each before it is used, which on a CPU takes
         # longer than one token's products with it.
         self.blocks = nnx.List(
-            nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+            nnx.merge(graph, jax.tree.map(lambda leaf, i=i: _layer(leaf, i), stacked))
             for i in range(self.architecture.layers)
         )
         self.final_norm = decoder.final_norm
@@ -49,10 +55,10 @@ class CachedDecoder(nnx.Module):
 
     head_weight = Decoder.head_weight
 
-    def empty_cache(self, rows: int, slots: int) -> Cache:
-        """Room for so many tokens in each of so many rows."""
+    def empty_cache(self, longest: Int[HostOrDevice, "R"], slots: int) -> Cache:
+        """Room for ``slots`` tokens in each row; ``longest`` is the cache's."""
         architecture = self.architecture
-        shape = (rows, slots, architecture.kv_heads, architecture.head_width)
+        shape = (len(longest), slots, architecture.kv_heads, architecture.head_width)
         keys, values = (
             tuple(
                 axes.constrain(jnp.zeros(shape, self.compute_dtype), "R T K H")
@@ -60,7 +66,7 @@ class CachedDecoder(nnx.Module):
             )
             for _ in range(2)
         )
-        return Cache(keys, values, jnp.full(rows, slots, jnp.int32))
+        return Cache(keys, values, jnp.asarray(longest))
 
     def __call__(
         self,

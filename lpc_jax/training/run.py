@@ -76,11 +76,11 @@ class Run:
             {"weights": policy.source.digest},
             "Give every process the same model files.",
         )
-        scored = self.train, self.held_out, self.shape
+        scored = self.train, self.held_out, self.shape.of_one_length
         if config.decoder == "frozen":
             self._read_states()
         if reference_policy is None:  # the policy's decoder, whose states are read
-            scored = self.train, self.held_out, self.shape
+            scored = self.train, self.held_out, self.shape.of_one_length
         self.reference: np.ndarray | None = None
         held_out_reference, reference_digest = None, ""
         if config.loss.needs_reference:
@@ -89,7 +89,9 @@ class Run:
             )
         self.manifest = setup.manifest(self, reference_digest)
         self._held_out_batches = packing.micro_batches(
-            self.held_out.tokens, self.shape, reference_logp=held_out_reference
+            self.held_out.tokens,
+            self.shape.of_one_length,
+            reference_logp=held_out_reference,
         )
         count = config.training.samples
         self._sampled = samples.choose(
@@ -132,7 +134,11 @@ class Run:
         params = self.policy.params
         if self.policy.is_seeded and self.config.latent is not None:
             params = start.prepare_latent(
-                self.config, self.policy, self.train.tokens, self.users, self.shape
+                self.config,
+                self.policy,
+                self.train.tokens,
+                self.users,
+                self.shape.of_one_length,
             )
         self.forget_start()
         self.state = step.initial_state(params, self.optimizer, key, self.layout)

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Row lengths are chosen on the run's first steps of so many pairs.
 _PLANNED_PAIRS = 2048
+# Micro-batches of the longest rows that take as long as compiling one more length: 3 s
+# for 1.5 s each on a CPU (docs/performance.md), many of a fast device's.
+_CPU_COMPILED_ROWS, _COMPILED_ROWS = 2, 50
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
@@ -60,8 +63,14 @@ def row_shape(run: Run) -> packing.RowShape:
         return longest
     planned = -(-_PLANNED_PAIRS // packed.pairs_per_step)
     steps = [run.step_indices(i) for i in range(min(planned, run.total_steps))]
+    rows = _CPU_COMPILED_ROWS if compute.platform == "cpu" else _COMPILED_ROWS
     return packing.choose_row_lengths(
-        longest, lengths, steps, choices=packed.length_choices, unit=compute.row_unit
+        longest,
+        lengths,
+        steps,
+        choices=packed.length_choices,
+        unit=compute.row_unit,
+        least_saved=rows * longest.longest * len(steps) / run.total_steps,
     )
 
 
@@ -161,26 +170,27 @@ def describe(run: Run) -> None:
 
 
 def compile_ahead(run: Run) -> int:
-    """Compiles the run's programs, reports their memory; returns the peak in bytes."""
+    """Compiles the run's largest programs, reports their memory; returns the peak.
+
+    Shorter rows, which take less, are compiled when the first of them comes.
+    """
     config, shape, mesh = run.config, run.shape, run.policy.mesh
     state, frozen, programs = run.state, run.policy.frozen, run.programs
     companions = run.companions([])  # as updates pass them, or it compiles once more
-    compiled: dict[str, Any] = {}
-    for length in shape.row_lengths:
-        batch = packing.empty_batch(
-            shape,
-            length,
-            reference_columns=config.loss.reference_columns,
-            states=run.train.tokens[0].states,
-        )
-        arguments = (state.params, frozen, sharding.abstract_batch(batch, mesh))
-        compiled[f"gradients {length}"] = programs.gradients.lower(
+    batch = packing.empty_batch(
+        shape,
+        shape.longest,
+        reference_columns=config.loss.reference_columns,
+        states=run.train.tokens[0].states,
+    )
+    arguments = (state.params, frozen, sharding.abstract_batch(batch, mesh))
+    compiled = {
+        "gradients": programs.gradients.lower(
             *arguments, state.key, state.step, companions
         ).compile()
-        if len(run.held_out):
-            compiled[f"evaluate {length}"] = programs.evaluate.lower(
-                *arguments, state.key
-            ).compile()
+    }
+    if len(run.held_out):
+        compiled["evaluate"] = programs.evaluate.lower(*arguments, state.key).compile()
     pairs = np.int32(config.packing.pairs_per_step)
     compiled["update"] = programs.update.lower(
         state, state.params, pairs, frozen
@@ -192,7 +202,7 @@ def compile_ahead(run: Run) -> int:
         params=state.params,
         frozen=frozen,
         opt_state=state.opt_state,
-        several_micro_batches=in_a_step > shape.rows * max(shape.row_lengths),
+        several_micro_batches=in_a_step > shape.rows * shape.longest,
         saves_between_updates=config.training.checkpoint_every is not None,
     )
     for line in memory.lines(prediction, _remedies(config, mesh.shape)):

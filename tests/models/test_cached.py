@@ -45,7 +45,8 @@ def test_pieces_of_left_padded_rows_give_the_hidden_states_of_each_row(changes, 
     for row, (start, ids) in enumerate(zip(first, rows, strict=True)):
         tokens[row, start:] = ids
     cached = CachedDecoder(decoder)
-    cache, start, found = cached.empty_cache(len(rows), SLOTS), 0, []
+    cache = cached.empty_cache(np.full(len(rows), SLOTS), SLOTS)
+    start, found = 0, []
     for size in pieces:
         hidden, cache = cached(
             jnp.asarray(tokens[:, start : start + size]),

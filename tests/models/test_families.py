@@ -133,7 +133,7 @@ def test_the_cache_says_what_whole_rows_say(name, golden, loaded):
     # Padded on the left by 3, the last token alone.
     rows = np.concatenate([np.zeros((1, 3), int), tokens], axis=1)
     cached = jax.jit(CachedDecoder(decoder).__call__)
-    cache, found = CachedDecoder(decoder).empty_cache(1, rows.shape[1]), []
+    cache, found = CachedDecoder(decoder).empty_cache(np.asarray([43]), 43), []
     first = jnp.asarray([3])
     for start, end in ((0, 42), (42, 43)):
         piece = jnp.asarray(rows[:, start:end])
@@ -314,8 +314,7 @@ def test_a_cached_row_that_may_grow_beyond_the_original_context_is_long(loaded):
     decoder = CachedDecoder(nnx.merge(graph, params).decoder)
     tokens = np.random.default_rng(3).integers(0, 64, (1, 16))
     # Both rows have the same tokens and slots; the second may come to 33.
-    cache = decoder.empty_cache(2, 64)
-    cache = dataclasses.replace(cache, longest=np.asarray([32, 33]))
+    cache = decoder.empty_cache(np.asarray([32, 33]), 64)
     found, after = jax.jit(decoder.__call__)(
         jnp.asarray(np.repeat(tokens, 2, axis=0)),
         cache,

@@ -6,11 +6,12 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
-from scipy import special, stats
+from jaxtyping import Float, Int, Num
+from scipy import special
 
 from lpc_jax.losses import latent as latent_losses
 from lpc_jax.metrics import DEAD_SHARE
@@ -65,7 +66,7 @@ def measure(
     return Measures(
         perplexity=perplexity(usage),
         posterior_perplexity=perplexity(softmax(posterior_logits).mean(axis=0)),
-        codes_per_prompt=float(np.exp(np.mean(stats.entropy(prior, axis=1)))),
+        codes_per_prompt=float(np.exp(np.mean(entropy(prior)))),
         dead=tuple(np.flatnonzero(usage < DEAD_SHARE / len(usage)).tolist()),
         agreement=float(np.mean(p == q)),
         agreement_by_chance=float(p_share @ q_share),
@@ -83,7 +84,13 @@ def softmax(logits: Float[np.ndarray, "B C"]) -> Float[np.ndarray, "B C"]:
 
 def perplexity(usage: Float[np.ndarray, "C"]) -> float:
     """exp of the entropy: ``losses.latent.usage_perplexity``, in float64."""
-    return float(np.exp(stats.entropy(usage)))
+    return float(np.exp(entropy(usage)))
+
+
+def entropy(weights: Num[np.ndarray, "*B C"]) -> Any:
+    """Entropies [*B] in nats of weights, or counts, that are made to sum to 1."""
+    # Not scipy.stats.entropy: that module takes 0.4 s to import, in every run.
+    return special.entr(weights / weights.sum(axis=-1, keepdims=True)).sum(axis=-1)
 
 
 def count_sources(sources: Sequence[str]) -> dict[str, int]:
@@ -119,8 +126,7 @@ def mutual_information(
     _, source = np.unique(sources, return_inverse=True)
     joint = np.eye(source.max() + 1)[source].T @ weights / len(weights)
     independent = np.outer(joint.sum(axis=1), joint.sum(axis=0))
-    # SciPy's entropy with a second distribution is KL(joint || independent).
-    return float(stats.entropy(joint.ravel(), independent.ravel()))
+    return float(special.rel_entr(joint, independent).sum())
 
 
 def normalized_mutual_information(
@@ -132,7 +138,7 @@ def normalized_mutual_information(
     From 0 (independent) to 1 (each determines the other); 0 where either is constant.
     """
     counts = (np.unique(x, return_counts=True)[1] for x in (codes, sources))
-    bound = float(np.sqrt(np.prod([stats.entropy(of_each) for of_each in counts])))
+    bound = float(np.sqrt(np.prod([entropy(of_each) for of_each in counts])))
     one_code = np.eye(max(codes) + 1)[np.asarray(codes)]
     return mutual_information(one_code, sources) / bound if bound > 0 else 0.0
 
