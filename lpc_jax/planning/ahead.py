@@ -211,23 +211,22 @@ def _batch(config: cfg.Config, of_run: Policy, pair: Pair) -> Batch:
     )
 
 
-def lowered(run: Ahead, *, several: bool) -> Iterator[tuple[str, Any]]:
-    """Programs to compile, by name; ``several`` micro-batches need ``add``."""
+def lowered(run: Ahead) -> Iterator[tuple[str, Any]]:
+    """Programs to compile, by name."""
     state, frozen = run.state, run.policy.frozen
-    arguments = (state.params, frozen, run.batch, state.key, state.step)
-    yield "gradients", run.programs.gradients.lower(*arguments)
+    yield "gradients", lowered_gradients(run)
     pairs = jax.ShapeDtypeStruct((), jnp.int32)
     yield "update", run.programs.update.lower(state, state.params, pairs, frozen)
-    if several:
-        where = state.step.sharding
-        sums = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-            jax.eval_shape(run.programs.gradients, *arguments)[1],
-        )
-        term = (state.params, sums)
-        yield "add", run.programs.add.lower(term, term)
     if run.config.loss.needs_reference:
         yield "reference", _lowered_reference(run)
+
+
+def lowered_gradients(run: Ahead) -> Any:
+    """The program of a micro-batch, which adds to gradients laid out as parameters."""
+    state, frozen = run.state, run.policy.frozen
+    return run.programs.gradients.lower(
+        state.params, state.params, frozen, run.batch, state.key, state.step
+    )
 
 
 def _lowered_reference(run: Ahead) -> Any:

@@ -237,7 +237,6 @@ def _plan(subject: _Subject, say: Say) -> Plan | None:
 
 def _by_compiler(subject: _Subject, say: Say) -> Plan:
     programs, seconds = {}, {}
-    several = subject.micro_batches > 1
     mesh = sharding.make_mesh(**subject.mesh, devices=subject.devices)
     say(
         f"compiling the gradients of {subject.config.packing.rows} rows for {mesh.size}"
@@ -249,12 +248,11 @@ def _by_compiler(subject: _Subject, say: Say) -> Plan:
             params=run.state.params,
             frozen=run.policy.frozen,
             opt_state=run.state.opt_state,
-            several_micro_batches=several,
             process=0,
             capacity=subject.slice.chip.memory,
         )
         begun = time.perf_counter()
-        for name, lowered in ahead.lowered(run, several=several):
+        for name, lowered in ahead.lowered(run):
             programs[name] = ahead.compiled(name, lowered)
             seconds[name] = time.perf_counter() - begun
             if name == "gradients" and not needed(programs).fits:
@@ -266,7 +264,7 @@ def _by_compiler(subject: _Subject, say: Say) -> Plan:
         reference_peak = use.argument_size_in_bytes + use.temp_size_in_bytes
         reference_peak += use.output_size_in_bytes
     count = math.ceil(subject.micro_batches)
-    runs = {"gradients": count, "add": count - 1, "update": 1}
+    runs = {"gradients": count, "update": 1}
     sent, inexact = dict.fromkeys(collectives.KINDS, 0), 0
     for name, program in programs.items():
         for collective in collectives.read(program.as_text()):
@@ -318,7 +316,6 @@ def _memory_by_hand(subject: _Subject) -> memory.Prediction:
         stored += arithmetic.frozen(*of_decoder) // split
     # Adam's two moments; optimizers with fewer need less.
     optimizer = 2 * masters
-    gradients = masters * (2 if subject.micro_batches > 1 else 1)
     temporary = arithmetic.temporary(
         subject.config,
         subject.architecture,
@@ -330,10 +327,10 @@ def _memory_by_hand(subject: _Subject) -> memory.Prediction:
         parameters=masters,
         frozen=stored - masters,
         optimizer=optimizer,
-        gradients=gradients,
+        gradients=masters,
         temporary=temporary,
         process=0,
-        peak=stored + optimizer + gradients + temporary,
+        peak=stored + optimizer + masters + temporary,
         capacity=subject.slice.chip.memory,
     )
 

@@ -24,7 +24,7 @@ class Prediction:
     parameters: int  # fp32 masters of what is trained
     frozen: int  # the decoder under adapters
     optimizer: int  # what optax keeps
-    gradients: int  # one sum of them; two where a step has several micro-batches
+    gradients: int  # one sum of them, to which each micro-batch's are added
     temporary: int  # the most that any program needs besides
     process: int  # on a CPU, Python, libraries and compiled programs
     peak: int  # the most at any time
@@ -110,26 +110,23 @@ def needed(
     params: Any,
     frozen: Any,
     opt_state: Any,
-    several_micro_batches: bool,
     process: int,
     capacity: int | None,
 ) -> Prediction:
     """Memory of compiled programs and their arguments; devices may be elsewhere.
 
-    ``compiled`` has ``gradients``, ``add``, ``update`` and others by name.
+    ``compiled`` has ``gradients``, ``update`` and others by name.
     """
     parameters, rest, optimizer = map(bytes_per_device, (params, frozen, opt_state))
-    gradients = parameters * (2 if several_micro_batches else 1)
+    gradients = parameters
     temporary, peak = 0, 0
     for name, program in compiled.items():
         use = program.memory_analysis()
         new = use.output_size_in_bytes
-        if name.startswith("gradients"):
-            new = gradients
+        if name == "gradients":  # and the metrics', which are few numbers
+            new += gradients - use.alias_size_in_bytes
         elif name == "update":  # parameters and optimizer state in place
             new += parameters - use.alias_size_in_bytes
-        elif name == "add":  # two sums become one, in place of the first
-            new += gradients - use.alias_size_in_bytes
         temporary = max(temporary, use.temp_size_in_bytes)
         peak = max(peak, use.temp_size_in_bytes + new)
     peak += process + parameters + rest + optimizer

@@ -34,8 +34,9 @@ def report(run: Run, update: Update, number: int, in_a_row: int) -> str:
     suspects: list[int] = []
     for packed, batch in zip(rows, update.batches, strict=True):
         # Draws are seeded by the step.
+        zeros = run.programs.zeros(state.params)
         gradient, _ = run.programs.gradients(
-            state.params, frozen, batch, state.key, state.step - 1, companions
+            zeros, state.params, frozen, batch, state.key, state.step - 1, companions
         )
         if wrong := _not_finite(gradient):
             gradients |= set(wrong)

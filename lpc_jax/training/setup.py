@@ -184,25 +184,20 @@ def compile_ahead(run: Run) -> int:
         states=run.train.tokens[0].states,
     )
     arguments = (state.params, frozen, sharding.abstract_batch(batch, mesh))
-    compiled = {
-        "gradients": programs.gradients.lower(
-            *arguments, state.key, state.step, companions
-        ).compile()
-    }
+    of_step = (state.key, state.step, companions)
+    gradients = programs.gradients.lower(state.params, *arguments, *of_step)
+    compiled = {"gradients": gradients.compile()}
     if len(run.held_out):
         compiled["evaluate"] = programs.evaluate.lower(*arguments, state.key).compile()
     pairs = np.int32(config.packing.pairs_per_step)
     compiled["update"] = programs.update.lower(
         state, state.params, pairs, frozen
     ).compile()
-    tokens = float(packing.pair_lengths(run.train.tokens).sum(axis=1).mean())
-    in_a_step = min(config.packing.pairs_per_step, len(run.train)) * tokens
     prediction = memory.predict(
         compiled,
         params=state.params,
         frozen=frozen,
         opt_state=state.opt_state,
-        several_micro_batches=in_a_step > shape.rows * shape.longest,
         saves_between_updates=config.training.checkpoint_every is not None,
     )
     for line in memory.lines(prediction, _remedies(config, mesh.shape)):

@@ -31,8 +31,10 @@ Params = dict[str, Any]
 class Programs:
     """The compiled programs of training; ``frozen`` are parameters not trained."""
 
-    # (params, frozen, batch, key, step, companions) -> gradients and metrics, summed
-    # over pairs; companions is None unless the latent pools over users.
+    zeros: Callable[[Params], Params]  # a sum of no gradients
+    # (total, params, frozen, batch, key, step, companions) -> the total with gradients
+    # summed over pairs, which donates it; metrics, likewise summed. Companions are None
+    # unless the latent pools over users.
     gradients: Callable[..., tuple[Params, metrics.Sums]]
     # (params, frozen, batch) -> the posterior's inputs by pair slot, mask, pair ids.
     judged: Callable[..., tuple[Array, Array, Array]]
@@ -52,16 +54,13 @@ class Programs:
     ) -> tuple[Params, metrics.Sums]:
         """``gradients`` summed over a step's micro-batches, at least one."""
 
-        def of(batch: Batch) -> tuple[Params, metrics.Sums]:
-            key, step = state.key, state.step
-            return self.gradients(state.params, frozen, batch, key, step, companions)
-
-        first, *others = batches
-        total = of(first)
-        for batch in others:
-            # A term with a name would stay in memory beside the next one.
-            total = self.add(total, of(batch))
-        return total
+        total, sums = self.zeros(state.params), None
+        for batch in batches:
+            of_batch = (batch, state.key, state.step, companions)
+            total, more = self.gradients(total, state.params, frozen, *of_batch)
+            sums = more if sums is None else self.add(sums, more)
+        assert sums is not None
+        return total, sums
 
 
 def build(
@@ -106,9 +105,23 @@ def build(
         total, sums, _ = objective.terms(config.loss, latent, scores, batch)
         return total, sums
 
-    gradients = jax.jit(
-        jax.grad(loss_sum, has_aux=True), out_shardings=(layout.params, replicated)
+    @functools.partial(jax.jit, out_shardings=layout.params)
+    def zeros(params: Params) -> Params:
+        return jax.tree.map(jnp.zeros_like, params)
+
+    @functools.partial(
+        jax.jit, donate_argnums=0, out_shardings=(layout.params, replicated)
     )
+    def gradients(
+        total: Params, params: Params, *of_batch: Any
+    ) -> tuple[Params, metrics.Sums]:
+        loss, pull_back, sums = jax.vjp(
+            lambda params: loss_sum(params, *of_batch), params, has_aux=True
+        )
+        # A layer's gradient is added in place, so that there is one sum of them alone.
+        refs = jax.tree.map(jax.new_ref, total)
+        pull_back.with_refs(refs)(jnp.ones_like(loss))
+        return jax.tree.map(jax.freeze, refs), sums
 
     # Whole on every device, so that every process reads all of it.
     @functools.partial(jax.jit, out_shardings=replicated)
@@ -161,7 +174,7 @@ def build(
         _, sums, by_pair = objective.terms(config.loss, latent, scores, batch)
         return sums, by_pair
 
-    return Programs(gradients, judged, add, update, evaluate)
+    return Programs(zeros, gradients, judged, add, update, evaluate)
 
 
 def state_shardings(

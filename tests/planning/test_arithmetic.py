@@ -63,14 +63,7 @@ def xlas_count(made):
     mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         run = ahead.abstract(made, WIDE, PAIR, mesh)
-        given = (
-            run.state.params,
-            run.policy.frozen,
-            run.batch,
-            run.state.key,
-            run.state.step,
-        )
-        analysis = run.programs.gradients.lower(*given).compile().cost_analysis()
+        analysis = ahead.lowered_gradients(run).compile().cost_analysis()
     return analysis["flops"]
 
 

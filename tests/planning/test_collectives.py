@@ -245,9 +245,7 @@ def lowered(sizes):
     mesh = sharding.make_mesh(**sizes, devices=jax.devices())
     with jax.set_mesh(mesh):
         run = ahead.abstract(config, ARCHITECTURE, Pair(prompt=10, answer=20), mesh)
-        state = run.state
-        given = (state.params, run.policy.frozen, run.batch, state.key, state.step)
-        return run, mesh, run.programs.gradients.lower(*given)
+        return run, mesh, ahead.lowered_gradients(run)
 
 
 def flat(tree):

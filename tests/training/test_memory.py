@@ -34,44 +34,36 @@ def _no_process(monkeypatch):
     monkeypatch.setattr(memory, "_outside_arrays", lambda: 0)
 
 
-def predict(compiled, *, several=False, saves=False):
+def predict(compiled, *, saves=False):
     return memory.predict(
         compiled,
         params=[floats(2)],
         frozen=[floats(1)],
         opt_state=[floats(4)],
-        several_micro_batches=several,
         saves_between_updates=saves,
     )
 
 
 @pytest.mark.parametrize(
-    ("compiled", "several", "peak"),
+    ("compiled", "peak"),
     [
         # 2 + 1 + 4 held; gradients of 2 and 3 temporary.
-        ({"gradients 8": program(temporary=3 * GB)}, False, 12),
-        # The sum so far beside a micro-batch's own.
-        ({"gradients 8": program(temporary=3 * GB)}, True, 14),
-        # The widest of several shapes.
         (
-            {
-                "gradients 8": program(temporary=GB),
-                "gradients 16": program(temporary=5 * GB),
-            },
-            False,
-            14,
+            {"gradients": program(temporary=3 * GB, output=2 * GB, alias=2 * GB)},
+            12,
         ),
+        # A sum that is not in place is there twice.
+        ({"gradients": program(temporary=3 * GB, output=2 * GB)}, 14),
         # In place, but for half a GB.
         (
             {"update": program(temporary=GB, output=6 * GB + GB // 2, alias=6 * GB)},
-            False,
             10.5,
         ),
-        ({"evaluate 8": program(temporary=GB, output=GB)}, False, 9),
+        ({"evaluate": program(temporary=GB, output=GB)}, 9),
     ],
 )
-def test_the_peak_is_of_the_hungriest_moment(compiled, several, peak):
-    assert predict(compiled, several=several).peak == peak * GB
+def test_the_peak_is_of_the_hungriest_moment(compiled, peak):
+    assert predict(compiled).peak == peak * GB
 
 
 def test_a_device_holds_its_part_alone():
@@ -87,7 +79,7 @@ def test_a_device_holds_its_part_alone():
 
 
 def test_where_it_will_hardly_fit_it_says_what_to_change():
-    found = predict({"gradients 8": program(temporary=3 * GB)})
+    found = predict({"gradients": program(temporary=3 * GB)})
     tight = dataclasses.replace(found, capacity=13 * GB)
     assert memory.lines(tight, ["Do this.", "Or that."]) == [
         "memory: predicted peak 12.00 GB of 13.00 GB a device (parameters 2.00 GB,"
@@ -119,7 +111,7 @@ def test_a_run_says_its_prediction_before_the_first_step(tmp_path, monkeypatch):
 
 def test_what_the_process_holds_besides_arrays_counts_on_a_cpu(monkeypatch):
     monkeypatch.setattr(memory, "_outside_arrays", lambda: GB // 2)
-    found = predict({"gradients 8": program(temporary=3 * GB)})
+    found = predict({"gradients": program(temporary=3 * GB)})
     assert found.peak == 12.5 * GB
     assert "process 0.50 GB" in memory.lines(found, [])[0]
 
@@ -127,7 +119,7 @@ def test_what_the_process_holds_besides_arrays_counts_on_a_cpu(monkeypatch):
 def test_a_checkpoint_is_written_from_a_copy_which_is_the_devices_own_on_a_cpu(
     monkeypatch,
 ):
-    program_of_3 = {"gradients 8": program(temporary=3 * GB)}
+    program_of_3 = {"gradients": program(temporary=3 * GB)}
     found = predict(program_of_3, saves=True)
     assert found.peak == (12 + 2 + 4) * GB  # parameters and optimizer once more
     assert "checkpoint 6.00 GB" in memory.lines(found, [])[0]

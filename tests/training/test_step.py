@@ -171,8 +171,9 @@ def test_activations_are_split_over_rows_and_heads():
     (batch,) = tiny.batches(tiny.pairs(4), rows=8)
     with jax.set_mesh(harness.mesh):
         placed = sharding.place_batch(batch, harness.mesh)
+        state = harness.state
         lowered = harness.programs.gradients.lower(
-            harness.state.params, {}, placed, harness.state.key, harness.state.step
+            state.params, state.params, {}, placed, state.key, state.step
         )
     text = lowered.as_text()
     assert placed.tokens.sharding.spec == P(("data", "fsdp"))
