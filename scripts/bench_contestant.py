@@ -126,6 +126,7 @@ def ours(spec: Spec) -> Result:
     import jax
 
     from lpc_jax import sharding
+    from lpc_jax.training import memory
 
     mesh = sharding.make_mesh(data=1, fsdp=-1, tensor=1, devices=jax.devices()[:1])
     seconds: dict[str, list[float]] = {name: [] for name in spec.variants}
@@ -144,6 +145,7 @@ def ours(spec: Spec) -> Result:
             if number == 0:  # so that no later step compiles
                 for run in runs.values():
                     run.warm_up()
+                memory.trim()  # as a run does
     peak, device = _peak_of_jax()
     attention = next(iter(runs.values())).attention
     return Result(

@@ -36,7 +36,6 @@ from scripts import bench, bench_contestant
 from scripts.gpu_stages import (
     ROOT,
     SEED,
-    TINY,
     Say,
     Sizes,
     begun,
@@ -112,7 +111,7 @@ def random_model(folder: Path, architecture: Architecture) -> Path:
         weights.save(
             folder, params, architecture, dtype=jnp.bfloat16, shard_bytes=4 << 30
         )
-        for file in TINY.glob("tokenizer*"):  # its text is never read
+        for file in bench.TINY.glob("tokenizer*"):  # its text is never read
             shutil.copy(file, folder)
     return folder
 

@@ -27,7 +27,6 @@ from lpc_jax.runtime import reading
 from scripts import bench
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "tests" / "golden" / "tiny_llama"
 SEED = 0
 
 
@@ -104,7 +103,7 @@ FULL = Sizes(
     new_tokens=128,
 )
 TOY = Sizes(
-    model=str(TINY),
+    model=str(bench.TINY),
     pair_tokens=8,
     lengths=(128,),
     heads=((4, 2, 16),),

@@ -90,7 +90,7 @@ def choose_row_lengths(
     *,
     choices: int,
     unit: int,
-    least_saved: float = 0,
+    least_saved: float = 0.0,
 ) -> RowShape:
     """The shape with up to ``choices`` row lengths, the shorter multiples of ``unit``.
 

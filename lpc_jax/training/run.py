@@ -24,8 +24,8 @@ from lpc_jax.models import latent as latent_models
 from lpc_jax.models.latent import Steering
 from lpc_jax.runtime import processes, reading
 from lpc_jax.runtime.policy import Policy
+from lpc_jax.training import memory, reference, setup, start, step
 from lpc_jax.training import optimizer as optimizers
-from lpc_jax.training import reference, setup, start, step
 from lpc_jax.types import Batch, Companions
 
 # Prompts answered if ``training.samples`` is None, and prompts answered together.
@@ -168,6 +168,7 @@ class Run:
         """Packs the next step's pairs; the host waits for the updates so far."""
         done = self.done
         self._prepared = done, self.step_batches(done)
+        memory.trim()  # evaluation and answers have compiled before it
 
     def update(self) -> Update:
         """Makes one update over a step's pairs."""

@@ -120,6 +120,17 @@ def test_a_row_length_that_no_step_takes_is_not_kept():
         assert found.row_lengths == wanted
 
 
+def test_a_row_length_must_save_more_than_compiling_it_takes():
+    lengths = np.array([[2, 3, 3], [2, 5, 5]])  # 8 and 12 tokens
+    shape = packing.RowShape(rows=1, row_lengths=(12,), pair_slots=1, scored=12)
+    steps = [np.array([0, 1])] * 10  # rows of 8 for the first save 40
+    for least, wanted in {0.0: (8, 12), 39.0: (8, 12), 40.0: (12,)}.items():
+        found = packing.choose_row_lengths(
+            shape, lengths, steps, choices=4, unit=4, least_saved=least
+        )
+        assert found.row_lengths == wanted
+
+
 @pytest.mark.parametrize(("row_length", "unit"), [(64, 64), (1023, 1), (4096, 64)])
 def test_any_row_length_has_few_candidates(row_length, unit, monkeypatch):
     tried, fill = set(), packing._fill_rows

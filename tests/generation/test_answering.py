@@ -230,6 +230,13 @@ def test_z_of_a_prompt_is_the_same_whatever_else_is_asked(coded, generator, prom
     assert np.abs(other.weights - wanted).max() > 0.05
 
 
+def test_all_parts_of_a_prompt_are_read_by_one_program(generator, prompts):
+    decode.read.clear_cache()
+    long = np.resize(prompts[0], 60)  # padded to 64: two parts of 32
+    generator.generate([long], sampling=Sampling(1), steering=MEAN)
+    assert decode.read._cache_size() == 1
+
+
 def test_nothing_compiles_for_another_prompt_or_temperature(generator, prompts):
     warm = Sampling(NEW, temperature=0.5, top_p=0.9)
     generator.generate(prompts[:2], sampling=warm, steering=MEAN)

@@ -76,6 +76,21 @@ def test_the_small_model_is_as_large_as_tunix_was_timed_on():
     assert leaves.count(bench.SMALL) == pytest.approx(19.3e6, rel=0.005)
 
 
+def test_the_small_model_is_one_that_a_contestant_loads(tmp_path):
+    inputs = bench._small(tmp_path, steps=1)
+    small = spec(
+        tmp_path,
+        model=str(inputs.model),
+        pairs=str(inputs.pairs),
+        variants=["plain"],
+        settings=bench.OURS_SMALL | {"attention": "auto", "row_lengths": (768,)},
+    )
+    found = bench_contestant.ours(small)
+    assert found.losses["plain"] == pytest.approx([np.log(2)], abs=1e-4)
+    assert found.about.endswith("attention: blocks")
+    assert found.about.startswith("jax ")
+
+
 def test_useful_work_is_6_flop_a_weight_and_token_and_2_more_for_a_reference():
     rows = [{"prompt": [1], "chosen": [2, 3], "rejected": [4]}] * bench.PAIRS_PER_STEP
     tokens = bench._tokens(rows)

@@ -130,6 +130,15 @@ def test_a_checkpoint_is_written_from_a_copy_which_is_the_devices_own_on_a_cpu(
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads Linux's account"
 )
+def test_without_glibc_nothing_is_given_back(monkeypatch):
+    def refuse(_):
+        raise OSError("no such library")
+
+    memory.trim()
+    monkeypatch.setattr(memory.ctypes, "CDLL", refuse)
+    memory.trim()
+
+
 def test_the_process_alone_is_what_arrays_leave_of_it(monkeypatch):
     monkeypatch.undo()
     before = memory._outside_arrays()

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from lpc_jax import config as cfg
 from lpc_jax import metrics, sharding
 from lpc_jax.data import packing
+from lpc_jax.training import memory
 from tests import tiny
 from tests.harness import TRL_LOSSES, Harness, follow, recorded
 
@@ -93,6 +94,25 @@ def test_nothing_compiles_after_the_first_step_whatever_its_pairs():
                 compiled.clear()
     jax.monitoring.clear_event_listeners()
     assert not compiled
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_there_is_one_sum_of_gradients_to_which_a_layer_s_is_added(devices):
+    graph, params = tiny.split_policy()
+    harness = Harness(graph, params, tiny.config(), steps=1, devices=devices)
+    (batch,) = tiny.batches(tiny.pairs(2), rows=devices)
+    with jax.set_mesh(harness.mesh):
+        state = harness.state
+        placed = sharding.place_batch(batch, harness.mesh)
+        gradients = harness.programs.gradients.lower(
+            state.params, state.params, {}, placed, state.key, state.step
+        ).compile()
+        of_all = memory.bytes_per_device(state.params)
+        zeros = harness.programs.zeros(state.params)
+        assert all(not np.any(leaf) for leaf in jax.tree.leaves(zeros))
+    use = gradients.memory_analysis()
+    assert use.alias_size_in_bytes == of_all
+    assert use.output_size_in_bytes - of_all < 4096  # the metrics
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_step():
