@@ -172,13 +172,14 @@ def temporary(
         "dots": stream + products,
         "none": stream + 2 * products + scores,
     }[config.model.remat]
-    # One block's gathered weights, and their gradients before they are scattered.
+    # One block's gathered weights.
     block = _block_matrices(a) // mesh["tensor"]
     weights, copies = block * _BF16, 0
     if config.trains_decoder:
-        weights += block * _FP32
-    if config.trains_decoder and platform == "tpu":
-        # Its compiler casts all weights to bfloat16 before the layers' loop.
+        # A TPU's compiler casts all weights to bfloat16 before the layers' loop; a GPU's
+        # carries half of the gradients' sums through it in another layout, as a copy.
         copies = leaves.count(a) // (mesh["fsdp"] * mesh["tensor"]) * _BF16
+    if config.trains_decoder and platform == "tpu":
+        weights += block * _FP32  # the block's gradients before they are scattered
     # 2 * products: the activations of the block in work and their gradients.
     return a.layers * saved + 2 * products + scores + weights + copies

@@ -53,12 +53,15 @@ def test_what_an_8b_model_keeps_is_what_is_known_of_it():
 # (docs/pods.md), peak and temporary in GB.
 COMPILED = [
     ("llama3_simpo", "tpu:64xv5e", "auto", 5.93, 3.91),
-    ("llama3_simpo", "tpu:8xv6e", "auto", 25.32, 5.11),
-    ("llama3_simpo", "tpu:4xv5p", "auto", 49.73, 9.32),
-    ("llama3_simpo", "gpu:8xh100", "auto", 23.59, 3.38),
-    ("llama3_simpo", "gpu:8xh100", "xla", 29.76, 9.55),
-    ("llama3_simpo_lora", "gpu:1xh100", "auto", 22.05, 4.13),
-    ("llama3_simpo_lora", "gpu:1xh100", "xla", 32.12, 14.20),
+    ("llama3_simpo", "tpu:8xv6e", "auto", 21.29, 5.12),
+    ("llama3_simpo", "tpu:4xv5p", "auto", 42.17, 9.84),
+    ("llama3_simpo", "gpu:8xh100", "auto", 20.56, 4.39),
+    ("llama3_simpo", "gpu:8xh100", "xla", 26.89, 10.72),
+    ("llama3_simpo", "gpu:16xh100", "auto", 11.60, 3.52),
+    ("llama3_simpo", "gpu:4xh100", "auto", 40.81, 8.49),
+    ("llama3_simpo", "gpu:2xh200", "auto", 81.42, 16.78),
+    ("llama3_simpo_lora", "gpu:1xh100", "auto", 21.90, 4.31),
+    ("llama3_simpo_lora", "gpu:1xh100", "xla", 31.85, 14.27),
 ]
 
 
