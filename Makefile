@@ -62,7 +62,7 @@ soak: $(HAS)-dev
 	    tests/models/test_weights.py::$(SCALE) $(ARGS)
 
 parity: $(HAS)-parity
-	$(BIN)/python -m pytest -m parity $(ARGS)
+	$(BIN)/python -m pytest -m parity -n 2 --dist loadfile $(ARGS)
 
 # Exported folders in the last transformers 4, which has an environment of its own.
 older-transformers: $(HAS)-parity $(VENV)-older/.has-older

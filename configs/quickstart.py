@@ -12,7 +12,7 @@ scripts/score_quickstart.py), 1 to 4 in a hundred in a circle, 0 to 6 of 72 harm
 requests refused, NMI of code and kind 0.50 to 0.65 (seeds 1 to 5; docs/results.md). The
 rates are high because the run is short.
 
-Hardware: 2 CPU cores, 5.3 GB, less than 5 minutes when nothing else runs.
+Hardware: 2 CPU cores, 5.1 GB, less than 5 minutes when nothing else runs.
 """
 
 from pathlib import Path

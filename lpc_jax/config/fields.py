@@ -158,7 +158,7 @@ class Packing(Settings):
     """Most tokens per row; a pair takes prompt + chosen + rejected of one row."""
     length_choices: PositiveInt = 4
     """Most row lengths that a micro-batch can have, up to row_length, chosen by the
-    run's first steps: more mean less padding, and as many programs to compile."""
+    run's first steps: as long as one saves more padding than compiling it takes."""
     pairs_per_row: PositiveInt = 16
     """Most pairs in one row."""
 
