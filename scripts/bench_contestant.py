@@ -464,7 +464,8 @@ def trl(spec: Spec) -> Result:
     if on_gpu:
         peak, device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
     seconds = [float(s) for s in np.diff([np.nan, *clock.ends])]
-    about = _about(model.config._attn_implementation, "torch", "transformers", "trl")
+    attention = str(model.config._attn_implementation)
+    about = _about(attention, "torch", "transformers", "trl")
     losses = {"trl": Pretokenized.found}
     return Result({"trl": seconds}, losses, clock.first, peak, device, about)
 

@@ -39,8 +39,8 @@ class CachedDecoder(nnx.Module):
         self.embedding = decoder.embedding
         graph, stacked = nnx.split(decoder.blocks)
         # A loop over stacked layers copies each before it is used, which on a CPU takes
-        # longer than one token's products with it. One small program a leaf cuts out all
-        # of its layers; one for the decoder would compile for 1.6 s.
+        # longer than one token's products with it. A small program a leaf cuts out its
+        # layers; one for the decoder would compile for 1.6 s.
         cut = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
         self.blocks = nnx.List(
             nnx.merge(graph, jax.tree.map(lambda leaf, i=i: cut(leaf, i), stacked))

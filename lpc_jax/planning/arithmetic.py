@@ -176,8 +176,8 @@ def temporary(
     block = _block_matrices(a) // mesh["tensor"]
     weights, copies = block * _BF16, 0
     if config.trains_decoder:
-        # A TPU's compiler casts all weights to bfloat16 before the layers' loop; a GPU's
-        # carries half of the gradients' sums through it in another layout, as a copy.
+        # A TPU's compiler casts all weights to bfloat16 before the layers' loop, a
+        # GPU's carries half of the gradients' sum through it as a copy.
         copies = leaves.count(a) // (mesh["fsdp"] * mesh["tensor"]) * _BF16
     if config.trains_decoder and platform == "tpu":
         weights += block * _FP32  # the block's gradients before they are scattered
