@@ -14,6 +14,7 @@ setting, as in train.py.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -76,13 +77,20 @@ def _plan(own: argparse.Namespace, rest: Sequence[str]) -> int:
     # JAX is slow to import; --help and a mistyped flag need not wait for it.
     from lpc_jax.planning import chips, plan, report
 
-    made = plan.make(
-        config,
-        chips.named(topology=own.topology, devices=own.devices),
-        plan.Pair(prompt=own.prompt_tokens, answer=own.answer_tokens),
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    def make(config: cfg.Config) -> plan.Plan:
+        return plan.make(
+            config,
+            chips.named(topology=own.topology, devices=own.devices),
+            plan.Pair(prompt=own.prompt_tokens, answer=own.answer_tokens),
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+
+    made = make(config)
     print("\n".join(report.lines(made)))
+    if made.attention == "cudnn" and config.model.attention == "auto":
+        model = dataclasses.replace(config.model, attention="xla")
+        other = make(dataclasses.replace(config, model=model))
+        print("\n".join(["under attention xla:", *report.memory_lines(other)]))
     if own.json is not None:
         report.write_json(made, own.json)
     return 0 if made.fits else DOES_NOT_FIT

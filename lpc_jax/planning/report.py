@@ -16,7 +16,7 @@ from lpc_jax.training.memory import size
 
 def lines(plan: Plan) -> list[str]:
     """The lines that ``scripts/plan.py`` prints, per chip unless they say otherwise."""
-    pair, capacity = plan.pair, plan.memory.capacity or 0
+    pair = plan.pair
     how = "BY ARITHMETIC, nothing was compiled: memory is an estimate"
     if plan.compiled:
         versions = (f"{name} {version}" for name, version in plan.versions.items())
@@ -34,15 +34,9 @@ def lines(plan: Plan) -> list[str]:
         " --prompt-tokens, --answer-tokens)",
         f"batch: {plan.pairs_per_step} pairs a step in {plan.micro_batches:.2f}"
         f" micro-batches of {plan.rows} rows x {plan.row_length} tokens",
-        f"memory: {plan.memory.listed}",
+        *memory_lines(plan),
+        *_step_lines(plan),
     ]
-    if plan.reference_peak:
-        text.append(f"memory: {size(plan.reference_peak)} while the reference scores")
-    text.append(
-        f"memory: peak {size(plan.peak)} of {size(capacity)}"
-        f" ({plan.peak / capacity:.0%}): {'fits' if plan.fits else 'DOES NOT FIT'}"
-    )
-    text += _step_lines(plan)
     if plan.compile_seconds:
         times = (f"{name} {t:.0f} s" for name, t in plan.compile_seconds.items())
         text.append(f"compiled in: {', '.join(times)}")
@@ -50,6 +44,18 @@ def lines(plan: Plan) -> list[str]:
     if plan.changes:
         text.append(f"pass: {' '.join(plan.changes)}")
     return text
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    """What a chip holds, and whether it has room for it."""
+    capacity, reference = plan.memory.capacity or 0, plan.reference_peak
+    scoring = [f"memory: {size(reference)} while the reference scores"]
+    return [
+        f"memory: {plan.memory.listed}",
+        *scoring * bool(reference),
+        f"memory: peak {size(plan.peak)} of {size(capacity)}"
+        f" ({plan.peak / capacity:.0%}): {'fits' if plan.fits else 'DOES NOT FIT'}",
+    ]
 
 
 def _step_lines(plan: Plan) -> list[str]:

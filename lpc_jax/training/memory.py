@@ -132,10 +132,8 @@ def needed(
     for name, program in compiled.items():
         use = program.memory_analysis()
         new = use.output_size_in_bytes
-        if name == "gradients":  # and the metrics', which are few numbers
+        if name in ("gradients", "update"):  # beside the sum of gradients, in place
             new += gradients - use.alias_size_in_bytes
-        elif name == "update":  # parameters and optimizer state in place
-            new += parameters - use.alias_size_in_bytes
         temporary = max(temporary, use.temp_size_in_bytes)
         peak = max(peak, use.temp_size_in_bytes + new)
     peak += process + parameters + rest + optimizer
