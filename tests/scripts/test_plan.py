@@ -53,3 +53,17 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_gpu_s_memory_is_told_under_both_ways_of_attention(capsys):
+    arguments = ["--config", CONFIG, "--devices", "gpu:8xh100"]
+    assert plan.main(arguments) == 0
+    both = capsys.readouterr().out.split("under attention xla:\n")
+    assert plan.main([*arguments, "--model.attention", "xla"]) == 0
+    alone = capsys.readouterr().out
+    assert "under attention" not in alone
+    assert both[1].splitlines() == [
+        line for line in alone.splitlines() if line.startswith("memory: ")
+    ]
+    assert "attention cudnn" in both[0]
+    assert both[1].splitlines()[-1] not in both[0]
