@@ -127,18 +127,17 @@ def needed(
     ``compiled`` has ``gradients``, ``update`` and others by name.
     """
     parameters, rest, optimizer = map(bytes_per_device, (params, frozen, opt_state))
-    gradients = parameters
     temporary, peak = 0, 0
     for name, program in compiled.items():
         use = program.memory_analysis()
         new = use.output_size_in_bytes
         if name in ("gradients", "update"):  # beside the sum of gradients, in place
-            new += gradients - use.alias_size_in_bytes
+            new += parameters - use.alias_size_in_bytes
         temporary = max(temporary, use.temp_size_in_bytes)
         peak = max(peak, use.temp_size_in_bytes + new)
     peak += process + parameters + rest + optimizer
     return Prediction(
-        parameters, rest, optimizer, gradients, temporary, process, peak, capacity
+        parameters, rest, optimizer, parameters, temporary, process, peak, capacity
     )
 
 

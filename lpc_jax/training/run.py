@@ -134,11 +134,7 @@ class Run:
         params = self.policy.params
         if self.policy.is_seeded and self.config.latent is not None:
             params = start.prepare_latent(
-                self.config,
-                self.policy,
-                self.train.tokens,
-                self.users,
-                self.shape.of_one_length,
+                self.config, self.policy, self.train.tokens, self.users, self.shape
             )
         self.forget_start()
         self.state = step.initial_state(params, self.optimizer, key, self.layout)

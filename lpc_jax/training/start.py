@@ -75,7 +75,7 @@ def _inputs(
     run = reading.on_mesh(
         programs.latent_inputs(policy.graph, policy.mesh), policy.whole, policy.mesh
     )
-    by_pair = reading.each(pairs, shape, run, at_once=len(pairs))
+    by_pair = reading.each(pairs, shape.of_one_length, run, at_once=len(pairs))
     order = np.argsort([pair.id for pair in pairs])
     prompt, judged = (
         np.stack(values).astype(np.float32)[order]

@@ -119,9 +119,14 @@ def build(
             lambda params: loss_sum(params, *of_batch), params, has_aux=True
         )
         # A layer's gradient is added in place, so that there is one sum of them alone.
-        refs = jax.tree.map(jax.new_ref, total)
-        pull_back.with_refs(refs)(jnp.ones_like(loss))
-        return jax.tree.map(jax.freeze, refs), sums
+        # Not so the head's and embedding's: JAX 0.12 can't through their shard_map.
+        tree, named = jax.tree.structure(total), sharding.by_path(total)
+        into = {n: jax.new_ref(x) if _in_place(n) else x for n, x in named.items()}
+        refs = jax.tree.unflatten(tree, into.values())
+        (rest,) = pull_back.with_refs(refs)(jnp.ones_like(loss))
+        into |= {n: into[n] + term for n, term in sharding.by_path(rest).items()}
+        added = [jax.freeze(x) if _in_place(n) else x for n, x in into.items()]
+        return jax.tree.unflatten(tree, added), sums
 
     # Whole on every device, so that every process reads all of it.
     @functools.partial(jax.jit, out_shardings=replicated)
@@ -175,6 +180,10 @@ def build(
         return sums, by_pair
 
     return Programs(zeros, gradients, judged, add, update, evaluate)
+
+
+def _in_place(name: str) -> bool:
+    return name.startswith("decoder/blocks/")
 
 
 def state_shardings(
