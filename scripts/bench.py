@@ -13,7 +13,7 @@ something else is no step. MFU is the work that a step's loss asks for, whoever 
 answer token, 2 more for an online reference; nothing for attention's scores or for what
 is computed again; over what the device's fastest matrix product could have done in the
 time. The numbers are also kept as JSON. One round of 3 steps beside TRL and Tunix takes
-about 6 minutes on two cores; --full, two of 5 and our own parts too, most of an hour.
+3 to 6 minutes on two cores; --full, two of 5 and our own parts too, most of an hour.
 """
 
 from __future__ import annotations
