@@ -155,10 +155,10 @@ def ours(spec: Spec) -> Result:
 
 
 def _about(attention: str, *packages: str) -> str:
-    """Versions, this process's cores, and who computes attention."""
+    """Versions, cores, all of which each contestant may use, and attention."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    cores = len(os.sched_getaffinity(0))
-    return ", ".join([*versions, f"{cores} cores", f"attention: {attention}"])
+    cores = f"{os.cpu_count()} cores"
+    return ", ".join([*versions, cores, f"attention: {attention}"])
 
 
 class _OurRun:

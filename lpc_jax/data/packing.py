@@ -31,14 +31,9 @@ class RowShape:
     scored: int  # S of the greatest length; no row has more of them than tokens
 
     @property
-    def longest(self) -> int:
-        """The greatest row length."""
-        return self.row_lengths[-1]
-
-    @property
     def of_one_length(self) -> RowShape:
         """The longest rows alone: what a set that is read once is worth compiling."""
-        return dataclasses.replace(self, row_lengths=(self.longest,))
+        return dataclasses.replace(self, row_lengths=self.row_lengths[-1:])
 
     def holding(self, tokens: int) -> int:
         """The smallest row length of at least ``tokens``."""

@@ -9,12 +9,15 @@ import itertools
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lpc_jax.data import formats
 from lpc_jax.data.formats import Rows
 from lpc_jax.errors import UserError
 from lpc_jax.files import kinds, sources, untrusted
+
+if TYPE_CHECKING:
+    import datasets
 
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 _ABOUT = {"dataset_info.json", "dataset_infos.json", _SAVED, _SAVED_SPLITS}
@@ -185,8 +188,8 @@ def _own(folder: Path, name: str) -> Path:
     return file
 
 
-def load_hub(path: str, *, setting: str, split: str | None) -> Any:
-    """A hub data set's split (``datasets.Dataset``), mapped from the hub's cache."""
+def load_hub(path: str, *, setting: str, split: str | None) -> datasets.Dataset:
+    """A hub data set's split, mapped into memory from the hub's cache."""
     import datasets  # a second of imports that files do without
     from datasets import exceptions as dataset_errors
 

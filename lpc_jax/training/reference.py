@@ -169,7 +169,7 @@ def columns(
         column, scored = cache.column(
             lambda batch: np.asarray(jax.device_get(run(batch))),
             of_set,
-            shape,
+            shape.of_one_length,
             lambda done: say(f"reference: {done} pairs scored"),
         )
         known = len(of_set) - scored

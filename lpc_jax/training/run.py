@@ -76,11 +76,11 @@ class Run:
             {"weights": policy.source.digest},
             "Give every process the same model files.",
         )
-        scored = self.train, self.held_out, self.shape.of_one_length
+        scored = self.train, self.held_out, self.shape
         if config.decoder == "frozen":
             self._read_states()
         if reference_policy is None:  # the policy's decoder, whose states are read
-            scored = self.train, self.held_out, self.shape.of_one_length
+            scored = self.train, self.held_out, self.shape
         self.reference: np.ndarray | None = None
         held_out_reference, reference_digest = None, ""
         if config.loss.needs_reference:

@@ -70,7 +70,7 @@ def row_shape(run: Run) -> packing.RowShape:
         steps,
         choices=packed.length_choices,
         unit=compute.row_unit,
-        least_saved=rows * longest.longest * len(steps) / run.total_steps,
+        least_saved=rows * packed.row_length * len(steps) / run.total_steps,
     )
 
 
@@ -179,7 +179,7 @@ def compile_ahead(run: Run) -> int:
     companions = run.companions([])  # as updates pass them, or it compiles once more
     batch = packing.empty_batch(
         shape,
-        shape.longest,
+        shape.row_lengths[-1],
         reference_columns=config.loss.reference_columns,
         states=run.train.tokens[0].states,
     )

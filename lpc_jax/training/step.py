@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lpc_jax import config as cfg
 from lpc_jax import metrics, objective, sharding
+from lpc_jax.models import leaves
 from lpc_jax.models.latent import limit_codes
 from lpc_jax.models.network import Network
 from lpc_jax.types import Batch, Companions, TrainState
@@ -54,12 +55,11 @@ class Programs:
     ) -> tuple[Params, metrics.Sums]:
         """``gradients`` summed over a step's micro-batches, at least one."""
 
-        total, sums = self.zeros(state.params), None
+        total, sums = self.zeros(state.params), {}
         for batch in batches:
             of_batch = (batch, state.key, state.step, companions)
             total, more = self.gradients(total, state.params, frozen, *of_batch)
-            sums = more if sums is None else self.add(sums, more)
-        assert sums is not None
+            sums = self.add(sums, more) if sums else more
         return total, sums
 
 
@@ -120,13 +120,18 @@ def build(
         )
         # A layer's gradient is added in place, so that there is one sum of them alone.
         # Not so the head's and embedding's: JAX 0.12 can't through their shard_map.
-        tree, named = jax.tree.structure(total), sharding.by_path(total)
-        into = {n: jax.new_ref(x) if _in_place(n) else x for n, x in named.items()}
-        refs = jax.tree.unflatten(tree, into.values())
-        (rest,) = pull_back.with_refs(refs)(jnp.ones_like(loss))
-        into |= {n: into[n] + term for n, term in sharding.by_path(rest).items()}
-        added = [jax.freeze(x) if _in_place(n) else x for n, x in into.items()]
-        return jax.tree.unflatten(tree, added), sums
+        rows = leaves.known(total)
+        total = jax.tree.map(
+            lambda row, x: jax.new_ref(x) if row.stacked else x, rows, total
+        )
+        (rest,) = pull_back.with_refs(total)(jnp.ones_like(loss))
+        rest = sharding.by_path(rest)
+        total = jax.tree.map(
+            lambda row, x: jax.freeze(x) if row.stacked else x + rest[row.path],
+            rows,
+            total,
+        )
+        return total, sums
 
     # Whole on every device, so that every process reads all of it.
     @functools.partial(jax.jit, out_shardings=replicated)
@@ -180,10 +185,6 @@ def build(
         return sums, by_pair
 
     return Programs(zeros, gradients, judged, add, update, evaluate)
-
-
-def _in_place(name: str) -> bool:
-    return name.startswith("decoder/blocks/")
 
 
 def state_shardings(
